@@ -1,0 +1,36 @@
+"""The model families that can be converted, one file each.
+
+A new family is a new file and one more line in FAMILIES. This module only chooses; `base` says what a family is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from d2q_edge.errors import D2QError
+from d2q_edge.families.base import Family, Stage
+from d2q_edge.families.llama import Llama
+from d2q_edge.families.qwen2 import Qwen2
+from d2q_edge.families.qwen3 import Qwen3
+
+__all__ = ["FAMILIES", "Family", "Stage", "family_for"]
+
+FAMILIES: tuple[type[Family], ...] = (Llama, Qwen2, Qwen3)
+
+
+def family_for(config: Mapping[str, Any]) -> Family:
+    """The family of a config.json's content, bound to it.
+
+    Raises:
+        D2QError: the architecture isn't supported (the message lists those that are), or the config has settings
+            that can't be exported faithfully.
+    """
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        raise D2QError("config.json names no architecture (its architectures entry is missing or empty)")
+    for family in FAMILIES:
+        if architectures[0] in family.architectures:
+            return family(config)
+    supported = ", ".join(sorted(name for family in FAMILIES for name in family.architectures))
+    raise D2QError(f"the architecture {architectures[0]} isn't supported; these are: {supported}")

@@ -11,6 +11,7 @@ from abc import ABC
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import gguf
@@ -48,6 +49,8 @@ class Family(ABC):
     """llama.cpp's name for the architecture, the prefix of its GGUF keys."""
     rope_types: ClassVar[tuple[str, ...]] = ("default",)
     """Values of rope_scaling's type that the exported file can express."""
+    records_space_prefix: ClassVar[bool] = False
+    """Whether llama.cpp's converter records the tokenizer's add_prefix_space for this architecture."""
 
     stages: ClassVar[tuple[Stage, ...]] = (
         Stage("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
@@ -122,8 +125,12 @@ class Family(ABC):
         """The block's norm weights and their lengths, relative to the block, without ".weight"."""
         return {stage.norm: self.hidden_size for stage in self.stages if stage.norm is not None}
 
-    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+    def tensor_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Name and shape of every tensor that the checkpoint must have, and there are no others."""
+        return self._tensor_shapes
+
+    @cached_property
+    def _tensor_shapes(self) -> Mapping[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {f"{self.embedding}.weight": (self.vocab_size, self.hidden_size)}
         for index in range(self.num_layers):
             prefix = self.block_prefix(index)
@@ -136,7 +143,7 @@ class Family(ABC):
         shapes[f"{self.final_norm}.weight"] = (self.hidden_size,)
         if not self.tied_embeddings:
             shapes[f"{self.head}.weight"] = (self.vocab_size, self.hidden_size)
-        return shapes
+        return MappingProxyType(shapes)
 
     def gguf_name(self, hf_name: str) -> str:
         """The GGUF name of a tensor, for example "blk.0.attn_q.weight".
@@ -160,8 +167,8 @@ class Family(ABC):
         """Tensors that the file needs and the checkpoint doesn't have, by GGUF name."""
         return {}
 
-    def add_metadata(self, writer: gguf.GGUFWriter) -> None:
-        """Add the model's settings, the `ARCH.*` keys, as llama.cpp's converter does."""
+    def add_metadata(self, writer: gguf.GGUFWriter, file_type: int) -> None:
+        """Add the model's settings, the `ARCH.*` keys and general.file_type, in llama.cpp's converter's order."""
         writer.add_block_count(self.num_layers)
         writer.add_context_length(self.context_length)
         writer.add_embedding_length(self.hidden_size)
@@ -173,6 +180,7 @@ class Family(ABC):
         if self._writes_head_dim():
             writer.add_key_length(self.head_dim)
             writer.add_value_length(self.head_dim)
+        writer.add_file_type(file_type)
 
     def _writes_head_dim(self) -> bool:
         return True

@@ -24,6 +24,7 @@ class Llama(Family):
     architectures = ("LlamaForCausalLM",)
     gguf_arch = "llama"
     rope_types = ("default", "llama3")
+    records_space_prefix = True
 
     def biased_linears(self) -> tuple[str, ...]:
         attention = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -42,8 +43,8 @@ class Llama(Family):
     def extra_tensors(self) -> dict[str, npt.NDArray[np.float32]]:
         return {"rope_freqs.weight": self._rope_factors()} if self.rope_type == "llama3" else {}
 
-    def add_metadata(self, writer: gguf.GGUFWriter) -> None:
-        super().add_metadata(writer)
+    def add_metadata(self, writer: gguf.GGUFWriter, file_type: int) -> None:
+        super().add_metadata(writer, file_type)
         writer.add_vocab_size(self.vocab_size)
         writer.add_rope_dimension_count(self.head_dim)
 

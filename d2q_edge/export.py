@@ -1,0 +1,187 @@
+"""From a checkpoint to a GGUF: which tensors, in which order and types, with which metadata.
+
+With a stock type the result is the same file as llama.cpp's own converter writes. The quantizing path starts from the
+same list and replaces tensors in it. This module doesn't quantize to our types and doesn't touch the disk itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+from d2q_edge import __version__
+from d2q_edge.checkpoint import IGNORED_SUFFIXES, Checkpoint
+from d2q_edge.errors import D2QError
+from d2q_edge.families import Family, family_for
+from d2q_edge.gguf_file import STOCK_TYPES, GGUFTensor, block_and_type_size, write_gguf
+from d2q_edge.tokenizer import read_tokenizer
+
+FILE_TYPES: dict[str, int] = {
+    name: int(gguf.LlamaFileType.ALL_F32 if name == "f32" else gguf.LlamaFileType[f"MOSTLY_{name.upper()}"])
+    for name in STOCK_TYPES
+}
+"""general.file_type of a file whose matrices have that stock type."""
+
+Value = str | int | float | bool | list[str] | list[int] | list[float]
+
+
+def float_tensor(family: Family, hf_name: str, type_name: str, load: Callable[[], npt.NDArray[Any]]) -> GGUFTensor:
+    """A tensor to be encoded in a stock type when it is written.
+
+    Norms, biases and everything one-dimensional become f32, and a matrix whose width doesn't fit the type's blocks
+    becomes f16, as in llama.cpp's converter. `load` returns floats in the checkpoint's row order.
+    """
+    name = family.gguf_name(hf_name)
+    shape = family.tensor_shapes()[hf_name]
+    if len(shape) < 2 or name.endswith("_norm.weight") or not name.endswith(".weight"):
+        type_name = "f32"
+    elif shape[-1] % block_and_type_size(type_name)[0]:
+        type_name = "f16"
+    return GGUFTensor(name, shape, type_name, lambda: family.export_rows(hf_name, load()))
+
+
+def packed_tensor(
+    family: Family, hf_name: str, type_name: str, load: Callable[[], npt.NDArray[np.uint8]]
+) -> GGUFTensor:
+    """A weight packed by `tensor_types.pack`; `load` returns uint8 [rows, bytes] in the checkpoint's row order."""
+    shape = family.tensor_shapes()[hf_name]
+    return GGUFTensor(family.gguf_name(hf_name), shape, type_name, lambda: family.export_rows(hf_name, load()))
+
+
+def model_tensors(
+    checkpoint: Checkpoint, family: Family, type_name: str, replacements: Mapping[str, GGUFTensor] | None = None
+) -> list[GGUFTensor]:
+    """All tensors of the file, in llama.cpp's converter's order.
+
+    Args:
+        checkpoint: checked against `family.tensor_shapes()`.
+        family: the checkpoint's.
+        type_name: the stock type of the matrices.
+        replacements: by checkpoint name, what to write in place of the checkpoint's own tensor.
+    """
+    replacements = replacements or {}
+
+    def reader(name: str) -> Callable[[], npt.NDArray[Any]]:
+        return lambda: checkpoint.tensor(name).float().numpy()
+
+    def constant(array: npt.NDArray[Any]) -> Callable[[], npt.NDArray[Any]]:
+        return lambda: array
+
+    tensors = [GGUFTensor(name, array.shape, "f32", constant(array)) for name, array in family.extra_tensors().items()]
+    for name in checkpoint.names:
+        if name in replacements:
+            tensors.append(replacements[name])
+        elif not name.endswith(IGNORED_SUFFIXES) and not (family.tied_embeddings and name == f"{family.head}.weight"):
+            tensors.append(float_tensor(family, name, type_name, reader(name)))
+    return tensors
+
+
+def write_model(
+    path: Path,
+    checkpoint: Checkpoint,
+    family: Family,
+    tensors: Sequence[GGUFTensor],
+    *,
+    file_type: int,
+    extra: Mapping[str, Value] | None = None,
+    force: bool = False,
+) -> int:
+    """Write tensors with the model's metadata and tokenizer.
+
+    Args:
+        path: the file to write.
+        checkpoint: where metadata and tokenizer come from.
+        family: the checkpoint's.
+        tensors: what to write, from `model_tensors`.
+        file_type: general.file_type, llama.cpp's number for the mixture of types.
+        extra: keys of our own ("d2q.*"). When given, the file also says that d2q-edge quantized it.
+        force: replace an existing file.
+
+    Returns:
+        The file's size in bytes.
+
+    Raises:
+        D2QError: the tokenizer can't be exported, or the file can't be written.
+    """
+    tokenizer = read_tokenizer(checkpoint.directory, checkpoint.config, family.vocab_size)
+
+    def add_metadata(writer: gguf.GGUFWriter) -> None:
+        writer.add_type(gguf.GGUFType.MODEL)
+        metadata = _general_metadata(checkpoint, writer.get_total_parameter_count())
+        if extra is not None:
+            metadata.quantized_by = f"d2q-edge {__version__}"
+        metadata.set_gguf_meta_model(writer)
+        family.add_metadata(writer, file_type)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        tokenizer.add_to(writer, space_prefix=family.records_space_prefix)
+        for key, value in (extra or {}).items():
+            _add_value(writer, key, value)
+
+    return write_gguf(path, family.gguf_arch, tensors, add_metadata, force=force)
+
+
+def export(model: str | Path, path: Path, type_name: str, *, force: bool = False) -> int:
+    """Convert a checkpoint directory to a GGUF of a stock type.
+
+    Returns:
+        The file's size in bytes.
+
+    Raises:
+        D2QError: anything wrong with the checkpoint, the type's name or the output.
+    """
+    if type_name not in STOCK_TYPES:
+        raise D2QError(f"{type_name!r} isn't a stock type that can be written; these are: {', '.join(STOCK_TYPES)}")
+    checkpoint = Checkpoint.open(model)
+    family = family_for(checkpoint.config)
+    checkpoint.check(family.tensor_shapes())
+    tensors = model_tensors(checkpoint, family, type_name)
+    return write_model(path, checkpoint, family, tensors, file_type=FILE_TYPES[type_name], force=force)
+
+
+def file_name(checkpoint: Checkpoint, family: Family, encoding: str) -> str:
+    """A name for the output by GGUF's convention, BaseName-SizeLabel-FineTune-Version-Encoding.gguf."""
+    total = sum(int(np.prod(shape)) for shape in family.tensor_shapes().values())
+    metadata = _general_metadata(checkpoint, (total, total, 0, 0))
+    name = gguf.naming_convention(
+        metadata.name, metadata.basename, metadata.finetune, metadata.version, metadata.size_label, encoding
+    )
+    return f"{name}.gguf"
+
+
+def _general_metadata(checkpoint: Checkpoint, parameters: tuple[int, int, int, int]) -> gguf.Metadata:
+    """What gguf-py gathers from model card, configs and directory name, completed by its converter's rules."""
+    directory = checkpoint.directory.resolve()
+    try:
+        metadata = gguf.Metadata.load(model_path=directory, total_params=parameters[0])
+        generation = gguf.Metadata.load_generation_config(directory)
+    except Exception as error:
+        # The model card is free text by strangers, parsed as YAML; there is no one exception for what can be wrong.
+        raise D2QError(
+            f"the metadata of {directory / 'README.md'} can't be read ({error}); repair or remove it"
+        ) from error
+    # The version of gguf-py on PyPI lacks this rule of the converter in our llama.cpp.
+    if metadata.sampling_penalty_repeat is None and isinstance(generation, dict):
+        metadata.sampling_penalty_repeat = generation.get("repetition_penalty")
+    if metadata.name is None:
+        metadata.name = directory.name
+    if metadata.size_label is None:
+        metadata.size_label = gguf.size_label(*parameters)
+    return metadata
+
+
+def _add_value(writer: gguf.GGUFWriter, key: str, value: Value) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_int64(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)

@@ -1,0 +1,209 @@
+"""Writing GGUF files: tensors of stock types and of ours, streamed to disk, whole or not at all.
+
+Knows bytes, sizes and files. Does not know models: names, order, types and metadata come from the caller (`export`).
+gguf-py lays out header and keys; our tensor types enter by number, because it refuses types that it doesn't know.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from d2q_edge import tensor_types
+from d2q_edge.errors import D2QError
+
+STOCK_TYPES: dict[str, gguf.GGMLQuantizationType] = {
+    name.lower(): gguf.GGMLQuantizationType[name]
+    for name in ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
+}
+"""The stock types that we can write, by name, best first: those that gguf-py can encode."""
+
+ALIGNMENT: int = gguf.GGUF_DEFAULT_ALIGNMENT
+
+
+@dataclass(frozen=True)
+class GGUFTensor:
+    """One tensor to write.
+
+    `shape` is in numpy's order, (rows, columns) for a matrix. `load` is called once, when it is the tensor's turn, and
+    returns either floats of that shape, which are then encoded (stock types only), or the encoded bytes: uint8
+    [rows, bytes per row].
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    load: Callable[[], npt.NDArray[Any]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file, without padding.
+
+        Raises:
+            D2QError: unknown type, or the type's block size doesn't divide the width.
+        """
+        block, size = block_and_type_size(self.type)
+        if self.shape[-1] % block:
+            raise D2QError(
+                f"tensor {self.name} can't be {self.type}: {block} doesn't divide its width {self.shape[-1]}"
+            )
+        return math.prod(self.shape) // block * size
+
+
+def block_and_type_size(type_name: str) -> tuple[int, int]:
+    """Weights per block and bytes per block of a type that can be written.
+
+    Raises:
+        D2QError: there is no such type.
+    """
+    if type_name in tensor_types.BY_NAME:
+        own = tensor_types.BY_NAME[type_name]
+        return own.block_size, own.type_size
+    if type_name in STOCK_TYPES:
+        block, size = gguf.GGML_QUANT_SIZES[STOCK_TYPES[type_name]]
+        return int(block), int(size)
+    known = ", ".join([*STOCK_TYPES, *tensor_types.BY_NAME])
+    raise D2QError(f"the tensor type {type_name!r} can't be written; these can: {known}")
+
+
+def encode(tensor: GGUFTensor) -> npt.NDArray[Any]:
+    """Load a tensor and encode it; the result's bytes are the file's.
+
+    Raises:
+        D2QError: a value is too large for float16.
+        ValueError: `load` returned something of another shape or size than promised.
+    """
+    data = tensor.load()
+    if data.dtype != np.uint8:
+        if tensor.type not in STOCK_TYPES:
+            raise ValueError(f"{tensor.name}: {tensor.type} must be packed by the caller")
+        if data.shape != tensor.shape:
+            raise ValueError(f"{tensor.name}: expected the shape {tensor.shape}, not {data.shape}")
+        if tensor.type == "f16":
+            # The conversion warns and gives infinities; the check below says it better.
+            with np.errstate(over="ignore"):
+                encoded: npt.NDArray[Any] = data.astype(np.float16)
+            if not np.isfinite(encoded).all():
+                raise D2QError(f"tensor {tensor.name} has values too large for float16; use bf16, q8_0 or f32 instead")
+            data = encoded
+        else:
+            data = gguf.quants.quantize(data.astype(np.float32, copy=False), STOCK_TYPES[tensor.type])
+    if data.nbytes != tensor.nbytes:
+        raise ValueError(f"{tensor.name}: expected {tensor.nbytes} bytes of {tensor.type}, not {data.nbytes}")
+    return data
+
+
+def data_size(tensors: Sequence[GGUFTensor]) -> int:
+    """Bytes of all tensors in the file, with padding; the file is larger by its header."""
+    return sum(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors)
+
+
+def check_output(path: Path, *, force: bool, size: int = 0) -> None:
+    """Find out before the work whether the result can be written; leaves nothing behind.
+
+    Args:
+        path: the file to be written.
+        force: whether an existing file may be replaced.
+        size: bytes that will be needed.
+
+    Raises:
+        D2QError: the directory is missing or not writable, the file exists (and not `force`), or too little space.
+    """
+    if path.is_dir():
+        raise D2QError(f"{path} is a directory; give the name of the file to write")
+    if not path.parent.is_dir():
+        raise D2QError(f"the output directory {path.parent} doesn't exist; create it first")
+    if path.exists() and not force:
+        raise D2QError(f"{path} exists already; use --force to replace it")
+    partial = _partial_name(path)
+    try:
+        partial.touch()
+        partial.unlink()
+        free = shutil.disk_usage(path.parent).free
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    if free < size:
+        raise D2QError(
+            f"{path.parent} has {free / 2**20:.0f} MiB of free space, but the output needs {size / 2**20:.0f} MiB"
+        )
+
+
+def write_gguf(
+    path: Path,
+    arch: str,
+    tensors: Sequence[GGUFTensor],
+    add_metadata: Callable[[gguf.GGUFWriter], None],
+    *,
+    force: bool = False,
+) -> int:
+    """Write a GGUF: into a temporary file beside `path`, which takes its name only when it is complete.
+
+    Args:
+        path: the file to write.
+        arch: the value of general.architecture.
+        tensors: in the order of the file.
+        add_metadata: called with a gguf-py writer that knows the tensors' shapes, to add all other keys.
+        force: replace an existing file.
+
+    Returns:
+        The file's size in bytes.
+
+    Raises:
+        D2QError: as in `check_output` and `encode`, or the disk fills up. Whatever is raised, nothing is left behind.
+    """
+    size = data_size(tensors)
+    check_output(path, force=force, size=size)
+    writer = gguf.GGUFWriter(path=None, arch=arch)
+    for tensor in tensors:
+        # A float dtype keeps gguf-py from working the shape out of a type that it may not know.
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, _type_id(tensor.type))
+    add_metadata(writer)
+    partial = _partial_name(path)
+    try:
+        writer.write_header_to_file(partial)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        # None: no bar where stderr isn't a terminal.
+        with tqdm(total=size, desc="Writing", unit="B", unit_scale=True, disable=None) as progress:
+            for tensor in tensors:
+                data = encode(tensor)
+                writer.write_tensor_data(data)
+                progress.update(data.nbytes)
+        for file in writer.fout:
+            file.flush()
+            os.fsync(file.fileno())
+        writer.close()
+        partial.replace(path)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        # After success the partial file has been renamed; after anything else, Ctrl-C included, it must go.
+        writer.close()
+        partial.unlink(missing_ok=True)
+    return path.stat().st_size
+
+
+def _type_id(type_name: str) -> int:
+    own = tensor_types.BY_NAME.get(type_name)
+    return own.id if own is not None else int(STOCK_TYPES[type_name])
+
+
+def _partial_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def _cannot_write(path: Path, error: OSError) -> D2QError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return D2QError(f"the disk is full: {path} could not be written; nothing was left behind")
+    return D2QError(f"can't write {path}: {error.strerror or error}")

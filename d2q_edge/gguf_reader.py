@@ -67,7 +67,7 @@ class GGUFFile:
         except OSError as error:
             raise D2QError(f"can't read {self.path}: {error.strerror or error}") from error
         # For the many small reads of the header; slicing the array would take several times as long.
-        self._bytes = memoryview(self._data)
+        self._bytes = self._data.data
         self._position = 0
         self.kv: dict[str, Any] = {}
         """All keys; arrays are lists."""

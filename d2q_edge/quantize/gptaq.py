@@ -1,0 +1,202 @@
+"""GPTAQ: error feedback that also corrects for the error of the layer's input (arXiv 2504.02692), over codebooks.
+
+Knows one linear layer: its weights, the statistics of its calibration input, and the codebooks of its tensor type.
+Does not know where the inputs come from (pipeline.py) or how blocks are stored (tensor_types.py).
+
+With X the layer's input in the quantized model and X~ the one in the original model, tokens in rows:
+    H = 2/n X^T X,   D = 2/n (X~ - X)^T X,
+    U = chol(inv(H + damp * mean(diag H) * I)), upper,   P = alpha * ((D U^T) strictly upper) U.
+Columns are quantized from left to right. With j the columns of one code (a pair or a single one) and U_jj that square
+of U, the code minimizes |(w - q) inv(U_jj)|, and with E = (w - q) inv(U_jj) all later columns receive
+- E U_j,later + w P_j,later. alpha 0 is GPTQ (arXiv 2210.17323). Blocks are visited in descending order of their largest
+diag(H), which helps like GPTQ's activation order but leaves the storage order alone (DESIGN section 3).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from d2q_edge.errors import D2QError
+from d2q_edge.quantize.codebook import CodebookSearch
+from d2q_edge.tensor_types import GROUP, TensorType
+
+ALPHA = 0.5
+"""Weight of the input's error; 0.5 gave the least KL divergence on qwen3-34m (DESIGN section 3)."""
+DAMPING = 0.01
+"""Share of the mean of diag(H) that is added to it, as in GPTQ."""
+
+
+class InputStatistics:
+    """H and D of one layer input, summed over batches of calibration tokens."""
+
+    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
+        self.tokens = 0
+        self._gram = torch.zeros(columns, columns, device=device)
+        self._drift = torch.zeros(columns, columns, device=device)
+
+    def add_batch(self, quantized: torch.Tensor, original: torch.Tensor) -> None:
+        """Add the inputs of the same tokens in both models, float32 [..., columns]."""
+        x = quantized.reshape(-1, quantized.shape[-1])
+        self.tokens += len(x)
+        self._gram += x.T @ x
+        self._drift += (original.reshape(x.shape) - x).T @ x
+
+    @property
+    def hessian(self) -> torch.Tensor:
+        """H, float32 [columns, columns]."""
+        return self._gram * (2 / max(self.tokens, 1))
+
+    @property
+    def drift(self) -> torch.Tensor:
+        """D, float32 [columns, columns]."""
+        return self._drift * (2 / max(self.tokens, 1))
+
+
+@dataclass
+class QuantizedLayer:
+    """What a block format stores of one weight matrix [rows, cols].
+
+    Attributes:
+        scales: float16 [rows, cols / block_size].
+        codebooks: uint8 [rows, cols / 32].
+        codes: uint8 [rows, cols / V], in the order of tensor_types.pack.
+        weights: float32 [rows, cols], the dequantized matrix.
+    """
+
+    scales: torch.Tensor
+    codebooks: torch.Tensor
+    codes: torch.Tensor
+    weights: torch.Tensor
+
+
+def quantize_layer(
+    weights: torch.Tensor,
+    statistics: InputStatistics,
+    search: CodebookSearch,
+    alpha: float = ALPHA,
+    damping: float = DAMPING,
+) -> QuantizedLayer:
+    """Quantize one matrix with error feedback.
+
+    Args:
+        weights: float32 [rows, cols]; the block size of the search's tensor type divides cols.
+        statistics: of the layer's input.
+        search: the codebooks.
+        alpha: weight of the input's error; 0 is plain GPTQ.
+        damping: share of the mean of diag(H) that is added to the diagonal.
+
+    Raises:
+        D2QError: the Hessian can't be factored even in double precision with strong damping.
+    """
+    kind = search.tensor_type
+    rows, columns = weights.shape
+    hessian, drift = statistics.hessian, statistics.drift
+    dead = hessian.diagonal() == 0
+    hessian.diagonal()[dead] = 1
+    order = _processing_order(hessian.diagonal(), kind)
+    hessian, drift = hessian[order][:, order], drift[order][:, order]
+    work = weights.masked_fill(dead, 0)[:, order]
+    feedback = _inverse_factor(hessian, damping)
+    lead = alpha * (drift @ feedback.T).triu(1) @ feedback if alpha else None
+
+    result = QuantizedLayer(
+        torch.empty(rows, columns // kind.block_size, dtype=torch.float16, device=weights.device),
+        torch.empty(rows, columns // GROUP, dtype=torch.uint8, device=weights.device),
+        torch.empty(rows, kind.codes(columns), dtype=torch.uint8, device=weights.device),
+        torch.empty_like(weights),
+    )
+    for start in range(0, columns, kind.block_size):
+        stop = start + kind.block_size
+        here = slice(start, stop)
+        block = _quantize_block(work[:, here], feedback[here, here], None if lead is None else lead[here, here], search)
+        work[:, stop:] -= block.errors @ feedback[here, stop:]
+        if lead is not None:
+            work[:, stop:] += block.compensated @ lead[here, stop:]
+        index = int(order[start:stop].min()) // kind.block_size
+        result.scales[:, index] = block.scales.half()
+        result.codebooks[:, index * kind.groups : (index + 1) * kind.groups] = block.codebooks
+        result.codes[:, index * block.codes.shape[1] : (index + 1) * block.codes.shape[1]] = block.codes
+        result.weights[:, order[here]] = block.quantized
+    return result
+
+
+@dataclass
+class _Block:
+    """One block of all rows, columns in processing order."""
+
+    scales: torch.Tensor
+    codebooks: torch.Tensor
+    codes: torch.Tensor
+    quantized: torch.Tensor
+    errors: torch.Tensor
+    compensated: torch.Tensor
+
+
+def _quantize_block(
+    weights: torch.Tensor, feedback: torch.Tensor, lead: torch.Tensor | None, search: CodebookSearch
+) -> _Block:
+    """Quantize [rows, block_size] in processing order, feeding errors back inside the block."""
+    kind = search.tensor_type
+    width = search.levels.shape[2]
+    work = weights.clone()
+    scales = search.block_scales(_storage_order(work, kind))
+    codebooks, codes = [], []
+    quantized, errors = torch.empty_like(work), torch.empty_like(work)
+    for start in range(0, kind.block_size, GROUP):
+        stop = start + GROUP
+        vectors = search.vectors(_storage_order(work[:, start:stop], kind)) / scales[:, None, None]
+        book, _ = search.search(vectors)
+        levels = search.levels[book] * scales[:, None, None]
+        for first in range(start, stop, width):
+            last = first + width
+            inverse = torch.linalg.inv(feedback[first:last, first:last])
+            target = work[:, first:last]
+            code = ((target[:, None] - levels) @ inverse).square().sum(2).argmin(1)
+            quantized[:, first:last] = levels[torch.arange(len(code), device=code.device), code]
+            errors[:, first:last] = (target - quantized[:, first:last]) @ inverse
+            # Inside the group right away; the rest of the block follows when the group is done.
+            work[:, last:stop] -= errors[:, first:last] @ feedback[first:last, last:stop]
+            if lead is not None:
+                work[:, last:stop] += target @ lead[first:last, last:stop]
+            codes.append(code)
+        work[:, stop:] -= errors[:, start:stop] @ feedback[start:stop, stop:]
+        if lead is not None:
+            work[:, stop:] += work[:, start:stop] @ lead[start:stop, stop:]
+        codebooks.append(book)
+    return _Block(
+        scales, torch.stack(codebooks, 1).byte(), torch.stack(codes, 1).byte(), quantized, errors, compensated=work
+    )
+
+
+def _storage_order(weights: torch.Tensor, kind: TensorType) -> torch.Tensor:
+    """Undo _processing_order inside groups: pairs adjacent -> pairs 16 apart."""
+    if not kind.paired:
+        return weights
+    return weights.reshape(len(weights), -1, GROUP // 2, 2).transpose(2, 3).reshape(weights.shape)
+
+
+def _processing_order(diagonal: torch.Tensor, kind: TensorType) -> torch.Tensor:
+    """Columns in the order of quantization: int64 [cols]. Blocks by importance; inside, pairs side by side."""
+    columns = torch.arange(len(diagonal), device=diagonal.device)
+    if kind.paired:
+        columns = columns.view(-1, 2, GROUP // 2).transpose(1, 2).reshape(-1)
+    importance = diagonal.view(-1, kind.block_size).amax(1)
+    blocks = importance.argsort(descending=True, stable=True)
+    return columns.view(-1, kind.block_size)[blocks].reshape(-1)
+
+
+def _inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    """U with U^T U = inv(H + damping), upper. In float32; float64, then more damping, where that fails."""
+    mean = hessian.diagonal().mean()
+    identity = torch.eye(len(hessian), device=hessian.device)
+    for dtype, share in ((torch.float32, damping), (torch.float64, damping), (torch.float64, 10 * damping)):
+        damped = (hessian + share * mean * identity).to(dtype)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if failed:
+            continue
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed and bool(upper.isfinite().all()):
+            return upper.float()
+    raise D2QError(
+        "The calibration statistics of a layer can't be factored; use more or more varied --calibration text."
+    )

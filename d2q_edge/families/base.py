@@ -78,7 +78,7 @@ class Family(ABC):
         self.vocab_size = self._int("vocab_size")
         self.context_length = self._int("max_position_embeddings")
         self.norm_eps = self._float("rms_norm_eps", default=1e-6)
-        self.tied_embeddings = config.get("tie_word_embeddings") is True
+        self.tied_embeddings = self._flag("tie_word_embeddings")
         if self.num_heads % self.num_kv_heads:
             raise D2QError(
                 f"config.json: num_attention_heads ({self.num_heads}) must be a multiple of num_key_value_heads "
@@ -208,7 +208,7 @@ class Family(ABC):
         self.rope_type: str = kind
         self.rope_scaling: Mapping[str, Any] = scaling
         theta = scaling.get("rope_theta", self.config.get("rope_theta"))
-        self.rope_theta = _positive_float("rope_theta", 10000.0 if theta is None else theta)
+        self.rope_theta = positive_float("rope_theta", 10000.0 if theta is None else theta)
         for place in (self.config, scaling):
             if place.get("partial_rotary_factor", 1.0) not in (1, None):
                 raise D2QError("config.json: a partial_rotary_factor other than 1 isn't supported")
@@ -240,7 +240,7 @@ class Family(ABC):
 
     def _float(self, key: str, *, default: float) -> float:
         value = self.config.get(key)
-        return _positive_float(key, default if value is None else value)
+        return positive_float(key, default if value is None else value)
 
     def _flag(self, key: str) -> bool:
         value = self.config.get(key)
@@ -249,7 +249,15 @@ class Family(ABC):
         return value is True
 
 
-def _positive_float(key: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-        raise D2QError(f"config.json: {key} must be a positive number, not {value!r}")
-    return float(value)
+def positive_float(key: str, value: object) -> float:
+    """A setting as a float.
+
+    Raises:
+        D2QError: it isn't a finite number above zero.
+    """
+    try:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < float(value) < math.inf:
+            return float(value)
+    except OverflowError:
+        pass
+    raise D2QError(f"config.json: {key} must be a positive number, not {value!r}")

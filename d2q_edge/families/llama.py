@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from d2q_edge.errors import D2QError
-from d2q_edge.families.base import Family
+from d2q_edge.families.base import Family, positive_float
 
 
 class Llama(Family):
@@ -48,6 +48,12 @@ class Llama(Family):
         writer.add_vocab_size(self.vocab_size)
         writer.add_rope_dimension_count(self.head_dim)
 
+    def _refuse_unsupported(self) -> None:
+        super()._refuse_unsupported()
+        # Both read settings that the base doesn't; a bad one must be found now, not when the file is written.
+        self.biased_linears()
+        self.extra_tensors()
+
     def _rope_factors(self) -> npt.NDArray[np.float32]:
         """What each rotary frequency is divided by, [head_dim / 2]: 1 for short wavelengths, `factor` for those longer
         than the original context allows, interpolated between (Llama 3.1's rule, as transformers computes it).
@@ -58,7 +64,7 @@ class Llama(Family):
             D2QError: the factors contradict each other.
         """
         factor, low, high, context = (
-            self._rope_number(key, default)
+            positive_float(f"rope_scaling's {key}", self.rope_scaling.get(key, default))
             for key, default in (
                 ("factor", 8.0),
                 ("low_freq_factor", 1.0),
@@ -75,9 +81,3 @@ class Llama(Family):
         factors[wavelengths < context / high] = 1.0
         factors[wavelengths > context / low] = factor
         return factors.numpy()
-
-    def _rope_number(self, key: str, default: float) -> float:
-        value = self.rope_scaling.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise D2QError(f"config.json: rope_scaling's {key} must be a positive number, not {value!r}")
-        return value

@@ -1,0 +1,1 @@
+"""Tests, one file per module of d2q_edge."""

@@ -272,8 +272,9 @@ def _read_template(step: dict[str, Any], texts: dict[str, str | None], add: dict
         return
     first, last = single[0], single[-1]
     if first is not None:
-        texts["bos"] = texts["bos"] or first
-        add["bos"] = first in (texts["bos"], texts["cls"])
+        # Whatever tokenizer_config.json calls BOS: this is what transformers puts first, so llama.cpp must, too.
+        texts["bos"] = first
+        add["bos"] = True
     if last is not None:
         if texts["eos"] not in (None, last):
             # A chat model whose turns end otherwise than its texts: what tokenizer_config.json calls EOS ends a turn.

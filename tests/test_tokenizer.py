@@ -1,0 +1,248 @@
+"""Tokenizers: what the file gets, what is refused, and the same token ids in llama.cpp as in transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+
+from d2q_edge.errors import D2QError
+from d2q_edge.export import export
+from d2q_edge.tokenizer import Tokenizer, read_tokenizer
+from tests.checkpoints import EXAMPLE
+
+Make = Callable[..., Path]
+Edit = Callable[[dict[str, Any]], object]
+SHARED = Path(__file__).parent.parent.parent / "shared" / "models"
+TEXTS = [
+    "Hello world",
+    "def f(x):\n\tif x >= 10:\n        return {'a': [1, 22, 333, 4444, 55555]}  # ok?\n\n\n",
+    "it's I'M we'Ve don'T they'LL you'd 'tis O'Re",
+    "1234567890 3.14159 1,000,000 ½ ²³ ٣٤٥",
+    "中文测试,日本語のテキスト。한국어 문장",
+    "🚀🎉 👩‍👩‍👧‍👦 🇩🇪 é ü ñ à",
+    "a" + " " * 21 + "b\t\t\t\tc\n\n\n\n   \n  x   ",
+    "  leading and trailing   ",
+    "\r\n\r\n x\r\n",
+    "Привет мир! Ünïcödé ﷽ ไทย हिन्दी",
+    "<|endoftext|>x<|im_start|>user\nhi<|im_end|>",
+    "x" * 300,
+    "\u00a0\u2003\u3000 z\u200b",
+    "https://a.b/c?d=e&f=%20#g",
+    "",
+]
+
+
+def edit(directory: Path, change: Edit, file: str = "tokenizer.json") -> None:
+    content = json.loads((directory / file).read_text("utf-8"))
+    change(content)
+    (directory / file).write_text(json.dumps(content), "utf-8")
+
+
+def read(directory: Path, vocab_size: int = 4100) -> Tokenizer:
+    config = json.loads((directory / "config.json").read_text())
+    return read_tokenizer(directory, config, vocab_size)
+
+
+def test_example_tokenizer() -> None:
+    tokenizer = read(EXAMPLE, 4096)
+    assert tokenizer.pre == "qwen2"
+    assert len(tokenizer.tokens) == len(tokenizer.types) == 4096
+    assert tokenizer.tokens[:3] == ["!", '"', "#"]
+    assert tokenizer.tokens[4093:] == ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    assert tokenizer.types[4092:] == [gguf.TokenType.NORMAL] + [gguf.TokenType.CONTROL] * 3
+    assert len(tokenizer.merges) == 3837
+    assert tokenizer.merges[0].count(" ") == 1
+    assert tokenizer.special_ids == {"eos": 4093, "pad": 4093}
+    assert tokenizer.add_special == {"bos": False, "eos": False}
+    assert tokenizer.chat_template is None
+
+
+def test_llama_tokenizer(make_checkpoint: Make) -> None:
+    tokenizer = read(make_checkpoint("llama"))
+    assert tokenizer.pre == "llama-bpe"
+    assert tokenizer.special_ids == {"bos": 4093, "eos": 4095, "pad": 4093}
+    assert tokenizer.add_special == {"bos": True, "eos": False, "sep": False}
+    assert tokenizer.chat_template == "{{ messages }}"
+    assert tokenizer.add_space_prefix is False
+
+
+def test_rows_beyond_the_vocabulary_are_padding(make_checkpoint: Make) -> None:
+    tokenizer = read(make_checkpoint(), 4098)
+    assert tokenizer.tokens[4095:] == ["<|im_end|>", "[PAD4096]", "[PAD4097]"]
+    assert tokenizer.types[4096:] == [gguf.TokenType.UNUSED] * 2
+
+
+def test_added_tokens_by_kind(make_checkpoint: Make) -> None:
+    directory = make_checkpoint()
+
+    def add(content: dict[str, Any]) -> None:
+        for token_id, text in ((4096, "<tool\u2581call>"), (4097, "<|odd|>"), (4098, "<unused7>")):
+            content["added_tokens"].append({"id": token_id, "content": text, "special": False})
+
+    edit(directory, add)
+    tokenizer = read(directory)
+    assert tokenizer.tokens[4096:4099] == ["<tool call>", "<|odd|>", "<unused7>"]
+    assert tokenizer.types[4096:4099] == [gguf.TokenType.USER_DEFINED, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
+
+
+def test_added_token_that_only_tokenizer_config_has(make_checkpoint: Make) -> None:
+    directory = make_checkpoint()
+    token = {"content": "<extra>", "special": True}
+    edit(directory, lambda settings: settings["added_tokens_decoder"].update({"4096": token}), "tokenizer_config.json")
+    assert read(directory).tokens[4096] == "<extra>"
+    token["content"] = "<|im_end|>"
+    edit(directory, lambda settings: settings["added_tokens_decoder"].update({"4096": token}), "tokenizer_config.json")
+    with pytest.raises(D2QError, match=r"the id 4095, but tokenizer_config.json gives it 4096"):
+        read(directory)
+
+
+def test_old_spelling_of_merges(make_checkpoint: Make) -> None:
+    directory = make_checkpoint()
+    before = read(directory).merges
+
+    def join(content: dict[str, Any]) -> None:
+        content["model"]["merges"] = [m if isinstance(m, str) else " ".join(m) for m in content["model"]["merges"]]
+
+    edit(directory, join)
+    assert read(directory).merges == before
+
+
+def test_without_tokenizer_config(make_checkpoint: Make) -> None:
+    directory = make_checkpoint("llama")
+    (directory / "tokenizer_config.json").unlink()
+    tokenizer = read(directory)
+    assert tokenizer.special_ids == {"bos": 4093, "eos": 4095}
+    assert tokenizer.add_special["bos"] is True
+
+
+def test_special_tokens_as_objects_and_flags(make_checkpoint: Make) -> None:
+    directory = make_checkpoint()
+
+    def change(settings: dict[str, Any]) -> None:
+        settings.update(eos_token={"content": "<|im_end|>"}, bos_token="<|im_start|>", add_bos_token=True)
+
+    edit(directory, change, "tokenizer_config.json")
+    # The post-processor says that nothing is added, and it is what transformers follows.
+    assert read(directory).add_special == {"bos": False, "eos": False}
+    assert read(directory).special_ids["eos"] == 4095
+    edit(directory, lambda content: content.update(post_processor=None))
+    assert read(directory).add_special == {"bos": True}
+
+
+def test_template_that_ends_texts(make_checkpoint: Make) -> None:
+    directory = make_checkpoint("llama")
+
+    def change(content: dict[str, Any]) -> None:
+        template = content["post_processor"]["processors"][1]
+        template["single"].append({"SpecialToken": {"id": "<|im_start|>", "type_id": 0}})
+        template["pair"] = []
+
+    edit(directory, change)
+    tokenizer = read(directory)
+    assert tokenizer.add_special == {"bos": True, "eos": True}
+    assert tokenizer.special_ids == {"bos": 4093, "eos": 4094, "pad": 4093, "eot": 4095}
+
+
+def test_template_wins_over_bos_token(make_checkpoint: Make) -> None:
+    directory = make_checkpoint("llama")
+    edit(directory, lambda settings: settings.update(bos_token="<|im_start|>"), "tokenizer_config.json")
+    assert read(directory).special_ids["bos"] == 4093
+
+
+def test_chat_templates(make_checkpoint: Make) -> None:
+    directory = make_checkpoint()
+    (directory / "chat_template.json").write_text(json.dumps({"chat_template": "from json"}))
+    assert read(directory).chat_template == "from json"
+    (directory / "chat_template.jinja").write_text("from jinja")
+    assert read(directory).chat_template == "from jinja"
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "tools.jinja").write_text("with tools")
+    assert read(directory).chat_template == [
+        {"name": "default", "template": "from jinja"},
+        {"name": "tools", "template": "with tools"},
+    ]
+    edit(directory, lambda settings: settings.update(chat_template="from settings"), "tokenizer_config.json")
+    assert read(directory).chat_template == "from settings"
+
+
+def test_unknown_regex_is_quoted(make_checkpoint: Make) -> None:
+    directory = make_checkpoint()
+    edit(directory, lambda content: content["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=r"\p{L}+|\s+"))
+    with pytest.raises(D2QError) as caught:
+        read(directory)
+    assert r"\p{L}+|\s+" in str(caught.value)
+    assert "llama-bpe, qwen2" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "pattern"),
+    [
+        (lambda c: c.pop("pre_tokenizer"), "splits text in a way that isn't known"),
+        (lambda c: c.update(pre_tokenizer={"type": "ByteLevel", "use_regex": True}), "isn't known.*ByteLevel"),
+        (lambda c: c["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed"), "isn't known"),
+        (lambda c: c["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True), "isn't known"),
+        (lambda c: c["pre_tokenizer"]["pretokenizers"].append({"type": "Digits"}), "isn't known.*Digits"),
+        (lambda c: c.update(normalizer={"type": "Lowercase"}), "normalizes text with.*Lowercase"),
+        (lambda c: c["model"].update(type="Unigram"), "Unigram tokenizer; only byte-level BPE"),
+        (lambda c: c["model"].update(byte_fallback=True), "BPE tokenizer with byte fallback"),
+        (lambda c: c["model"].update(end_of_word_suffix="</w>"), "sets end_of_word_suffix"),
+        (lambda c: c.update(post_processor={"type": "RobertaProcessing"}), "post-processor RobertaProcessing"),
+        (lambda c: c["model"]["vocab"].update(x=5000), "the id 5000, but the model has 4100 tokens only"),
+        (lambda c: c["model"]["vocab"].update(xyz=7), "the id 7 to both"),
+        (lambda c: c.pop("model"), "doesn't have the structure of a tokenizer"),
+        (lambda c: c.update(model=[]), "doesn't have the structure of a tokenizer"),
+        (lambda c: c["model"].update(merges=[["a"]]), "doesn't have the structure of a tokenizer"),
+    ],
+)
+def test_refused_tokenizers(make_checkpoint: Make, change: Edit, pattern: str) -> None:
+    directory = make_checkpoint()
+    edit(directory, change)
+    with pytest.raises(D2QError, match=pattern):
+        read(directory)
+
+
+def test_ignore_merges_matters_only_for_unreachable_tokens(make_checkpoint: Make) -> None:
+    directory = make_checkpoint("llama")
+    edit(directory, lambda content: content["model"].update(ignore_merges=False))
+    assert read(directory).pre == "llama-bpe"
+    edit(directory, lambda content: content["model"]["vocab"].update(qzqzq=4096))
+    with pytest.raises(D2QError, match=r"sets ignore_merges to false, unlike llama.cpp's llama-bpe.*'qzqzq'"):
+        read(directory)
+    edit(directory, lambda content: content["model"].update(ignore_merges=True))
+    assert read(directory).tokens[4096] == "qzqzq"
+
+
+def test_missing_files(make_checkpoint: Make) -> None:
+    directory = make_checkpoint()
+    (directory / "tokenizer.json").unlink()
+    with pytest.raises(D2QError, match=r"no tokenizer.json"):
+        read(directory)
+    (directory / "tokenizer.model").touch()
+    with pytest.raises(D2QError, match=r"SentencePiece tokenizer.model only"):
+        read(directory)
+
+
+@pytest.mark.parametrize("name", ["tiny-qwen3", "qwen3-34m", "llama-54m", "random llama"])
+def test_same_ids_as_transformers(make_checkpoint: Make, tmp_path: Path, name: str) -> None:
+    if os.environ.get("D2Q_REQUIRE_RUNTIME") == "1":
+        import llama_cpp
+    else:
+        llama_cpp = pytest.importorskip("llama_cpp", reason="the runtime isn't installed")
+    from transformers import AutoTokenizer
+
+    model = {"tiny-qwen3": EXAMPLE, "random llama": tmp_path / "tiny"}.get(name, SHARED / name)
+    if name == "random llama":
+        make_checkpoint("llama")
+    if not model.is_dir():
+        pytest.skip(f"{model} isn't here")
+    export(model, tmp_path / "model.gguf", "q8_0")
+    ours = llama_cpp.Llama(str(tmp_path / "model.gguf"), vocab_only=True, verbose=False)
+    reference = AutoTokenizer.from_pretrained(model)
+    for text in TEXTS:
+        assert ours.tokenize(text.encode(), add_bos=True, special=True) == reference.encode(text), text

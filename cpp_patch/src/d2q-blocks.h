@@ -1,0 +1,47 @@
+// Where each code of a d2q block lies: the one place in C that knows the bit layout (block structs: ggml-common.h).
+// A group is 32 weights with one codebook; these functions give the table entries of group k in the order of the weights.
+#pragma once
+
+#define GGML_COMMON_DECL_C
+#include "ggml-common.h"
+#include "d2q-tables.h"
+
+#define D2Q_GROUP 32
+
+// d2q2, d2q2_64: pair i of group k is (weight i, weight i + 16); even groups in low nibbles, odd groups in high ones
+static inline void d2q_pair_group(const uint8_t * qs, uint8_t cb, int k, int8_t * out) {
+    const int8_t (*table)[16] = d2q_pair_table[cb];
+    for (int i = 0; i < 16; i++) {
+        const int code = (qs[16*(k/2) + i] >> (4*(k%2))) & 15;
+        out[i]      = table[0][code];
+        out[i + 16] = table[1][code];
+    }
+}
+
+static inline void d2q2_group(const block_d2q2 * x, int k, int8_t * out) {
+    d2q_pair_group(x->qs, x->cb[k], k, out);
+}
+
+static inline void d2q2_64_group(const block_d2q2_64 * x, int k, int8_t * out) {
+    d2q_pair_group(x->qs, x->cb[k], k, out);
+}
+
+// d2q3: four groups share the 32 bytes of low bits, all eight share the bytes of high bits
+static inline void d2q3_group(const block_d2q3 * x, int k, int8_t * out) {
+    const int8_t * table = d2q_scalar_table[x->cb[k]];
+    for (int j = 0; j < D2Q_GROUP; j++) {
+        const int low  = (x->qs[32*(k/4) + j] >> (2*(k%4))) & 3;
+        const int high = (x->qh[j] >> k) & 1;
+        out[j] = table[low | high << 2];
+    }
+}
+
+// d2q3_64: both groups share the 16 bytes of low bits and the 8 bytes of high bits
+static inline void d2q3_64_group(const block_d2q3_64 * x, int k, int8_t * out) {
+    const int8_t * table = d2q_scalar_table[x->cb[k]];
+    for (int j = 0; j < D2Q_GROUP; j++) {
+        const int low  = (x->qs[j%16] >> (4*k + 2*(j/16))) & 3;
+        const int high = (x->qh[j%8] >> (4*k + j/8)) & 1;
+        out[j] = table[low | high << 2];
+    }
+}

@@ -1,0 +1,133 @@
+"""What is installed: the patched package, its types, llama.cpp's tools. Builds nothing and changes nothing."""
+
+import ctypes
+import importlib
+import importlib.metadata
+import importlib.util
+import re
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from d2q_edge.codebooks import TABLE_SHA256
+from d2q_edge.errors import D2QError
+from d2q_edge.runtime.machine import cache_key
+from d2q_edge.runtime.source import PACKAGE, VERSION, cache_directory, patch_hash
+from d2q_edge.tensor_types import ALL
+
+TOOLS = ("llama-quantize", "llama-imatrix", "llama-perplexity", "llama-bench")
+INSTALL = "run `d2q-edge runtime install`"
+PATCHED = re.compile(re.escape(VERSION) + r"\+d2q\.([0-9a-f]+)")
+
+
+@dataclass(frozen=True)
+class RuntimeInfo:
+    """DESIGN section 8: what `d2q-edge runtime info` says. None stands for what is not installed."""
+
+    version: str | None
+    patch_hash: str | None
+    types: list[str]
+    library: str | None
+    tools: dict[str, str | None]
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain values, for json.dump."""
+        return asdict(self)
+
+
+def _shared(directory: Path, name: str) -> Path | None:
+    suffix = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+    path = directory / f"{'' if sys.platform == 'win32' else 'lib'}{name}{suffix}"
+    return path if path.is_file() else None
+
+
+def library_directory() -> Path | None:
+    """The folder of the installed llama_cpp's shared libraries, found without importing it."""
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is None or spec.origin is None:
+        return None
+    directory = Path(spec.origin).parent / "lib"
+    return directory if directory.is_dir() else None
+
+
+def installed_version() -> str | None:
+    """Version of the installed llama-cpp-python, patched or not; None without one."""
+    try:
+        return importlib.metadata.version(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _base_library() -> ctypes.CDLL | None:
+    """libggml-base of the installed package, if it has our types."""
+    directory = library_directory()
+    path = _shared(directory, "ggml-base") if directory else None
+    if path is None:
+        return None
+    try:
+        library = ctypes.CDLL(str(path))
+        library.ggml_d2q_table_sha256.restype = ctypes.c_char_p
+        library.ggml_type_name.restype = ctypes.c_char_p
+    except (OSError, AttributeError):
+        return None
+    return library
+
+
+def tools_directory() -> Path:
+    """Where `runtime install --tools` puts the tools of this patch for this machine."""
+    return cache_directory() / cache_key(patch_hash()) / "tools"
+
+
+def _tool(name: str) -> Path | None:
+    path = tools_directory() / (name + (".exe" if sys.platform == "win32" else ""))
+    return path if path.is_file() else None
+
+
+def info() -> RuntimeInfo:
+    """Describe what is installed in this environment and in the cache; never fails because something is missing."""
+    version = installed_version()
+    patched = PATCHED.fullmatch(version or "")
+    directory = library_directory()
+    library = _shared(directory, "llama") if directory else None
+    base = _base_library() if patched else None
+    names = [base.ggml_type_name(t.id) for t in ALL] if base else []
+    return RuntimeInfo(
+        version=version,
+        patch_hash=patched.group(1) if patched else None,
+        types=[name.decode() for name in names if name],
+        library=str(library) if library else None,
+        tools={name: str(path) if (path := _tool(name)) else None for name in TOOLS},
+    )
+
+
+def find_tool(name: str) -> Path:
+    """Path of one of TOOLS, built from the current patch for this machine.
+
+    Raises:
+        D2QError: it has not been built.
+    """
+    path = _tool(name)
+    if path is None:
+        raise D2QError(f"The tool {name} is not built: run `d2q-edge runtime install --tools`.")
+    return path
+
+
+def require() -> ModuleType:
+    """Import llama_cpp after checking that it is patched and has this package's codebook tables.
+
+    Raises:
+        D2QError: it is missing, stock, broken or made with other tables; the message says what to run.
+    """
+    version = installed_version()
+    if version is None or library_directory() is None:
+        raise D2QError(f"The runtime (a patched {PACKAGE}) is not installed: {INSTALL}.")
+    if PATCHED.fullmatch(version) is None:
+        raise D2QError(f"{PACKAGE} {version} is installed without the d2q types: {INSTALL} to replace it.")
+    base = _base_library()
+    if base is None:
+        raise D2QError(f"The libraries of {PACKAGE} {version} can't be loaded: {INSTALL} again.")
+    if base.ggml_d2q_table_sha256().decode() != TABLE_SHA256:
+        raise D2QError(f"{PACKAGE} {version} was built with other codebook tables: {INSTALL} again.")
+    return importlib.import_module("llama_cpp")

@@ -18,7 +18,7 @@ from d2q_edge import __version__
 from d2q_edge.checkpoint import IGNORED_SUFFIXES, Checkpoint
 from d2q_edge.errors import D2QError
 from d2q_edge.families import Family, family_for
-from d2q_edge.gguf_file import STOCK_TYPES, GGUFTensor, block_and_type_size, write_gguf
+from d2q_edge.gguf_file import STOCK_TYPES, GGUFTensor, block_and_type_size, file_size, write_gguf
 from d2q_edge.tokenizer import read_tokenizer
 
 FILE_TYPES: dict[str, int] = {
@@ -27,7 +27,7 @@ FILE_TYPES: dict[str, int] = {
 }
 """general.file_type of a file whose matrices have that stock type."""
 
-Value = str | int | float | bool | list[str] | list[int] | list[float]
+Value = str | int | float | bool | Sequence[str] | Sequence[int] | Sequence[float]
 
 
 def float_tensor(family: Family, hf_name: str, type_name: str, load: Callable[[], npt.NDArray[Any]]) -> GGUFTensor:
@@ -108,6 +108,28 @@ def write_model(
     Raises:
         D2QError: the tokenizer can't be exported, or the file can't be written.
     """
+    add_metadata = _metadata_writer(checkpoint, family, file_type, extra)
+    return write_gguf(path, family.gguf_arch, tensors, add_metadata, force=force)
+
+
+def model_size(
+    checkpoint: Checkpoint,
+    family: Family,
+    tensors: Sequence[GGUFTensor],
+    file_type: int,
+    extra: Mapping[str, Value] | None = None,
+) -> int:
+    """Bytes of the file that `write_model` would write; no tensor is loaded.
+
+    Raises:
+        D2QError: the tokenizer or the metadata can't be exported.
+    """
+    return file_size(family.gguf_arch, tensors, _metadata_writer(checkpoint, family, file_type, extra))
+
+
+def _metadata_writer(
+    checkpoint: Checkpoint, family: Family, file_type: int, extra: Mapping[str, Value] | None
+) -> Callable[[gguf.GGUFWriter], None]:
     tokenizer = read_tokenizer(checkpoint.directory, checkpoint.config, family.vocab_size)
 
     def add_metadata(writer: gguf.GGUFWriter) -> None:
@@ -122,7 +144,7 @@ def write_model(
         for key, value in (extra or {}).items():
             _add_value(writer, key, value)
 
-    return write_gguf(path, family.gguf_arch, tensors, add_metadata, force=force)
+    return add_metadata
 
 
 def export(model: str | Path, path: Path, type_name: str, *, force: bool = False) -> int:

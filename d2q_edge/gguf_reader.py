@@ -141,6 +141,8 @@ class GGUFFile:
             if dims > MAX_DIMS:
                 raise self._malformed(f"the tensor {name} has {dims} dimensions")
             shape = self._take(f"{dims}Q")[::-1]
+            if 0 in shape:
+                raise self._malformed(f"the tensor {name} is empty")
             type_id, offset = self._take("IQ")
             found.append((name, shape, type_id, offset))
         start = -(-self._position // self.alignment) * self.alignment

@@ -1,0 +1,192 @@
+"""Writing GGUF files: layout, and that a file is whole or absent whatever goes wrong."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from d2q_edge import gguf_file, tensor_types
+from d2q_edge.errors import D2QError
+from d2q_edge.gguf_file import GGUFTensor, block_and_type_size, check_output, data_size, encode, write_gguf
+
+
+def tensor(name: str, type_name: str, array: npt.NDArray[Any], shape: tuple[int, ...] | None = None) -> GGUFTensor:
+    return GGUFTensor(name, shape or array.shape, type_name, lambda: array)
+
+
+def no_keys(writer: gguf.GGUFWriter) -> None:
+    """A file without other keys than its architecture."""
+
+
+MATRIX = np.arange(128, dtype=np.float32).reshape(2, 64)
+GOOD = [tensor("a.weight", "f32", MATRIX), tensor("b.weight", "f16", MATRIX)]
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """The path of a file to write, alone in its directory."""
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out" / "model.gguf"
+
+
+def refused(out: Path, pattern: str, tensors: list[GGUFTensor] = GOOD, **options: Any) -> None:
+    """Writing must fail with a matching sentence and change nothing in the directory."""
+    before = {path: path.read_bytes() for path in out.parent.glob("*") if path.is_file()}
+    with pytest.raises(D2QError, match=pattern):
+        write_gguf(out, "llama", tensors, no_keys, **options)
+    assert {path: path.read_bytes() for path in out.parent.glob("*") if path.is_file()} == before
+
+
+def test_bytes_by_hand(out: Path) -> None:
+    values = np.array([[1.0, -2.0, 0.5]], np.float32)
+    bias = np.array([3.0], np.float32)
+    size = write_gguf(out, "llama", [tensor("w.weight", "f16", values), tensor("b", "f32", bias)], no_keys)
+    expected = b"GGUF" + struct.pack("<IQQ", 3, 2, 1)
+    expected += struct.pack("<Q", 20) + b"general.architecture" + struct.pack("<IQ", 8, 5) + b"llama"
+    expected += struct.pack("<Q", 8) + b"w.weight" + struct.pack("<IQQIQ", 2, 3, 1, 1, 0)
+    expected += struct.pack("<Q", 1) + b"b" + struct.pack("<IQIQ", 1, 1, 0, 32)
+    expected += bytes(-len(expected) % 32)
+    expected += struct.pack("<3e", 1.0, -2.0, 0.5) + bytes(26) + struct.pack("<f", 3.0) + bytes(28)
+    assert out.read_bytes() == expected
+    assert size == len(expected)
+    assert data_size([tensor("w.weight", "f16", values), tensor("b", "f32", bias)]) == 64
+
+
+@pytest.mark.parametrize("own", tensor_types.ALL, ids=lambda own: own.name)
+def test_own_types_by_number(out: Path, own: tensor_types.TensorType) -> None:
+    packed = np.random.default_rng(0).integers(0, 256, (3, own.row_bytes(512)), np.uint8)
+    write_gguf(out, "llama", [tensor("x.weight", own.name, packed, (3, 512))], no_keys)
+    content = out.read_bytes()
+    info = struct.pack("<Q", 8) + b"x.weight" + struct.pack("<IQQIQ", 2, 512, 3, own.id, 0)
+    assert info in content
+    assert content[content.index(info) + len(info) :].strip(b"\0").startswith(packed.tobytes().strip(b"\0")[:100])
+    assert packed.tobytes() in content
+
+
+@pytest.mark.parametrize("name", gguf_file.STOCK_TYPES)
+def test_sizes_of_stock_types(name: str) -> None:
+    sizes = {"f32": (1, 4), "f16": (1, 2), "bf16": (1, 2), "q8_0": (32, 34), "q5_1": (32, 24), "q5_0": (32, 22)}
+    assert block_and_type_size(name) == {**sizes, "q4_1": (32, 20), "q4_0": (32, 18)}[name]
+    assert encode(tensor("x", name, MATRIX)).nbytes == tensor("x", name, MATRIX).nbytes
+
+
+def test_q8_0_by_hand() -> None:
+    values = np.zeros((1, 32), np.float32)
+    values[0, :3] = [127.0, -63.5, 1.0]
+    assert encode(tensor("x", "q8_0", values)).tobytes() == struct.pack("<e32b", 1.0, 127, -64, 1, *[0] * 29)
+
+
+def test_existing_file_needs_force(out: Path) -> None:
+    out.write_text("precious")
+    refused(out, "exists already; use --force")
+    write_gguf(out, "llama", GOOD, no_keys, force=True)
+    assert out.read_bytes()[:4] == b"GGUF"
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_missing_directory(tmp_path: Path) -> None:
+    with pytest.raises(D2QError, match=r"the output directory .*absent doesn't exist"):
+        write_gguf(tmp_path / "absent" / "model.gguf", "llama", GOOD, no_keys)
+
+
+def test_directory_as_output(tmp_path: Path) -> None:
+    with pytest.raises(D2QError, match="is a directory; give the name of the file"):
+        check_output(tmp_path, force=True)
+
+
+def test_parent_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(D2QError, match="doesn't exist"):
+        check_output(tmp_path / "file" / "model.gguf", force=False)
+
+
+def test_directory_that_is_not_writable(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Tests may run as root, whom permissions don't stop.
+    def deny(*args: object, **kwargs: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "touch", deny)
+    refused(out, "can't write .*model.gguf: Permission denied")
+
+
+def test_too_little_space(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Usage(NamedTuple):
+        free: int
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(data_size(GOOD) - 1))
+    refused(out, r"0 MiB of free space, but the output needs 0 MiB")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(data_size(GOOD)))
+    check_output(out, force=False, size=data_size(GOOD))
+
+
+def test_disk_that_fills_up(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
+    refused(out, "the disk is full: .* nothing was left behind")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, MemoryError])
+def test_nothing_is_left_of_an_interrupted_write(out: Path, error: type[BaseException]) -> None:
+    def fail() -> npt.NDArray[Any]:
+        assert len(list(out.parent.iterdir())) == 1, "the partial file should exist by now"
+        raise error
+
+    tensors = [*GOOD, GGUFTensor("c.weight", (2, 64), "f32", fail)]
+    with pytest.raises(error):
+        write_gguf(out, "llama", tensors, no_keys)
+    assert list(out.parent.iterdir()) == []
+
+
+def test_failure_keeps_the_old_file(out: Path) -> None:
+    out.write_text("precious")
+    huge = np.full((1, 4), 1e6, np.float32)
+    refused(out, "x.weight has values too large for float16", [tensor("x.weight", "f16", huge)], force=True)
+    assert out.read_text() == "precious"
+
+
+def test_unknown_type_and_bad_width(out: Path) -> None:
+    refused(out, "tensor type 'q2_k' can't be written; these can: f32, .*, d2q3_64", [tensor("x", "q2_k", MATRIX)])
+    refused(out, "x can't be d2q2: 256 doesn't divide its width 64", [tensor("x", "d2q2", MATRIX)])
+
+
+@pytest.mark.parametrize(
+    ("type_name", "array", "shape"),
+    [
+        ("f32", MATRIX, (2, 32)),
+        ("d2q2_64", MATRIX, (2, 64)),
+        ("d2q2_64", np.zeros((2, 21), np.uint8), (2, 64)),
+    ],
+)
+def test_promises_that_load_breaks(out: Path, type_name: str, array: npt.NDArray[Any], shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="x: "):
+        write_gguf(out, "llama", [tensor("x", type_name, array, shape)], no_keys)
+    assert list(out.parent.iterdir()) == []
+
+
+def test_tensors_are_loaded_one_at_a_time(out: Path) -> None:
+    loaded: list[str] = []
+
+    def loader(name: str) -> Callable[[], npt.NDArray[Any]]:
+        def load() -> npt.NDArray[Any]:
+            loaded.append(name)
+            return MATRIX
+
+        return load
+
+    def metadata(writer: gguf.GGUFWriter) -> None:
+        assert loaded == []
+        assert writer.get_total_parameter_count()[0] == 256
+
+    write_gguf(out, "llama", [GGUFTensor(name, (2, 64), "bf16", loader(name)) for name in "ab"], metadata)
+    assert loaded == ["a", "b"]

@@ -1,0 +1,52 @@
+"""The patch series: small, applies without fuzz, and changes nothing of the tree but what it lists."""
+
+import filecmp
+import re
+from pathlib import Path
+
+import pytest
+
+from d2q_edge.errors import D2QError
+from d2q_edge.runtime import source
+
+PATCHES = sorted((source.patch_directory() / "patches").glob("*.patch"))
+
+
+def _files(directory: Path) -> set[str]:
+    return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+
+
+def _listed() -> set[str]:
+    return {name for patch in PATCHES for name in re.findall(r"^\+\+\+ b/(\S+)$", patch.read_text(), re.MULTILINE)}
+
+
+def test_only_listed_files_change(pristine_tree: Path, patched_tree: Path) -> None:
+    before, after = _files(pristine_tree), _files(patched_tree)
+    own = {(source.OWN_SOURCES / p.name).as_posix() for p in (source.patch_directory() / "src").iterdir()}
+    assert before - after == set()
+    assert after - before == own
+    changed = {name for name in before if not filecmp.cmp(pristine_tree / name, patched_tree / name, shallow=False)}
+    assert changed == _listed() | {"llama_cpp/__init__.py"}
+
+
+def test_patches_are_small_and_say_what_they_are_for() -> None:
+    assert len(PATCHES) >= 5
+    for number, patch in enumerate(PATCHES, 1):
+        purpose, empty, first, *_ = patch.read_text().splitlines()
+        assert patch.name.startswith(f"{number:04}-")
+        assert purpose.endswith(".")
+        assert empty == ""
+        assert first.startswith("diff --git ")
+        readme = (source.patch_directory() / "README.md").read_text()
+        assert patch.name in readme
+
+
+def test_a_patch_that_does_not_apply_is_named(tmp_path: Path) -> None:
+    patches = tmp_path / "cpp_patch" / "patches"
+    patches.mkdir(parents=True)
+    (patches / "0001-wrong.patch").write_text("Wrong.\n\n--- a/file\n+++ b/file\n@@ -1 +1 @@\n-one\n+two\n")
+    tree = tmp_path / "tree"
+    (tree / source.OWN_SOURCES.parent).mkdir(parents=True)
+    (tree / "file").write_text("three\n")
+    with pytest.raises(D2QError, match=r"0001-wrong\.patch does not apply"):
+        source.apply(tmp_path / "cpp_patch", tree, tmp_path / "log")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from d2q_edge.errors import D2QError
 from d2q_edge.runtime import source
-from d2q_edge.runtime.info import TOOLS, RuntimeInfo, info, installed_version, library_directory, tools_directory
+from d2q_edge.runtime.installed import TOOLS, RuntimeInfo, info, installed_version, library_directory, tools_directory
 from d2q_edge.runtime.machine import cache_key
 from d2q_edge.runtime.process import run_logged, say
 

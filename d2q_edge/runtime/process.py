@@ -35,12 +35,12 @@ def run_logged(
     Args:
         command: program and arguments.
         log: the file that gets everything the program prints.
-        failure: the first half of the error's sentence, for example "Building the runtime failed".
+        failure: the error's sentence up to where the log is, for example "Building the runtime failed".
         env: variables added to the environment.
         cwd: working directory.
 
     Raises:
-        D2QError: the program can't be started or exits with an error; the message ends with its last lines.
+        D2QError: the program can't be started or exits with an error; its last lines go to stderr.
     """
     words = [str(word) for word in command]
     tail: deque[str] = deque(maxlen=TAIL_LINES)
@@ -72,4 +72,5 @@ def run_logged(
     if counter:
         print("\r", end="", file=sys.stderr)
     if process.returncode:
-        raise D2QError(f"{failure}; the log is {log} and ends with:\n" + "\n".join(line for line in tail if line))
+        say("\n".join(line for line in tail if line))
+        raise D2QError(f"{failure}; see {log}.")

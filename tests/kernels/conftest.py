@@ -8,7 +8,7 @@ import pytest
 
 from d2q_edge.errors import D2QError
 from d2q_edge.runtime import source
-from d2q_edge.runtime.info import info, library_directory
+from d2q_edge.runtime.installed import info, library_directory
 from tests.kernels.ggml import Ggml
 
 

@@ -1,0 +1,97 @@
+"""Whole models in the installed runtime: the d2q types through every path, norm biases, the tables' checksum."""
+
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from d2q_edge.codebooks import TABLE_SHA256
+from d2q_edge.runtime.installed import require
+from d2q_edge.tensor_types import ALL, TensorType, dequantize
+from tests.kernels.ggml import Ggml
+from tests.kernels.tiny_model import F32, WIDTH, logits, random_tensors, write
+
+ARCHITECTURES = ["llama", "qwen2", "qwen3"]
+TOKENS = [int(token) for token in np.random.default_rng(0).integers(0, 96, 24)]
+
+
+@pytest.fixture(scope="module")
+def llama(ggml: Ggml) -> ModuleType:
+    del ggml
+    return require()
+
+
+def _logits(llama: ModuleType, path: Path, batch: int = 64) -> F32:
+    out = logits(llama, path, TOKENS, batch)
+    assert out is not None
+    return out
+
+
+def _error(actual: F32, expected: F32) -> float:
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.parametrize("t", ALL, ids=lambda t: t.name)
+@pytest.mark.parametrize("batch", [1, 24], ids=["generation", "prompt"])
+def test_model_equals_its_dequantized_weights(
+    llama: ModuleType, ggml: Ggml, t: TensorType, batch: int, tmp_path: Path
+) -> None:
+    tensors = random_tensors("qwen3")
+    names = [name for name in tensors if name.startswith(("blk.0.attn_", "blk.0.ffn_")) and "norm" not in name]
+    packed = {name: ggml.quantize(t, tensors[name]) for name in [*names, "token_embd.weight"]}
+    plain = tensors | {name: dequantize(t, rows) for name, rows in packed.items()}
+    expected = _logits(llama, write(tmp_path / "plain.gguf", "qwen3", plain))
+    actual = _logits(llama, write(tmp_path / "packed.gguf", "qwen3", tensors, packed, t), batch)
+    assert 0 < _error(actual, expected) < 0.03  # what 8-bit activations cost
+    assert _error(actual, _logits(llama, write(tmp_path / "f32.gguf", "qwen3", tensors))) > 0.05
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_output_norm_bias_adds_its_product_with_the_head(llama: ModuleType, arch: str, tmp_path: Path) -> None:
+    tensors = random_tensors(arch)
+    bias = np.random.default_rng(1).standard_normal(WIDTH).astype(np.float32)
+    without = _logits(llama, write(tmp_path / "without.gguf", arch, tensors))
+    with_bias = _logits(llama, write(tmp_path / "with.gguf", arch, tensors | {"output_norm.bias": bias}))
+    assert _error(with_bias, without + tensors["output.weight"] @ bias) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("arch", "norm", "linears"),
+    [
+        ("llama", "attn_norm", ("attn_q", "attn_k", "attn_v")),
+        ("llama", "ffn_norm", ("ffn_gate", "ffn_up")),
+        ("qwen2", "attn_norm", ("attn_q", "attn_k", "attn_v")),
+    ],
+)
+def test_block_norm_bias_equals_biases_of_the_linears(
+    llama: ModuleType, arch: str, norm: str, linears: tuple[str, ...], tmp_path: Path
+) -> None:
+    tensors = random_tensors(arch)
+    bias = np.random.default_rng(2).standard_normal(WIDTH).astype(np.float32)
+    folded = {f"blk.0.{name}.bias": tensors[f"blk.0.{name}.weight"] @ bias for name in linears}
+    expected = _logits(llama, write(tmp_path / "folded.gguf", arch, tensors | folded))
+    actual = _logits(llama, write(tmp_path / "bias.gguf", arch, tensors | {f"blk.0.{norm}.bias": bias}))
+    assert _error(actual, expected) < 1e-4
+    assert _error(actual, _logits(llama, write(tmp_path / "without.gguf", arch, tensors))) > 0.01
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("norm", ["attn_norm", "ffn_norm"])
+def test_block_norm_bias_is_applied(llama: ModuleType, arch: str, norm: str, tmp_path: Path) -> None:
+    tensors = random_tensors(arch)
+    without = _logits(llama, write(tmp_path / "without.gguf", arch, tensors))
+    zero = tensors | {f"blk.0.{norm}.bias": np.zeros(WIDTH, np.float32)}
+    one = tensors | {f"blk.0.{norm}.bias": np.ones(WIDTH, np.float32)}
+    np.testing.assert_array_equal(_logits(llama, write(tmp_path / "zero.gguf", arch, zero)), without)
+    assert _error(_logits(llama, write(tmp_path / "one.gguf", arch, one)), without) > 0.01
+
+
+def test_other_tables_are_refused(llama: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tensors = random_tensors("llama")
+    same = write(tmp_path / "same.gguf", "llama", tensors, text={"d2q.table_sha256": TABLE_SHA256})
+    other = write(tmp_path / "other.gguf", "llama", tensors, text={"d2q.table_sha256": "0" * 64})
+    assert logits(llama, same, TOKENS) is not None
+    capfd.readouterr()
+    assert logits(llama, other, TOKENS) is None
+    assert "was written with other d2q codebook tables" in capfd.readouterr().err

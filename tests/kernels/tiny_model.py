@@ -1,0 +1,124 @@
+"""Tiny random models as GGUF files without a tokenizer, and their logits through the installed llama_cpp."""
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+from d2q_edge.tensor_types import TensorType
+
+F32 = npt.NDArray[np.float32]
+WIDTH, FEED_FORWARD, HEADS, KV_HEADS, VOCABULARY = 256, 512, 4, 2, 96
+HEAD_DIM = WIDTH // HEADS
+
+
+def random_tensors(arch: str, seed: int = 0) -> dict[str, F32]:
+    """The tensors of a model of one block: arch is "llama", "qwen2" or "qwen3"."""
+    rng = np.random.default_rng(seed)
+
+    def matrix(rows: int, columns: int) -> F32:
+        drawn: F32 = (rng.standard_normal((rows, columns)) / np.sqrt(columns)).astype(np.float32)
+        return drawn
+
+    def norm(size: int) -> F32:
+        return rng.uniform(0.5, 1.5, size).astype(np.float32)
+
+    kv = KV_HEADS * HEAD_DIM
+    tensors = {
+        "token_embd.weight": matrix(VOCABULARY, WIDTH) * 16,
+        "output.weight": matrix(VOCABULARY, WIDTH),
+        "output_norm.weight": norm(WIDTH),
+        "blk.0.attn_norm.weight": norm(WIDTH),
+        "blk.0.attn_q.weight": matrix(WIDTH, WIDTH),
+        "blk.0.attn_k.weight": matrix(kv, WIDTH),
+        "blk.0.attn_v.weight": matrix(kv, WIDTH),
+        "blk.0.attn_output.weight": matrix(WIDTH, WIDTH),
+        "blk.0.ffn_norm.weight": norm(WIDTH),
+        "blk.0.ffn_gate.weight": matrix(FEED_FORWARD, WIDTH),
+        "blk.0.ffn_up.weight": matrix(FEED_FORWARD, WIDTH),
+        "blk.0.ffn_down.weight": matrix(WIDTH, FEED_FORWARD),
+    }
+    if arch == "qwen2":
+        for name, size in (("q", WIDTH), ("k", kv), ("v", kv)):
+            tensors[f"blk.0.attn_{name}.bias"] = np.zeros(size, np.float32)
+    if arch == "qwen3":
+        for name in ("q", "k"):
+            tensors[f"blk.0.attn_{name}_norm.weight"] = norm(HEAD_DIM)
+    return tensors
+
+
+def _number(value: int) -> gguf.GGMLQuantizationType:
+    """A type number that gguf does not know; the writer only needs its value and name."""
+    number = int.__new__(gguf.GGMLQuantizationType, value)
+    number._name_, number._value_ = f"TYPE_{value}", value
+    return number
+
+
+def write(
+    path: Path,
+    arch: str,
+    tensors: dict[str, F32],
+    packed: dict[str, npt.NDArray[np.uint8]] | None = None,
+    packed_type: TensorType | None = None,
+    text: dict[str, str] | None = None,
+) -> Path:
+    """Write the model; tensors named in `packed` are stored as those rows of `packed_type`."""
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_context_length(64)
+    writer.add_embedding_length(WIDTH)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(FEED_FORWARD)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_rope_dimension_count(HEAD_DIM)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(VOCABULARY)
+    writer.add_tokenizer_model("no_vocab")
+    for key, value in (text or {}).items():
+        writer.add_string(key, value)
+    for name, tensor in tensors.items():
+        if packed_type is not None and packed is not None and name in packed:
+            number = _number(packed_type.id)
+            gguf.GGML_QUANT_SIZES[number] = (packed_type.block_size, packed_type.type_size)
+            writer.add_tensor(name, packed[name], raw_dtype=number)
+        else:
+            writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def logits(llama_cpp: ModuleType, path: Path, tokens: Sequence[int], batch: int = 64) -> F32 | None:
+    """float32 [len(tokens), VOCABULARY]; None if the model can't be loaded. `batch` tokens are evaluated at a time."""
+    model_parameters = llama_cpp.llama_model_default_params()
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_parameters)
+    if not model:
+        return None
+    parameters = llama_cpp.llama_context_default_params()
+    parameters.n_ctx, parameters.n_batch, parameters.n_ubatch = 64, 64, 64
+    parameters.n_threads = parameters.n_threads_batch = 1
+    context = llama_cpp.llama_init_from_model(model, parameters)
+    out = np.zeros((len(tokens), VOCABULARY), np.float32)
+    for start in range(0, len(tokens), batch):
+        part = tokens[start : start + batch]
+        request = llama_cpp.llama_batch_init(len(part), 0, 1)
+        request.n_tokens = len(part)
+        for i, token in enumerate(part):
+            request.token[i], request.pos[i], request.logits[i] = token, start + i, 1
+            request.n_seq_id[i], request.seq_id[i][0] = 1, 0
+        if llama_cpp.llama_decode(context, request):
+            raise RuntimeError("llama_decode failed")
+        for i in range(len(part)):
+            row = llama_cpp.llama_get_logits_ith(context, i)
+            out[start + i] = np.ctypeslib.as_array(ctypes.cast(row, ctypes.POINTER(ctypes.c_float)), (VOCABULARY,))
+        llama_cpp.llama_batch_free(request)
+    llama_cpp.llama_free(context)
+    llama_cpp.llama_model_free(model)
+    return out

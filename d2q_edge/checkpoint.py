@@ -58,6 +58,13 @@ class Checkpoint:
                 missing or truncated, index and shards in disagreement.
         """
         directory = Path(path).expanduser()
+        try:
+            return cls._open(directory)
+        except OSError as error:
+            raise D2QError(f"can't read {directory}: {error.strerror or error}") from error
+
+    @classmethod
+    def _open(cls, directory: Path) -> Checkpoint:
         if not directory.is_dir():
             if directory.exists():
                 raise D2QError(f"{directory} is not a directory; give the directory that holds config.json")

@@ -33,12 +33,12 @@ Value = str | int | float | bool | Sequence[str] | Sequence[int] | Sequence[floa
 def float_tensor(family: Family, hf_name: str, type_name: str, load: Callable[[], npt.NDArray[Any]]) -> GGUFTensor:
     """A tensor to be encoded in a stock type when it is written.
 
-    Norms, biases and everything one-dimensional become f32, and a matrix whose width doesn't fit the type's blocks
+    Norms and biases, one-dimensional as they are, become f32, and a matrix whose width doesn't fit the type's blocks
     becomes f16, as in llama.cpp's converter. `load` returns floats in the checkpoint's row order.
     """
     name = family.gguf_name(hf_name)
     shape = family.tensor_shapes()[hf_name]
-    if len(shape) < 2 or name.endswith("_norm.weight") or not name.endswith(".weight"):
+    if len(shape) < 2 or not name.endswith(".weight"):
         type_name = "f32"
     elif shape[-1] % block_and_type_size(type_name)[0]:
         type_name = "f16"

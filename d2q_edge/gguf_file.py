@@ -10,6 +10,7 @@ import errno
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,14 +121,14 @@ def check_output(path: Path, *, force: bool, size: int = 0) -> None:
     Raises:
         D2QError: the directory is missing or not writable, the file exists (and not `force`), or too little space.
     """
-    if path.is_dir():
-        raise D2QError(f"{path} is a directory; give the name of the file to write")
-    if not path.parent.is_dir():
-        raise D2QError(f"the output directory {path.parent} doesn't exist; create it first")
-    if path.exists() and not force:
-        raise D2QError(f"{path} exists already; use --force to replace it")
-    partial = _partial_name(path)
     try:
+        if path.is_dir():
+            raise D2QError(f"{path} is a directory; give the name of the file to write")
+        if not path.parent.is_dir():
+            raise D2QError(f"the output directory {path.parent} doesn't exist; create it first")
+        if path.exists() and not force:
+            raise D2QError(f"{path} exists already; use --force to replace it")
+        partial = _partial_name(path)
         partial.touch()
         partial.unlink()
         free = shutil.disk_usage(path.parent).free
@@ -137,6 +138,17 @@ def check_output(path: Path, *, force: bool, size: int = 0) -> None:
         raise D2QError(
             f"{path.parent} has {free / 2**20:.0f} MiB of free space, but the output needs {size / 2**20:.0f} MiB"
         )
+
+
+def file_size(arch: str, tensors: Sequence[GGUFTensor], add_metadata: Callable[[gguf.GGUFWriter], None]) -> int:
+    """Bytes of the file that `write_gguf` would write; the header is written for trial, no tensor is loaded."""
+    writer = _make_writer(arch, tensors, add_metadata)
+    with tempfile.TemporaryDirectory() as directory:
+        header = Path(directory) / "header.gguf"
+        _write_header(writer, header)
+        writer.close()
+        start = -(-header.stat().st_size // ALIGNMENT) * ALIGNMENT
+    return start + data_size(tensors)
 
 
 def write_gguf(
@@ -164,16 +176,10 @@ def write_gguf(
     """
     size = data_size(tensors)
     check_output(path, force=force, size=size)
-    writer = gguf.GGUFWriter(path=None, arch=arch)
-    for tensor in tensors:
-        # A float dtype keeps gguf-py from working the shape out of a type that it may not know.
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, _type_id(tensor.type))
-    add_metadata(writer)
+    writer = _make_writer(arch, tensors, add_metadata)
     partial = _partial_name(path)
     try:
-        writer.write_header_to_file(partial)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
+        _write_header(writer, partial)
         # None: no bar where stderr isn't a terminal.
         with tqdm(total=size, desc="Writing", unit="B", unit_scale=True, disable=None) as progress:
             for tensor in tensors:
@@ -192,6 +198,24 @@ def write_gguf(
         writer.close()
         partial.unlink(missing_ok=True)
     return path.stat().st_size
+
+
+def _make_writer(
+    arch: str, tensors: Sequence[GGUFTensor], add_metadata: Callable[[gguf.GGUFWriter], None]
+) -> gguf.GGUFWriter:
+    writer = gguf.GGUFWriter(path=None, arch=arch)
+    for tensor in tensors:
+        # A float dtype keeps gguf-py from working the shape out of a type that it may not know.
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, _type_id(tensor.type))
+    add_metadata(writer)
+    return writer
+
+
+def _write_header(writer: gguf.GGUFWriter, path: Path) -> None:
+    """Everything before the tensors' data."""
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
 
 
 def _type_id(type_name: str) -> int:

@@ -72,6 +72,10 @@ def test_missing_directory(tmp_path: Path) -> None:
     refused(tmp_path / "absent", "there is no directory .*absent.*download the model first")
 
 
+def test_name_that_no_file_system_takes() -> None:
+    refused(Path("x" * 5000), "can't read xxx.*: File name too long")
+
+
 def test_hub_id_is_explained() -> None:
     refused(Path("Qwen/Qwen3-8B"), "Qwen/Qwen3-8B.*Hugging Face id")
 

@@ -79,6 +79,17 @@ def test_random_models_like_stock(
     compare(tmp_path / "ours.gguf", stock_convert(model, type_name, "llama-bpe" if family == "llama" else "qwen2"))
 
 
+def test_odd_added_tokens_like_stock(make_checkpoint: Make, stock_convert: Convert, tmp_path: Path) -> None:
+    model = make_checkpoint("qwen3", bos_token_id=4094)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    for token_id, text, special in (("4096", "<extra>", True), ("4097", "<plain>", False), ("4098", "<|odd|>", False)):
+        settings["added_tokens_decoder"][token_id] = {"content": text, "special": special, "normalized": False}
+    settings["chat_template"] = [{"name": "default", "template": "{{ x }}"}, {"name": "tools", "template": "{{ y }}"}]
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    export(model, tmp_path / "ours.gguf", "f16")
+    compare(tmp_path / "ours.gguf", stock_convert(model, "f16", "qwen2"))
+
+
 def test_types_by_kind_of_tensor(make_checkpoint: Make, tmp_path: Path) -> None:
     model = make_checkpoint("qwen2", intermediate_size=72)
     export(model, tmp_path / "out.gguf", "q8_0")

@@ -16,7 +16,7 @@ import pytest
 
 from d2q_edge import gguf_file, tensor_types
 from d2q_edge.errors import D2QError
-from d2q_edge.gguf_file import GGUFTensor, block_and_type_size, check_output, data_size, encode, write_gguf
+from d2q_edge.gguf_file import GGUFTensor, block_and_type_size, check_output, data_size, encode, file_size, write_gguf
 
 
 def tensor(name: str, type_name: str, array: npt.NDArray[Any], shape: tuple[int, ...] | None = None) -> GGUFTensor:
@@ -59,6 +59,17 @@ def test_bytes_by_hand(out: Path) -> None:
     assert out.read_bytes() == expected
     assert size == len(expected)
     assert data_size([tensor("w.weight", "f16", values), tensor("b", "f32", bias)]) == 64
+
+
+def test_size_is_known_beforehand(out: Path) -> None:
+    def metadata(writer: gguf.GGUFWriter) -> None:
+        writer.add_array("texts", ["some", "words"])
+
+    def fail() -> npt.NDArray[Any]:
+        raise RuntimeError("loaded")
+
+    planned = file_size("llama", [GGUFTensor(t.name, t.shape, t.type, fail) for t in GOOD], metadata)
+    assert planned == write_gguf(out, "llama", GOOD, metadata) == out.stat().st_size
 
 
 @pytest.mark.parametrize("own", tensor_types.ALL, ids=lambda own: own.name)
@@ -107,6 +118,11 @@ def test_parent_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(D2QError, match="doesn't exist"):
         check_output(tmp_path / "file" / "model.gguf", force=False)
+
+
+def test_name_that_no_file_system_takes(tmp_path: Path) -> None:
+    with pytest.raises(D2QError, match="can't write .*: File name too long"):
+        check_output(tmp_path / ("x" * 300), force=False)
 
 
 def test_directory_that_is_not_writable(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

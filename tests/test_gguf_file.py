@@ -121,7 +121,7 @@ def test_parent_that_is_a_file(tmp_path: Path) -> None:
 
 
 def test_name_that_no_file_system_takes(tmp_path: Path) -> None:
-    with pytest.raises(D2QError, match="can't write .*: File name too long"):
+    with pytest.raises(D2QError, match=r"can't write .*: File name too long"):
         check_output(tmp_path / ("x" * 300), force=False)
 
 

@@ -1,0 +1,264 @@
+"""Learn the codebook tables of the d2q tensor types and write d2q_edge/codebooks.txt.
+
+    python tools/learn_tables.py --device cuda --model ../shared/models/qwen3-34m --model examples/tiny-qwen3 \\
+        --held-out ../shared/models/llama-54m --output /tmp/codebooks.txt
+
+The tables in the repository are frozen: every file ever written depends on them. This tool is kept so that they can be
+judged and, before the first release, replaced: copy the new file over d2q_edge/codebooks.txt, put the checksum that is
+printed here into d2q_edge/codebooks.py, and run tools/generate_tables.py. The same seed gives a table of the same
+quality, not the same bits (sums on a GPU are not ordered). On a CPU it takes hours, on a data-centre GPU minutes.
+
+What is learned: 256 codebooks, of 16 pairs or 8 scalars, that serve groups of 32 weights; eight groups share a scale d.
+The training set is a mixture of sources, each of unit variance. The loss is the mean over sources, weighted, of the
+squared error. Each round (a) tries another d for every block, (b) gives every group its best codebook and every weight
+its best entry, (c) moves every entry to the weighted mean of what it serves (Lloyd's algorithm), and now and then
+(d) drops the codebooks whose groups would hardly miss them and puts new ones where the loss is. The last rounds do the
+same on the integer grid, with a dither that fades out, so that rounding is part of what is optimized.
+"""
+
+import argparse
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from d2q_edge.codebooks import CODEBOOKS, ENTRY_MAX, ENTRY_MIN, format_tables, table_sha256
+
+BLOCK, GROUP = 256, 32
+TAILS = ("laplace", "student4", "lognormal", "outlier")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What one table is learned from. `unit`: entries per standard deviation of Gaussian weights at the start."""
+
+    dimension: int  # 2: pairs, 1: scalars
+    entries: int
+    unit: float
+    tail_weight: tuple[float, float, float, float]  # of the sources in TAILS; the Gaussian source has 1
+    real_weight: float
+    blocks: int  # per source
+    rounds: int
+    integer_rounds: int
+
+
+PAIRS = Recipe(2, 16, 10.0, (0.03, 0.03, 0.03, 0.03), 0.5, 32768, 400, 120)
+SCALARS = Recipe(1, 8, 10.0, (0.03, 0.03, 0.03, 0.03), 0.5, 32768, 400, 120)
+
+
+def synthetic(kind: str, blocks: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Blocks [blocks, 256] float32 of one source, scaled to unit variance of the whole source."""
+    x = torch.randn(blocks, BLOCK, generator=generator, device=device)
+    if kind == "laplace":
+        uniform = torch.rand(blocks, BLOCK, generator=generator, device=device)
+        x = -torch.sign(x) * torch.log1p(-uniform)
+    elif kind == "student4":
+        chi_squared = torch.randn(blocks, BLOCK, 4, generator=generator, device=device).square().sum(-1)
+        x = x / (chi_squared / 4).sqrt()
+    elif kind == "lognormal":
+        x = x * torch.randn(blocks, BLOCK, generator=generator, device=device).exp()
+    elif kind == "outlier":
+        x = torch.where(torch.rand(blocks, BLOCK, generator=generator, device=device) < 0.01, 10 * x, x)
+    elif kind != "gaussian":
+        raise ValueError(f"unknown source {kind}")
+    return x / x.square().mean().sqrt()
+
+
+def model_blocks(directory: Path, blocks: int, seed: int, device: torch.device) -> Tensor:
+    """A random sample [blocks, 256] of the linear layers' rows in a checkpoint, each layer scaled to unit variance."""
+    parts = []
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                if "layers." in name and len(tensors.get_slice(name).get_shape()) == 2:
+                    weight = tensors.get_tensor(name).float()
+                    usable = weight[:, : weight.shape[1] // BLOCK * BLOCK].reshape(-1, BLOCK)
+                    parts.append(usable / weight.square().mean().sqrt())
+    everything = torch.cat(parts)
+    picked = torch.from_numpy(np.random.default_rng(seed).permutation(len(everything))[:blocks])
+    return everything[picked].to(device)
+
+
+def vectors(blocks: Tensor, dimension: int) -> Tensor:
+    """The groups [n * 8, vectors, dimension] of blocks [n, 256]; a pair is the weights i and i + 16 of a group."""
+    return blocks.reshape(-1, dimension, GROUP // dimension).transpose(1, 2)
+
+
+def _errors_unrolled(x: Tensor, table: Tensor) -> Tensor:
+    """Squared error [groups, codebooks] of groups x [groups, vectors, dimension]; written to be fused by a compiler."""
+    half_norm = table.square().sum(-1) / 2
+    best = torch.full((), math.inf, device=x.device)
+    for k in range(table.shape[1]):
+        term = half_norm[:, k]
+        for c in range(table.shape[2]):
+            term = term - x[:, :, None, c] * table[:, k, c]
+        best = torch.minimum(best, term)
+    return 2 * best.sum(1) + x.square().sum((1, 2))[:, None]
+
+
+class Encoder:
+    """Chooses scales and codebooks for blocks, given a float or integer table [256, entries, dimension]."""
+
+    def __init__(self, device: torch.device, chunk: int = 8192) -> None:
+        self.chunk = chunk if device.type == "cuda" else 64
+        self.errors = torch.compile(_errors_unrolled, dynamic=False) if device.type == "cuda" else _errors_unrolled
+
+    def group_errors(self, blocks: Tensor, scale: Tensor, table: Tensor) -> Tensor:
+        """Squared errors [n, 8, 256] of blocks [n, 256] with scales [n], in the blocks' own units."""
+        out = torch.empty(len(blocks), BLOCK // GROUP, len(table), device=blocks.device)
+        for start in range(0, len(blocks), self.chunk):
+            part = blocks[start : start + self.chunk] / scale[start : start + self.chunk, None]
+            missing = self.chunk - len(part)  # one shape only, so that one compiled kernel does
+            part = torch.nn.functional.pad(part, (0, 0, 0, missing))
+            errors = self.errors(vectors(part, table.shape[2]), table).view(self.chunk, BLOCK // GROUP, -1)
+            out[start : start + self.chunk] = errors[: self.chunk - missing]
+        return out * scale.square()[:, None, None]
+
+    def best_scale(self, blocks: Tensor, candidates: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        """The best of candidates [n, c] for each block: (scale [n], squared error of the block [n])."""
+        error = torch.full((len(blocks),), math.inf, device=blocks.device)
+        scale = candidates[:, 0].clone()
+        for candidate in candidates.T:
+            trial = self.group_errors(blocks, candidate, table).amin(2).sum(1)
+            better = trial < error
+            error = torch.where(better, trial, error)
+            scale = torch.where(better, candidate, scale)
+        return scale, error
+
+    def search(self, blocks: Tensor, table: Tensor, unit: float) -> tuple[Tensor, Tensor]:
+        """Scales by the wide search that encoder.py does, rounded to fp16, and the blocks' squared errors."""
+        rms = blocks.square().mean(1).sqrt().clamp_min(1e-6)
+        wide = torch.logspace(math.log10(0.5), math.log10(4.0), 19, device=blocks.device)
+        scale, _ = self.best_scale(blocks, (rms[:, None] / unit * wide).half().float(), table)
+        near = torch.tensor([1.0, 0.92, 0.96, 0.98, 1.02, 1.04, 1.08], device=blocks.device)
+        return self.best_scale(blocks, (scale[:, None] * near).half().float(), table)
+
+
+def assign(blocks: Tensor, scale: Tensor, books: Tensor, table: Tensor) -> Tensor:
+    """The best entry [n * 8, vectors] of each vector within its group's codebook [n, 8]."""
+    chosen = table[books.reshape(-1)]
+    x = vectors(blocks / scale[:, None], table.shape[2])
+    return torch.baddbmm(chosen.square().sum(2)[:, None], x, chosen.mT, beta=0.5, alpha=-1).argmin(2)
+
+
+def means(x: Tensor, cells: Tensor, weight: Tensor, table: Tensor) -> Tensor:
+    """Weighted means of the vectors x in each cell (codebook * entries + entry), within the range of the entries."""
+    count, entries, dimension = table.shape
+    total = torch.zeros(count * entries, device=x.device).index_add_(0, cells, weight)
+    sums = torch.zeros(count * entries, dimension, device=x.device).index_add_(0, cells, x * weight[:, None])
+    moved = torch.where(total[:, None] > 0, sums / total.clamp_min(1e-20)[:, None], table.reshape(-1, dimension))
+    return moved.clamp(ENTRY_MIN, ENTRY_MAX).view_as(table)
+
+
+def from_groups(x: Tensor, entries: int) -> Tensor:
+    """Codebooks [m, entries, dimension] that fit the single groups x [m, vectors, dimension]."""
+    if x.shape[2] == 2:
+        return x.clone()  # as many pairs as entries
+    return x.sort(1).values.view(len(x), entries, -1).mean(2, keepdim=True)
+
+
+def learn(
+    sources: list[tuple[Tensor, float]], recipe: Recipe, generator: torch.Generator, encoder: Encoder
+) -> tuple[Tensor, float]:
+    """Learn one table from (blocks [n, 256], weight of the source): (integer table as float, training loss)."""
+    device = sources[0][0].device
+    blocks = torch.cat([x for x, _ in sources])
+    weight = torch.cat([torch.full((len(x),), w / len(x) / BLOCK, device=device) for x, w in sources])
+    weight /= sum(w for _, w in sources)
+    rms = blocks.square().mean(1).sqrt().clamp_min(1e-6)
+    scale = rms / recipe.unit
+
+    def draw(count: int, probability: Tensor) -> Tensor:
+        """Indices of groups, drawn in proportion to `probability` (torch.multinomial has a limit on the number)."""
+        at = torch.rand(count, generator=generator, device=device) * probability.sum()
+        return torch.searchsorted(probability.double().cumsum(0), at.double()).clamp_max(len(probability) - 1)
+
+    groups = vectors(blocks / scale[:, None], recipe.dimension)
+    table = from_groups(groups[draw(CODEBOOKS, weight.repeat_interleave(8))], recipe.entries)
+    table = table.clamp(ENTRY_MIN, ENTRY_MAX)
+    best_loss, best_table = math.inf, table
+    total_rounds = recipe.rounds + recipe.integer_rounds
+    for current in range(total_rounds):
+        integer = current >= recipe.rounds
+        left = 1 - current / recipe.rounds if not integer else 1 - (current - recipe.rounds) / recipe.integer_rounds
+        spread = 0.02 + 0.15 * max(left, 0) if not integer else 0.03
+        jump = torch.randn(len(scale), generator=generator, device=device) * spread
+        errors, trial = (encoder.group_errors(blocks, s, table) for s in (scale, scale * jump.exp()))
+        better = trial.amin(2).sum(1) < errors.amin(2).sum(1)
+        scale = torch.where(better, scale * jump.exp(), scale)
+        errors = torch.where(better[:, None, None], trial, errors)
+        group_error, books = errors.min(2)
+        loss = (group_error.sum(1) * weight).sum().item()
+        if integer and loss < best_loss:
+            best_loss, best_table = loss, table
+        cells = books.reshape(-1, 1) * recipe.entries + assign(blocks, scale, books, table)
+        x = vectors(blocks / scale[:, None], recipe.dimension)
+        vector_weight = (weight * scale.square()).repeat_interleave(BLOCK // recipe.dimension)
+        table = means(x.reshape(-1, recipe.dimension), cells.reshape(-1), vector_weight, table)
+        if integer:
+            dither = torch.rand(table.shape, generator=generator, device=device) - 0.5
+            table = (table + dither * max(2 * left - 1, 0)).round().clamp(ENTRY_MIN, ENTRY_MAX)
+        elif current % 4 == 3 and left > 0.25:
+            group_weight = weight.repeat_interleave(8)
+            second = errors.scatter(2, books[:, :, None], math.inf).amin(2)
+            missed = (second - group_error).reshape(-1) * group_weight
+            utility = torch.zeros(CODEBOOKS, device=device).index_add_(0, books.reshape(-1), missed)
+            cost = group_error.reshape(-1) * group_weight
+            total = torch.zeros(CODEBOOKS, device=device).index_add_(0, books.reshape(-1), cost)
+            drop = max(int(24 * left), 2)
+            dropped = utility.argsort()[:drop]
+            split = total.argsort(descending=True)[: drop // 2]
+            noise = 1 + 0.1 * torch.randn(len(split), recipe.entries, 1, generator=generator, device=device)
+            table[dropped[: drop // 2]] = table[split] * noise
+            seeds = draw(drop - drop // 2, cost)
+            table[dropped[drop // 2 :]] = from_groups(x[seeds], recipe.entries).clamp(ENTRY_MIN, ENTRY_MAX)
+    return best_table, best_loss
+
+
+def canonical(table: Tensor) -> Tensor:
+    """The same table in a fixed order: entries ascending, codebooks by size (the sum of squares), then by entries."""
+    books = [sorted(map(tuple, book)) for book in table.int().tolist()]
+    books.sort(key=lambda book: (sum(v * v for entry in book for v in entry), book))
+    return torch.tensor(books, dtype=torch.float32)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", type=Path, action="append", default=[], help="checkpoint to learn from (repeatable)")
+    parser.add_argument("--held-out", type=Path, help="checkpoint to report on")
+    parser.add_argument("--output", type=Path, required=True, help="where the tables go, as text")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    encoder = Encoder(device)
+    tables = []
+    for recipe in (PAIRS, SCALARS):
+        started = time.monotonic()
+        generator = torch.Generator(device=device).manual_seed(arguments.seed)
+        weights = dict(zip(("gaussian", *TAILS), (1.0, *recipe.tail_weight), strict=True))
+        sources = [(synthetic(kind, recipe.blocks, generator, device), w) for kind, w in weights.items()]
+        for directory in arguments.model:
+            share = recipe.real_weight / len(arguments.model)
+            sources.append((model_blocks(directory, recipe.blocks, arguments.seed, device), share))
+        table, loss = learn(sources, recipe, generator, encoder)
+        print(f"dimension {recipe.dimension}: loss {loss:.6f}, {time.monotonic() - started:.0f} s")
+        test = {kind: synthetic(kind, 8192, generator, device) for kind in ("gaussian", *TAILS)}
+        if arguments.held_out:
+            test["held-out"] = model_blocks(arguments.held_out, 8192, arguments.seed, device)
+        for kind, blocks in test.items():
+            error = encoder.search(blocks, table, recipe.unit)[1].sum() / blocks.square().sum()
+            print(f"  {kind:10} {error.item():.5f}")
+        tables.append(canonical(table).to(torch.int8).numpy())
+    pairs, scalars = tables[0], tables[1][:, :, 0]
+    arguments.output.write_text(format_tables(pairs, scalars), encoding="ascii")
+    print(f"TABLE_SHA256 = {table_sha256(pairs, scalars)!r}")
+
+
+if __name__ == "__main__":
+    main()

@@ -40,11 +40,11 @@ def load_text(where: str, builtin: str) -> Text:
     try:
         content = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise D2QError(f"Can't read the text {path} ({error.strerror}); give a readable UTF-8 text file.") from error
+        raise D2QError(f"can't read the text {path} ({error.strerror}); give a readable UTF-8 text file") from error
     except UnicodeDecodeError as error:
-        raise D2QError(f"The text {path} is not UTF-8 (byte {error.start}); convert it or give another file.") from error
+        raise D2QError(f"the text {path} is not UTF-8 (byte {error.start}); convert it or give another file") from error
     if not content.strip():
-        raise D2QError(f"The text {path} is empty; give a file with some text.")
+        raise D2QError(f"the text {path} is empty; give a file with some text")
     source = "builtin" if where == "builtin" else path.name
     return Text(content, source, hashlib.sha256(content.encode()).hexdigest())
 
@@ -72,8 +72,8 @@ def token_windows(
     available = len(ids) // context
     if available == 0:
         raise D2QError(
-            f"The calibration text has {len(ids)} tokens, less than one window of {context}; "
-            "give a longer --calibration text or a smaller --context."
+            f"the calibration text has {len(ids)} tokens, less than one window of {context}; "
+            "give a longer --calibration text or a smaller --context"
         )
     windows = ids[: available * context].reshape(available, context).copy()
     wanted = max(1, tokens // context)

@@ -196,7 +196,8 @@ def _inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
             continue
         upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not failed and bool(upper.isfinite().all()):
-            return upper.float()
+            factor: torch.Tensor = upper.float()
+            return factor
     raise D2QError(
-        "The calibration statistics of a layer can't be factored; use more or more varied --calibration text."
+        "the calibration statistics of a layer can't be factored; use more or more varied --calibration text"
     )

@@ -1,0 +1,123 @@
+"""Running a checkpoint one decoder block at a time, through transformers' own modules.
+
+Knows how to build a block, fill it with the checkpoint's weights and run it, or run it just far enough to see the input
+of one of its layers. Does not know about quantization: pipeline.py changes the weights. Only one block is in memory.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from d2q_edge.checkpoint import Checkpoint
+from d2q_edge.errors import D2QError
+from d2q_edge.families import Family
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the layer whose input was wanted."""
+
+
+class BlockRunner:
+    """Decoder blocks of one checkpoint, in float32 on one device."""
+
+    def __init__(self, checkpoint: Checkpoint, family: Family, device: torch.device) -> None:
+        """Build the model without weights.
+
+        Raises:
+            D2QError: transformers can't make sense of config.json.
+        """
+        self.checkpoint = checkpoint
+        self.family = family
+        self.device = device
+        try:
+            config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            raise D2QError(f"transformers can't build the model of {checkpoint.directory} ({error})") from error
+        self._layers = model.model.layers
+        # Made anew outside the meta device: its frequencies are computed, not loaded.
+        self._rotary: nn.Module = type(model.model.rotary_emb)(config=config).to(device)
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Embeddings of token ids [windows, context]: float32 [windows, context, hidden], on the CPU."""
+        table = self.checkpoint.tensor(f"{self.family.embedding}.weight")
+        return table[tokens].float()
+
+    def load(self, index: int) -> nn.Module:
+        """Block `index` with the checkpoint's weights, in float32.
+
+        Raises:
+            D2QError: a weight is NaN or infinite, or can't be read.
+        """
+        prefix = self.family.block_prefix(index)
+        block: nn.Module = self._layers[index]
+        names = [name for name in self.family.tensor_shapes() if name.startswith(prefix)]
+        weights = {
+            name.removeprefix(prefix): self.checkpoint.tensor(name).to(self.device, torch.float32) for name in names
+        }
+        block.load_state_dict(weights, assign=True)
+        return block.eval().requires_grad_(False)
+
+    def unload(self, index: int) -> None:
+        """Free the weights of block `index`."""
+        self._layers[index].to("meta")
+
+    def forward(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """The block's output for hidden states [windows, context, hidden], float32 on the runner's device."""
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        # Without a mask, transformers' scaled-dot-product attention is causal.
+        output: torch.Tensor = block(
+            hidden, position_embeddings=self._rotary(hidden, positions), position_ids=positions
+        )
+        return output
+
+    def trace(
+        self, block: nn.Module, layers: tuple[str, ...], hidden: torch.Tensor
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """The inputs of the named linear layers, {name: float32 [windows * context, in_features]}, and the output.
+
+        Args:
+            block: from `load`.
+            layers: names relative to the block.
+            hidden: the block's input, float32 [windows, context, hidden].
+        """
+        with _Watch(block, layers) as seen:
+            return seen, self.forward(block, hidden)
+
+    def input_of(self, block: nn.Module, layer: str, hidden: torch.Tensor) -> torch.Tensor:
+        """The input of one linear layer, as in `trace`; nothing behind that layer is computed."""
+        with _Watch(block, (layer,), stop=True) as seen, suppress(_Reached):
+            self.forward(block, hidden)
+        return seen[layer]
+
+
+class _Watch:
+    """Collects what reaches some layers of a block during a with block."""
+
+    def __init__(self, block: nn.Module, layers: tuple[str, ...], *, stop: bool = False) -> None:
+        self.block, self.layers, self.stop = block, layers, stop
+
+    def __enter__(self) -> dict[str, torch.Tensor]:
+        seen: dict[str, torch.Tensor] = {}
+
+        def hook_for(name: str) -> Callable[[nn.Module, Any], None]:
+            def hook(_: nn.Module, arguments: Any) -> None:
+                seen[name] = arguments[0].reshape(-1, arguments[0].shape[-1])
+                if self.stop:
+                    raise _Reached
+
+            return hook
+
+        self.handles = [
+            self.block.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in self.layers
+        ]
+        return seen
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()

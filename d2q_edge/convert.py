@@ -1,0 +1,247 @@
+"""Checkpoint to GGUF, from beginning to end: plan, calibrate, quantize, write.
+
+Knows the order of the parts and what they hand to each other. `convert` is what the command line calls.
+"""
+
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import AutoTokenizer
+
+from d2q_edge import __version__, codebooks, tensor_types
+from d2q_edge.blocks import BlockRunner
+from d2q_edge.calibration import Text, load_text, token_windows
+from d2q_edge.checkpoint import Checkpoint
+from d2q_edge.encoder import encode
+from d2q_edge.errors import D2QError
+from d2q_edge.export import Value, float_tensor, model_size, model_tensors, packed_tensor, write_model
+from d2q_edge.families import Family, family_for
+from d2q_edge.gguf_file import GGUFTensor, check_output
+from d2q_edge.pipeline import Report, quantize_blocks
+from d2q_edge.plan import Plan, make_plan
+from d2q_edge.quantize.gptaq import ALPHA
+from d2q_edge.tokenizer import read_tokenizer
+from d2q_edge.work_dir import Packed, WorkDir
+
+FORMAT_VERSION = 1
+"""Value of d2q.version: the layout of the blocks and the meaning of the d2q.* keys."""
+FILE_TYPE = 1024
+"""general.file_type: llama.cpp's flag for "not one of the named mixtures; look at the tensors"."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the content of the file.
+
+    Attributes:
+        bits: 2 or 3.
+        calibrate: quantize with error feedback on calibration text; otherwise round to nearest, in seconds.
+        calibration: a text file, or "builtin".
+        calibration_tokens: how many.
+        context: tokens per calibration window.
+        seed: of the choice of windows.
+        embedding_type, head_type: stock types; None chooses.
+        device: "auto", "cpu", "cuda" or "mps".
+    """
+
+    bits: int = 2
+    calibrate: bool = True
+    calibration: str = "builtin"
+    calibration_tokens: int = 65536
+    context: int = 512
+    seed: int = 0
+    embedding_type: str | None = None
+    head_type: str | None = None
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A finished, or only planned, conversion.
+
+    Attributes:
+        plan: the tensor types.
+        size: of the file in bytes.
+        report: what was measured; None when only planned.
+    """
+
+    plan: Plan
+    size: int
+    report: Report | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for json.dump: bytes, bits per weight, the type of every matrix, and what was measured."""
+        return {
+            "bytes": self.size,
+            "bits_per_weight": self.plan.bits_per_weight,
+            "linear_bits_per_weight": self.plan.linear_bits_per_weight,
+            "types": dict(self.plan.types),
+            "layer_errors": self.report.layer_errors if self.report else {},
+            "seconds": dict(self.report.seconds) if self.report else {},
+        }
+
+    def describe(self, output: Path) -> str:
+        """A short text for people."""
+        counts = Counter(self.plan.types.values())
+        lines = [
+            f"{output}: {self.size:,} bytes, {self.plan.bits_per_weight:.3f} bits per weight "
+            f"({self.plan.linear_bits_per_weight:.4f} in the blocks)",
+            "types: " + ", ".join(f"{count} x {kind}" for kind, count in counts.most_common()),
+        ]
+        if self.report and self.report.seconds:
+            lines.append("time: " + ", ".join(f"{phase} {spent:.1f} s" for phase, spent in self.report.seconds.items()))
+        return "\n".join(lines)
+
+
+def convert(
+    model: str | Path, output: Path, options: Options, *, dry_run: bool = False, force: bool = False
+) -> Conversion:
+    """Quantize a checkpoint directory into a GGUF of our tensor types.
+
+    Interrupted work stays in OUTPUT.work, and the same call goes on from there.
+
+    Args:
+        model: a Hugging Face model directory.
+        output: the file to write.
+        options: see there.
+        dry_run: stop after planning; nothing is written.
+        force: replace an existing file, and unfinished work of another conversion.
+
+    Raises:
+        D2QError: anything wrong with the checkpoint, the options, the text, the device or the output.
+    """
+    checkpoint = Checkpoint.open(model)
+    family = family_for(checkpoint.config)
+    checkpoint.check(family.tensor_shapes())
+    plan = make_plan(family, options.bits, options.embedding_type, options.head_type)
+    text = load_text(options.calibration, "calibration") if options.calibrate else None
+    file = _File(checkpoint, family, plan, _metadata(plan, options, text))
+    # Also finds out, before the long work, whether tokenizer and metadata can be exported.
+    size = file.size()
+    if dry_run:
+        return Conversion(plan, size, None)
+    check_output(output, force=force, size=size)
+    if text is None:
+        file.write(output, lambda name: _round_to_nearest(checkpoint, plan, name), force)
+        return Conversion(plan, output.stat().st_size, Report())
+
+    device = choose_device(options.device)
+    windows = _calibration_windows(checkpoint, family, text, options)
+    work = WorkDir(output, _fingerprint(checkpoint, file.metadata, windows, device), force=force)
+    if work.finished:
+        print(f"going on after {work.finished} finished blocks in {work.path}", file=sys.stderr)
+    report = quantize_blocks(BlockRunner(checkpoint, family, device), plan.linears, windows, work)
+    block_of = {name: index // len(family.block_linears) for index, name in enumerate(family.linear_weights())}
+    file.write(output, lambda name: work.read_block(block_of[name])[name], force)
+    work.remove()
+    return Conversion(plan, output.stat().st_size, report)
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device for "auto", "cpu", "cuda" or "mps"; auto is cuda where there is one.
+
+    Raises:
+        D2QError: this machine has no such device.
+    """
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = "cuda" if available["cuda"] else "cpu"
+    if not available.get(name):
+        raise D2QError(f"this machine's torch has no {name} device; use --device cpu")
+    return torch.device(name)
+
+
+class _File:
+    """The output: its tensors by plan, and its metadata."""
+
+    def __init__(self, checkpoint: Checkpoint, family: Family, plan: Plan, metadata: dict[str, Value]) -> None:
+        self.checkpoint, self.family, self.plan, self.metadata = checkpoint, family, plan, metadata
+
+    def size(self) -> int:
+        """Bytes of the finished file."""
+        return model_size(self.checkpoint, self.family, self._tensors(_no_data), FILE_TYPE, self.metadata)
+
+    def write(self, output: Path, packed: Callable[[str], Packed], force: bool) -> None:
+        """Write it; `packed` gives the bytes of a linear layer's weight, [rows, bytes], by its full name."""
+        tensors = self._tensors(packed)
+        write_model(
+            output, self.checkpoint, self.family, tensors, file_type=FILE_TYPE, extra=self.metadata, force=force
+        )
+
+    def _tensors(self, packed: Callable[[str], Packed]) -> list[GGUFTensor]:
+        replacements = {}
+        for name, kind in self.plan.types.items():
+            if kind in tensor_types.BY_NAME:
+                replacements[name] = packed_tensor(self.family, name, kind, partial(packed, name))
+            else:
+                replacements[name] = float_tensor(self.family, name, kind, partial(self._floats, name))
+        return model_tensors(self.checkpoint, self.family, "f32", replacements)
+
+    def _floats(self, name: str) -> npt.NDArray[np.float32]:
+        floats: npt.NDArray[np.float32] = self.checkpoint.tensor(name).float().numpy()
+        return floats
+
+
+def _no_data(name: str) -> Packed:
+    raise RuntimeError(f"{name} is only planned")
+
+
+def _round_to_nearest(checkpoint: Checkpoint, plan: Plan, name: str) -> Packed:
+    return encode(tensor_types.BY_NAME[plan.linears[name]], checkpoint.tensor(name).float().numpy())
+
+
+def _calibration_windows(checkpoint: Checkpoint, family: Family, text: Text, options: Options) -> npt.NDArray[np.int64]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise D2QError(f"transformers can't load the tokenizer of {checkpoint.directory} ({error})") from error
+    exported = read_tokenizer(checkpoint.directory, checkpoint.config, family.vocab_size)
+    bos = exported.special_ids.get("bos") if exported.add_special.get("bos") else None
+    return token_windows(tokenizer, text, options.calibration_tokens, options.context, options.seed, bos)
+
+
+def _metadata(plan: Plan, options: Options, text: Text | None) -> dict[str, Value]:
+    """The d2q.* keys: what a reader needs, and what it takes to make the file again."""
+    recipe: dict[str, Any] = {"bits": options.bits, "method": "rtn", "rotation": False, "dsq": False, "dac": False}
+    if text is not None:
+        recipe |= {
+            "method": "gptaq",
+            "alpha": ALPHA,
+            "calibration": text.source,
+            "calibration_sha256": text.sha256,
+            "calibration_tokens": options.calibration_tokens,
+            "context": options.context,
+            "seed": options.seed,
+        }
+    return {
+        "d2q.version": FORMAT_VERSION,
+        "d2q.recipe": json.dumps(recipe),
+        "d2q.table_sha256": codebooks.TABLE_SHA256,
+        "d2q.bits_per_weight": plan.bits_per_weight,
+    }
+
+
+def _fingerprint(
+    checkpoint: Checkpoint, metadata: dict[str, Value], windows: npt.NDArray[np.int64], device: torch.device
+) -> dict[str, Any]:
+    """What decides the content of the packed blocks."""
+    weights = sorted(checkpoint.directory.glob("*.safetensors"))
+    return {
+        "d2q-edge": __version__,
+        "model": str(checkpoint.directory.resolve()),
+        "config.json": checkpoint.config,
+        "weight files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weights],
+        "recipe": metadata,
+        "calibration tokens": hashlib.sha256(windows.tobytes()).hexdigest(),
+        "device": device.type,
+    }

@@ -1,0 +1,100 @@
+"""The directory beside the output that makes an interrupted conversion resumable.
+
+Knows how finished blocks are kept: one safetensors file of packed weights per block, each written under another name
+and then renamed, so that a file that is there is complete. Does not know what the bytes mean. A fingerprint of inputs
+and options guards against mixing the blocks of two different conversions.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from d2q_edge.errors import D2QError
+
+Packed = npt.NDArray[np.uint8]
+
+
+class WorkDir:
+    """OUT.gguf.work, beside OUT.gguf. Exists from the first finished block until the file is complete."""
+
+    def __init__(self, output: Path, fingerprint: Mapping[str, Any], *, force: bool = False) -> None:
+        """Open the work directory of `output`, or a new one.
+
+        Args:
+            output: the file that the conversion will write.
+            fingerprint: JSON values that decide the blocks' content: inputs and options.
+            force: start anew where the directory holds blocks of another conversion.
+
+        Raises:
+            D2QError: it holds blocks of another conversion (and not `force`), or can't be made.
+        """
+        self.path = output.with_name(output.name + ".work")
+        settings = self.path / "settings.json"
+        wanted = json.loads(json.dumps(fingerprint))
+        try:
+            if settings.exists():
+                found = json.loads(settings.read_text(encoding="utf-8"))
+                if found == wanted:
+                    return
+                if not force:
+                    changed = ", ".join(sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key)))
+                    raise D2QError(
+                        f"{self.path} holds an unfinished conversion with another {changed}; repeat that one to finish "
+                        "it, or use --force to start anew"
+                    )
+            if self.path.exists():
+                shutil.rmtree(self.path)
+            self.path.mkdir()
+            partial = settings.with_suffix(".partial")
+            partial.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
+            partial.replace(settings)
+        except (OSError, ValueError) as error:
+            raise D2QError(f"can't use the work directory {self.path} ({error}); remove it or free the disk") from error
+
+    def has_block(self, index: int) -> bool:
+        """Whether block `index` is finished."""
+        return self._file(index).is_file()
+
+    @property
+    def finished(self) -> int:
+        """Number of finished blocks."""
+        return len(list(self.path.glob("block-*.safetensors")))
+
+    def read_block(self, index: int) -> dict[str, Packed]:
+        """The packed weights of a finished block, by full name.
+
+        Raises:
+            D2QError: the file is damaged.
+        """
+        try:
+            return dict(load_file(self._file(index)))
+        except (OSError, SafetensorError) as error:
+            raise D2QError(f"{self._file(index)} is damaged ({error}); remove it and convert again") from error
+
+    def write_block(self, index: int, weights: Mapping[str, Packed]) -> None:
+        """Keep the packed weights of a block.
+
+        Raises:
+            D2QError: the disk is full or not writable.
+        """
+        file = self._file(index)
+        partial = file.with_suffix(".partial")
+        try:
+            save_file({name: np.ascontiguousarray(data) for name, data in weights.items()}, partial)
+            partial.replace(file)
+        except (OSError, SafetensorError) as error:
+            raise D2QError(f"can't write {file} ({error}); free some disk space and run the same command") from error
+
+    def remove(self) -> None:
+        """Delete the directory with all blocks."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _file(self, index: int) -> Path:
+        return self.path / f"block-{index:04d}.safetensors"

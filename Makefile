@@ -1,0 +1,30 @@
+# make demo: convert the bundled model and print the comparison.  make test: all checks, as CI runs them.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint runtime clean
+
+demo: runtime
+	$(BIN)/python tools/demo.py
+
+test: lint runtime
+	D2Q_REQUIRE_RUNTIME=1 $(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python tools/generate_tables.py --check
+
+# Builds the patched llama-cpp-python and llama.cpp's tools once per machine; later runs take them from the cache.
+runtime: $(VENV)/installed
+	$(BIN)/d2q-edge runtime install --tools
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,110 @@
+"""The demo: one model in our types and in stock ones, measured side by side.
+
+Converts a checkpoint to F16, D2Q2 and D2Q3, makes stock files of it with llama-quantize (with an importance matrix of
+the same calibration text), and prints bytes, bits per weight, perplexity, KL divergence from the F16 file and
+generation speed of each, then a text that the D2Q2 file continued. Needs the runtime and its tools:
+`d2q-edge runtime install --tools`.
+"""
+
+import json
+import statistics
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from d2q_edge.calibration import BUILTIN
+from d2q_edge.convert import Options, convert
+from d2q_edge.errors import D2QError
+from d2q_edge.evaluate import Evaluation, evaluate
+from d2q_edge.export import export
+from d2q_edge.generate import generate
+from d2q_edge.llama_model import usable_cpus
+from d2q_edge.runtime import find_tool
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-qwen3"
+STOCK = ("Q8_0", "Q4_K", "Q3_K", "Q2_K")
+SPEED_ROUNDS = 5
+PROMPT = "The old man looked out over the sea"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; speed in generated tokens per second."""
+
+    name: str
+    evaluation: Evaluation
+    speed: float
+
+
+def make_stock_files(f16: Path, out: Path) -> dict[str, Path]:
+    """Quantize with llama.cpp's own tools: every matrix in the named type, embeddings and head in Q8_0."""
+    imatrix = out / "imatrix.gguf"
+    _run("llama-imatrix", "-m", f16, "-f", BUILTIN["calibration"], "-o", imatrix, "-c", 512)
+    files = {}
+    for name in STOCK:
+        files[name] = out / f"{name}.gguf"
+        types = ("--token-embedding-type", "q8_0", "--output-tensor-type", "q8_0")
+        _run("llama-quantize", "--pure", "--imatrix", imatrix, *types, f16, files[name], name)
+    return files
+
+
+def speeds(files: dict[str, Path]) -> dict[str, float]:
+    """Generated tokens per second, medians of interleaved rounds, so that a busy moment hits all files alike."""
+    seen: dict[str, list[float]] = {name: [] for name in files}
+    for _ in range(SPEED_ROUNDS):
+        for name, path in files.items():
+            options = ("-p", 0, "-n", 64, "-r", 1, "-t", usable_cpus(), "-o", "json")
+            seen[name].append(json.loads(_run("llama-bench", "-m", path, *options))[0]["avg_ts"])
+    return {name: statistics.median(values) for name, values in seen.items()}
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as text."""
+    lines = [f"{'file':8} {'bytes':>12} {'bits/weight':>11} {'perplexity':>10} {'KL divergence':>13} {'tokens/s':>9}"]
+    for row in rows:
+        e = row.evaluation
+        divergence = e.kl_divergence_mean
+        lines.append(
+            f"{row.name:8} {e.bytes:12,} {e.bits_per_weight:11.3f} {e.perplexity:10.3f} "
+            f"{'-' if divergence is None else f'{divergence:.4f}':>13} {row.speed:9.1f}"
+        )
+    return "\n".join(lines)
+
+
+def _run(tool: str, *arguments: object) -> str:
+    command = [str(find_tool(tool)), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise D2QError(f"{tool} failed: {' '.join(command)}\n{result.stderr[-2000:]}")
+    return result.stdout
+
+
+@click.command()
+@click.option("--model", type=click.Path(path_type=Path), default=EXAMPLE, help="A Hugging Face model directory.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True)
+@click.option("--chunks", default=100, show_default=True, help="Chunks of the bundled evaluation text.")
+def main(model: Path, out: Path, chunks: int) -> None:
+    """Convert MODEL to every type, measure, and print a table."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        files = {"F16": out / "F16.gguf"}
+        export(model, files["F16"], "f16", force=True)
+        files |= make_stock_files(files["F16"], out)
+        for bits in (3, 2):
+            files[f"D2Q{bits}"] = out / f"D2Q{bits}.gguf"
+            convert(model, files[f"D2Q{bits}"], Options(bits=bits), force=True)
+        speed = speeds(files)
+        rows = []
+        for name, path in files.items():
+            reference = None if name == "F16" else files["F16"]
+            rows.append(Row(name, evaluate(path, reference, chunks=chunks), speed[name]))
+        click.echo(table(rows))
+        click.echo("\nD2Q2 continues:\n" + PROMPT + "".join(generate(files["D2Q2"], PROMPT, 80, 0.7, seed=1)))
+    except D2QError as error:
+        raise click.ClickException(str(error)) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -22,14 +22,15 @@ from d2q_edge import __version__, codebooks, tensor_types
 from d2q_edge.blocks import BlockRunner
 from d2q_edge.calibration import Text, load_text, token_windows
 from d2q_edge.checkpoint import Checkpoint
-from d2q_edge.encoder import encode
 from d2q_edge.errors import D2QError
 from d2q_edge.export import Value, float_tensor, model_size, model_tensors, packed_tensor, write_model
 from d2q_edge.families import Family, family_for
 from d2q_edge.gguf_file import GGUFTensor, check_output
 from d2q_edge.pipeline import Report, quantize_blocks
 from d2q_edge.plan import Plan, make_plan
+from d2q_edge.quantize.codebook import CodebookSearch
 from d2q_edge.quantize.gptaq import ALPHA
+from d2q_edge.quantize.rtn import round_layer
 from d2q_edge.tokenizer import read_tokenizer
 from d2q_edge.work_dir import Packed, WorkDir
 
@@ -131,11 +132,11 @@ def convert(
     if dry_run:
         return Conversion(plan, size, None)
     check_output(output, force=force, size=size)
+    device = choose_device(options.device)
     if text is None:
-        file.write(output, lambda name: _round_to_nearest(checkpoint, plan, name), force)
+        file.write(output, _RoundToNearest(checkpoint, plan, device), force)
         return Conversion(plan, output.stat().st_size, Report())
 
-    device = choose_device(options.device)
     windows = _calibration_windows(checkpoint, family, text, options)
     work = WorkDir(output, _fingerprint(checkpoint, file.metadata, windows, device), force=force)
     if work.finished:
@@ -196,8 +197,18 @@ def _no_data(name: str) -> Packed:
     raise RuntimeError(f"{name} is only planned")
 
 
-def _round_to_nearest(checkpoint: Checkpoint, plan: Plan, name: str) -> Packed:
-    return encode(tensor_types.BY_NAME[plan.linears[name]], checkpoint.tensor(name).float().numpy())
+class _RoundToNearest:
+    """Packs weights without calibration, one at a time."""
+
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, device: torch.device) -> None:
+        self.checkpoint, self.plan, self.device = checkpoint, plan, device
+        self.searches = {kind: CodebookSearch(own, device) for kind, own in tensor_types.BY_NAME.items()}
+
+    def __call__(self, name: str) -> Packed:
+        kind = self.plan.linears[name]
+        with torch.inference_mode():
+            weights = self.checkpoint.tensor(name).to(self.device, torch.float32)
+            return round_layer(weights, self.searches[kind]).pack(tensor_types.BY_NAME[kind])
 
 
 def _calibration_windows(checkpoint: Checkpoint, family: Family, text: Text, options: Options) -> npt.NDArray[np.int64]:

@@ -88,7 +88,7 @@ def evaluate(
 
 def log_softmax(logits: npt.NDArray[np.float32]) -> Floats:
     """Log-probabilities, float64 [rows, vocab], of logits."""
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    shifted: Floats = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return shifted
 

@@ -160,8 +160,7 @@ class _Driver:
             same = {name: _weight(layer) for name, layer in layers.items() if self.types[name] == kind}
             with self._timed("solve"):
                 result = quantize_layer(torch.cat(list(same.values())), statistics, self._search(kind), self.alpha)
-            parts = (part.cpu().numpy() for part in (result.scales, result.codebooks, result.codes))
-            data = tensor_types.pack(tensor_types.BY_NAME[kind], *parts)
+            data = result.pack(tensor_types.BY_NAME[kind])
             start = 0
             for name, weight in same.items():
                 stop = start + len(weight)

@@ -14,7 +14,7 @@ from d2q_edge.tensor_types import GROUP, TensorType
 
 SHORTLIST = 8
 """Codebooks per group whose error is measured exactly, best ranks first."""
-SCALE_STEPS = ((0.7, 1.0, 1.4, 2.0), (0.84, 1.19), (0.92, 1.09))
+SCALE_STEPS = ((0.7, 1.0, 1.4, 2.0, 2.8, 4.0), (0.84, 1.19), (0.92, 1.09))
 """Block scales that are tried: multiples of the block's RMS over the table's, then, twice, of the best so far."""
 CHUNK = 8192
 """Groups per step of a search: bounds memory at about 200 MB, and keeps the working set near the caches."""

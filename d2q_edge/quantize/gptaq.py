@@ -18,6 +18,7 @@ import torch
 
 from d2q_edge.errors import D2QError
 from d2q_edge.quantize.codebook import CodebookSearch
+from d2q_edge.quantize.layer import QuantizedLayer
 from d2q_edge.tensor_types import GROUP, TensorType
 
 ALPHA = 0.5
@@ -50,23 +51,6 @@ class InputStatistics:
     def drift(self) -> torch.Tensor:
         """D, float32 [columns, columns]."""
         return self._drift * (2 / max(self.tokens, 1))
-
-
-@dataclass
-class QuantizedLayer:
-    """What a block format stores of one weight matrix [rows, cols].
-
-    Attributes:
-        scales: float16 [rows, cols / block_size].
-        codebooks: uint8 [rows, cols / 32].
-        codes: uint8 [rows, cols / V], in the order of tensor_types.pack.
-        weights: float32 [rows, cols], the dequantized matrix.
-    """
-
-    scales: torch.Tensor
-    codebooks: torch.Tensor
-    codes: torch.Tensor
-    weights: torch.Tensor
 
 
 def quantize_layer(

@@ -7,8 +7,9 @@ import torch
 
 from d2q_edge.errors import D2QError
 from d2q_edge.quantize.codebook import CodebookSearch
-from d2q_edge.quantize.gptaq import InputStatistics, QuantizedLayer, quantize_layer
-from d2q_edge.tensor_types import ALL, D2Q2, D2Q3, TensorType, dequantize, pack
+from d2q_edge.quantize.gptaq import InputStatistics, quantize_layer
+from d2q_edge.quantize.layer import QuantizedLayer
+from d2q_edge.tensor_types import ALL, D2Q2, D2Q3, TensorType, dequantize
 
 Matrix = npt.NDArray[np.float64]
 
@@ -37,7 +38,7 @@ def slow_gptaq(
     n = len(x)
     h = 2 / n * x.T @ x
     d = 2 / n * (original - x).T @ x
-    order = []
+    order: list[tuple[int, ...]] = []
     blocks = range(0, h.shape[0], kind.block_size)
     for start in sorted(blocks, key=lambda s: -h.diagonal()[s : s + kind.block_size].max()):
         for group in range(start, start + kind.block_size, 32):
@@ -61,7 +62,7 @@ def slow_gptaq(
             book = levels[int(chosen.codebooks[row, code[0] // 32])] * scale
             inverse = np.linalg.inv(u[here, here])
             target = w[row, here]
-            q = min(book, key=lambda entry: np.linalg.norm((target - entry) @ inverse))  # noqa: B023
+            q = min(book, key=lambda entry: np.linalg.norm((target - entry) @ inverse))
             result[row, here] = q
             w[row, later] += target @ p[here, later] - (target - q) @ inverse @ u[here, later]
     undone = np.empty_like(result)
@@ -86,7 +87,7 @@ def test_against_the_slow_version(kind: TensorType, alpha: float) -> None:
 def test_codes_stand_for_the_returned_weights(kind: TensorType) -> None:
     weights, original, drifted = problem(2 * kind.block_size)
     layer = quantize_layer(weights, statistics_of(original, drifted), CodebookSearch(kind))
-    packed = pack(kind, layer.scales.numpy(), layer.codebooks.numpy(), layer.codes.numpy())
+    packed = layer.pack(kind)
     np.testing.assert_array_equal(dequantize(kind, packed), layer.weights.numpy())
 
 

@@ -1,0 +1,39 @@
+"""Rounding to nearest: scales, codebooks and codes by squared error, without calibration.
+
+Makes the choices of the reference encoder (encoder.py) with the fast search of codebook.py, so that a large model takes
+minutes. No error feedback: gptaq.py does that.
+"""
+
+import torch
+
+from d2q_edge.quantize.codebook import CHUNK, CodebookSearch
+from d2q_edge.quantize.layer import QuantizedLayer
+
+
+def round_layer(weights: torch.Tensor, search: CodebookSearch) -> QuantizedLayer:
+    """Quantize a matrix, float32 [rows, cols]; the block size of the search's tensor type divides cols."""
+    kind = search.tensor_type
+    rows, columns = weights.shape
+    parts = weights.reshape(-1, kind.block_size).split(CHUNK // kind.groups)
+    scales, codebooks, codes, rounded = zip(*(_round_blocks(part, search) for part in parts), strict=True)
+    return QuantizedLayer(
+        torch.cat(scales).half().view(rows, -1),
+        torch.cat(codebooks).byte().view(rows, -1),
+        torch.cat(codes).byte().view(rows, -1),
+        torch.cat(rounded).view(rows, columns),
+    )
+
+
+def _round_blocks(
+    blocks: torch.Tensor, search: CodebookSearch
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scales [n], codebooks [n, groups], codes [n, codes] and rounded weights of blocks [n, block_size]."""
+    kind = search.tensor_type
+    scales = search.block_scales(blocks)
+    vectors = search.vectors(blocks / scales[:, None])
+    books, _ = search.search(vectors)
+    levels = search.levels[books]
+    codes = torch.cdist(vectors.contiguous(), levels).argmin(2)
+    nearest = levels.gather(1, codes[:, :, None].expand(-1, -1, levels.shape[2]))
+    rounded = nearest.transpose(1, 2).reshape(blocks.shape) * scales[:, None]
+    return scales, books.view(len(blocks), kind.groups), codes.view(len(blocks), -1), rounded

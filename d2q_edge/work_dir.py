@@ -6,6 +6,7 @@ and options guards against mixing the blocks of two different conversions.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,13 +20,15 @@ from safetensors.numpy import load_file, save_file
 from d2q_edge.errors import D2QError
 
 Packed = npt.NDArray[np.uint8]
+OWN_FILE = re.compile(r"settings\.(json|partial)|block-\d+\.(safetensors|partial)")
+"""Names that may be in a work directory; one that holds anything else is never deleted."""
 
 
 class WorkDir:
     """OUT.gguf.work, beside OUT.gguf. Exists from the first finished block until the file is complete."""
 
     def __init__(self, output: Path, fingerprint: Mapping[str, Any], *, force: bool = False) -> None:
-        """Open the work directory of `output`, or a new one.
+        """Open the work directory of `output`, if there is one.
 
         Args:
             output: the file that the conversion will write.
@@ -33,30 +36,17 @@ class WorkDir:
             force: start anew where the directory holds blocks of another conversion.
 
         Raises:
-            D2QError: it holds blocks of another conversion (and not `force`), or can't be made.
+            D2QError: it holds blocks of another conversion (and not `force`), or somebody else's files.
         """
         self.path = output.with_name(output.name + ".work")
-        settings = self.path / "settings.json"
-        wanted = json.loads(json.dumps(fingerprint))
+        self._settings = self.path / "settings.json"
+        # As it will be read back: tuples become lists.
+        self._fingerprint: dict[str, Any] = json.loads(json.dumps(fingerprint))
         try:
-            if settings.exists():
-                found = json.loads(settings.read_text(encoding="utf-8"))
-                if found == wanted:
-                    return
-                if not force:
-                    changed = ", ".join(sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key)))
-                    raise D2QError(
-                        f"{self.path} holds an unfinished conversion with another {changed}; repeat that one to finish "
-                        "it, or use --force to start anew"
-                    )
             if self.path.exists():
-                shutil.rmtree(self.path)
-            self.path.mkdir()
-            partial = settings.with_suffix(".partial")
-            partial.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
-            partial.replace(settings)
+                self._take_over(force)
         except (OSError, ValueError) as error:
-            raise D2QError(f"can't use the work directory {self.path} ({error}); remove it or free the disk") from error
+            raise D2QError(f"can't use the work directory {self.path} ({error}); remove it") from error
 
     def has_block(self, index: int) -> bool:
         """Whether block `index` is finished."""
@@ -87,6 +77,7 @@ class WorkDir:
         file = self._file(index)
         partial = file.with_suffix(".partial")
         try:
+            self._create()
             save_file({name: np.ascontiguousarray(data) for name, data in weights.items()}, partial)
             partial.replace(file)
         except (OSError, SafetensorError) as error:
@@ -95,6 +86,33 @@ class WorkDir:
     def remove(self) -> None:
         """Delete the directory with all blocks."""
         shutil.rmtree(self.path, ignore_errors=True)
+
+    def _take_over(self, force: bool) -> None:
+        """Keep the directory if its blocks are of this conversion; else delete it, or refuse to."""
+        if foreign := [entry.name for entry in self.path.iterdir() if not OWN_FILE.fullmatch(entry.name)]:
+            raise D2QError(f"{self.path} holds {foreign[0]}, which d2q-edge didn't put there; move it away")
+        if self._settings.exists():
+            found = json.loads(self._settings.read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError("settings.json doesn't hold an object")
+            if found == self._fingerprint:
+                return
+            if not force:
+                wanted = self._fingerprint
+                changed = ", ".join(sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key)))
+                raise D2QError(
+                    f"{self.path} holds an unfinished conversion with another {changed}; repeat that one to finish "
+                    "it, or use --force to start anew"
+                )
+        shutil.rmtree(self.path)
+
+    def _create(self) -> None:
+        if self._settings.exists():
+            return
+        self.path.mkdir(exist_ok=True)
+        partial = self._settings.with_suffix(".partial")
+        partial.write_text(json.dumps(self._fingerprint, indent=1), encoding="utf-8")
+        partial.replace(self._settings)
 
     def _file(self, index: int) -> Path:
         return self.path / f"block-{index:04d}.safetensors"

@@ -34,7 +34,7 @@ class BlockRunner:
         self.family = family
         self.device = device
         try:
-            config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
+            config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True, trust_remote_code=False)
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
         except (KeyError, TypeError, ValueError, OSError) as error:

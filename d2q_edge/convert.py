@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from d2q_edge import __version__, codebooks, tensor_types
@@ -129,6 +130,12 @@ def convert(
     file = _File(checkpoint, family, plan, _metadata(plan, options, text))
     # Also finds out, before the long work, whether tokenizer and metadata can be exported.
     size = file.size()
+    if plan.fallbacks:
+        kinds = ", ".join(sorted({plan.linears[name] for name in plan.fallbacks}))
+        print(
+            f"{len(plan.fallbacks)} of {len(plan.linears)} linear layers become {kinds}: 64 doesn't divide their width",
+            file=sys.stderr,
+        )
     if dry_run:
         return Conversion(plan, size, None)
     check_output(output, force=force, size=size)
@@ -138,6 +145,7 @@ def convert(
         return Conversion(plan, output.stat().st_size, Report())
 
     windows = _calibration_windows(checkpoint, family, text, options)
+    _check_weights(checkpoint)
     work = WorkDir(output, _fingerprint(checkpoint, file.metadata, windows, device), force=force)
     if work.finished:
         print(f"going on after {work.finished} finished blocks in {work.path}", file=sys.stderr)
@@ -211,13 +219,25 @@ class _RoundToNearest:
             return round_layer(weights, self.searches[kind]).pack(tensor_types.BY_NAME[kind])
 
 
+def _check_weights(checkpoint: Checkpoint) -> None:
+    """Read everything once: a damaged tensor of the last block should be found now and not hours later.
+
+    Raises:
+        D2QError: a tensor can't be read, or is NaN or infinite.
+    """
+    for name in tqdm(checkpoint.names, desc="Checking", unit="tensor", disable=None):
+        checkpoint.tensor(name)
+
+
 def _calibration_windows(checkpoint: Checkpoint, family: Family, text: Text, options: Options) -> npt.NDArray[np.int64]:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise D2QError(f"transformers can't load the tokenizer of {checkpoint.directory} ({error})") from error
     exported = read_tokenizer(checkpoint.directory, checkpoint.config, family.vocab_size)
-    bos = exported.special_ids.get("bos") if exported.add_special.get("bos") else None
+    # llama.cpp's rule for a file that doesn't say.
+    adds_bos = exported.add_special.get("bos", exported.pre == "llama-bpe")
+    bos = exported.special_ids.get("bos") if adds_bos else None
     return token_windows(tokenizer, text, options.calibration_tokens, options.context, options.seed, bos)
 
 

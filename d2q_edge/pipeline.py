@@ -96,6 +96,7 @@ class _Driver:
         """Quantize one block and move both streams past it; returns its packed weights by full name."""
         stages = self.runner.family.stages
         original_inputs, outputs = self._run_original(block, stages)
+        _check_finite(outputs, "original", index)
         packed: dict[str, Packed] = {}
         for stage in stages:
             statistics = self._gather(block, stage, original_inputs.pop(stage.linears[0]))
@@ -178,9 +179,7 @@ class _Driver:
     def _advance(self, index: int, block: nn.Module, outputs: list[torch.Tensor]) -> None:
         self.original = outputs
         self.quantized = [self._forward(block, hidden) for hidden in self.quantized]
-        for name, stream in (("original", self.original), ("quantized", self.quantized)):
-            if not all(bool(hidden.isfinite().all()) for hidden in stream):
-                raise D2QError(f"the activations of the {name} model are NaN or infinite after block {index}")
+        _check_finite(self.quantized, "quantized", index)
 
     def _forward(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         with self._timed("forward"):
@@ -207,6 +206,11 @@ class _Timer:
     def __exit__(self, *_: object) -> None:
         self._wait()
         self.seconds[self.phase] += time.perf_counter() - self.start
+
+
+def _check_finite(stream: list[torch.Tensor], which: str, index: int) -> None:
+    if not all(bool(hidden.isfinite().all()) for hidden in stream):
+        raise D2QError(f"the activations of the {which} model are NaN or infinite after block {index}")
 
 
 def _weight(layer: nn.Module) -> torch.Tensor:

@@ -77,6 +77,7 @@ def make_plan(family: Family, bits: int, embedding_type: str | None = None, head
     embedding, head = f"{family.embedding}.weight", f"{family.head}.weight"
     if head_type is not None and family.tied_embeddings:
         raise D2QError("the head of this model is its embedding matrix (tied); use --embedding-type alone")
+    embedding_type, head_type = embedding_type and embedding_type.lower(), head_type and head_type.lower()
     for option, kind in (("--embedding-type", embedding_type), ("--head-type", head_type)):
         if kind is not None and kind not in STOCK_TYPES:
             known = ", ".join(STOCK_TYPES)

@@ -78,6 +78,10 @@ def evaluate(
         windows = _chunks(model, content, context, chunks)
         if base is not None and not np.array_equal(windows, _chunks(base, content, context, chunks)):
             raise D2QError(f"{path} and {reference} split the text into different tokens; they are different models")
+        if base is not None and base.vocab_size != model.vocab_size:
+            raise D2QError(
+                f"{path} has {model.vocab_size} tokens and {reference} {base.vocab_size}; they are different models"
+            )
         measured = _Measured()
         for tokens in tqdm(windows, desc=f"Evaluating {path.name}", unit="chunk", disable=None):
             measured.add(model, base, tokens)

@@ -7,11 +7,15 @@ from typing import Any
 
 from d2q_edge import runtime
 from d2q_edge.errors import D2QError
+from d2q_edge.gguf_reader import GGUFFile
 from d2q_edge.llama_model import usable_cpus
+
+SPARE_TOKENS = 8
+"""Room for the special tokens around a prompt."""
 
 
 def generate(path: Path, prompt: str, max_tokens: int, temperature: float, seed: int) -> Iterator[str]:
-    """Continue a prompt; yields pieces of text as they come.
+    """Continue a prompt. The model is loaded at once; the iterator yields pieces of text as they come.
 
     Args:
         path: the GGUF file.
@@ -21,16 +25,26 @@ def generate(path: Path, prompt: str, max_tokens: int, temperature: float, seed:
         seed: of the sampling.
 
     Raises:
-        D2QError: the runtime is not installed, or the file can't be loaded.
+        D2QError: the runtime is not installed, the file can't be loaded, or the prompt is longer than its context.
     """
     api: Any = runtime.require()
-    if not path.is_file():
-        raise D2QError(f"there is no file {path}")
+    keys = GGUFFile(path).kv
+    longest = keys.get(f"{keys.get('general.architecture')}.context_length", 0)
+    # No token is shorter than a byte. The model's own context can be so long that its cache doesn't fit in memory.
+    room = len(prompt.encode()) + max_tokens + SPARE_TOKENS
     try:
-        # n_ctx=0: the model's own context length.
-        model = api.Llama(str(path), n_ctx=0, n_threads=usable_cpus(), seed=seed, verbose=False)
+        model = api.Llama(
+            str(path), n_ctx=min(room, longest or room), n_threads=usable_cpus(), seed=seed, verbose=False
+        )
     except ValueError as error:
         raise D2QError(f"llama.cpp can't load {path}: {error}") from error
+    return _pieces(model, prompt, max_tokens, temperature)
+
+
+def _pieces(model: Any, prompt: str, max_tokens: int, temperature: float) -> Iterator[str]:
     with closing(model):
-        for piece in model(prompt, max_tokens=max_tokens, temperature=temperature, stream=True):
-            yield piece["choices"][0]["text"]
+        try:
+            for piece in model(prompt, max_tokens=max_tokens, temperature=temperature, stream=True):
+                yield piece["choices"][0]["text"]
+        except ValueError as error:
+            raise D2QError(f"llama.cpp can't continue the prompt: {error}") from error

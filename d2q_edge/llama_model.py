@@ -71,7 +71,7 @@ class LlamaModel:
         self._context = self._model = None
 
     def tokenize(self, text: str) -> npt.NDArray[np.int32]:
-        """Token ids, int32 [tokens]; special tokens are added as the model wants, their names in `text` are parsed."""
+        """Token ids, int32 [tokens]; special tokens are added as the model wants, but not read from `text`."""
         raw = text.encode()
         room = len(raw) + 2
         ids = (self._api.llama_token * room)()

@@ -52,11 +52,14 @@ def convert(model: Path, output: Path | None, stock_type: str | None, **options:
     from d2q_edge.convert import Options
     from d2q_edge.convert import convert as quantize
     from d2q_edge.families import family_for
+    from d2q_edge.gguf_file import check_output
 
     _refuse_planned(options)
-    bits, force = options["bits"], options["force"]
-    if stock_type is not None and (bits is not None or options["dry_run"] or options["report"]):
-        raise click.UsageError("--type writes a stock file; it doesn't go with --bits, --dry-run or --report")
+    bits, force, report = options["bits"], options["force"], options["report"]
+    if stock_type is not None:
+        for option in ("bits", "no_calibration", "embedding_type", "head_type", "dry_run", "report"):
+            if options[option]:
+                raise click.UsageError(f"--type writes a stock file; it doesn't go with --{option.replace('_', '-')}")
     if bits not in (None, 2, 3):
         raise D2QError(f"--bits {bits:g} needs mixed precision, which this version doesn't have; use 2 or 3")
     bits = int(bits or 2)
@@ -83,9 +86,12 @@ def convert(model: Path, output: Path | None, stock_type: str | None, **options:
             )
         },
     )
+    if report:
+        # Better now than after the work.
+        check_output(report, force=True)
     result = quantize(model, output, chosen, dry_run=options["dry_run"], force=force)
-    if options["report"]:
-        _write_json(options["report"], result.to_json())
+    if report:
+        _write_json(report, result.to_json())
     click.echo(result.describe(output))
 
 
@@ -144,8 +150,9 @@ def run(file: Path, prompt: str, tokens: int, temperature: float, seed: int) -> 
     """Continue a prompt with a GGUF FILE."""
     from d2q_edge.generate import generate
 
+    pieces = generate(file, prompt, tokens, temperature, seed)
     click.echo(prompt, nl=False)
-    for piece in generate(file, prompt, tokens, temperature, seed):
+    for piece in pieces:
         click.echo(piece, nl=False)
     click.echo()
 
@@ -191,13 +198,14 @@ def main() -> None:
     try:
         sys.exit(cli(standalone_mode=False))
     except D2QError as error:
-        click.echo(f"Error: {error}", err=True)
+        # Messages quote those of other libraries, which may have many lines.
+        click.echo("Error: " + " ".join(str(error).split()), err=True)
         sys.exit(1)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("Interrupted. The same command goes on where this one stopped.", err=True)
+        click.echo("Interrupted. A conversion goes on where it stopped when the command is repeated.", err=True)
         sys.exit(130)
 
 

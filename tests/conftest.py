@@ -1,4 +1,4 @@
-"""Fixtures that several test files share: tiny random checkpoints, and llama.cpp's own converter as an oracle."""
+"""Fixtures that several test files share: random checkpoints, the converted example, llama.cpp's own converter."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.checkpoints import write_checkpoint
+from d2q_edge.convert import Options, convert
+from d2q_edge.export import export
+from d2q_edge.pipeline import Report
+from d2q_edge.runtime import source
+from tests.availability import fetch_sdist
+from tests.checkpoints import EXAMPLE, write_checkpoint
 
 # Runs the converter with its table of tokenizer hashes bypassed, because it can't know our tokenizers' hashes.
 ORACLE = """
@@ -36,22 +42,55 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-@pytest.fixture
-def stock_convert(tmp_path: Path) -> Callable[[Path, str, str], Path]:
-    """convert(model, type, pre): the file that llama.cpp's converter makes of a model; skips where there is none.
+@pytest.fixture(scope="session")
+def pristine_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unpacked source distribution of llama-cpp-python. Tests must not change it."""
+    work = tmp_path_factory.mktemp("pristine")
+    source.unpack(fetch_sdist(work / "log"), work / "tree")
+    return work / "tree"
 
-    The converter is taken from the llama.cpp tree named by the environment variable D2Q_LLAMA_CPP. `pre` is the
-    pre-tokenizer's name, which it would otherwise look up by hash.
+
+@pytest.fixture
+def stock_convert(tmp_path: Path, pristine_tree: Path) -> Callable[[Path, str, str], Path]:
+    """convert(model, type, pre): the file that llama.cpp's own converter makes of a model.
+
+    `pre` is the pre-tokenizer's name, which it would otherwise look up by hash.
     """
-    root = os.environ.get("D2Q_LLAMA_CPP")
-    if not root:
-        pytest.skip("D2Q_LLAMA_CPP doesn't name a llama.cpp source tree")
+    root = pristine_tree / "vendor/llama.cpp"
 
     def convert(model: Path, type_name: str, pre: str) -> Path:
         out = tmp_path / f"stock-{model.name}-{type_name}.gguf"
-        arguments = [root, pre, str(model), "--outtype", type_name, "--outfile", str(out)]
-        result = subprocess.run([sys.executable, "-c", ORACLE, *arguments], capture_output=True, text=True)
+        arguments = [str(root), pre, str(model), "--outtype", type_name, "--outfile", str(out)]
+        # Importing it must not leave __pycache__ in the tree.
+        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+        result = subprocess.run(
+            [sys.executable, "-c", ORACLE, *arguments], capture_output=True, text=True, env=environment
+        )
         assert result.returncode == 0, result.stderr
         return out
 
     return convert
+
+
+@dataclass(frozen=True)
+class ExampleFiles:
+    """The example model as GGUF files: the original, and quantized with little calibration."""
+
+    f16: Path
+    d2q2: Path
+    d2q3: Path
+    reports: dict[int, Report]
+    """By bits."""
+
+
+@pytest.fixture(scope="session")
+def example_files(tmp_path_factory: pytest.TempPathFactory) -> ExampleFiles:
+    """Tests must not change them."""
+    directory = tmp_path_factory.mktemp("example")
+    files = ExampleFiles(directory / "f16.gguf", directory / "d2q2.gguf", directory / "d2q3.gguf", {})
+    export(EXAMPLE, files.f16, "f16")
+    for bits, path in ((2, files.d2q2), (3, files.d2q3)):
+        report = convert(EXAMPLE, path, Options(bits=bits, calibration_tokens=4096)).report
+        assert report is not None
+        files.reports[bits] = report
+    return files

@@ -47,8 +47,8 @@ class Recipe:
     integer_rounds: int
 
 
-PAIRS = Recipe(2, 16, 10.0, (0.03, 0.03, 0.03, 0.03), 0.5, 32768, 400, 120)
-SCALARS = Recipe(1, 8, 10.0, (0.03, 0.03, 0.03, 0.03), 0.5, 32768, 400, 120)
+PAIRS = Recipe(2, 16, 13.0, (0.03, 0.03, 0.03, 0.03), 0.5, 32768, 400, 120)
+SCALARS = Recipe(1, 8, 18.0, (0.03, 0.03, 0.03, 0.03), 0.5, 32768, 400, 120)
 
 
 def synthetic(kind: str, blocks: int, generator: torch.Generator, device: torch.device) -> Tensor:
@@ -185,6 +185,8 @@ def learn(
     total_rounds = recipe.rounds + recipe.integer_rounds
     for current in range(total_rounds):
         integer = current >= recipe.rounds
+        if current == recipe.rounds:
+            table = table.round()
         left = 1 - current / recipe.rounds if not integer else 1 - (current - recipe.rounds) / recipe.integer_rounds
         spread = 0.02 + 0.15 * max(left, 0) if not integer else 0.03
         jump = torch.randn(len(scale), generator=generator, device=device) * spread
@@ -221,10 +223,16 @@ def learn(
 
 
 def canonical(table: Tensor) -> Tensor:
-    """The same table in a fixed order: entries ascending, codebooks by size (the sum of squares), then by entries."""
+    """The same table, int8, in a fixed order: entries ascending, codebooks by size (sum of squares), then by entries.
+
+    Raises:
+        ValueError: an entry is not an integer.
+    """
+    if not torch.equal(table, table.round()):
+        raise ValueError("the table is not on the integer grid")
     books = [sorted(map(tuple, book)) for book in table.int().tolist()]
     books.sort(key=lambda book: (sum(v * v for entry in book for v in entry), book))
-    return torch.tensor(books, dtype=torch.float32)
+    return torch.tensor(books, dtype=torch.int8)
 
 
 def main() -> None:
@@ -254,7 +262,7 @@ def main() -> None:
         for kind, blocks in test.items():
             error = encoder.search(blocks, table, recipe.unit)[1].sum() / blocks.square().sum()
             print(f"  {kind:10} {error.item():.5f}")
-        tables.append(canonical(table).to(torch.int8).numpy())
+        tables.append(canonical(table).numpy())
     pairs, scalars = tables[0], tables[1][:, :, 0]
     arguments.output.write_text(format_tables(pairs, scalars), encoding="ascii")
     print(f"TABLE_SHA256 = {table_sha256(pairs, scalars)!r}")

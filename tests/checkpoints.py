@@ -62,7 +62,7 @@ def write_checkpoint(
             part = dict(list(tensors.items())[index::shards])
             save_file(part, directory / file, metadata={"format": "pt"})
             weight_map.update(dict.fromkeys(part, file))
-        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     _write_tokenizer(directory, family)
 
 

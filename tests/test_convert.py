@@ -1,0 +1,426 @@
+"""Conversions from end to end: what is in the file, its size, and what interruptions and failures leave behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from d2q_edge import __version__, convert, gguf_file, pipeline, tensor_types
+from d2q_edge.blocks import BlockRunner
+from d2q_edge.calibration import load_text, token_windows
+from d2q_edge.checkpoint import Checkpoint
+from d2q_edge.codebooks import TABLE_SHA256
+from d2q_edge.convert import Conversion, Options
+from d2q_edge.errors import D2QError
+from d2q_edge.export import export
+from d2q_edge.families import Family, family_for
+from d2q_edge.gguf_reader import GGUFFile
+from d2q_edge.pipeline import quantize_blocks
+from d2q_edge.work_dir import WorkDir
+from tests.checkpoints import write_checkpoint
+
+Make = Callable[..., Path]
+QUICK = Options(calibration_tokens=512, context=32)
+SMALL: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
+MODELS: dict[str, tuple[str, dict[str, Any], int, dict[str, int]]] = {
+    # family, config, bits, tensors of each type
+    "wide": ("llama", {"hidden_size": 256, "intermediate_size": 512}, 2, {"d2q2": 14, "q8_0": 2}),
+    "mixed": ("qwen3", {"hidden_size": 256, "intermediate_size": 320}, 3, {"d2q3": 10, "d2q3_64": 4, "q8_0": 2}),
+    "narrow": ("qwen2", {"tie_word_embeddings": True}, 2, {"d2q2_64": 12, "q4_0": 2, "q8_0": 1}),
+}
+# An o_proj of qwen3 reads 4 heads of 32.
+
+
+class Converted:
+    """A random checkpoint and its file."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        family, config, bits, self.expected_types = MODELS[name]
+        self.model = directory / name
+        write_checkpoint(self.model, family, **config)
+        self.checkpoint = Checkpoint.open(self.model)
+        self.family: Family = family_for(self.checkpoint.config)
+        self.options = Options(**{**vars(QUICK), "bits": bits})
+        self.path = directory / f"{name}.gguf"
+        self.result: Conversion = convert.convert(self.model, self.path, self.options)
+        self.file = GGUFFile(self.path)
+
+    def floats(self, name: str) -> Any:
+        """A tensor of the checkpoint with its rows in the file's order."""
+        return self.family.export_rows(name, self.checkpoint.tensor(name).float().numpy())
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Converted:
+    return Converted(tmp_path_factory.mktemp("converted"), request.param)
+
+
+class TestContent:
+    def test_types(self, converted: Converted) -> None:
+        found: dict[str, int] = {}
+        for info in converted.file.tensors.values():
+            found[info.type_name] = found.get(info.type_name, 0) + 1
+        norms = found.pop("f32")
+        assert found == converted.expected_types
+        assert norms == len(converted.file.tensors) - sum(found.values())
+
+    def test_packed_weights_are_those_of_the_pipeline(self, converted: Converted, tmp_path: Path) -> None:
+        family, options = converted.family, converted.options
+        bos = 4093 if family.gguf_arch == "llama" else None
+        text = load_text("builtin", "calibration")
+        windows = token_windows(AutoTokenizer.from_pretrained(converted.model), text, 512, 32, 0, bos)
+        assert windows.shape == (16, 32)
+        work = WorkDir(tmp_path / "again", {})
+        runner = BlockRunner(converted.checkpoint, family, torch.device("cpu"))
+        report = quantize_blocks(runner, converted.result.plan.linears, windows, work)
+        assert converted.result.report is not None
+        assert report.layer_errors == converted.result.report.layer_errors
+        packed = {**work.read_block(0), **work.read_block(1)}
+        assert len(packed) == sum(
+            n for kind, n in converted.expected_types.items() if kind.startswith(f"d2q{options.bits}")
+        )
+        for name, data in packed.items():
+            info = converted.file.tensors[family.gguf_name(name)]
+            assert info.type_name == converted.result.plan.types[name]
+            own = tensor_types.BY_NAME[info.type_name]
+            expected = family.export_rows(name, tensor_types.dequantize(own, data))
+            assert np.array_equal(converted.file.dequantize(info.name), expected)
+
+    def test_linear_weights_are_near_the_original(self, converted: Converted) -> None:
+        for name in converted.family.linear_weights():
+            expected = converted.floats(name)
+            error = converted.file.dequantize(converted.family.gguf_name(name)) - expected
+            # Rows in another order would have an error of 2.
+            assert np.square(error).mean() / np.square(expected).mean() < 0.5, name
+
+    def test_everything_else_is_as_in_a_stock_file(self, converted: Converted, tmp_path: Path) -> None:
+        export(converted.model, tmp_path / "stock.gguf", "q8_0")
+        stock = GGUFFile(tmp_path / "stock.gguf")
+        assert list(converted.file.tensors) == list(stock.tensors)
+        linears = {converted.family.gguf_name(name) for name in converted.family.linear_weights()}
+        for name, info in converted.file.tensors.items():
+            assert info.shape == stock.tensors[name].shape
+            if name not in linears:
+                assert info.type_name == stock.tensors[name].type_name
+                assert np.array_equal(converted.file.raw(name), stock.raw(name)), name
+        ours = {key: value for key, value in converted.file.kv.items() if not key.startswith("d2q.")}
+        assert ours.pop("general.quantized_by") == f"d2q-edge {__version__}"
+        assert ours.pop("general.file_type") == 1024
+        del stock.kv["general.file_type"]
+        assert ours == stock.kv
+
+    def test_own_keys(self, converted: Converted) -> None:
+        kv, plan = converted.file.kv, converted.result.plan
+        assert {key for key in kv if key.startswith("d2q.")} == {
+            "d2q.version", "d2q.recipe", "d2q.table_sha256", "d2q.bits_per_weight",
+        }  # fmt: skip
+        assert kv["d2q.version"] == 1
+        assert kv["d2q.table_sha256"] == TABLE_SHA256
+        assert json.loads(kv["d2q.recipe"]) == {
+            "bits": converted.options.bits,
+            "method": "gptaq",
+            "rotation": False,
+            "dsq": False,
+            "dac": False,
+            "alpha": 0.5,
+            "calibration": "builtin",
+            "calibration_sha256": load_text("builtin", "calibration").sha256,
+            "calibration_tokens": 512,
+            "context": 32,
+            "seed": 0,
+        }
+        matrices = [info for info in converted.file.tensors.values() if len(info.shape) == 2]
+        bits = 8 * sum(info.nbytes for info in matrices) / sum(info.elements for info in matrices)
+        assert kv["d2q.bits_per_weight"] == pytest.approx(bits)
+        assert plan.bits_per_weight == pytest.approx(bits)
+
+    def test_size_is_known_before(self, converted: Converted, tmp_path: Path) -> None:
+        planned = convert.convert(converted.model, tmp_path / "out.gguf", converted.options, dry_run=True)
+        assert planned.report is None
+        assert planned.size == converted.result.size == converted.path.stat().st_size
+        assert list(tmp_path.iterdir()) == []
+
+    def test_nothing_else_stays(self, converted: Converted) -> None:
+        assert {path.name for path in converted.path.parent.iterdir()} == {converted.model.name, converted.path.name}
+
+    def test_same_options_same_file(self, converted: Converted, tmp_path: Path) -> None:
+        convert.convert(converted.model, tmp_path / "out.gguf", converted.options)
+        assert (tmp_path / "out.gguf").read_bytes() == converted.path.read_bytes()
+
+
+class TestOptions:
+    def test_without_calibration(self, make_checkpoint: Make, tmp_path: Path) -> None:
+        model = make_checkpoint("llama", hidden_size=256, intermediate_size=96)
+        options = Options(bits=3, calibrate=False, embedding_type="q5_0", head_type="f16")
+        planned = convert.convert(model, tmp_path / "out.gguf", options, dry_run=True)
+        result = convert.convert(model, tmp_path / "out.gguf", options)
+        file = GGUFFile(tmp_path / "out.gguf")
+        assert planned.size == result.size == file.size
+        assert file.tensors["token_embd.weight"].type_name == "q5_0"
+        assert file.tensors["output.weight"].type_name == "f16"
+        recipe = {"bits": 3, "method": "rtn", "rotation": False, "dsq": False, "dac": False}
+        assert json.loads(file.kv["d2q.recipe"]) == recipe
+        checkpoint = Checkpoint.open(model)
+        family = family_for(checkpoint.config)
+        for name in family.linear_weights():
+            expected = family.export_rows(name, checkpoint.tensor(name).float().numpy())
+            error = file.dequantize(family.gguf_name(name)) - expected
+            assert np.square(error).mean() / np.square(expected).mean() < 0.03, name
+
+    def test_fallbacks_are_said(
+        self, make_checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        convert.convert(make_checkpoint(), tmp_path / "out.gguf", QUICK, dry_run=True)
+        assert capsys.readouterr().err == "2 of 14 linear layers become q4_0: 64 doesn't divide their width\n"
+        convert.convert(make_checkpoint(name="b", **SMALL), tmp_path / "out.gguf", QUICK, dry_run=True)
+        assert capsys.readouterr().err == ""
+
+    def test_seed_decides(self, make_checkpoint: Make, tmp_path: Path) -> None:
+        model = make_checkpoint(**SMALL)
+        for seed in (0, 1):
+            convert.convert(model, tmp_path / f"{seed}.gguf", Options(**{**vars(QUICK), "seed": seed}))
+        first, second = (GGUFFile(tmp_path / f"{seed}.gguf") for seed in (0, 1))
+        assert not np.array_equal(first.raw("blk.0.attn_q.weight"), second.raw("blk.0.attn_q.weight"))
+        assert json.loads(second.kv["d2q.recipe"])["seed"] == 1
+
+    def test_own_text(self, make_checkpoint: Make, tmp_path: Path) -> None:
+        (tmp_path / "own.txt").write_text("The quick brown fox. " * 50)
+        options = Options(**{**vars(QUICK), "calibration": str(tmp_path / "own.txt")})
+        convert.convert(make_checkpoint(**SMALL), tmp_path / "out.gguf", options)
+        recipe = json.loads(GGUFFile(tmp_path / "out.gguf").kv["d2q.recipe"])
+        assert recipe["calibration"] == "own.txt", "the user's directories are nobody's business"
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
+    def test_missing_device(self, make_checkpoint: Make, tmp_path: Path) -> None:
+        assert convert.choose_device("auto").type == "cpu"
+        options = Options(**{**vars(QUICK), "device": "cuda"})
+        with pytest.raises(D2QError, match="has no cuda device; use --device cpu"):
+            convert.convert(make_checkpoint(**SMALL), tmp_path / "out.gguf", options)
+        assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+    def test_llama_bpe_without_a_word_on_bos(self, make_checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = make_checkpoint("llama", **SMALL)
+        for name, key in (("tokenizer.json", "post_processor"), ("tokenizer_config.json", "add_bos_token")):
+            content = json.loads((model / name).read_text("utf-8"))
+            del content[key]
+            (model / name).write_text(json.dumps(content), "utf-8")
+        given: list[int | None] = []
+
+        def spy(*args: Any) -> Any:
+            given.append(args[5])
+            raise InterruptedError
+
+        monkeypatch.setattr(convert, "token_windows", spy)
+        with pytest.raises(InterruptedError):
+            convert.convert(model, model.parent / "out.gguf", QUICK)
+        assert given == [4093], "llama.cpp adds it unless the file forbids it"
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, place: Any, function: str, calls: int) -> None:
+    """Make `place.function` raise KeyboardInterrupt at its call number calls + 1."""
+    original, count = getattr(place, function), 0
+
+    def counting(*args: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count > calls:
+            raise KeyboardInterrupt
+        return original(*args, **options)
+
+    monkeypatch.setattr(place, function, counting)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    """A model and the file that an undisturbed conversion makes of it."""
+    directory = tmp_path_factory.mktemp("whole")
+    write_checkpoint(directory / "model", "llama", **SMALL)
+    convert.convert(directory / "model", directory / "out.gguf", QUICK)
+    return directory / "model", (directory / "out.gguf").read_bytes()
+
+
+class TestInterruptions:
+    @pytest.mark.parametrize(
+        ("place", "function", "calls", "left"),
+        [
+            (pipeline, "quantize_layer", 2, []),
+            (pipeline, "quantize_layer", 9, ["out.gguf.work"]),
+            (gguf_file, "encode", 7, ["out.gguf.work"]),
+        ],
+        ids=["first block", "third block", "writing"],
+    )
+    @pytest.mark.parametrize("existing", [False, True], ids=["new", "existing"])
+    def test_resumed_file_is_the_same(
+        self,
+        whole: tuple[Path, bytes],
+        tmp_path: Path,
+        place: Any,
+        function: str,
+        calls: int,
+        left: list[str],
+        existing: bool,
+    ) -> None:
+        output = tmp_path / "out.gguf"
+        if existing:
+            output.write_text("old")
+            left = ["out.gguf", *left]
+        with pytest.MonkeyPatch.context() as patch:
+            interrupt_after(patch, place, function, calls)
+            with pytest.raises(KeyboardInterrupt):
+                convert.convert(whole[0], output, QUICK, force=existing)
+        assert sorted(path.name for path in tmp_path.iterdir()) == left
+        if existing:
+            assert output.read_text() == "old"
+        convert.convert(whole[0], output, QUICK, force=existing)
+        assert output.read_bytes() == whole[1]
+        assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
+
+    def test_finished_blocks_are_used(self, whole: tuple[Path, bytes], tmp_path: Path, capsys: Any) -> None:
+        output = tmp_path / "out.gguf"
+        for calls, finished in ((9, None), (0, 2)):
+            with pytest.MonkeyPatch.context() as patch:
+                interrupt_after(patch, pipeline, "quantize_layer", calls)
+                with pytest.raises(KeyboardInterrupt):
+                    convert.convert(whole[0], output, QUICK)
+            said = capsys.readouterr().err
+            assert said == (f"going on after {finished} finished blocks in {output}.work\n" if finished else "")
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"seed": 1}, "another calibration tokens, recipe;"),
+            ({"bits": 3}, "another recipe;"),
+            ({"context": 16}, "another calibration tokens, recipe;"),
+        ],
+    )
+    def test_other_options_do_not_mix(
+        self, whole: tuple[Path, bytes], tmp_path: Path, change: dict[str, int], said: str
+    ) -> None:
+        output, other = tmp_path / "out.gguf", Options(**{**vars(QUICK), **change})
+        self.stop(whole[0], output)
+        with pytest.raises(D2QError, match=said):
+            convert.convert(whole[0], output, other)
+        convert.convert(whole[0], output, other, force=True)
+        convert.convert(whole[0], tmp_path / "direct.gguf", other)
+        assert output.read_bytes() == (tmp_path / "direct.gguf").read_bytes()
+
+    def test_other_weights_do_not_mix(self, make_checkpoint: Make, tmp_path: Path) -> None:
+        model, output = make_checkpoint(**SMALL), tmp_path / "out.gguf"
+        self.stop(model, output)
+        weights = load_file(model / "model.safetensors")
+        save_file({name: tensor * 2 for name, tensor in weights.items()}, model / "model.safetensors")
+        with pytest.raises(D2QError, match="another weight files;"):
+            convert.convert(model, output, QUICK)
+
+    def test_damaged_block(self, whole: tuple[Path, bytes], tmp_path: Path) -> None:
+        output = tmp_path / "out.gguf"
+        self.stop(whole[0], output)
+        block = tmp_path / "out.gguf.work" / "block-0001.safetensors"
+        block.write_bytes(block.read_bytes()[:-1])
+        with pytest.raises(D2QError, match=r"block-0001.safetensors is damaged"):
+            convert.convert(whole[0], output, QUICK)
+        block.unlink()
+        convert.convert(whole[0], output, QUICK)
+        assert output.read_bytes() == whole[1]
+
+    def stop(self, model: Path, output: Path) -> None:
+        """Interrupt a conversion in its third block."""
+        with pytest.MonkeyPatch.context() as patch:
+            interrupt_after(patch, pipeline, "quantize_layer", 9)
+            with pytest.raises(KeyboardInterrupt):
+                convert.convert(model, output, QUICK)
+
+    def test_killed_process(self, tmp_path: Path) -> None:
+        """A real process, really killed."""
+        write_checkpoint(tmp_path / "model", "qwen3", **{**SMALL, "num_hidden_layers": 8})
+        output = tmp_path / "out.gguf"
+        arguments = ["convert", "model", "-o", "out.gguf", "--calibration-tokens", "8192", "--context", "256"]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+        with subprocess.Popen(
+            [sys.executable, "-m", "d2q_edge.cli", *arguments],
+            cwd=tmp_path,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            second = tmp_path / "out.gguf.work" / "block-0001.safetensors"
+            deadline = time.monotonic() + 120
+            while not second.exists() and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.005)
+            process.kill()
+            assert process.wait() == -signal.SIGKILL, process.communicate()[1]
+        assert second.exists()
+        assert not output.exists()
+        options = Options(calibration_tokens=8192, context=256)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(tmp_path)
+            convert.convert("model", Path("out.gguf"), options)
+            convert.convert("model", Path("whole.gguf"), options)
+        assert output.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+        assert {path.name for path in tmp_path.iterdir()} == {"model", "out.gguf", "whole.gguf"}
+
+
+class TestFailures:
+    @pytest.mark.parametrize("calibrate", [True, False])
+    @pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.2.mlp.down_proj.weight", "model.norm.weight"])
+    def test_nan_anywhere_is_found_and_leaves_nothing(
+        self, make_checkpoint: Make, tmp_path: Path, name: str, calibrate: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = make_checkpoint(**SMALL)
+        tensors = load_file(model / "model.safetensors")
+        tensors[name].view(-1)[5] = torch.nan
+        save_file(tensors, model / "model.safetensors")
+        monkeypatch.setattr(pipeline, "quantize_layer", None)  # found before any work
+        with pytest.raises(D2QError, match=rf"tensor {name} in .* contains NaN"):
+            convert.convert(model, tmp_path / "out.gguf", Options(**{**vars(QUICK), "calibrate": calibrate}))
+        assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+    def test_overflow_leaves_nothing(self, make_checkpoint: Make, tmp_path: Path) -> None:
+        model = make_checkpoint(**SMALL, dtype=torch.float32)
+        tensors = load_file(model / "model.safetensors")
+        for layer in ("up", "down"):
+            tensors[f"model.layers.0.mlp.{layer}_proj.weight"] *= 1e25
+        save_file(tensors, model / "model.safetensors")
+        with pytest.raises(D2QError, match="the original model are NaN or infinite after block 0"):
+            convert.convert(model, tmp_path / "out.gguf", QUICK)
+        assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+    def test_existing_output(self, make_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "out.gguf").write_text("old")
+        monkeypatch.setattr(convert, "quantize_blocks", None)
+        with pytest.raises(D2QError, match=r"out.gguf exists already; use --force"):
+            convert.convert(make_checkpoint(**SMALL), tmp_path / "out.gguf", QUICK)
+        assert (tmp_path / "out.gguf").read_text() == "old"
+
+    def test_full_disk_while_writing(
+        self, make_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        model = make_checkpoint(**SMALL)
+        monkeypatch.setattr(gguf_file, "encode", full)
+        with pytest.raises(D2QError, match="the disk is full"):
+            convert.convert(model, tmp_path / "out.gguf", QUICK)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf.work", "tiny"]
+        monkeypatch.undo()
+        convert.convert(model, tmp_path / "out.gguf", QUICK)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "tiny"]
+
+    def test_broken_tokenizer(self, make_checkpoint: Make, tmp_path: Path) -> None:
+        model = make_checkpoint(**SMALL)
+        (model / "tokenizer_config.json").write_text('{"tokenizer_class": 5}')
+        with pytest.raises(D2QError):
+            convert.convert(model, tmp_path / "out.gguf", QUICK)
+        assert [path.name for path in tmp_path.iterdir()] == ["tiny"]

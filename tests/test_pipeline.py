@@ -1,0 +1,243 @@
+"""The block-by-block driver: what its streams and statistics are, resuming, determinism, errors."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from d2q_edge import pipeline, tensor_types
+from d2q_edge.blocks import BlockRunner
+from d2q_edge.calibration import load_text
+from d2q_edge.checkpoint import Checkpoint
+from d2q_edge.errors import D2QError
+from d2q_edge.families import family_for
+from d2q_edge.pipeline import Report, quantize_blocks
+from d2q_edge.plan import make_plan
+from d2q_edge.quantize.codebook import CodebookSearch
+from d2q_edge.quantize.gptaq import InputStatistics, quantize_layer
+from d2q_edge.quantize.layer import QuantizedLayer
+from d2q_edge.quantize.rtn import round_layer
+from d2q_edge.work_dir import Packed, WorkDir
+from tests.checkpoints import EXAMPLE
+from tests.conftest import ExampleFiles
+
+Make = Callable[..., Path]
+WINDOWS = np.random.default_rng(2).integers(0, 4096, (12, 40))
+SMALL: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3}
+
+
+class Setup:
+    """One checkpoint with a plan, and a work directory per run."""
+
+    def __init__(self, model: Path, bits: int = 2) -> None:
+        self.model = model
+        self.checkpoint = Checkpoint.open(model)
+        self.family = family_for(self.checkpoint.config)
+        self.types = make_plan(self.family, bits).linears
+
+    def runner(self) -> BlockRunner:
+        return BlockRunner(self.checkpoint, self.family, torch.device("cpu"))
+
+    def run(self, work: WorkDir, windows: Any = WINDOWS) -> Report:
+        return quantize_blocks(self.runner(), self.types, windows, work)
+
+    def dequantized(self, work: WorkDir) -> dict[str, torch.Tensor]:
+        found = {}
+        for index in range(self.family.num_layers):
+            for name, data in work.read_block(index).items():
+                own = tensor_types.BY_NAME[self.types[name]]
+                found[name] = torch.from_numpy(tensor_types.dequantize(own, data))
+        return found
+
+    def whole_model(self, weights: Mapping[str, torch.Tensor]) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32).eval()
+        _, unexpected = model.load_state_dict(weights, strict=False)
+        assert unexpected == []
+        return model
+
+
+class StoppedAt(WorkDir):
+    """Ends like Ctrl-C while block `last` is being worked on."""
+
+    last = 1
+
+    def write_block(self, index: int, weights: Mapping[str, Packed]) -> None:
+        if index == self.last:
+            raise KeyboardInterrupt
+        super().write_block(index, weights)
+
+
+def blocks(work: WorkDir) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(work.path.glob("block-*"))}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@torch.inference_mode()
+def test_streams_are_the_two_models(make_checkpoint: Make, tmp_path: Path, family: str) -> None:
+    setup = Setup(make_checkpoint(family, **SMALL), bits=3 if family == "qwen2" else 2)
+    runner = setup.runner()
+    driver = pipeline._Driver(runner, setup.types, WINDOWS, alpha=0.5)
+    work = WorkDir(tmp_path / "out.gguf", {})
+    for index in range(3):
+        work.write_block(index, driver.quantize(index, runner.load(index)))
+    quantized = setup.dequantized(work)
+    assert quantized.keys() == set(setup.family.linear_weights())
+    for weights, stream in (({}, driver.original), (quantized, driver.quantized)):
+        outputs: list[torch.Tensor] = []
+        model = setup.whole_model(weights)
+        model.model.layers[2].register_forward_hook(lambda *args, outputs=outputs: outputs.append(args[2]))
+        model(torch.from_numpy(WINDOWS))
+        torch.testing.assert_close(torch.cat(stream), outputs[0], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(torch.cat(driver.original), torch.cat(driver.quantized), atol=1e-2)
+    for name, weight in quantized.items():
+        original = setup.checkpoint.tensor(name).float()
+        assert float((weight - original).square().mean() / original.square().mean()) < 0.5, name
+
+
+@torch.inference_mode()
+def test_statistics_are_those_of_the_formulas(
+    make_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = Setup(make_checkpoint("llama", **SMALL))
+    seen: list[tuple[torch.Tensor, torch.Tensor, float]] = []
+
+    def spy(weights: torch.Tensor, statistics: InputStatistics, search: CodebookSearch, alpha: float) -> QuantizedLayer:
+        seen.append((statistics.hessian.clone(), statistics.drift.clone(), alpha))
+        return quantize_layer(weights, statistics, search, alpha)
+
+    monkeypatch.setattr(pipeline, "quantize_layer", spy)
+    monkeypatch.setattr(pipeline, "BATCH_TOKENS", 160)  # three batches
+    work = WorkDir(tmp_path / "out.gguf", {})
+    setup.run(work)
+    assert len(seen) == 3 * 4
+    quantized = setup.dequantized(work)
+    stages = [(index, stage.linears[0]) for index in range(3) for stage in setup.family.stages]
+    for (index, layer), (hessian, drift, alpha) in zip(stages, seen, strict=True):
+        if index == 2:
+            continue
+        name = f"model.layers.{index}.{layer}.weight"
+        before = setup.family.linear_weights()[: setup.family.linear_weights().index(name)]
+        inputs: list[torch.Tensor] = []
+        for weights in ({}, {done: quantized[done] for done in before}):
+            model = setup.whole_model(weights)
+            model.model.layers[index].get_submodule(layer).register_forward_pre_hook(
+                lambda _, args, inputs=inputs: inputs.append(args[0].flatten(0, 1))
+            )
+            model(torch.from_numpy(WINDOWS))
+        original, x = inputs
+        torch.testing.assert_close(hessian, 2 / len(x) * x.T @ x, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(drift, 2 / len(x) * (original - x).T @ x, rtol=1e-3, atol=1e-4)
+        assert alpha == 0.5
+
+
+def test_interrupted_and_resumed_is_the_same(make_checkpoint: Make, tmp_path: Path) -> None:
+    # 96: the down projections are of a stock type and not in the work directory.
+    for intermediate in (256, 96):
+        setup = Setup(make_checkpoint(**{**SMALL, "intermediate_size": intermediate}, name=f"m{intermediate}"))
+        whole = WorkDir(tmp_path / f"whole{intermediate}", {})
+        report = setup.run(whole)
+        expected = set(setup.family.linear_weights()) - (
+            {f"model.layers.{i}.mlp.down_proj.weight" for i in range(3)} if intermediate == 96 else set()
+        )
+        assert report.layer_errors.keys() == expected
+        for last in (1, 2):
+            stopped = StoppedAt(tmp_path / f"stopped{intermediate}-{last}", {})
+            stopped.last = last
+            with pytest.raises(KeyboardInterrupt):
+                setup.run(stopped)
+            resumed = WorkDir(tmp_path / f"stopped{intermediate}-{last}", {})
+            assert resumed.finished == last
+            rest = setup.run(resumed)
+            assert blocks(resumed) == blocks(whole)
+            assert rest.layer_errors == {
+                name: error for name, error in report.layer_errors.items() if int(name.split(".")[2]) >= last
+            }
+
+
+def test_finished_blocks_are_not_quantized_again(
+    make_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = Setup(make_checkpoint(**SMALL))
+    work = WorkDir(tmp_path / "out", {})
+    setup.run(work)
+    monkeypatch.setattr(pipeline, "quantize_layer", None)
+    assert setup.run(work).layer_errors == {}
+
+
+def test_same_twice_and_other_text_differs(make_checkpoint: Make, tmp_path: Path) -> None:
+    setup = Setup(make_checkpoint(**SMALL))
+    works = [WorkDir(tmp_path / name, {}) for name in "abc"]
+    setup.run(works[0])
+    setup.run(works[1])
+    setup.run(works[2], WINDOWS[:, ::-1].copy())
+    assert blocks(works[0]) == blocks(works[1]) != blocks(works[2])
+
+
+def test_overflowing_activations(make_checkpoint: Make, tmp_path: Path) -> None:
+    model = make_checkpoint(**SMALL, dtype=torch.float32)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 1e38
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1e5
+    save_file(tensors, model / "model.safetensors")
+    work = WorkDir(tmp_path / "out", {})
+    message = "the activations of the original model are NaN or infinite after block 1"
+    with pytest.raises(D2QError, match=message):
+        Setup(model).run(work)
+    assert work.finished == 1
+
+
+def test_quantized_stream_that_overflows(
+    make_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(
+        weights: torch.Tensor, statistics: InputStatistics, search: CodebookSearch, alpha: float
+    ) -> QuantizedLayer:
+        layer = quantize_layer(weights, statistics, search, alpha)
+        if weights.shape[1] == 256:
+            layer.weights[0, 0] = torch.inf
+        return layer
+
+    monkeypatch.setattr(pipeline, "quantize_layer", broken)
+    with pytest.raises(D2QError, match="the activations of the quantized model are NaN or infinite after block 0"):
+        Setup(make_checkpoint(**SMALL)).run(WorkDir(tmp_path / "out", {}))
+
+
+def test_layer_errors_of_the_example(example_files: ExampleFiles) -> None:
+    two, three = (example_files.reports[bits].layer_errors for bits in (2, 3))
+    assert list(two) == list(three) == family_for(Checkpoint.open(EXAMPLE).config).linear_weights()
+    for name in two:
+        assert 0 < three[name] < two[name] < 0.2, name
+    assert np.mean(list(three.values())) < 0.45 * np.mean(list(two.values()))
+    assert set(example_files.reports[2].seconds) == {"forward", "statistics", "solve"}
+
+
+@torch.inference_mode()
+def test_feedback_beats_rounding_on_the_example(tmp_path: Path) -> None:
+    setup = Setup(EXAMPLE)
+    runner = setup.runner()
+    text = load_text("builtin", "calibration").content
+    tokens = torch.tensor(AutoTokenizer.from_pretrained(EXAMPLE)(text[:20000])["input_ids"][:4096]).view(-1, 512)
+    block = runner.load(0)
+    layers = tuple(stage.linears[0] for stage in setup.family.stages)
+    seen, _ = runner.trace(block, layers, runner.embed(tokens))
+    search = CodebookSearch(tensor_types.D2Q2)
+    for name in layers:
+        statistics = InputStatistics(seen[name].shape[1])
+        statistics.add_batch(seen[name], seen[name])
+        weight = block.get_submodule(name).weight
+        assert isinstance(weight, torch.Tensor)
+        output = seen[name] @ weight.T
+
+        def error(layer: QuantizedLayer, x: torch.Tensor = seen[name], y: torch.Tensor = output) -> float:
+            return float((x @ layer.weights.T - y).square().sum() / y.square().sum())
+
+        feedback = quantize_layer(weight, statistics, search)
+        assert error(feedback) < 0.8 * error(round_layer(weight, search)), name
+        assert pipeline._relative_error(weight, feedback.weights, statistics.hessian) == pytest.approx(
+            error(feedback), rel=1e-3
+        )

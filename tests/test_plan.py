@@ -1,0 +1,89 @@
+"""Which types a plan chooses, and its bits per weight worked out by hand."""
+
+from typing import Any
+
+import pytest
+
+from d2q_edge.errors import D2QError
+from d2q_edge.families import family_for
+from d2q_edge.plan import Plan, make_plan
+from tests.checkpoints import BASE_CONFIG, FAMILY_CONFIG
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def plan(bits: int = 2, embedding_type: str | None = None, head_type: str | None = None, **config: Any) -> Plan:
+    """Of a Llama with 2 blocks, 4 heads, 2 of them for keys, and 4100 tokens."""
+    family = family_for({**BASE_CONFIG, **FAMILY_CONFIG["llama"], **config})
+    return make_plan(family, bits, embedding_type, head_type)
+
+
+@pytest.mark.parametrize(
+    ("bits", "hidden", "intermediate", "expected", "down"),
+    [
+        (2, 256, 768, "d2q2", "d2q2"),
+        (3, 256, 768, "d2q3", "d2q3"),
+        (2, 256, 320, "d2q2", "d2q2_64"),
+        (3, 64, 512, "d2q3_64", "d2q3"),
+        (2, 576, 96, "d2q2_64", "q4_0"),
+        (3, 256, 72, "d2q3", "f16"),
+    ],
+)
+def test_types_follow_the_width(bits: int, hidden: int, intermediate: int, expected: str, down: str) -> None:
+    chosen = plan(bits, hidden_size=hidden, intermediate_size=intermediate)
+    for name, kind in chosen.linears.items():
+        assert kind == (down if name.endswith("down_proj.weight") else expected), name
+    assert len(chosen.linears) == 14
+    assert list(chosen.linears)[6:8] == [
+        "model.layers.0.mlp.down_proj.weight",
+        "model.layers.1.self_attn.q_proj.weight",
+    ]
+
+
+def test_fallbacks_are_what_our_types_cannot_hold() -> None:
+    assert plan(hidden_size=64, intermediate_size=128).fallbacks == []
+    assert plan(hidden_size=64, intermediate_size=96).fallbacks == [
+        f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)
+    ]
+
+
+def test_tables_of_untied_embeddings() -> None:
+    assert plan().tables == {EMBEDDING: "q8_0", HEAD: "q8_0"}
+    assert plan(embedding_type="q4_0", head_type="f16").tables == {EMBEDDING: "q4_0", HEAD: "f16"}
+    assert plan(embedding_type="Q5_1", head_type="BF16").tables == {EMBEDDING: "q5_1", HEAD: "bf16"}
+
+
+def test_tables_of_tied_embeddings() -> None:
+    assert plan(tie_word_embeddings=True).tables == {EMBEDDING: "q8_0"}
+    assert plan(tie_word_embeddings=True, embedding_type="f16").tables == {EMBEDDING: "f16"}
+    with pytest.raises(D2QError, match=r"\(tied\); use --embedding-type alone"):
+        plan(tie_word_embeddings=True, head_type="f16")
+
+
+def test_tables_of_odd_widths_are_f16() -> None:
+    assert plan(hidden_size=72, num_attention_heads=6).tables == {EMBEDDING: "f16", HEAD: "f16"}
+
+
+@pytest.mark.parametrize("options", [{"embedding_type": "q2_k"}, {"head_type": "d2q2"}, {"head_type": ""}])
+def test_types_that_cannot_be_written(options: dict[str, Any]) -> None:
+    option, kind = next(iter(options.items()))
+    message = f"--{option.replace('_', '-')} '{kind}' isn't a stock type that can be written; these are: f32, f16, bf16"
+    with pytest.raises(D2QError, match=message):
+        plan(**options)
+
+
+def test_bits_per_weight() -> None:
+    # Per block: q 64x64, k and v 32x64, o 64x64, gate and up 96x64 in 2.5 bits; down 64x96 in 4.5.
+    ours, down, table = 64 * 64 + 2 * 32 * 64 + 64 * 64 + 2 * 96 * 64, 64 * 96, 4100 * 64
+    chosen = plan()
+    linear_bits = 2 * (ours * 2.5 + down * 4.5)
+    assert chosen.linear_bits_per_weight == pytest.approx(linear_bits / (2 * (ours + down)))
+    total = 2 * (ours + down) + 2 * table
+    assert chosen.bits_per_weight == pytest.approx((linear_bits + 2 * table * 8.5) / total)
+    tied = plan(tie_word_embeddings=True, embedding_type="f16")
+    assert tied.bits_per_weight == pytest.approx((linear_bits + table * 16) / (total - table))
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(2, 2.3125), (3, 3.3125)])
+def test_bits_per_weight_of_wide_layers(bits: int, expected: float) -> None:
+    assert plan(bits, hidden_size=256, intermediate_size=768).linear_bits_per_weight == expected

@@ -1,0 +1,148 @@
+"""The work directory: what is kept, what is refused, and that a file that is there is complete."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from d2q_edge import work_dir
+from d2q_edge.errors import D2QError
+from d2q_edge.work_dir import WorkDir
+
+SETTINGS: dict[str, Any] = {"bits": 2, "files": [("a.safetensors", 10)], "recipe": {"seed": 0}}
+BLOCK = {
+    "a.weight": np.arange(12, dtype=np.uint8).reshape(3, 4),
+    "b.weight": np.arange(12, dtype=np.uint8).reshape(4, 3).T,
+}
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "out.gguf"
+
+
+def test_nothing_is_made_before_the_first_block(output: Path) -> None:
+    work = WorkDir(output, SETTINGS)
+    assert work.finished == 0
+    assert not work.has_block(0)
+    assert list(output.parent.iterdir()) == []
+
+
+def test_blocks_survive_the_process(output: Path) -> None:
+    first = WorkDir(output, SETTINGS)
+    first.write_block(0, BLOCK)
+    first.write_block(2, {})
+    second = WorkDir(output, SETTINGS)
+    assert second.path == output.parent / "out.gguf.work"
+    assert second.finished == 2
+    assert [second.has_block(i) for i in range(3)] == [True, False, True]
+    found = second.read_block(0)
+    assert found.keys() == BLOCK.keys()
+    for name, data in BLOCK.items():
+        assert np.array_equal(found[name], data)
+    assert second.read_block(2) == {}
+
+
+def test_remove(output: Path) -> None:
+    work = WorkDir(output, SETTINGS)
+    work.write_block(0, BLOCK)
+    work.remove()
+    assert list(output.parent.iterdir()) == []
+    work.remove()
+
+
+def test_other_conversions_blocks_are_refused(output: Path) -> None:
+    WorkDir(output, SETTINGS).write_block(0, BLOCK)
+    changed = {**SETTINGS, "bits": 3, "device": "cpu"}
+    with pytest.raises(D2QError, match="an unfinished conversion with another bits, device; repeat that one"):
+        WorkDir(output, changed)
+    assert WorkDir(output, SETTINGS).finished == 1, "the refused attempt must not cost anything"
+
+
+def test_force_starts_anew(output: Path) -> None:
+    WorkDir(output, SETTINGS).write_block(0, BLOCK)
+    work = WorkDir(output, {**SETTINGS, "bits": 3}, force=True)
+    assert work.finished == 0
+    work.write_block(1, BLOCK)
+    assert WorkDir(output, {**SETTINGS, "bits": 3}).finished == 1
+
+
+def test_force_keeps_blocks_of_the_same_conversion(output: Path) -> None:
+    WorkDir(output, SETTINGS).write_block(0, BLOCK)
+    assert WorkDir(output, SETTINGS, force=True).finished == 1
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '"text"'])
+def test_damaged_settings(output: Path, content: str) -> None:
+    work = WorkDir(output, SETTINGS)
+    work.write_block(0, BLOCK)
+    (work.path / "settings.json").write_text(content)
+    with pytest.raises(D2QError, match=r"can't use the work directory .*out.gguf.work .*; remove it"):
+        WorkDir(output, SETTINGS)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 40, -1])
+def test_damaged_block(output: Path, keep: int) -> None:
+    work = WorkDir(output, SETTINGS)
+    work.write_block(3, BLOCK)
+    file = work.path / "block-0003.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(D2QError, match=r"block-0003.safetensors is damaged .*; remove it and convert again"):
+        work.read_block(3)
+
+
+def test_interrupted_write_leaves_no_block(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(_: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    work = WorkDir(output, SETTINGS)
+    monkeypatch.setattr(work_dir, "save_file", half)
+    with pytest.raises(KeyboardInterrupt):
+        work.write_block(0, BLOCK)
+    again = WorkDir(output, SETTINGS)
+    assert again.finished == 0
+    assert not again.has_block(0)
+    monkeypatch.setattr(work_dir, "save_file", safetensors.numpy.save_file)
+    again.write_block(0, BLOCK)
+    assert WorkDir(output, SETTINGS).finished == 1
+
+
+def test_full_disk(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    work = WorkDir(output, SETTINGS)
+    monkeypatch.setattr(work_dir, "save_file", full)
+    with pytest.raises(D2QError, match=r"can't write .*block-0000.safetensors .*No space left.*; free some disk space"):
+        work.write_block(0, BLOCK)
+
+
+def test_missing_parent(tmp_path: Path) -> None:
+    with pytest.raises(D2QError, match="can't write"):
+        WorkDir(tmp_path / "none" / "out.gguf", SETTINGS).write_block(0, BLOCK)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_foreign_files_are_never_deleted(output: Path, force: bool) -> None:
+    work = WorkDir(output, SETTINGS)
+    work.write_block(0, BLOCK)
+    (work.path / "diary.txt").write_text("dear diary")
+    with pytest.raises(D2QError, match=r"holds diary.txt, which d2q-edge didn't put there; move it away"):
+        WorkDir(output, {**SETTINGS, "bits": 3}, force=force)
+    assert (work.path / "diary.txt").read_text() == "dear diary"
+
+
+def test_a_file_in_its_place(output: Path) -> None:
+    output.with_name("out.gguf.work").write_text("x")
+    with pytest.raises(D2QError, match="can't use the work directory"):
+        WorkDir(output, SETTINGS)
+
+
+def test_leftovers_of_a_crash_at_the_start(output: Path) -> None:
+    path = output.with_name("out.gguf.work")
+    path.mkdir()
+    (path / "settings.partial").write_text("{")
+    assert WorkDir(output, SETTINGS).finished == 0

@@ -20,22 +20,24 @@ I64 = npt.NDArray[np.int64]
 FP16_MAX = 65504.0
 FP16_TINY = 2.0**-24
 COARSE = np.geomspace(0.6, 4.5, 15)
-"""First guesses of d, as multiples of the block's RMS over the RMS of the table's median codebook. Wide, because a block
-with an outlier wants a large d, whatever its RMS; measured on the frozen tables, the best d is within 0.75 to 4.3."""
+"""First guesses of d, as multiples of the block's RMS over that of the table's median codebook. Wide, because a block
+with an outlier wants a large d whatever its RMS; with the frozen tables the best d was within 0.75 to 4.3."""
 COARSE_STRIDE = 4
-"""The first guesses are compared with every fourth codebook only; the tables are in order of size, so all sizes occur."""
-KEPT = 3
+"""They are compared with every fourth codebook only; the tables are in order of size, so that all sizes occur."""
+KEPT = 4
 """First guesses that are measured with all codebooks."""
-FINE = (0.955, 1.045)
+FINE = (0.93, 0.965, 1.035, 1.07)
 """Then these multiples of the best one."""
 REFITS = 2
 """Then rounds of least squares for d with the codes fixed, each followed by choosing anew."""
 REACH = 4096.0
 """Weights beyond this multiple of d are treated as if they were there, so that squares stay finite: only a d that fp16
 can't hold leads here, and the nearest entry is the outermost one anyway."""
-CHUNK = 128
-"""Groups per step: keeps the distances to one entry of every codebook in the processor's cache, and the matrix products
-below the size at which BLAS starts threads, which cost more than they save here."""
+PRODUCT = 2**18
+"""Multiplications per matrix product: keeps its result in the processor's cache, and is the size up to which OpenBLAS
+starts no threads, which cost more than they save here."""
+BLOCK_STEP = 65536
+"""Weights that are encoded at a time: bounds memory."""
 
 
 @dataclass
@@ -84,7 +86,8 @@ class _Encoder:
 
     def _scaled(self, blocks: _Blocks, scale: F64) -> F32:
         relative = (blocks.size / scale).astype(np.float32)
-        return np.clip(blocks.x * relative[:, None, None, None], -REACH, REACH)
+        scaled: F32 = np.clip(blocks.x * relative[:, None, None, None], -REACH, REACH)
+        return scaled
 
     def choose(self, blocks: _Blocks, scale: F64, stride: int = 1) -> _Choice:
         """The best codebook of each group for these scales [blocks], among every `stride`-th."""
@@ -97,7 +100,7 @@ class _Encoder:
         right = np.concatenate([table, np.square(table)], axis=2).transpose(1, 2, 0).copy()  # [entries, 2 dim, books]
         books = np.empty(len(left), np.int64)
         error = np.empty(len(left), np.float64)
-        step = CHUNK // vectors * 4
+        step = PRODUCT // (2 * dimension * len(table) * vectors)
         for start in range(0, len(left), step):
             part = left[start : start + step].swapaxes(0, 1).reshape(-1, 2 * dimension)  # vector by vector
             best = part @ right[0]
@@ -118,7 +121,8 @@ class _Encoder:
         u = self._scaled(blocks, choice.scale)
         chosen = self.table[choice.books][:, :, None]  # [blocks, groups, 1, entries, dimension]
         distance = blocks.weight[:, :, :, None] * np.square(u[:, :, :, None] - chosen)
-        return distance.sum(4).argmin(3).astype(np.uint8)
+        codes: U8 = distance.sum(4).argmin(3).astype(np.uint8)
+        return codes
 
     def refit(self, blocks: _Blocks, choice: _Choice) -> F64:
         """The least-squares scales [blocks] for the codes of a choice: sum of w x e over sum of w e^2."""
@@ -130,15 +134,14 @@ class _Encoder:
         return np.where(fitted > 0, fitted, choice.scale)
 
     def encode(self, blocks: _Blocks) -> tuple[F64, I64, U8]:
-        """Scales [blocks] (0 where nothing beats zeros), codebooks [blocks, groups], codes [blocks, groups, vectors]."""
+        """Scales [blocks], 0 where nothing beats zeros, codebooks [blocks, groups], codes [blocks, groups, vectors]."""
         power = (blocks.weight * np.square(blocks.x)).mean((1, 2, 3), dtype=np.float64)
         guesses = _stored((np.sqrt(power) * blocks.size / self.unit)[:, None] * COARSE)
         rough = np.stack([self.choose(blocks, guess, COARSE_STRIDE).error for guess in guesses.T], axis=1)
         order = rough.argsort(axis=1, kind="stable")
         best = self.choose(blocks, np.take_along_axis(guesses, order[:, :1], 1)[:, 0])
-        trials: list[F64] = [np.take_along_axis(guesses, order[:, k : k + 1], 1)[:, 0] for k in range(1, KEPT)]
-        for trial in trials:
-            self._try(blocks, trial, best)
+        for rank in range(1, KEPT):
+            self._try(blocks, np.take_along_axis(guesses, order[:, rank : rank + 1], 1)[:, 0], best)
         centre = best.scale.copy()
         for factor in FINE:
             self._try(blocks, _stored(centre * factor), best)
@@ -192,7 +195,7 @@ def encode(t: TensorType, weights: F32, importance: F32 | None = None) -> U8:
     codes = np.zeros((rows * blocks, t.groups, t.codes(GROUP)), np.uint8)
     size = np.abs(x).max(1, initial=0)
     busy = np.flatnonzero(size)
-    step = 65536 // t.block_size
+    step = BLOCK_STEP // t.block_size
     for start in range(0, len(busy), step):
         at = busy[start : start + step]
         part = w[at] / np.maximum(w[at].max(1, keepdims=True), np.float32(1e-38))

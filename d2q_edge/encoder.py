@@ -31,8 +31,8 @@ FINE = (0.93, 0.965, 1.035, 1.07)
 REFITS = 2
 """Then rounds of least squares for d with the codes fixed, each followed by choosing anew."""
 REACH = 4096.0
-"""Weights beyond this multiple of d are treated as if they were there, so that squares stay finite: only a d that fp16
-can't hold leads here, and the nearest entry is the outermost one anyway."""
+"""A block whose largest weight is beyond this multiple of d is treated as if it were smaller, so that squares stay
+finite: only weights that are far too large for any fp16 scale lead here."""
 PRODUCT = 2**18
 """Multiplications per matrix product: keeps its result in the processor's cache, and is the size up to which OpenBLAS
 starts no threads, which cost more than they save here."""
@@ -54,14 +54,14 @@ class _Blocks:
 
 @dataclass
 class _Choice:
-    """scale: d in the blocks' own units [blocks]; books [blocks, groups]; error [blocks], of x over size, weighted."""
+    """scale: d [blocks]; books [blocks, groups]; error [blocks]: weighted squared error of x, less that of zeros.
+
+    Zeros are the yardstick so that a small gain is not lost in the rounding of a large sum.
+    """
 
     scale: F64
     books: I64
     error: F64
-
-    def take(self, other: "_Choice", which: npt.NDArray[np.bool_]) -> None:
-        self.scale[which], self.books[which], self.error[which] = other.scale, other.books, other.error
 
 
 def _vectors(values: F32, t: TensorType) -> F32:
@@ -84,15 +84,17 @@ class _Encoder:
         self.table = table.astype(np.float32)
         self.unit = float(np.median(np.sqrt(np.square(self.table).mean((1, 2)))))
 
+    def _inverse(self, blocks: _Blocks, scale: F64) -> F64:
+        """What x is multiplied by to be in units of d [blocks]."""
+        return np.minimum(blocks.size / scale, REACH)
+
     def _scaled(self, blocks: _Blocks, scale: F64) -> F32:
-        relative = (blocks.size / scale).astype(np.float32)
-        scaled: F32 = np.clip(blocks.x * relative[:, None, None, None], -REACH, REACH)
-        return scaled
+        return blocks.x * self._inverse(blocks, scale).astype(np.float32)[:, None, None, None]
 
     def choose(self, blocks: _Blocks, scale: F64, stride: int = 1) -> _Choice:
         """The best codebook of each group for these scales [blocks], among every `stride`-th."""
-        # sum of w (u - e)^2 = sum of w u^2 + (w e^2 - 2 w u e): the bracket is a product of what belongs to the weights
-        # and what belongs to the entries, hence one small matrix product for each entry of all codebooks
+        # The sum of w (u - e)^2, less that of zeros, is the sum of w e^2 - 2 w u e: a product of what belongs to the
+        # weights and what belongs to the entries, hence one small matrix product for each entry of all codebooks.
         u = self._scaled(blocks, scale)
         count, groups, vectors, dimension = u.shape
         left = np.concatenate([-2 * blocks.weight * u, blocks.weight], axis=3).reshape(-1, vectors, 2 * dimension)
@@ -111,10 +113,8 @@ class _Encoder:
             total = best.reshape(vectors, -1, len(table)).sum(0)
             books[start : start + step] = total.argmin(1)
             error[start : start + step] = total.min(1)
-        relative = scale / blocks.size
-        fixed = (blocks.weight * np.square(blocks.x)).sum((1, 2, 3), dtype=np.float64)
-        bracket = error.reshape(count, groups).sum(1) * np.square(relative)
-        return _Choice(scale, books.reshape(count, groups) * stride, fixed + bracket)
+        gain = error.reshape(count, groups).sum(1) / np.square(self._inverse(blocks, scale))
+        return _Choice(scale, books.reshape(count, groups) * stride, gain)
 
     def codes(self, blocks: _Blocks, choice: _Choice) -> U8:
         """The best codes [blocks, groups, vectors] of a choice."""
@@ -148,7 +148,7 @@ class _Encoder:
         for _ in range(REFITS):
             self._try(blocks, _stored(self.refit(blocks, best)), best)
         codes = self.codes(blocks, best)
-        zero = best.error >= (blocks.weight * np.square(blocks.x)).sum((1, 2, 3), dtype=np.float64)
+        zero = best.error >= 0
         best.scale[zero], best.books[zero], codes[zero] = 0, 0, 0
         return best.scale, best.books, codes
 
@@ -169,8 +169,8 @@ def encode(t: TensorType, weights: F32, importance: F32 | None = None) -> U8:
 
     Args:
         t: the block format.
-        weights: float32 [rows, cols], finite, cols a multiple of t.block_size. Magnitudes that no block can hold (above
-            63 * 65504) are stored as the largest it can.
+        weights: float32 [rows, cols], finite, cols a multiple of t.block_size. Where they are too large for any fp16
+            scale (magnitudes above about 4e6), d is close to the largest fp16 and the stored weights are too small.
         importance: weights of the squared errors, not negative: float32 [cols], or [rows, cols]; None for all ones. A
             block whose importance is zero throughout is encoded as if it were one.
 

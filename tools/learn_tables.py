@@ -30,6 +30,7 @@ from torch import Tensor
 from d2q_edge.codebooks import CODEBOOKS, ENTRY_MAX, ENTRY_MIN, format_tables, table_sha256
 
 BLOCK, GROUP = 256, 32
+TEST_BLOCKS = 8192
 TAILS = ("laplace", "student4", "lognormal", "outlier")
 
 
@@ -105,18 +106,20 @@ class Encoder:
     """Chooses scales and codebooks for blocks, given a float or integer table [256, entries, dimension]."""
 
     def __init__(self, device: torch.device, chunk: int = 8192) -> None:
-        self.chunk = chunk if device.type == "cuda" else 64
-        self.errors = torch.compile(_errors_unrolled, dynamic=False) if device.type == "cuda" else _errors_unrolled
+        self.compiled = device.type == "cuda"
+        self.chunk = chunk if self.compiled else 64
+        self.errors = torch.compile(_errors_unrolled, dynamic=False) if self.compiled else _errors_unrolled
 
     def group_errors(self, blocks: Tensor, scale: Tensor, table: Tensor) -> Tensor:
         """Squared errors [n, 8, 256] of blocks [n, 256] with scales [n], in the blocks' own units."""
         out = torch.empty(len(blocks), BLOCK // GROUP, len(table), device=blocks.device)
         for start in range(0, len(blocks), self.chunk):
             part = blocks[start : start + self.chunk] / scale[start : start + self.chunk, None]
-            missing = self.chunk - len(part)  # one shape only, so that one compiled kernel does
-            part = torch.nn.functional.pad(part, (0, 0, 0, missing))
-            errors = self.errors(vectors(part, table.shape[2]), table).view(self.chunk, BLOCK // GROUP, -1)
-            out[start : start + self.chunk] = errors[: self.chunk - missing]
+            count = len(part)
+            if self.compiled:  # for one shape only
+                part = torch.nn.functional.pad(part, (0, 0, 0, self.chunk - count))
+            errors = self.errors(vectors(part, table.shape[2]), table).view(len(part), BLOCK // GROUP, -1)
+            out[start : start + count] = errors[:count]
         return out * scale.square()[:, None, None]
 
     def best_scale(self, blocks: Tensor, candidates: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,9 +259,9 @@ def main() -> None:
             sources.append((model_blocks(directory, recipe.blocks, arguments.seed, device), share))
         table, loss = learn(sources, recipe, generator, encoder)
         print(f"dimension {recipe.dimension}: loss {loss:.6f}, {time.monotonic() - started:.0f} s")
-        test = {kind: synthetic(kind, 8192, generator, device) for kind in ("gaussian", *TAILS)}
+        test = {kind: synthetic(kind, TEST_BLOCKS, generator, device) for kind in ("gaussian", *TAILS)}
         if arguments.held_out:
-            test["held-out"] = model_blocks(arguments.held_out, 8192, arguments.seed, device)
+            test["held-out"] = model_blocks(arguments.held_out, TEST_BLOCKS, arguments.seed, device)
         for kind, blocks in test.items():
             error = encoder.search(blocks, table, recipe.unit)[1].sum() / blocks.square().sum()
             print(f"  {kind:10} {error.item():.5f}")

@@ -35,7 +35,7 @@ def _build(tree: Path, output: Path, flags: tuple[str, ...]) -> None:
     ggml = tree / "vendor/llama.cpp/ggml"
     includes = [f"-I{ggml / part}" for part in ("include", "src", "src/ggml-cpu")]
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-Wno-unused-variable"]
-    sources = [HARNESS, ggml / "src/d2q/d2q-quants.c"]
+    sources = [HARNESS, ggml / "src/d2q/d2q-quants.c", ggml / "src/d2q/d2q-encode.c"]
     subprocess.run(
         ["gcc", "-std=gnu11", "-D_GNU_SOURCE", *warnings, *flags, *includes, *sources, "-lm", "-o", output], check=True
     )

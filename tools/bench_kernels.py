@@ -1,0 +1,111 @@
+"""Compare the speed of our dot products with stock llama.cpp's, in one process, interleaved.
+
+Compiles ggml's own kernels and ours from the patched source (tools/bench_kernels.c) for the instruction sets of this
+machine: AVX2 only, and native. Prints a table, or with --json a map from instruction set to `type/stock_type` to the
+median ratio of their times over rounds and widths; below 1 ours is faster. x86 only for now.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+
+from d2q_edge.errors import D2QError
+from d2q_edge.runtime import source
+
+Times = dict[str, list[tuple[float, float]]]
+SOURCES = (
+    "ggml-quants.c",
+    "ggml-cpu/quants.c",
+    "ggml-cpu/arch/x86/quants.c",
+    "d2q/d2q-cpu.c",
+    "d2q/d2q-quants.c",
+    "d2q/d2q-encode.c",
+)
+TARGETS = {"avx2": "haswell", "native": "native"}
+PAIRS = (
+    ("d2q2", "q2_K"),
+    ("d2q2", "iq2_xs"),
+    ("d2q2", "iq2_s"),
+    ("d2q3", "q3_K"),
+    ("d2q3", "iq3_xxs"),
+    ("d2q3", "q4_K"),
+    ("d2q2_64", "q4_0"),
+    ("d2q3_64", "q4_0"),
+)
+
+
+def compile_bench(tree: Path, target: str, output: Path) -> None:
+    """Build the benchmark from a patched tree for one value of -march."""
+    ggml = tree / "vendor/llama.cpp/ggml"
+    command = ["cc", "-std=gnu11", "-O3", "-DNDEBUG", "-D_GNU_SOURCE", "-w", f"-march={target}", "-mtune=native"]
+    command += [f"-I{ggml / part}" for part in ("include", "src", "src/ggml-cpu")]
+    command += [str(Path(__file__).with_suffix(".c")), *(str(ggml / "src" / name) for name in SOURCES)]
+    subprocess.run([*command, "-lm", "-o", str(output)], check=True)
+
+
+def run_bench(program: Path, columns: int, rounds: int, stream_bytes: int) -> Times:
+    """Nanoseconds per dot product, (cached, streamed), for every type and round."""
+    arguments = [str(program), str(columns), str(rounds), str(stream_bytes)]
+    times: Times = {}
+    for line in subprocess.run(arguments, check=True, capture_output=True, text=True).stdout.splitlines():
+        name, cached, streamed = line.split()
+        times.setdefault(name, []).append((float(cached), float(streamed)))
+    return times
+
+
+def ratios(runs: list[Times], which: int) -> dict[str, float]:
+    """Median over all rounds of ours over stock, for cached (0) or streamed (1) rows."""
+    return {
+        f"{ours}/{stock}": statistics.median(
+            a[which] / b[which] for times in runs for a, b in zip(times[ours], times[stock], strict=True)
+        )
+        for ours, stock in PAIRS
+    }
+
+
+def print_table(target: str, columns: int, times: Times) -> None:
+    """Medians in nanoseconds and the ratios."""
+    click.echo(f"\n{target}, {columns} columns: nanoseconds per dot product, cached and streamed")
+    for name, rounds in times.items():
+        cached, streamed = (statistics.median(values) for values in zip(*rounds, strict=True))
+        click.echo(f"  {name:10} {cached:9.1f} {streamed:9.1f}")
+    for which, label in enumerate(("cached", "streamed")):
+        pairs = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios([times], which).items())
+        click.echo(f"  {label}: {pairs}")
+
+
+@click.command()
+@click.option("--columns", multiple=True, type=int, default=(4096, 14336), show_default=True)
+@click.option("--rounds", default=21, show_default=True)
+@click.option("--stream-mb", default=64, show_default=True, help="Megabytes of rows of each type to stream.")
+@click.option("--json", "as_json", is_flag=True, help="Ratios of cached rows, all widths together.")
+def main(columns: tuple[int, ...], rounds: int, stream_mb: int, as_json: bool) -> None:
+    """Time our dot products against stock ones on this machine."""
+    result: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as work:
+        tree = Path(work) / "tree"
+        source.prepare(tree, Path(work) / "log")
+        for name, target in TARGETS.items():
+            program = Path(work) / f"bench-{name}"
+            compile_bench(tree, target, program)
+            runs = []
+            for width in columns:
+                runs.append(run_bench(program, width, rounds, stream_mb * 1_000_000))
+                if not as_json:
+                    print_table(name, width, runs[-1])
+            result[name] = ratios(runs, 0)
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except D2QError as error:
+        click.echo(str(error), err=True)
+        sys.exit(1)

@@ -217,7 +217,7 @@ def test_extreme_sizes_stay_finite(t: TensorType, size: float) -> None:
     assert np.isfinite(decoded).all() and (scales >= 0).all()
     error = relative_error(decoded, weights)
     if size < 1e-10:
-        assert not decoded.any()
+        assert not decoded.any() and not scales.any()
     elif size < 1e-5:
         assert error <= 1  # scales are fp16 subnormals here: coarse, and never worse than zeros
     elif size < 1e6:

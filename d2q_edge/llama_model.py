@@ -1,7 +1,7 @@
 """One GGUF file loaded in the patched llama-cpp-python: tokens in, logits out.
 
 Knows llama_cpp's low-level calls. Does not know what is measured with them (evaluate.py). llama.cpp's log is kept off
-the terminal; its last error becomes the message when a file can't be loaded.
+the terminal; its errors become the message when a file can't be loaded.
 """
 
 import ctypes
@@ -16,6 +16,8 @@ from d2q_edge import runtime
 from d2q_edge.errors import D2QError
 
 _LOG_ERROR, _LOG_CONTINUE = 4, 5
+_REASON = "error loading model: "
+"""What llama.cpp writes before the reason; a message that says only that it failed comes last."""
 
 
 class LlamaModel:
@@ -42,14 +44,14 @@ class LlamaModel:
         api.llama_backend_init()
         self._model = api.llama_model_load_from_file(str(path).encode(), api.llama_model_default_params())
         if not self._model:
-            raise D2QError(f"llama.cpp can't load {path}: {log.last_error or 'no reason given'}")
+            raise D2QError(f"llama.cpp can't load {path}: {log.cause}")
         parameters = api.llama_context_default_params()
         parameters.n_ctx = parameters.n_batch = context
         parameters.n_threads = parameters.n_threads_batch = threads or usable_cpus()
         self._context = api.llama_init_from_model(self._model, parameters)
         if not self._context:
             self.close()
-            raise D2QError(f"llama.cpp can't make a context of {context} tokens for {path}: {log.last_error}")
+            raise D2QError(f"llama.cpp can't make a context of {context} tokens for {path}: {log.cause}")
         self._vocab = api.llama_model_get_vocab(self._model)
         self.vocab_size: int = api.llama_vocab_n_tokens(self._vocab)
         """Number of tokens."""
@@ -118,19 +120,25 @@ def usable_cpus() -> int:
 
 
 class _Log:
-    """Takes llama.cpp's log messages and remembers the last error."""
+    """Takes llama.cpp's log messages and remembers the errors."""
 
     _active: Any = None
 
     def __init__(self, api: Any) -> None:
-        self.last_error = ""
+        self._errors: list[str] = []
         self._level = 0
 
         def receive(level: int, text: bytes, _: ctypes.c_void_p) -> None:
             self._level = level if level != _LOG_CONTINUE else self._level
             if self._level == _LOG_ERROR and text.strip():
-                self.last_error = text.decode(errors="replace").strip()
+                self._errors.append(text.decode(errors="replace").strip())
 
         # llama.cpp keeps the pointer: the callback must outlive this object.
         _Log._active = api.llama_log_callback(receive)
         api.llama_log_set(_Log._active, ctypes.c_void_p(0))
+
+    @property
+    def cause(self) -> str:
+        """Why the last call failed."""
+        reasons = [error.partition(_REASON)[2] for error in self._errors if _REASON in error]
+        return [*reasons, *self._errors[-1:], "no reason given"][0]

@@ -14,6 +14,9 @@ squared error. Each round (a) tries another d for every block, (b) gives every g
 its best entry, (c) moves every entry to the weighted mean of what it serves (Lloyd's algorithm), and now and then
 (d) drops the codebooks whose groups would hardly miss them and puts new ones where the loss is. The last rounds do the
 same on the integer grid, with a dither that fades out, so that rounding is part of what is optimized.
+
+The frozen tables were made by the recipes below with seed 0, from examples/tiny-qwen3 and every third layer of
+qwen3-34m; llama-54m was held out.
 """
 
 import argparse
@@ -36,7 +39,11 @@ TAILS = ("laplace", "student4", "lognormal", "outlier")
 
 @dataclass(frozen=True)
 class Recipe:
-    """What one table is learned from. `unit`: entries per standard deviation of Gaussian weights at the start."""
+    """What one table is learned from. `unit`: d is the RMS of a block over this, at first.
+
+    A larger unit makes the integer grid finer (Gaussian weights gain up to 0.2 % between 13 and 24) and leaves less
+    room for outliers (the lognormal source lost 15 % between 16 and 24 with scalars).
+    """
 
     dimension: int  # 2: pairs, 1: scalars
     entries: int

@@ -1,0 +1,438 @@
+"""The command line's contract (DESIGN section 8): exit codes, one sentence per failure, JSON keys, help."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from d2q_edge import __version__, cli, convert, pipeline, runtime
+from d2q_edge.errors import D2QError
+from d2q_edge.export import export
+from tests.availability import require_runtime
+from tests.checkpoints import EXAMPLE
+from tests.conftest import ExampleFiles
+
+Make = Callable[..., Path]
+QUICK = ("--calibration-tokens", "512", "--context", "32")
+COMMANDS = ("convert", "eval", "inspect", "run", "runtime", "runtime install", "runtime info")
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def d2q(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Result]:
+    """d2q(arguments...): what the console script does in an empty directory, everything on the terminal included."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def call(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["d2q-edge", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        output = capfd.readouterr()
+        return Result(exit_.value.code if isinstance(exit_.value.code, int) else 0, output.out, output.err)
+
+    return call
+
+
+Call = Callable[..., Result]
+
+
+def refused(result: Result, *fragments: str) -> None:
+    """Exit code 1, nothing on stdout, one sentence on stderr, nothing in the current directory."""
+    assert result.code == 1, result
+    assert result.out == ""
+    lines = result.err.splitlines()
+    assert len(lines) == 1, result.err
+    assert lines[0].startswith("Error: ")
+    for fragment in fragments:
+        assert fragment in lines[0]
+    assert list(Path.cwd().iterdir()) == []
+
+
+class TestBadModels:
+    """What the issue lists, and neighbours of it."""
+
+    @pytest.fixture(autouse=True)
+    def no_work_begins(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(pipeline, "quantize_layer", None)
+
+    @pytest.mark.parametrize("options", [QUICK, ("--no-calibration",), ("--type", "f16"), ("--dry-run",)], ids=str)
+    def test_missing_directory(self, d2q: Call, tmp_path: Path, options: tuple[str, ...]) -> None:
+        refused(d2q("convert", tmp_path / "none", "-o", "out.gguf", *options), "there is no directory")
+        refused(d2q("convert", "someone/model", *options), "can't be named by their Hugging Face id yet")
+
+    def test_file_instead_of_directory(self, d2q: Call) -> None:
+        refused(d2q("convert", EXAMPLE / "config.json", "-o", "out.gguf"), "is not a directory")
+
+    def test_missing_shard(self, d2q: Call, make_checkpoint: Make) -> None:
+        model = make_checkpoint(shards=3)
+        (model / "model-00002-of-00003.safetensors").unlink()
+        refused(d2q("convert", model, "-o", "out.gguf", *QUICK), "lacks model-00002-of-00003.safetensors")
+
+    def test_truncated_weights(self, d2q: Call, make_checkpoint: Make) -> None:
+        file = make_checkpoint() / "model.safetensors"
+        content = file.read_bytes()
+        for size in (len(content) - 1, len(content) // 2, 1000, 4, 0):
+            file.write_bytes(content[:size])
+            refused(d2q("convert", file.parent, "-o", "out.gguf", *QUICK), "model.safetensors is truncated")
+
+    def test_unsupported_architecture(self, d2q: Call, make_checkpoint: Make) -> None:
+        model = make_checkpoint()
+        config = json.loads((model / "config.json").read_text())
+        config |= {"architectures": ["MambaForCausalLM"], "model_type": "mamba"}
+        (model / "config.json").write_text(json.dumps(config))
+        refused(d2q("convert", model, "-o", "out.gguf", *QUICK), "MambaForCausalLM")
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+    @pytest.mark.parametrize("options", [QUICK, ("--no-calibration",), ("--type", "f16")], ids=str)
+    def test_nan_weights(self, d2q: Call, make_checkpoint: Make, options: tuple[str, ...], value: float) -> None:
+        model = make_checkpoint(intermediate_size=128)
+        tensors = load_file(model / "model.safetensors")
+        tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = value
+        save_file(tensors, model / "model.safetensors")
+        result = d2q("convert", model, "-o", "out.gguf", *options)
+        refused(result, "tensor model.layers.1.mlp.down_proj.weight", "contains NaN or infinite values")
+
+    def test_empty_config(self, d2q: Call, make_checkpoint: Make) -> None:
+        model = make_checkpoint()
+        (model / "config.json").write_text("")
+        refused(d2q("convert", model, "-o", "out.gguf", *QUICK), "config.json isn't valid JSON")
+
+    def test_missing_tokenizer(self, d2q: Call, make_checkpoint: Make) -> None:
+        model = make_checkpoint()
+        (model / "tokenizer.json").unlink()
+        refused(d2q("convert", model, "-o", "out.gguf", *QUICK), "has no tokenizer.json")
+
+
+class TestBadOutputs:
+    @pytest.mark.parametrize("options", [QUICK, ("--no-calibration",), ("--type", "f16")], ids=str)
+    @pytest.mark.parametrize(
+        ("output", "said"),
+        [
+            ("none/out.gguf", "the output directory none doesn't exist; create it first"),
+            (EXAMPLE / "config.json" / "out.gguf", "can't write|doesn't exist"),
+            (".", "is a directory"),
+            pytest.param(
+                "/proc/out.gguf",
+                "can't write /proc/out.gguf",
+                marks=pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc"),
+            ),
+        ],
+    )
+    def test_unwritable(
+        self, d2q: Call, output: str | Path, said: str, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(pipeline, "quantize_layer", None)
+        result = d2q("convert", EXAMPLE, "-o", output, *options)
+        refused(result)
+        assert any(part in result.err for part in said.split("|")), result.err
+
+    def test_existing(self, d2q: Call, tmp_path: Path) -> None:
+        output = tmp_path / "out.gguf"
+        output.write_text("old")
+        for options in (QUICK, ("--no-calibration",), ("--type", "f16")):
+            refused(d2q("convert", EXAMPLE, "-o", output, *options), "exists already; use --force to replace it")
+        assert output.read_text() == "old"
+        assert d2q("convert", EXAMPLE, "-o", output, "--type", "f16", "--force").code == 0
+        assert output.read_bytes()[:4] == b"GGUF"
+
+    def test_unwritable_report_is_found_first(self, d2q: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(convert, "convert", None)
+        refused(d2q("convert", EXAMPLE, "-o", "out.gguf", "--report", "none/r.json"), "none doesn't exist")
+
+
+class TestBadOptions:
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            (("--rotation", "on"), "--rotation on is not in this version"),
+            (("--dsq",), "--dsq is not in this version"),
+            (("--dac",), "--dac is not in this version"),
+            (("--refine",), "--refine is not in this version"),
+            (("--bits", "2.5"), "--bits 2.5 needs mixed precision"),
+            (("--bits", "4"), "use 2 or 3"),
+            (("--bits", "nan"), "use 2 or 3"),
+            (("--embedding-type", "q2_k"), "--embedding-type 'q2_k' isn't a stock type"),
+            (("--head-type", "f16"), "(tied); use --embedding-type alone"),
+            (("--type", "q2_k"), "'q2_k' isn't a stock type that can be written"),
+            (("--calibration", "none.txt"), "can't read the text none.txt"),
+            (("--calibration", str(EXAMPLE / "model.safetensors")), "is not UTF-8"),
+            (("--calibration", os.devnull), "is empty"),
+            (("--context", "1000000"), "less than one window of 1000000"),
+        ],
+    )
+    def test_request_that_cannot_be_carried_out(self, d2q: Call, options: tuple[str, ...], said: str) -> None:
+        refused(d2q("convert", EXAMPLE, "-o", "out.gguf", *options), said)
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
+    def test_missing_device(self, d2q: Call) -> None:
+        refused(d2q("convert", EXAMPLE, "-o", "out.gguf", "--device", "cuda"), "no cuda device; use --device cpu")
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            (),
+            ("unknown",),
+            ("convert",),
+            ("convert", "a", "b"),
+            ("convert", EXAMPLE, "--bits", "two"),
+            ("convert", EXAMPLE, "--rotation", "maybe"),
+            ("convert", EXAMPLE, "--calibration-tokens", "0"),
+            ("convert", EXAMPLE, "--device", "tpu"),
+            ("convert", EXAMPLE, "--type", "f16", "--bits", "2"),
+            ("convert", EXAMPLE, "--type", "f16", "--dry-run"),
+            ("convert", EXAMPLE, "--type", "f16", "--embedding-type", "q8_0"),
+            ("convert", EXAMPLE, "--type", "f16", "--no-calibration"),
+            ("eval",),
+            ("eval", "a.gguf", "--chunks", "0"),
+            ("run", "a.gguf"),
+            ("runtime", "info", "--unknown"),
+        ],
+        ids=lambda arguments: " ".join(map(str, arguments)).replace(str(EXAMPLE), "MODEL"),
+    )
+    def test_wrong_usage(self, d2q: Call, arguments: tuple[object, ...]) -> None:
+        result = d2q(*arguments)
+        assert result.code == 2
+        assert "Usage: " in result.err
+        assert "Traceback" not in result.err
+        assert list(Path.cwd().iterdir()) == []
+
+
+class TestConvert:
+    def test_quantizes(self, d2q: Call, make_checkpoint: Make) -> None:
+        model = make_checkpoint(hidden_size=64, intermediate_size=128)
+        planned = d2q("convert", model, "-o", "out.gguf", "--dry-run")
+        assert (planned.code, planned.err) == (0, "")
+        assert list(Path.cwd().iterdir()) == []
+        size = int(planned.out.split()[1].replace(",", ""))
+        off = ("--rotation", "off", "--no-dsq", "--no-dac", "--bits", "2")
+        done = d2q("convert", model, "-o", "out.gguf", *QUICK, *off, "--report", "report.json")
+        assert (done.code, done.err) == (0, "")
+        assert done.out.splitlines()[:2] == planned.out.splitlines()
+        assert "types: 14 x d2q2_64, 2 x q8_0" in done.out
+        assert Path("out.gguf").stat().st_size == size
+        assert {path.name for path in Path.cwd().iterdir()} == {"out.gguf", "report.json"}
+        report = json.loads(Path("report.json").read_text())
+        assert report.keys() == {
+            "bytes", "bits_per_weight", "linear_bits_per_weight", "types", "layer_errors", "seconds",
+        }  # fmt: skip
+        assert report["bytes"] == size
+        assert report["linear_bits_per_weight"] == 2.5
+        assert len(report["layer_errors"]) == 14
+
+    def test_three_bits_without_calibration(self, d2q: Call, make_checkpoint: Make) -> None:
+        model = make_checkpoint(hidden_size=64, intermediate_size=128)
+        options = ("--bits", "3", "--no-calibration", "--embedding-type", "F16", "--head-type", "Q5_0")
+        planned = d2q("convert", model, "-o", "out.gguf", *options, "--dry-run")
+        assert d2q("convert", model, "-o", "out.gguf", *options).code == 0
+        assert int(planned.out.split()[1].replace(",", "")) == Path("out.gguf").stat().st_size
+        facts = json.loads(d2q("inspect", "out.gguf", "--json").out)
+        assert facts["types"].keys() == {"d2q3_64", "f16", "q5_0", "f32"}
+
+    def test_default_names(self, d2q: Call) -> None:
+        said = d2q("convert", EXAMPLE, "--type", "Q8_0").out
+        size = Path("Tiny-Qwen3-4.2M-Q8_0.gguf").stat().st_size
+        assert said == f"Tiny-Qwen3-4.2M-Q8_0.gguf: {size:,} bytes\n"
+        assert [path.name for path in Path.cwd().iterdir()] == ["Tiny-Qwen3-4.2M-Q8_0.gguf"]
+        assert d2q("convert", EXAMPLE, "--bits", "3", "--dry-run").out.startswith("Tiny-Qwen3-4.2M-D2Q3.gguf: ")
+
+    def test_stock_type_is_the_export(self, d2q: Call, tmp_path: Path) -> None:
+        export(EXAMPLE, tmp_path / "stock.gguf", "f16")
+        assert d2q("convert", EXAMPLE, "-o", "out.gguf", "--type", "f16").code == 0
+        assert Path("out.gguf").read_bytes() == (tmp_path / "stock.gguf").read_bytes()
+
+    def test_interrupted(self, d2q: Call, make_checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = make_checkpoint(hidden_size=64, intermediate_size=128)
+
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline._Driver, "mean_error", interrupt)
+            result = d2q("convert", model, "-o", "out.gguf", *QUICK)
+        assert (result.code, result.out) == (130, "")
+        assert result.err.strip() == "Interrupted. A conversion goes on where it stopped when the command is repeated."
+        assert [path.name for path in Path.cwd().iterdir()] == ["out.gguf.work"]
+        again = d2q("convert", model, "-o", "out.gguf", *QUICK)
+        assert (again.code, again.err) == (0, "going on after 1 finished blocks in out.gguf.work\n")
+        refused_other = d2q("convert", model, "-o", "out.gguf", *QUICK, "--seed", "1")
+        assert refused_other.code == 1
+
+
+class TestEval:
+    KEYS = (
+        "perplexity", "perplexity_stderr", "reference_perplexity", "kl_divergence_mean", "kl_divergence_p99",
+        "top1_agreement", "chunks", "bytes", "bits_per_weight",
+    )  # fmt: skip
+
+    def test_json(self, d2q: Call, example_files: ExampleFiles) -> None:
+        require_runtime()
+        options = ("--chunks", "2", "--context", "128")
+        result = d2q("eval", example_files.d2q2, "--reference", example_files.f16, *options, "--json")
+        assert (result.code, result.err) == (0, "")
+        values = json.loads(result.out)
+        assert tuple(values) == self.KEYS
+        assert all(isinstance(value, (int, float)) for value in values.values())
+        assert 0 < values["kl_divergence_mean"] < 3
+        assert values["chunks"] == 2
+        alone = json.loads(d2q("eval", example_files.d2q2, *options, "--json").out)
+        assert tuple(alone) == self.KEYS
+        assert alone["perplexity"] == values["perplexity"]
+        assert alone["kl_divergence_mean"] is None
+
+    def test_text(self, d2q: Call, example_files: ExampleFiles) -> None:
+        require_runtime()
+        result = d2q("eval", example_files.f16, "--chunks", "1", "--context", "64")
+        assert result.code == 0
+        names = [line.split()[0] for line in result.out.splitlines()]
+        assert names == ["perplexity", "perplexity_stderr", "chunks", "bytes", "bits_per_weight"]
+
+    def test_bad_requests(self, d2q: Call, example_files: ExampleFiles, tmp_path: Path) -> None:
+        require_runtime()
+        (tmp_path / "not.gguf").write_text("something else, and long enough to be a header")
+        (tmp_path / "cut.gguf").write_bytes(example_files.f16.read_bytes()[:-1000])
+        (tmp_path / "short.txt").write_text("Too short.")
+        refused(d2q("eval", "none.gguf"), "there is no file none.gguf")
+        refused(d2q("eval", example_files.f16, "--reference", "none.gguf"), "there is no file none.gguf")
+        refused(d2q("eval", tmp_path / "not.gguf"), "isn't a GGUF file")
+        refused(d2q("eval", example_files.f16, "--reference", tmp_path / "not.gguf"), "not.gguf")
+        refused(d2q("eval", tmp_path / "cut.gguf"), "is truncated")
+        refused(d2q("eval", example_files.f16, "--text", tmp_path / "short.txt"), "less than one chunk of 512")
+        refused(d2q("eval", example_files.f16, "--text", "none.txt"), "can't read the text none.txt")
+
+
+class TestOtherCommands:
+    def test_inspect(self, d2q: Call, example_files: ExampleFiles) -> None:
+        facts = json.loads(d2q("inspect", example_files.d2q3, "--json").out)
+        assert {"architecture", "bytes", "bits_per_weight", "types", "recipe", "table_sha256"} <= facts.keys()
+        text = d2q("inspect", example_files.d2q3)
+        assert (text.code, text.err) == (0, "")
+        assert "d2q3" in text.out
+        refused(d2q("inspect", "none.gguf"), "there is no file none.gguf")
+
+    def test_run(self, d2q: Call, example_files: ExampleFiles) -> None:
+        require_runtime()
+        options = ("-p", "The old man", "-n", "12", "--seed", "1")
+        result = d2q("run", example_files.d2q3, *options)
+        assert (result.code, result.err) == (0, "")
+        assert result.out.startswith("The old man")
+        assert len(result.out) > 30
+        assert d2q("run", example_files.d2q3, *options).out == result.out
+        refused(d2q("run", "none.gguf", "-p", "x"), "there is no file none.gguf")
+
+    def test_no_runtime(self, d2q: Call, example_files: ExampleFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(runtime.installed, "installed_version", lambda: None)
+        for arguments in (("eval", example_files.f16), ("run", example_files.f16, "-p", "x")):
+            refused(d2q(*arguments), "is not installed: run `d2q-edge runtime install`")
+        result = d2q("runtime", "info", "--json")
+        assert result.code == 0
+        assert json.loads(result.out)["version"] is None
+
+    def test_runtime_info(self, d2q: Call) -> None:
+        facts = json.loads(d2q("runtime", "info", "--json").out)
+        assert list(facts) == ["version", "patch_hash", "types", "library", "tools"]
+        assert {"llama-quantize", "llama-imatrix", "llama-perplexity", "llama-bench"} <= facts["tools"].keys()
+        assert [line.split()[0] for line in d2q("runtime", "info").out.splitlines()] == list(facts)
+
+    def test_runtime_install(self, d2q: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[bool] = []
+        monkeypatch.setattr(runtime, "install", lambda tools: asked.append(tools))
+        assert d2q("runtime", "install").code == d2q("runtime", "install", "--tools").code == 0
+        assert asked == [False, True]
+
+        def fail(tools: bool) -> None:
+            raise D2QError("no compiler:\n  install one")
+
+        monkeypatch.setattr(runtime, "install", fail)
+        refused(d2q("runtime", "install"), "Error: no compiler: install one")
+
+
+class TestHelp:
+    @pytest.mark.parametrize("command", ["", *COMMANDS])
+    def test_fits_the_terminal(self, d2q: Call, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("COLUMNS", "200")
+        results = [d2q(*command.split(), flag) for flag in ("--help", "-h")]
+        assert results[0] == results[1]
+        assert (results[0].code, results[0].err) == (0, "")
+        assert max(map(len, results[0].out.splitlines())) <= 100
+
+    def test_mentions_every_option_of_the_contract(self, d2q: Call) -> None:
+        said = {command: d2q(*command.split(), "--help").out for command in COMMANDS}
+        for option in (
+            "--output", "--bits", "--type", "--calibration", "--calibration-tokens", "--context", "--seed",
+            "--rotation", "--dsq", "--no-dsq", "--dac", "--no-dac", "--refine", "--no-calibration", "--embedding-type",
+            "--head-type", "--device", "--dry-run", "--force", "--report",
+        ):  # fmt: skip
+            assert option in said["convert"]
+        for option in ("--reference", "--text", "--chunks", "--context", "--json"):
+            assert option in said["eval"]
+        assert "--json" in said["inspect"]
+        assert "--json" in said["runtime info"]
+        assert "--tools" in said["runtime install"]
+
+    def test_loads_nothing_heavy(self) -> None:
+        script = (
+            "import sys; sys.argv = ['d2q-edge', 'convert', '--help']\n"
+            "from d2q_edge.cli import main\n"
+            "try:\n    main()\n"
+            "finally:\n    print({'torch', 'transformers', 'numpy', 'llama_cpp'} & sys.modules.keys())"
+        )
+        result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.splitlines()[-1] == "set()"
+
+    def test_version(self, d2q: Call) -> None:
+        assert d2q("--version").out == f"d2q-edge, version {__version__}\n"
+
+
+class TestProcess:
+    """The real thing, with a real terminal signal; everything else runs in this process because starting costs time."""
+
+    def test_ctrl_c(self, make_checkpoint: Make, tmp_path: Path) -> None:
+        model = make_checkpoint(hidden_size=64, intermediate_size=128, num_hidden_layers=8)
+        # In a job that started in the background, Python would leave the signal ignored.
+        script = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        script += "from d2q_edge.cli import main; main()"
+        arguments = ["convert", str(model), "-o", str(tmp_path / "out.gguf"), "--calibration-tokens", "16384"]
+        environment: dict[str, Any] = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+        with subprocess.Popen(
+            [sys.executable, "-c", script, *arguments],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            first = tmp_path / "out.gguf.work" / "block-0000.safetensors"
+            deadline = time.monotonic() + 120
+            while not first.exists() and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.005)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        assert process.returncode == 130, err
+        assert out == ""
+        assert err.strip() == "Interrupted. A conversion goes on where it stopped when the command is repeated."
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf.work", "tiny"]
+        assert list(tmp_path.rglob("*.partial")) == []
+
+    def test_error(self, tmp_path: Path) -> None:
+        command = [sys.executable, "-m", "d2q_edge.cli", "inspect", str(tmp_path / "none.gguf")]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert (result.returncode, result.stdout) == (1, "")
+        assert result.stderr == f"Error: there is no file {tmp_path / 'none.gguf'}\n"

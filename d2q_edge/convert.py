@@ -37,8 +37,8 @@ from d2q_edge.work_dir import Packed, WorkDir
 
 FORMAT_VERSION = 1
 """Value of d2q.version: the layout of the blocks and the meaning of the d2q.* keys."""
-FILE_TYPE = 1024
-"""general.file_type: llama.cpp's flag for "not one of the named mixtures; look at the tensors"."""
+FILE_TYPES = {2: 80, 3: 81}
+"""general.file_type by --bits; the patched llama.cpp calls them D2Q2 and D2Q3."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def convert(
     checkpoint.check(family.tensor_shapes())
     plan = make_plan(family, options.bits, options.embedding_type, options.head_type)
     text = load_text(options.calibration, "calibration") if options.calibrate else None
-    file = _File(checkpoint, family, plan, _metadata(plan, options, text))
+    file = _File(checkpoint, family, plan, _metadata(plan, options, text), FILE_TYPES[options.bits])
     # Also finds out, before the long work, whether tokenizer and metadata can be exported.
     size = file.size()
     if plan.fallbacks:
@@ -173,18 +173,21 @@ def choose_device(name: str) -> torch.device:
 class _File:
     """The output: its tensors by plan, and its metadata."""
 
-    def __init__(self, checkpoint: Checkpoint, family: Family, plan: Plan, metadata: dict[str, Value]) -> None:
-        self.checkpoint, self.family, self.plan, self.metadata = checkpoint, family, plan, metadata
+    def __init__(
+        self, checkpoint: Checkpoint, family: Family, plan: Plan, metadata: dict[str, Value], file_type: int
+    ) -> None:
+        self.checkpoint, self.family, self.plan = checkpoint, family, plan
+        self.metadata, self.file_type = metadata, file_type
 
     def size(self) -> int:
         """Bytes of the finished file."""
-        return model_size(self.checkpoint, self.family, self._tensors(_no_data), FILE_TYPE, self.metadata)
+        return model_size(self.checkpoint, self.family, self._tensors(_no_data), self.file_type, self.metadata)
 
     def write(self, output: Path, packed: Callable[[str], Packed], force: bool) -> None:
         """Write it; `packed` gives the bytes of a linear layer's weight, [rows, bytes], by its full name."""
         tensors = self._tensors(packed)
         write_model(
-            output, self.checkpoint, self.family, tensors, file_type=FILE_TYPE, extra=self.metadata, force=force
+            output, self.checkpoint, self.family, tensors, file_type=self.file_type, extra=self.metadata, force=force
         )
 
     def _tensors(self, packed: Callable[[str], Packed]) -> list[GGUFTensor]:

@@ -116,7 +116,7 @@ class TestContent:
                 assert np.array_equal(converted.file.raw(name), stock.raw(name)), name
         ours = {key: value for key, value in converted.file.kv.items() if not key.startswith("d2q.")}
         assert ours.pop("general.quantized_by") == f"d2q-edge {__version__}"
-        assert ours.pop("general.file_type") == 1024
+        assert ours.pop("general.file_type") == {2: 80, 3: 81}[converted.options.bits]
         del stock.kv["general.file_type"]
         assert ours == stock.kv
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from d2q_edge import generate, llama_model
 from d2q_edge.convert import Options, convert
 from d2q_edge.export import export
 from d2q_edge.pipeline import Report
@@ -29,6 +31,17 @@ import conversion.base
 conversion.base.TextModel.get_vocab_base_pre = lambda self, tokenizer: pre
 runpy.run_path(root + "/convert_hf_to_gguf.py", run_name="__main__")
 """
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The models are tiny: a second thread gains nothing here, and costs a lot where other programs are running."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # for the programs that tests start
+        patch.setattr(generate, "usable_cpus", lambda: 1)
+        patch.setattr(llama_model, "usable_cpus", lambda: 1)
+        torch.set_num_threads(1)
+        yield
 
 
 @pytest.fixture

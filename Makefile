@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# OpenMP's threads spin while they wait, which makes torch crawl on a machine that does anything else.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test lint runtime clean
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from d2q_edge import evaluate as module
 from d2q_edge import runtime
-from d2q_edge.calibration import BUILTIN
+from d2q_edge.calibration import BUILTIN, load_text
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.convert import Options, convert
 from d2q_edge.errors import D2QError
@@ -209,6 +209,18 @@ def test_a_file_against_itself(example_files: ExampleFiles, text: Path) -> None:
     alone = evaluate(example_files.f16, None, str(text), 1, context=128)
     assert alone.perplexity == same.perplexity
     assert alone.kl_divergence_mean is alone.kl_divergence_p99 is alone.top1_agreement is None
+
+
+def test_every_chunk_begins_with_bos(make_checkpoint: Make, tmp_path: Path) -> None:
+    require_runtime()
+    export(make_checkpoint("llama"), tmp_path / "llama.gguf", "f16")
+    text = load_text("builtin", "evaluation")
+    with LlamaModel(tmp_path / "llama.gguf", 64) as model:
+        chunks = module._chunks(model, text, 64, 3)
+        tokens = model.tokenize(text.content)[: 3 * 64].reshape(3, 64)
+    assert chunks[:, 0].tolist() == [4093] * 3
+    assert tokens[0, 0] == 4093 != tokens[1, 0]
+    assert np.array_equal(chunks[:, 1:], tokens[:, 1:])
 
 
 def test_chunks_are_at_most_what_the_text_has(example_files: ExampleFiles, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from d2q_edge.runtime import find_tool
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-qwen3"
 STOCK = ("Q8_0", "Q4_K", "Q3_K", "Q2_K")
-SPEED_ROUNDS = 5
+SPEED_ROUNDS = 7
 PROMPT = "The old man looked out over the sea"
 
 
@@ -55,7 +55,7 @@ def speeds(files: dict[str, Path]) -> dict[str, float]:
     seen: dict[str, list[float]] = {name: [] for name in files}
     for _ in range(SPEED_ROUNDS):
         for name, path in files.items():
-            options = ("-p", 0, "-n", 64, "-r", 1, "-t", usable_cpus(), "-o", "json")
+            options = ("-p", 0, "-n", 256, "-r", 1, "-t", usable_cpus(), "-o", "json")
             seen[name].append(json.loads(_run("llama-bench", "-m", path, *options))[0]["avg_ts"])
     return {name: statistics.median(values) for name, values in seen.items()}
 

@@ -127,7 +127,8 @@ def convert(
     checkpoint.check(family.tensor_shapes())
     plan = make_plan(family, options.bits, options.embedding_type, options.head_type)
     text = load_text(options.calibration, "calibration") if options.calibrate else None
-    file = _File(checkpoint, family, plan, _metadata(plan, options, text), FILE_TYPES[options.bits])
+    windows = None if text is None else _calibration_windows(checkpoint, family, text, options)
+    file = _File(checkpoint, family, plan, _metadata(plan, options, text, windows), FILE_TYPES[options.bits])
     # Also finds out, before the long work, whether tokenizer and metadata can be exported.
     size = file.size()
     if plan.fallbacks:
@@ -140,11 +141,12 @@ def convert(
         return Conversion(plan, size, None)
     check_output(output, force=force, size=size)
     device = choose_device(options.device)
-    if text is None:
+    if windows is None:
         file.write(output, _RoundToNearest(checkpoint, plan, device), force)
         return Conversion(plan, output.stat().st_size, Report())
 
-    windows = _calibration_windows(checkpoint, family, text, options)
+    if windows.size + options.context <= options.calibration_tokens:
+        print(f"the calibration text has {windows.size} tokens only; all are used", file=sys.stderr)
     _check_weights(checkpoint)
     work = WorkDir(output, _fingerprint(checkpoint, file.metadata, windows, device), force=force)
     if work.finished:
@@ -233,28 +235,30 @@ def _check_weights(checkpoint: Checkpoint) -> None:
 
 
 def _calibration_windows(checkpoint: Checkpoint, family: Family, text: Text, options: Options) -> npt.NDArray[np.int64]:
+    exported = read_tokenizer(checkpoint.directory, checkpoint.config, family.vocab_size)
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         # Files by strangers, read by code that doesn't check them; there is no one exception for what can be wrong.
         raise D2QError(f"transformers can't load the tokenizer of {checkpoint.directory} ({error})") from error
-    exported = read_tokenizer(checkpoint.directory, checkpoint.config, family.vocab_size)
     # llama.cpp's rule for a file that doesn't say.
     adds_bos = exported.add_special.get("bos", exported.pre == "llama-bpe")
     bos = exported.special_ids.get("bos") if adds_bos else None
     return token_windows(tokenizer, text, options.calibration_tokens, options.context, options.seed, bos)
 
 
-def _metadata(plan: Plan, options: Options, text: Text | None) -> dict[str, Value]:
+def _metadata(
+    plan: Plan, options: Options, text: Text | None, windows: npt.NDArray[np.int64] | None
+) -> dict[str, Value]:
     """The d2q.* keys: what a reader needs, and what it takes to make the file again."""
     recipe: dict[str, Any] = {"bits": options.bits, "method": "rtn", "rotation": False, "dsq": False, "dac": False}
-    if text is not None:
+    if text is not None and windows is not None:
         recipe |= {
             "method": "gptaq",
             "alpha": ALPHA,
             "calibration": text.source,
             "calibration_sha256": text.sha256,
-            "calibration_tokens": options.calibration_tokens,
+            "calibration_tokens": windows.size,
             "context": options.context,
             "seed": options.seed,
         }

@@ -201,6 +201,16 @@ class TestOptions:
         recipe = json.loads(GGUFFile(tmp_path / "out.gguf").kv["d2q.recipe"])
         assert recipe["calibration"] == "own.txt", "the user's directories are nobody's business"
 
+    def test_short_text(self, make_checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        text = tmp_path / "short.txt"
+        text.write_text("Once upon a time there was a text. " * 20)
+        output = tmp_path / "out.gguf"
+        options = Options(calibration=str(text), calibration_tokens=4096, context=32)
+        convert.convert(make_checkpoint(**SMALL), output, options)
+        recipe = json.loads(GGUFFile(output).kv["d2q.recipe"])
+        assert 0 < recipe["calibration_tokens"] < 4096
+        assert f"has {recipe['calibration_tokens']} tokens only" in capsys.readouterr().err
+
     @pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
     def test_missing_device(self, make_checkpoint: Make, tmp_path: Path) -> None:
         assert convert.choose_device("auto").type == "cpu"

@@ -80,9 +80,9 @@ def load_tables(
     try:
         pairs, scalars = parse_tables(path.read_text(encoding="ascii"))
     except (OSError, ValueError) as error:
-        raise D2QError(f"The codebook tables in {path} can't be read ({error}); reinstall d2q-edge.") from error
+        raise D2QError(f"the codebook tables in {path} can't be read ({error}); reinstall d2q-edge") from error
     if table_sha256(pairs, scalars) != sha256:
-        raise D2QError(f"The codebook tables in {path} are not the frozen ones; reinstall d2q-edge.")
+        raise D2QError(f"the codebook tables in {path} are not the frozen ones; reinstall d2q-edge")
     pairs.flags.writeable = False
     scalars.flags.writeable = False
     return pairs, scalars

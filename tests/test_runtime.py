@@ -87,7 +87,7 @@ class TestSource:
         monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
         for name in ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS"):
             monkeypatch.delenv(name, raising=False)
-        with pytest.raises(D2QError, match=r"Can't download llama-cpp-python 0\.3\.36 with pip"):
+        with pytest.raises(D2QError, match=r"can't download llama-cpp-python 0\.3\.36 with pip"):
             source.fetch_sdist(tmp_path / "log")
 
     @pytest.mark.parametrize("name", ["top/../../evil", "top/link"])
@@ -135,7 +135,7 @@ class TestProcess:
         code = "for i in range(100): print('line', i)\nraise SystemExit(3)"
         with pytest.raises(D2QError) as caught:
             process.run_logged([sys.executable, "-c", code], tmp_path / "log", "Building it failed")
-        assert str(caught.value) == f"Building it failed; see {tmp_path / 'log'}."
+        assert str(caught.value) == f"Building it failed; see {tmp_path / 'log'}"
         lines = capfd.readouterr().err.splitlines()
         assert lines[-1] == "line 99"
         assert "line 50" not in lines
@@ -297,7 +297,7 @@ class TestInstall:
             raise D2QError(failure)
 
         monkeypatch.setattr(build, "run_logged", fail)
-        with pytest.raises(D2QError, match="Building the runtime failed"):
+        with pytest.raises(D2QError, match="building the runtime failed"):
             build.install()
         assert [p.name for p in cache.rglob("*") if p.is_file()] == ["build.log"]
         assert steps == ["prepare"]

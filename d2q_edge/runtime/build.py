@@ -61,7 +61,7 @@ def check_programs() -> None:
     if missing:
         packages = " ".join(sorted({needed[name][0] for name in missing}))
         raise D2QError(
-            f"To build the runtime, install {', '.join(missing)} first (Debian, Ubuntu: apt install {packages})."
+            f"to build the runtime, install {', '.join(missing)} first (Debian, Ubuntu: apt install {packages})"
         )
     output = subprocess.run(
         [needed["cmake"][1] or "cmake", "--version"], capture_output=True, text=True, check=False
@@ -69,9 +69,9 @@ def check_programs() -> None:
     version = re.search(r"(\d+)\.(\d+)", output)
     if version is None or (int(version[1]), int(version[2])) < MINIMUM_CMAKE:
         found = output.split("\n")[0].strip() or "an unknown version"
-        raise D2QError(f"The runtime needs CMake 3.21 or newer, not {found}: pip install cmake.")
+        raise D2QError(f"the runtime needs CMake 3.21 or newer, not {found}: pip install cmake")
     if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True, check=False).returncode:
-        raise D2QError(f"This Python has no pip: run {sys.executable} -m ensurepip.")
+        raise D2QError(f"this Python has no pip: run {sys.executable} -m ensurepip")
 
 
 def _jobs() -> int:
@@ -111,12 +111,12 @@ class _Build:
         run_logged(
             [sys.executable, "-m", "pip", "wheel", "--verbose", "--no-deps", "--wheel-dir", out, self.tree],
             self.log,
-            "Building the runtime failed",
+            "building the runtime failed",
             env=_environment(WHEEL_OPTIONS) | {"SKBUILD_BUILD_DIR": str(self.folder)},
         )
         wheels = list(out.glob("*.whl"))
         if len(wheels) != 1:
-            raise D2QError(f"Building the runtime made {len(wheels)} wheels instead of one; see {self.log}.")
+            raise D2QError(f"building the runtime made {len(wheels)} wheels instead of one; see {self.log}")
         target.mkdir(parents=True, exist_ok=True)
         wheels[0].replace(target / wheels[0].name)
 
@@ -130,13 +130,13 @@ class _Build:
         run_logged(
             ["cmake", "-S", self.tree, "-B", self.folder, *TOOL_OPTIONS, *user],
             self.log,
-            "Configuring llama.cpp's tools failed",
+            "configuring llama.cpp's tools failed",
             env=env,
         )
         run_logged(
             ["cmake", "--build", self.folder, "--parallel", str(_jobs()), "--target", *TOOLS],
             self.log,
-            "Building llama.cpp's tools failed",
+            "building llama.cpp's tools failed",
             env=env,
         )
         out = self.tree.parent / "tools"
@@ -152,7 +152,7 @@ class _Build:
 
 def _pip_install(wheel: Path, log: Path) -> None:
     pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check"]
-    failure = f"Installing {wheel.name} failed"
+    failure = f"installing {wheel.name} failed"
     run_logged([*pip, "--force-reinstall", "--no-deps", wheel], log, failure)
     run_logged([*pip, wheel], log, failure)  # its dependencies, where they are missing
 
@@ -175,7 +175,7 @@ def install(tools: bool = False) -> RuntimeInfo:
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise D2QError(f"The cache folder {place} can't be created ({error.strerror}); set XDG_CACHE_HOME.") from error
+        raise D2QError(f"the cache folder {place} can't be created ({error.strerror}); set XDG_CACHE_HOME") from error
     log = place / "build.log"
     wheels = list((place / "wheel").glob("*.whl"))
     missing_tools = tools and not all((tools_directory() / name).exists() for name in TOOLS)

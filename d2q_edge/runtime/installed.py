@@ -110,7 +110,7 @@ def find_tool(name: str) -> Path:
     """
     path = _tool(name)
     if path is None:
-        raise D2QError(f"The tool {name} is not built: run `d2q-edge runtime install --tools`.")
+        raise D2QError(f"the tool {name} is not built: run `d2q-edge runtime install --tools`")
     return path
 
 
@@ -122,12 +122,12 @@ def require() -> ModuleType:
     """
     version = installed_version()
     if version is None or library_directory() is None:
-        raise D2QError(f"The runtime (a patched {PACKAGE}) is not installed: {INSTALL}.")
+        raise D2QError(f"the runtime (a patched {PACKAGE}) is not installed: {INSTALL}")
     if PATCHED.fullmatch(version) is None:
-        raise D2QError(f"{PACKAGE} {version} is installed without the d2q types: {INSTALL} to replace it.")
+        raise D2QError(f"{PACKAGE} {version} is installed without the d2q types: {INSTALL} to replace it")
     base = _base_library()
     if base is None:
-        raise D2QError(f"The libraries of {PACKAGE} {version} can't be loaded: {INSTALL} again.")
+        raise D2QError(f"the libraries of {PACKAGE} {version} can't be loaded: {INSTALL} again")
     if base.ggml_d2q_table_sha256().decode() != TABLE_SHA256:
-        raise D2QError(f"{PACKAGE} {version} was built with other codebook tables: {INSTALL} again.")
+        raise D2QError(f"{PACKAGE} {version} was built with other codebook tables: {INSTALL} again")
     return importlib.import_module("llama_cpp")

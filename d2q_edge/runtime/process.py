@@ -35,7 +35,7 @@ def run_logged(
     Args:
         command: program and arguments.
         log: the file that gets everything the program prints.
-        failure: the error's sentence up to where the log is, for example "Building the runtime failed".
+        failure: the error's sentence up to where the log is, for example "building the runtime failed".
         env: variables added to the environment.
         cwd: working directory.
 
@@ -61,7 +61,7 @@ def run_logged(
                 errors="replace",
             )
         except OSError as error:
-            raise D2QError(f"{failure}: {words[0]} can't be started ({error.strerror}).") from error
+            raise D2QError(f"{failure}: {words[0]} can't be started ({error.strerror})") from error
         with process:
             for line in process.stdout or ():
                 file.write(line)
@@ -73,4 +73,4 @@ def run_logged(
         print("\r", end="", file=sys.stderr)
     if process.returncode:
         say("\n".join(line for line in tail if line))
-        raise D2QError(f"{failure}; see {log}.")
+        raise D2QError(f"{failure}; see {log}")

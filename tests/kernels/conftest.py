@@ -1,5 +1,7 @@
 """Fixtures of the kernel tests: the installed runtime's libraries, the patched source tree."""
 
+import ctypes
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,15 @@ from d2q_edge.runtime import source
 from d2q_edge.runtime.installed import info, library_directory
 from tests.availability import fetch_sdist, unavailable
 from tests.kernels.ggml import Ggml
+
+
+@pytest.fixture(autouse=True)
+def log_on_stderr() -> None:
+    """Undo what earlier tests left behind: LlamaModel keeps llama.cpp's messages, which are read here, off stderr."""
+    if "llama_cpp" in sys.modules:
+        import llama_cpp
+
+        llama_cpp.llama_log_set(llama_cpp.llama_log_callback(), ctypes.c_void_p(0))
 
 
 @pytest.fixture(scope="session")

@@ -12,13 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from d2q_edge.codebooks import PAIR_TABLE, SCALAR_TABLE
-from d2q_edge.tensor_types import F32, GROUP, U8, TensorType, pack
+from d2q_edge.tensor_types import F32, GROUP, SCALE_MAX, SCALE_TINY, U8, TensorType, pack
 
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 
-FP16_MAX = 65504.0
-FP16_TINY = 2.0**-24
 COARSE = np.geomspace(0.6, 4.5, 15)
 """First guesses of d, as multiples of the block's RMS over that of the table's median codebook. Wide, because a block
 with an outlier wants a large d whatever its RMS; with the frozen tables the best d was within 0.75 to 4.3."""
@@ -72,7 +70,7 @@ def _vectors(values: F32, t: TensorType) -> F32:
 
 def _stored(scale: F64) -> F64:
     """Positive scales as fp16 holds them: neither zero nor infinite."""
-    return np.clip(scale, FP16_TINY, FP16_MAX).astype(np.float16).astype(np.float64)
+    return np.clip(scale, SCALE_TINY, SCALE_MAX).astype(np.float16).astype(np.float64)
 
 
 class _Encoder:

@@ -85,9 +85,7 @@ def evaluate(
         measured = _Measured()
         for tokens in tqdm(windows, desc=f"Evaluating {path.name}", unit="chunk", disable=None):
             measured.add(model, base, tokens)
-    elements = sum(info.elements for info in file.tensors.values())
-    nbytes = sum(info.nbytes for info in file.tensors.values())
-    return measured.summary(len(windows), file.size, 8 * nbytes / elements)
+    return measured.summary(len(windows), file.size, file.bits_per_weight)
 
 
 def log_softmax(logits: npt.NDArray[np.float32]) -> Floats:

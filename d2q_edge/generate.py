@@ -8,7 +8,7 @@ from typing import Any
 from d2q_edge import runtime
 from d2q_edge.errors import D2QError
 from d2q_edge.gguf_reader import GGUFFile
-from d2q_edge.llama_model import usable_cpus
+from d2q_edge.runtime.machine import usable_cpus
 
 SPARE_TOKENS = 8
 """Room for the special tokens around a prompt."""

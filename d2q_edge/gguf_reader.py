@@ -75,6 +75,12 @@ class GGUFFile:
         """Tensors by name, in the order of the file."""
         self._parse()
 
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean over the elements of all tensors; 0 for a file without any."""
+        elements = sum(info.elements for info in self.tensors.values())
+        return 8 * sum(info.nbytes for info in self.tensors.values()) / elements if elements else 0.0
+
     def raw(self, name: str) -> npt.NDArray[np.uint8]:
         """A tensor's bytes, uint8 [nbytes], mapped from the file.
 

@@ -25,19 +25,16 @@ def inspect(path: Path) -> dict[str, Any]:
         entry["tensors"] += 1
         entry["bytes"] += info.nbytes
         entry["elements"] += info.elements
-    elements = sum(entry["elements"] for entry in types.values())
-    nbytes = sum(entry["bytes"] for entry in types.values())
-    recipe = file.kv.get("d2q.recipe")
     return {
         "file": str(path),
         "architecture": file.kv.get("general.architecture"),
         "name": file.kv.get("general.name"),
         "bytes": file.size,
-        "parameters": elements,
-        "bits_per_weight": 8 * nbytes / elements if elements else 0.0,
+        "parameters": sum(entry["elements"] for entry in types.values()),
+        "bits_per_weight": file.bits_per_weight,
         "types": dict(sorted(types.items(), key=lambda item: -item[1]["bytes"])),
         "norm_biases": sum(name.endswith("_norm.bias") for name in file.tensors),
-        "recipe": _parse(recipe),
+        "recipe": _parse(file.kv.get("d2q.recipe")),
         "table_sha256": file.kv.get("d2q.table_sha256"),
     }
 

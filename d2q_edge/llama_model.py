@@ -5,7 +5,6 @@ the terminal; its errors become the message when a file can't be loaded.
 """
 
 import ctypes
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy.typing as npt
 
 from d2q_edge import runtime
 from d2q_edge.errors import D2QError
+from d2q_edge.runtime.machine import usable_cpus
 
 _LOG_ERROR, _LOG_CONTINUE = 4, 5
 _REASON = "error loading model: "
@@ -112,11 +112,6 @@ class LlamaModel:
             return np.ctypeslib.as_array(values, shape=(len(tokens) - first, self.vocab_size))
         finally:
             api.llama_batch_free(batch)
-
-
-def usable_cpus() -> int:
-    """Number of CPUs that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Log:

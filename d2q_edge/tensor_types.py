@@ -18,6 +18,8 @@ from d2q_edge.codebooks import PAIR_TABLE, SCALAR_TABLE
 
 GROUP = 32
 """Weights that share a codebook."""
+SCALE_MAX, SCALE_TINY = 65504.0, 2.0**-24
+"""The largest and the smallest positive number that float16, and so a block scale, can hold."""
 U8 = npt.NDArray[np.uint8]
 F16 = npt.NDArray[np.float16]
 F32 = npt.NDArray[np.float32]

@@ -20,8 +20,8 @@ from d2q_edge.errors import D2QError
 from d2q_edge.evaluate import Evaluation, evaluate
 from d2q_edge.export import export
 from d2q_edge.generate import generate
-from d2q_edge.llama_model import usable_cpus
 from d2q_edge.runtime import find_tool
+from d2q_edge.runtime.machine import usable_cpus
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-qwen3"
 STOCK = ("Q8_0", "Q4_K", "Q3_K", "Q2_K")

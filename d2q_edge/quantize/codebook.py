@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from d2q_edge.codebooks import PAIR_TABLE, SCALAR_TABLE
-from d2q_edge.tensor_types import GROUP, TensorType
+from d2q_edge.tensor_types import GROUP, SCALE_MAX, SCALE_TINY, TensorType
 
 SHORTLIST = 8
 """Codebooks per group whose error is measured exactly, best ranks first."""
@@ -18,15 +18,13 @@ SCALE_STEPS = ((0.7, 1.0, 1.4, 2.0, 2.8, 4.0), (0.84, 1.19), (0.92, 1.09))
 """Block scales that are tried: multiples of the block's RMS over the table's, then, twice, of the best so far."""
 CHUNK = 8192
 """Groups per step of a search: bounds memory at about 200 MB, and keeps the working set near the caches."""
-FP16_MAX = 65504.0
-FP16_TINY = 2.0**-24
 _REACH, _KNEE = 100.0, 48.0
 _EDGE = _REACH / (_REACH + _KNEE)
 
 
 def stored_scale(scale: torch.Tensor) -> torch.Tensor:
     """Round positive scales (float32, any shape) to what a block can store: float16, neither zero nor infinite."""
-    return scale.clamp(FP16_TINY, FP16_MAX).half().float()
+    return scale.clamp(SCALE_TINY, SCALE_MAX).half().float()
 
 
 class CodebookSearch:

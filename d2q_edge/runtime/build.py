@@ -17,7 +17,7 @@ from pathlib import Path
 from d2q_edge.errors import D2QError
 from d2q_edge.runtime import source
 from d2q_edge.runtime.installed import TOOLS, RuntimeInfo, info, installed_version, library_directory, tools_directory
-from d2q_edge.runtime.machine import cache_key
+from d2q_edge.runtime.machine import cache_key, usable_cpus
 from d2q_edge.runtime.process import run_logged, say
 
 WHEEL_OPTIONS = ("-DLLAVA_BUILD=OFF", "-DLLAMA_BUILD_COMMON=OFF", "-DGGML_NATIVE=ON")
@@ -74,15 +74,11 @@ def check_programs() -> None:
         raise D2QError(f"this Python has no pip: run {sys.executable} -m ensurepip")
 
 
-def _jobs() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _environment(options: Sequence[str]) -> dict[str, str]:
     """Variables for pip, scikit-build-core and CMake; what the user put into CMAKE_ARGS comes last and wins."""
     variables = {
         "PATH": _path(),
-        "CMAKE_BUILD_PARALLEL_LEVEL": str(_jobs()),
+        "CMAKE_BUILD_PARALLEL_LEVEL": str(usable_cpus()),
         "CMAKE_ARGS": " ".join([*options, os.environ.get("CMAKE_ARGS", "")]).strip(),
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
     }
@@ -106,7 +102,7 @@ class _Build:
     def wheel(self, target: Path) -> None:
         """Build the wheel and rename it to `target`."""
         self.prepare()
-        say(f"Building the runtime on {_jobs()} cores, which takes a few minutes (log: {self.log})")
+        say(f"Building the runtime on {usable_cpus()} cores, which takes a few minutes (log: {self.log})")
         out = self.tree.parent / "wheel"
         run_logged(
             [sys.executable, "-m", "pip", "wheel", "--verbose", "--no-deps", "--wheel-dir", out, self.tree],
@@ -134,7 +130,7 @@ class _Build:
             env=env,
         )
         run_logged(
-            ["cmake", "--build", self.folder, "--parallel", str(_jobs()), "--target", *TOOLS],
+            ["cmake", "--build", self.folder, "--parallel", str(usable_cpus()), "--target", *TOOLS],
             self.log,
             "building llama.cpp's tools failed",
             env=env,

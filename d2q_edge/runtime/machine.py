@@ -1,4 +1,4 @@
-"""Names the machine for which a build is made: a native build does not run on every CPU of the same architecture."""
+"""This machine: its CPUs, and a name for it, because a native build does not run on every CPU of an architecture."""
 
 import functools
 import hashlib
@@ -30,3 +30,8 @@ def cache_key(patch: str) -> str:
     """Folder name of what is built from `patch` on this machine, with the CMAKE_ARGS of the environment."""
     machine = (platform.system(), platform.machine(), platform.libc_ver(), _cpu(), os.environ.get("CMAKE_ARGS", ""))
     return f"{patch}-{hashlib.sha256(repr(machine).encode()).hexdigest()[:8]}"
+
+
+def usable_cpus() -> int:
+    """Number of CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

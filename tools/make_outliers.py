@@ -1,0 +1,178 @@
+"""Give a checkpoint outlier channels without changing what it computes, to see what a quantizer makes of them.
+
+    python tools/make_outliers.py ../shared/models/qwen3-34m -o /tmp/qwen3-34m-outliers
+
+Small models lack what large ones have: a few channels whose weights are far larger than the others'. They can be made,
+because a decoder doesn't change when a channel is divided by a factor where it is produced and multiplied by the same
+factor where it is consumed:
+
+- a norm's weights and the columns of the layers that read the norm (q, k, v; gate, up; the head where it isn't tied);
+- the rows of v (with their biases) and the columns of o: one factor per channel of a key-value head, which all query
+  heads of its group share;
+- the rows of up (with their biases) and the columns of down.
+
+Most factors are lognormal; one of a hundred (at least one per channel set) is uniform between 10 and 30. Every set has
+its own. The result is stored in float32, so that next to nothing is lost. Tokenizer and generation settings come along.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import click
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import save_file
+
+from d2q_edge.checkpoint import Checkpoint
+from d2q_edge.errors import D2QError
+from d2q_edge.families import Family, family_for
+
+OUTLIERS = 0.01
+"""The share of channels that become outliers."""
+OUTLIER_RANGE = (10.0, 30.0)
+PRODUCERS = MappingProxyType({"self_attn.o_proj": "self_attn.v_proj", "mlp.down_proj": "mlp.up_proj"})
+"""Of a layer that no norm feeds: the layer whose rows scale its input's channels."""
+COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@dataclass
+class Scales:
+    """What happens to one tensor: its rows (or its elements, of a vector) are divided by `rows`, its columns multiplied
+    by `columns`; float64 vectors, None where nothing happens."""
+
+    rows: npt.NDArray[np.float64] | None = None
+    columns: npt.NDArray[np.float64] | None = None
+
+
+def draw_factors(width: int, sigma: float, generator: np.random.Generator) -> npt.NDArray[np.float64]:
+    """One factor per channel, float64 [width], positive."""
+    factors = np.exp(sigma * generator.standard_normal(width))
+    outliers = generator.choice(width, max(1, round(OUTLIERS * width)), replace=False)
+    factors[outliers] = generator.uniform(*OUTLIER_RANGE, len(outliers))
+    return factors
+
+
+def draw_scales(family: Family, sigma: float, seed: int) -> dict[str, Scales]:
+    """The scales of every tensor of a model, by name; they cancel in what the model computes.
+
+    Args:
+        family: of the model.
+        sigma: standard deviation of the logarithm of the factors that aren't outliers.
+        seed: of the factors.
+    """
+    generator = np.random.default_rng(seed)
+    scales = {name: Scales() for name in family.tensor_shapes()}
+    for index in range(family.num_layers):
+        prefix = family.block_prefix(index)
+        for stage in family.stages:
+            if stage.norm is not None:
+                factors = draw_factors(family.hidden_size, sigma, generator)
+                scales[f"{prefix}{stage.norm}.weight"].rows = factors
+                for linear in stage.linears:
+                    scales[f"{prefix}{linear}.weight"].columns = factors
+                continue
+            for linear in stage.linears:
+                producer = PRODUCERS[linear]
+                produced, consumed = family.linear_shape(producer)[0], family.linear_shape(linear)[1]
+                factors = draw_factors(produced, sigma, generator)
+                scales[f"{prefix}{producer}.weight"].rows = factors
+                if producer in family.biased_linears():
+                    scales[f"{prefix}{producer}.bias"].rows = factors
+                scales[f"{prefix}{linear}.weight"].columns = _per_query_head(factors, consumed, family.head_dim)
+    if not family.tied_embeddings:
+        factors = draw_factors(family.hidden_size, sigma, generator)
+        scales[f"{family.final_norm}.weight"].rows = factors
+        scales[f"{family.head}.weight"].columns = factors
+    return scales
+
+
+def apply_scales(tensor: torch.Tensor, scales: Scales) -> torch.Tensor:
+    """The scaled tensor, float64, of the same shape."""
+    scaled = tensor.double()
+    if scales.columns is not None:
+        scaled = scaled * torch.from_numpy(scales.columns)
+    if scales.rows is not None:
+        rows = torch.from_numpy(scales.rows)
+        scaled = scaled / (rows[:, None] if scaled.dim() == 2 else rows)
+    return scaled
+
+
+def scaled_tensors(checkpoint: Checkpoint, family: Family, sigma: float, seed: int) -> dict[str, torch.Tensor]:
+    """All tensors of the variant, by name, float64. A redundant head beside tied embeddings is left out."""
+    scales = draw_scales(family, sigma, seed)
+    return {name: apply_scales(checkpoint.tensor(name), scales[name]) for name in family.tensor_shapes()}
+
+
+def make_outliers(model: Path, output: Path, sigma: float, seed: int) -> None:
+    """Write the variant of a checkpoint directory into a new one.
+
+    Raises:
+        D2QError: the checkpoint is unusable, or the output exists or can't be written.
+    """
+    checkpoint = Checkpoint.open(model)
+    family = family_for(checkpoint.config)
+    checkpoint.check(family.tensor_shapes())
+    tensors = {name: tensor.float() for name, tensor in scaled_tensors(checkpoint, family, sigma, seed).items()}
+    config = {key: value for key, value in checkpoint.config.items() if key != "dtype"} | {"torch_dtype": "float32"}
+    try:
+        output.mkdir(parents=True)
+        (output / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for name in COPIED:
+            if (checkpoint.directory / name).is_file():
+                shutil.copyfile(checkpoint.directory / name, output / name)
+        save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+    except FileExistsError as error:
+        raise D2QError(f"{output} exists already; remove it or name another directory") from error
+    except OSError as error:
+        raise D2QError(f"can't write {output}: {error.strerror or error}") from error
+
+
+def _per_query_head(factors: npt.NDArray[np.float64], width: int, head_dim: int) -> npt.NDArray[np.float64]:
+    """Factors of a layer's outputs, as its consumer's input channels see them: unchanged where there are as many, and
+    each key-value head's repeated for every query head of its group where attention lies between."""
+    repeats: int = width // len(factors)
+    if repeats == 1:
+        return factors
+    return np.repeat(factors.reshape(-1, head_dim), repeats, axis=0).reshape(-1)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The directory to write.")
+@click.option(
+    "--sigma",
+    type=click.FloatRange(0, 3),
+    default=0.5,
+    show_default=True,
+    help="Of the logarithm of the factors that aren't outliers.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the factors.")
+def main(model: Path, output: Path, sigma: float, seed: int) -> None:
+    """Write a variant of the checkpoint directory MODEL that computes the same and has outlier channels.
+
+    Norm weights, rows of v and rows of up are divided by random factors, and the columns of the layers that read them
+    are multiplied by the same factors; one of a hundred factors is between 10 and 30.
+    """
+    try:
+        make_outliers(model, output, sigma, seed)
+    except D2QError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"{output}: sigma {sigma:g}, seed {seed}")
+
+
+if __name__ == "__main__":
+    main()

@@ -172,6 +172,23 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def load_tokenizer(checkpoint: Checkpoint, family: Family) -> tuple[Any, int | None]:
+    """A checkpoint's tokenizer, of transformers, and the token that llama.cpp puts first, if it does.
+
+    Raises:
+        D2QError: the tokenizer can't be loaded, or can't be exported.
+    """
+    exported = read_tokenizer(checkpoint.directory, checkpoint.config, family.vocab_size)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        # Files by strangers, read by code that doesn't check them; there is no one exception for what can be wrong.
+        raise D2QError(f"transformers can't load the tokenizer of {checkpoint.directory} ({error})") from error
+    # llama.cpp's rule for a file that doesn't say.
+    adds_bos = exported.add_special.get("bos", exported.pre == "llama-bpe")
+    return tokenizer, exported.special_ids.get("bos") if adds_bos else None
+
+
 class _File:
     """The output: its tensors by plan, and its metadata."""
 
@@ -235,15 +252,7 @@ def _check_weights(checkpoint: Checkpoint) -> None:
 
 
 def _calibration_windows(checkpoint: Checkpoint, family: Family, text: Text, options: Options) -> npt.NDArray[np.int64]:
-    exported = read_tokenizer(checkpoint.directory, checkpoint.config, family.vocab_size)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        # Files by strangers, read by code that doesn't check them; there is no one exception for what can be wrong.
-        raise D2QError(f"transformers can't load the tokenizer of {checkpoint.directory} ({error})") from error
-    # llama.cpp's rule for a file that doesn't say.
-    adds_bos = exported.add_special.get("bos", exported.pre == "llama-bpe")
-    bos = exported.special_ids.get("bos") if adds_bos else None
+    tokenizer, bos = load_tokenizer(checkpoint, family)
     return token_windows(tokenizer, text, options.calibration_tokens, options.context, options.seed, bos)
 
 

@@ -12,6 +12,7 @@ of U, the code minimizes |(w - q) inv(U_jj)|, and with E = (w - q) inv(U_jj) all
 diag(H), which helps like GPTQ's activation order but leaves the storage order alone (DESIGN section 3).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,55 @@ class InputStatistics:
         return self._drift * (2 / max(self.tokens, 1))
 
 
+@dataclass(frozen=True)
+class Feedback:
+    """What the error feedback needs of a layer input's statistics, in the order of quantization.
+
+    Attributes:
+        order: int64 [columns], the columns in that order.
+        dead: bool [columns], in storage order: columns whose input is always zero.
+        factor: U, float32 [columns, columns].
+        lead: P, float32 [columns, columns]; None where alpha is zero.
+    """
+
+    order: torch.Tensor
+    dead: torch.Tensor
+    factor: torch.Tensor
+    lead: torch.Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        statistics: InputStatistics,
+        order_of: Callable[[torch.Tensor], torch.Tensor],
+        alpha: float,
+        damping: float = DAMPING,
+    ) -> "Feedback":
+        """Compute U and P.
+
+        Args:
+            statistics: of the layer's input.
+            order_of: the order of the columns, given diag(H), where dead columns have 1.
+            alpha: weight of the input's error; 0 is plain GPTQ.
+            damping: share of the mean of diag(H) that is added to the diagonal.
+
+        Raises:
+            D2QError: the Hessian can't be factored even in double precision with strong damping.
+        """
+        hessian, drift = statistics.hessian, statistics.drift
+        dead = hessian.diagonal() == 0
+        hessian.diagonal()[dead] = 1
+        order = order_of(hessian.diagonal())
+        hessian, drift = hessian[order][:, order], drift[order][:, order]
+        factor = _inverse_factor(hessian, damping)
+        lead = alpha * (drift @ factor.T).triu(1) @ factor if alpha else None
+        return cls(order, dead, factor, lead)
+
+    def arrange(self, weights: torch.Tensor) -> torch.Tensor:
+        """A copy of the weights [rows, columns] in this order, dead columns zero."""
+        return weights.masked_fill(self.dead, 0)[:, self.order]
+
+
 def quantize_layer(
     weights: torch.Tensor,
     statistics: InputStatistics,
@@ -74,14 +124,9 @@ def quantize_layer(
     """
     kind = search.tensor_type
     rows, columns = weights.shape
-    hessian, drift = statistics.hessian, statistics.drift
-    dead = hessian.diagonal() == 0
-    hessian.diagonal()[dead] = 1
-    order = _processing_order(hessian.diagonal(), kind)
-    hessian, drift = hessian[order][:, order], drift[order][:, order]
-    work = weights.masked_fill(dead, 0)[:, order]
-    feedback = _inverse_factor(hessian, damping)
-    lead = alpha * (drift @ feedback.T).triu(1) @ feedback if alpha else None
+    feedback = Feedback.of(statistics, lambda diagonal: _processing_order(diagonal, kind), alpha, damping)
+    order, factor, lead = feedback.order, feedback.factor, feedback.lead
+    work = feedback.arrange(weights)
 
     result = QuantizedLayer(
         torch.empty(rows, columns // kind.block_size, dtype=torch.float16, device=weights.device),
@@ -92,8 +137,8 @@ def quantize_layer(
     for start in range(0, columns, kind.block_size):
         stop = start + kind.block_size
         here = slice(start, stop)
-        block = _quantize_block(work[:, here], feedback[here, here], None if lead is None else lead[here, here], search)
-        work[:, stop:] -= block.errors @ feedback[here, stop:]
+        block = _quantize_block(work[:, here], factor[here, here], None if lead is None else lead[here, here], search)
+        work[:, stop:] -= block.errors @ factor[here, stop:]
         if lead is not None:
             work[:, stop:] += block.compensated @ lead[here, stop:]
         index = int(order[start:stop].min()) // kind.block_size

@@ -42,6 +42,7 @@ def scaled(model: Path, sigma: float = 0.7, seed: int = 0) -> tuple[dict[str, to
 def test_logits_stay(make_checkpoint: Make, family: str, options: dict[str, Any]) -> None:
     path = make_checkpoint(family, **options)
     before, after = scaled(path)
+    assert all(tensor.dtype == torch.float64 for tensor in after.values())
     tied = "lm_head.weight" not in before
     expected = float64_logits(path, before, tied=tied)
     assert relative_difference(float64_logits(path, after, tied=tied), expected) < EPSILON
@@ -112,6 +113,10 @@ def test_every_set_of_channels_has_its_own_factors(make_checkpoint: Make) -> Non
     ratios = torch.stack([after[name] / before[name] for name in norms])
     assert len(ratios) == 5
     assert (torch.corrcoef(ratios.log()) - torch.eye(5)).abs().max() < 0.6
+    for linear in ("self_attn.o_proj", "mlp.down_proj"):
+        names = [f"model.layers.{index}.{linear}.weight" for index in range(2)]
+        ratios = torch.stack([(after[name] / before[name]).median(0).values for name in names])
+        assert torch.corrcoef(ratios.log())[0, 1].abs() < 0.6
 
 
 def test_the_seed_decides(make_checkpoint: Make) -> None:

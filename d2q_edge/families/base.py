@@ -29,11 +29,14 @@ class Stage:
     """Linear layers of one block that read the same input, in forward order.
 
     `norm` is the norm that makes this input, or None when the input comes from elsewhere in the block (attention
-    output, gated activation). All names are module names relative to the block, without ".weight".
+    output, gated activation). `source` is then the linear layer whose output this input is proportional to: scaling one
+    of its rows scales the input's columns that `Family.source_rows` maps to that row, and nothing else. All names are
+    module names relative to the block, without ".weight".
     """
 
     norm: str | None
     linears: tuple[str, ...]
+    source: str | None = None
 
 
 class Family(ABC):
@@ -54,9 +57,9 @@ class Family(ABC):
 
     stages: ClassVar[tuple[Stage, ...]] = (
         Stage("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        Stage(None, ("self_attn.o_proj",)),
+        Stage(None, ("self_attn.o_proj",), source="self_attn.v_proj"),
         Stage("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-        Stage(None, ("mlp.down_proj",)),
+        Stage(None, ("mlp.down_proj",), source="mlp.up_proj"),
     )
     embedding: ClassVar[str] = "model.embed_tokens"
     final_norm: ClassVar[str] = "model.norm"
@@ -116,6 +119,16 @@ class Family(ABC):
             "mlp.up_proj": (self.intermediate_size, self.hidden_size),
             "mlp.down_proj": (self.hidden_size, self.intermediate_size),
         }[linear]
+
+    def source_rows(self, source: str) -> npt.NDArray[np.int64]:
+        """For every column of the input that `source` makes, the row of `source` that it is proportional to.
+
+        One to one for the gated activation; a row of v serves its channel in all query heads of its group.
+        """
+        if source != "self_attn.v_proj":
+            return np.arange(self.linear_shape(source)[0])
+        rows = np.arange(self.num_kv_heads * self.head_dim).reshape(self.num_kv_heads, 1, self.head_dim)
+        return rows.repeat(self.num_heads // self.num_kv_heads, axis=1).reshape(-1)
 
     def biased_linears(self) -> tuple[str, ...]:
         """The block's linear layers that have a bias."""

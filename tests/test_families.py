@@ -59,6 +59,19 @@ def test_stages_follow_the_block() -> None:
     assert family.block_prefix(3) == "model.layers.3."
 
 
+def test_who_reads_and_who_writes_the_residual_stream() -> None:
+    attention, mlp = "input_layernorm", "post_attention_layernorm"
+    for name in FAMILY_CONFIG:
+        assert make(name).residual_readers == {
+            "self_attn.q_proj": attention,
+            "self_attn.k_proj": attention,
+            "self_attn.v_proj": attention,
+            "mlp.gate_proj": mlp,
+            "mlp.up_proj": mlp,
+        }
+        assert make(name).residual_writers == ("self_attn.o_proj", "mlp.down_proj")
+
+
 @pytest.mark.parametrize(
     ("hf_name", "gguf_name"),
     [

@@ -19,7 +19,6 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 import click
 import numpy as np
@@ -34,8 +33,6 @@ from d2q_edge.families import Family, family_for
 OUTLIERS = 0.01
 """The share of channels that become outliers."""
 OUTLIER_RANGE = (10.0, 30.0)
-PRODUCERS = MappingProxyType({"self_attn.o_proj": "self_attn.v_proj", "mlp.down_proj": "mlp.up_proj"})
-"""Of a layer that no norm feeds: the layer whose rows scale its input's channels."""
 COPIED = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -84,15 +81,13 @@ def draw_scales(family: Family, sigma: float, seed: int) -> dict[str, Scales]:
                 scales[f"{prefix}{stage.norm}.weight"].rows = factors
                 for linear in stage.linears:
                     scales[f"{prefix}{linear}.weight"].columns = factors
-                continue
-            for linear in stage.linears:
-                producer = PRODUCERS[linear]
-                produced, consumed = family.linear_shape(producer)[0], family.linear_shape(linear)[1]
-                factors = draw_factors(produced, sigma, generator)
-                scales[f"{prefix}{producer}.weight"].rows = factors
-                if producer in family.biased_linears():
-                    scales[f"{prefix}{producer}.bias"].rows = factors
-                scales[f"{prefix}{linear}.weight"].columns = _per_query_head(factors, consumed, family.head_dim)
+            if stage.source is not None:
+                factors = draw_factors(family.linear_shape(stage.source)[0], sigma, generator)
+                scales[f"{prefix}{stage.source}.weight"].rows = factors
+                if stage.source in family.biased_linears():
+                    scales[f"{prefix}{stage.source}.bias"].rows = factors
+                for linear in stage.linears:
+                    scales[f"{prefix}{linear}.weight"].columns = factors[family.source_rows(stage.source)]
     if not family.tied_embeddings:
         factors = draw_factors(family.hidden_size, sigma, generator)
         scales[f"{family.final_norm}.weight"].rows = factors
@@ -139,15 +134,6 @@ def make_outliers(model: Path, output: Path, sigma: float, seed: int) -> None:
         raise D2QError(f"{output} exists already; remove it or name another directory") from error
     except OSError as error:
         raise D2QError(f"can't write {output}: {error.strerror or error}") from error
-
-
-def _per_query_head(factors: npt.NDArray[np.float64], width: int, head_dim: int) -> npt.NDArray[np.float64]:
-    """Factors of a layer's outputs, as its consumer's input channels see them: unchanged where there are as many, and
-    each key-value head's repeated for every query head of its group where attention lies between."""
-    repeats: int = width // len(factors)
-    if repeats == 1:
-        return factors
-    return np.repeat(factors.reshape(-1, head_dim), repeats, axis=0).reshape(-1)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

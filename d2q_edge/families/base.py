@@ -97,6 +97,17 @@ class Family(ABC):
         """All linear layers of one block in forward order, relative to the block."""
         return tuple(linear for stage in self.stages for linear in stage.linears)
 
+    @property
+    def residual_readers(self) -> Mapping[str, str]:
+        """The block's linear layers that read the residual stream, each with the norm through which it does."""
+        return {linear: stage.norm for stage in self.stages if stage.norm is not None for linear in stage.linears}
+
+    @property
+    def residual_writers(self) -> tuple[str, ...]:
+        """The block's linear layers whose outputs are added to the residual stream: the last of every branch, which in
+        these blocks are those that no norm feeds."""
+        return tuple(linear for stage in self.stages if stage.norm is None for linear in stage.linears)
+
     def block_prefix(self, index: int) -> str:
         """The prefix that turns a name relative to block `index` into a full one."""
         return f"model.layers.{index}."

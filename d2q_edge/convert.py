@@ -137,6 +137,10 @@ def convert(
             f"{len(plan.fallbacks)} of {len(plan.linears)} linear layers become {kinds}: 64 doesn't divide their width",
             file=sys.stderr,
         )
+    for wanted, name in ((options.embedding_type, family.embedding), (options.head_type, family.head)):
+        if wanted and plan.tables[f"{name}.weight"] != wanted.lower():
+            became = plan.tables[f"{name}.weight"]
+            print(f"{name} becomes {became}: its width isn't a multiple of {wanted}'s block size", file=sys.stderr)
     if dry_run:
         return Conversion(plan, size, None)
     check_output(output, force=force, size=size)

@@ -6,6 +6,7 @@ same list and replaces tensors in it. This module doesn't quantize to our types 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,15 @@ from d2q_edge import __version__
 from d2q_edge.checkpoint import IGNORED_SUFFIXES, Checkpoint
 from d2q_edge.errors import D2QError
 from d2q_edge.families import Family, family_for
-from d2q_edge.gguf_file import STOCK_TYPES, GGUFTensor, block_and_type_size, file_size, write_gguf
+from d2q_edge.gguf_file import STOCK_TYPES, GGUFTensor, file_size, fitting_type, write_gguf
 from d2q_edge.tokenizer import read_tokenizer
 
+_MIXTURES = {"f32": "ALL_F32", "q5_k": "MOSTLY_Q5_K_S", "q4_k": "MOSTLY_Q4_K_S"}
 FILE_TYPES: dict[str, int] = {
-    name: int(gguf.LlamaFileType.ALL_F32 if name == "f32" else gguf.LlamaFileType[f"MOSTLY_{name.upper()}"])
-    for name in STOCK_TYPES
+    name: int(gguf.LlamaFileType[_MIXTURES.get(name, f"MOSTLY_{name.upper()}")]) for name in STOCK_TYPES
 }
-"""general.file_type of a file whose matrices have that stock type."""
+"""general.file_type of a file whose matrices have that stock type. llama.cpp has no number for files of q4_k or q5_k
+alone; those of its small mixtures come nearest."""
 
 Value = str | int | float | bool | Sequence[str] | Sequence[int] | Sequence[float]
 
@@ -34,14 +36,12 @@ def float_tensor(family: Family, hf_name: str, type_name: str, load: Callable[[]
     """A tensor to be encoded in a stock type when it is written.
 
     Norms and biases, one-dimensional as they are, become f32, and a matrix whose width doesn't fit the type's blocks
-    becomes f16, as in llama.cpp's converter. `load` returns floats in the checkpoint's row order.
+    another one (`fitting_type`), as in llama.cpp's converter. `load` returns floats in the checkpoint's row order.
     """
     name = family.gguf_name(hf_name)
     shape = family.tensor_shapes()[hf_name]
-    if len(shape) < 2 or not name.endswith(".weight"):
-        type_name = "f32"
-    elif shape[-1] % block_and_type_size(type_name)[0]:
-        type_name = "f16"
+    is_matrix = len(shape) >= 2 and name.endswith(".weight")
+    type_name = fitting_type(type_name, shape[-1]) if is_matrix else "f32"
     return GGUFTensor(name, shape, type_name, lambda: family.export_rows(hf_name, load()))
 
 
@@ -148,7 +148,7 @@ def _metadata_writer(
 
 
 def export(model: str | Path, path: Path, type_name: str, *, force: bool = False) -> int:
-    """Convert a checkpoint directory to a GGUF of a stock type.
+    """Convert a checkpoint directory to a GGUF of a stock type: every matrix, embeddings and head included.
 
     Returns:
         The file's size in bytes.
@@ -162,6 +162,14 @@ def export(model: str | Path, path: Path, type_name: str, *, force: bool = False
     family = family_for(checkpoint.config)
     checkpoint.check(family.tensor_shapes())
     tensors = model_tensors(checkpoint, family, type_name)
+    matrices = [tensor for tensor in tensors if len(tensor.shape) == 2]
+    if others := [tensor for tensor in matrices if tensor.type != type_name]:
+        kinds = ", ".join(sorted({tensor.type for tensor in others}))
+        print(
+            f"{len(others)} of {len(matrices)} matrices become {kinds}: their width isn't a multiple of {type_name}'s "
+            "block size",
+            file=sys.stderr,
+        )
     return write_model(path, checkpoint, family, tensors, file_type=FILE_TYPES[type_name], force=force)
 
 

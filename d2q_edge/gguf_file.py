@@ -1,7 +1,8 @@
 """Writing GGUF files: tensors of stock types and of ours, streamed to disk, whole or not at all.
 
 Knows bytes, sizes and files. Does not know models: names, order, types and metadata come from the caller (`export`).
-gguf-py lays out header and keys; our tensor types enter by number, because it refuses types that it doesn't know.
+gguf-py lays out header and keys; our tensor types enter by number, because it refuses types that it doesn't know. It
+also encodes the stock types, but for those of k_types.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gguf
@@ -21,14 +23,16 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from d2q_edge import tensor_types
+from d2q_edge import k_types, tensor_types
 from d2q_edge.errors import D2QError
 
 STOCK_TYPES: dict[str, gguf.GGMLQuantizationType] = {
     name.lower(): gguf.GGMLQuantizationType[name]
-    for name in ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
+    for name in ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_1", "Q5_K", "Q5_0", "Q4_1", "Q4_K", "Q4_0")
 }
-"""The stock types that we can write, by name, best first: those that gguf-py can encode."""
+"""The stock types that we can write, by name, best first: those that gguf-py can encode, and those of k_types."""
+FALLBACKS = MappingProxyType({"q6_k": "q8_0", "q5_k": "q5_1", "q4_k": "q5_0"})
+"""For widths that 256 doesn't divide, as in llama-quantize."""
 
 ALIGNMENT: int = gguf.GGUF_DEFAULT_ALIGNMENT
 
@@ -78,6 +82,14 @@ def block_and_type_size(type_name: str) -> tuple[int, int]:
     raise D2QError(f"the tensor type {type_name!r} can't be written; these can: {known}")
 
 
+def fitting_type(type_name: str, width: int) -> str:
+    """This type, or, where its block size doesn't divide the width, what llama-quantize takes in its place."""
+    for kind in (type_name, FALLBACKS.get(type_name, "f16")):
+        if width % block_and_type_size(kind)[0] == 0:
+            return kind
+    return "f16"
+
+
 def encode(tensor: GGUFTensor) -> npt.NDArray[Any]:
     """Load a tensor and encode it; the result's bytes are the file's.
 
@@ -98,6 +110,8 @@ def encode(tensor: GGUFTensor) -> npt.NDArray[Any]:
             if not np.isfinite(encoded).all():
                 raise D2QError(f"tensor {tensor.name} has values too large for float16; use bf16, q8_0 or f32 instead")
             data = encoded
+        elif tensor.type in k_types.ENCODERS:
+            data = k_types.encode(tensor.type, data.reshape(-1, tensor.shape[-1]))
         else:
             data = gguf.quants.quantize(data.astype(np.float32, copy=False), STOCK_TYPES[tensor.type])
     if data.nbytes != tensor.nbytes:

@@ -226,7 +226,7 @@ class TestConvert:
         done = d2q("convert", model, "-o", "out.gguf", *QUICK, *off, "--report", "report.json")
         assert (done.code, done.err) == (0, "")
         assert done.out.splitlines()[:2] == planned.out.splitlines()
-        assert "types: 14 x d2q2_64, 2 x q8_0" in done.out
+        assert "types: 14 x d2q2_64, 1 x q5_0, 1 x q5_1" in done.out
         assert Path("out.gguf").stat().st_size == size
         assert {path.name for path in Path.cwd().iterdir()} == {"out.gguf", "report.json"}
         report = json.loads(Path("report.json").read_text())

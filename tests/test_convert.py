@@ -35,9 +35,14 @@ QUICK = Options(calibration_tokens=512, context=32)
 SMALL: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
 MODELS: dict[str, tuple[str, dict[str, Any], int, dict[str, int]]] = {
     # family, config, bits, tensors of each type
-    "wide": ("llama", {"hidden_size": 256, "intermediate_size": 512}, 2, {"d2q2": 14, "q8_0": 2}),
-    "mixed": ("qwen3", {"hidden_size": 256, "intermediate_size": 320}, 3, {"d2q3": 10, "d2q3_64": 4, "q8_0": 2}),
-    "narrow": ("qwen2", {"tie_word_embeddings": True}, 2, {"d2q2_64": 12, "q4_0": 2, "q8_0": 1}),
+    "wide": ("llama", {"hidden_size": 256, "intermediate_size": 512}, 2, {"d2q2": 14, "q4_k": 1, "q5_k": 1}),
+    "mixed": (
+        "qwen3",
+        {"hidden_size": 256, "intermediate_size": 320},
+        3,
+        {"d2q3": 10, "d2q3_64": 4, "q4_k": 1, "q6_k": 1},
+    ),
+    "narrow": ("qwen2", {"tie_word_embeddings": True}, 2, {"d2q2_64": 12, "q4_0": 2, "q5_1": 1}),
 }
 # An o_proj of qwen3 reads 4 heads of 32.
 
@@ -105,15 +110,21 @@ class TestContent:
             assert np.square(error).mean() / np.square(expected).mean() < 0.5, name
 
     def test_everything_else_is_as_in_a_stock_file(self, converted: Converted, tmp_path: Path) -> None:
-        export(converted.model, tmp_path / "stock.gguf", "q8_0")
-        stock = GGUFFile(tmp_path / "stock.gguf")
+        tables = converted.result.plan.tables
+        for kind in {*tables.values(), "q8_0"}:
+            export(converted.model, tmp_path / f"{kind}.gguf", kind)
+        stock = GGUFFile(tmp_path / "q8_0.gguf")
+        of_type = {
+            converted.family.gguf_name(name): GGUFFile(tmp_path / f"{kind}.gguf") for name, kind in tables.items()
+        }
         assert list(converted.file.tensors) == list(stock.tensors)
         linears = {converted.family.gguf_name(name) for name in converted.family.linear_weights()}
         for name, info in converted.file.tensors.items():
             assert info.shape == stock.tensors[name].shape
             if name not in linears:
-                assert info.type_name == stock.tensors[name].type_name
-                assert np.array_equal(converted.file.raw(name), stock.raw(name)), name
+                other = of_type.get(name, stock)
+                assert info.type_name == other.tensors[name].type_name
+                assert np.array_equal(converted.file.raw(name), other.raw(name)), name
         ours = {key: value for key, value in converted.file.kv.items() if not key.startswith("d2q.")}
         assert ours.pop("general.quantized_by") == f"d2q-edge {__version__}"
         assert ours.pop("general.file_type") == {2: 80, 3: 81}[converted.options.bits]
@@ -185,6 +196,14 @@ class TestOptions:
         assert capsys.readouterr().err == "2 of 14 linear layers become q4_0: 64 doesn't divide their width\n"
         convert.convert(make_checkpoint(name="b", **SMALL), tmp_path / "out.gguf", QUICK, dry_run=True)
         assert capsys.readouterr().err == ""
+
+    def test_other_table_types_are_said(
+        self, make_checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        options = Options(**{**vars(QUICK), "embedding_type": "Q4_K", "head_type": "q8_0"})
+        convert.convert(make_checkpoint(**SMALL), tmp_path / "out.gguf", options, dry_run=True)
+        expected = "model.embed_tokens becomes q5_0: its width isn't a multiple of Q4_K's block size\n"
+        assert capsys.readouterr().err == expected
 
     def test_seed_decides(self, make_checkpoint: Make, tmp_path: Path) -> None:
         model = make_checkpoint(**SMALL)

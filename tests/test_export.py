@@ -117,6 +117,35 @@ def test_values_survive(make_checkpoint: Make, tmp_path: Path, type_name: str) -
     )
 
 
+@pytest.mark.parametrize(
+    ("type_name", "number", "fallback", "tolerance"),
+    [("q6_k", 18, "q8_0", 0.005), ("q5_k", 16, "q5_1", 0.02), ("q4_k", 14, "q5_0", 0.03)],
+)
+def test_k_types(
+    make_checkpoint: Make,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    type_name: str,
+    number: int,
+    fallback: str,
+    tolerance: float,
+) -> None:
+    model = make_checkpoint("llama", hidden_size=256, intermediate_size=96)
+    export(model, tmp_path / "out.gguf", type_name)
+    message = f"2 of 16 matrices become {fallback}: their width isn't a multiple of {type_name}'s block size\n"
+    assert capsys.readouterr().err == message
+    file = GGUFFile(tmp_path / "out.gguf")
+    assert file.kv["general.file_type"] == number
+    checkpoint = Checkpoint.open(model)
+    family = family_for(checkpoint.config)
+    for name, shape in family.tensor_shapes().items():
+        expected = family.export_rows(name, checkpoint.tensor(name).float().numpy())
+        found = family.gguf_name(name)
+        np.testing.assert_allclose(file.dequantize(found), expected, atol=tolerance, rtol=0)
+        width = shape[-1] if len(shape) == 2 else 0
+        assert file.tensors[found].type_name == {256: type_name, 96: fallback, 0: "f32"}[width]
+
+
 def test_keys_of_a_llama(make_checkpoint: Make, tmp_path: Path) -> None:
     model = make_checkpoint("llama")
     export(model, tmp_path / "out.gguf", "f16")

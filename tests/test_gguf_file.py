@@ -16,7 +16,16 @@ import pytest
 
 from d2q_edge import gguf_file, tensor_types
 from d2q_edge.errors import D2QError
-from d2q_edge.gguf_file import GGUFTensor, block_and_type_size, check_output, data_size, encode, file_size, write_gguf
+from d2q_edge.gguf_file import (
+    GGUFTensor,
+    block_and_type_size,
+    check_output,
+    data_size,
+    encode,
+    file_size,
+    fitting_type,
+    write_gguf,
+)
 
 
 def tensor(name: str, type_name: str, array: npt.NDArray[Any], shape: tuple[int, ...] | None = None) -> GGUFTensor:
@@ -86,8 +95,34 @@ def test_own_types_by_number(out: Path, own: tensor_types.TensorType) -> None:
 @pytest.mark.parametrize("name", gguf_file.STOCK_TYPES)
 def test_sizes_of_stock_types(name: str) -> None:
     sizes = {"f32": (1, 4), "f16": (1, 2), "bf16": (1, 2), "q8_0": (32, 34), "q5_1": (32, 24), "q5_0": (32, 22)}
-    assert block_and_type_size(name) == {**sizes, "q4_1": (32, 20), "q4_0": (32, 18)}[name]
-    assert encode(tensor("x", name, MATRIX)).nbytes == tensor("x", name, MATRIX).nbytes
+    sizes |= {"q4_1": (32, 20), "q4_0": (32, 18), "q6_k": (256, 210), "q5_k": (256, 176), "q4_k": (256, 144)}
+    assert block_and_type_size(name) == sizes[name]
+    whole = np.tile(MATRIX, 4)
+    encoded = encode(tensor("x", name, whole))
+    assert encoded.nbytes == tensor("x", name, whole).nbytes
+    if name not in ("f32", "f16", "bf16"):
+        decoded = gguf.quants.dequantize(encoded, gguf_file.STOCK_TYPES[name])
+        np.testing.assert_allclose(decoded, whole, atol=128 / 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "expected"),
+    [
+        ("q4_k", 512, "q4_k"),
+        ("q4_k", 96, "q5_0"),
+        ("q5_k", 96, "q5_1"),
+        ("q6_k", 96, "q8_0"),
+        ("q6_k", 72, "f16"),
+        ("q8_0", 72, "f16"),
+        ("q4_0", 32, "q4_0"),
+        ("f32", 7, "f32"),
+        ("bf16", 7, "bf16"),
+        ("d2q2", 64, "f16"),
+    ],
+)
+def test_fitting_types(name: str, width: int, expected: str) -> None:
+    """The pairs of llama-quantize's tensor_type_fallback."""
+    assert fitting_type(name, width) == expected
 
 
 def test_q8_0_by_hand() -> None:

@@ -48,13 +48,18 @@ def test_fallbacks_are_what_our_types_cannot_hold() -> None:
 
 
 def test_tables_of_untied_embeddings() -> None:
-    assert plan().tables == {EMBEDDING: "q8_0", HEAD: "q8_0"}
+    assert plan(hidden_size=256).tables == {EMBEDDING: "q4_k", HEAD: "q5_k"}
+    assert plan(3, hidden_size=256).tables == {EMBEDDING: "q4_k", HEAD: "q6_k"}
+    assert plan(3).tables == {EMBEDDING: "q5_0", HEAD: "q8_0"}
+    assert plan(embedding_type="q6_k", head_type="Q4_K").tables == {EMBEDDING: "q8_0", HEAD: "q5_0"}
     assert plan(embedding_type="q4_0", head_type="f16").tables == {EMBEDDING: "q4_0", HEAD: "f16"}
     assert plan(embedding_type="Q5_1", head_type="BF16").tables == {EMBEDDING: "q5_1", HEAD: "bf16"}
 
 
 def test_tables_of_tied_embeddings() -> None:
-    assert plan(tie_word_embeddings=True).tables == {EMBEDDING: "q8_0"}
+    assert plan(tie_word_embeddings=True).tables == {EMBEDDING: "q5_1"}
+    assert plan(tie_word_embeddings=True, hidden_size=256).tables == {EMBEDDING: "q5_k"}
+    assert plan(3, tie_word_embeddings=True, hidden_size=256).tables == {EMBEDDING: "q6_k"}
     assert plan(tie_word_embeddings=True, embedding_type="f16").tables == {EMBEDDING: "f16"}
     with pytest.raises(D2QError, match=r"\(tied\); use --embedding-type alone"):
         plan(tie_word_embeddings=True, head_type="f16")
@@ -79,7 +84,8 @@ def test_bits_per_weight() -> None:
     linear_bits = 2 * (ours * 2.5 + down * 4.5)
     assert chosen.linear_bits_per_weight == pytest.approx(linear_bits / (2 * (ours + down)))
     total = 2 * (ours + down) + 2 * table
-    assert chosen.bits_per_weight == pytest.approx((linear_bits + 2 * table * 8.5) / total)
+    # Embeddings in q5_0, head in q5_1.
+    assert chosen.bits_per_weight == pytest.approx((linear_bits + table * (5.5 + 6)) / total)
     tied = plan(tie_word_embeddings=True, embedding_type="f16")
     assert tied.bits_per_weight == pytest.approx((linear_bits + table * 16) / (total - table))
 

@@ -194,7 +194,7 @@ def _pack_affine(d: F16, dmin: F16, s: U8, m: U8, codes: U8, bits: int) -> U8:
     scales[:, 4:8] = m[:, :4] | (m[:, 4:] >> 4) << 6
     scales[:, 8:12] = (s[:, 4:] & 15) | (m[:, 4:] & 15) << 4
     grouped = codes.transpose(2, 1, 0)  # [blocks, group, weight]
-    low = grouped & 15
+    low: U8 = grouped & np.uint8(15)
     parts = [_bytes(d), _bytes(dmin), scales]
     if bits == 5:
         parts.append(np.bitwise_or.reduce((grouped >> 4) << np.arange(8, dtype=np.uint8)[:, None], axis=1))

@@ -216,7 +216,7 @@ class _File:
     def _tensors(self, packed: Callable[[str], Packed]) -> list[GGUFTensor]:
         replacements = {}
         for name, kind in self.plan.types.items():
-            if kind in tensor_types.BY_NAME:
+            if kind in tensor_types.BY_NAME and name in self.plan.linears:
                 replacements[name] = packed_tensor(self.family, name, kind, partial(packed, name))
             else:
                 replacements[name] = float_tensor(self.family, name, kind, partial(self._floats, name))

@@ -78,7 +78,7 @@ def block_and_type_size(type_name: str) -> tuple[int, int]:
     if type_name in STOCK_TYPES:
         block, size = gguf.GGML_QUANT_SIZES[STOCK_TYPES[type_name]]
         return int(block), int(size)
-    known = ", ".join([*STOCK_TYPES, *tensor_types.BY_NAME])
+    known = ", ".join(dict.fromkeys([*STOCK_TYPES, *tensor_types.BY_NAME]))
     raise D2QError(f"the tensor type {type_name!r} can't be written; these can: {known}")
 
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from d2q_edge import tensor_types
 from d2q_edge.errors import D2QError
 from d2q_edge.families import Family
 from d2q_edge.gguf_file import STOCK_TYPES, block_and_type_size, fitting_type
@@ -52,7 +51,8 @@ class Plan:
     @property
     def fallbacks(self) -> list[str]:
         """Linear layers whose width none of our types can hold."""
-        return [name for name, kind in self.linears.items() if kind not in tensor_types.BY_NAME]
+        wide = D2Q2_64.block_size
+        return [name for name in self.linears if self.shapes[name][1] % wide]
 
     @property
     def bits_per_weight(self) -> float:

@@ -1,10 +1,13 @@
-"""The block formats d2q2, d2q3, d2q2_64 and d2q3_64: sizes, ids, packing, unpacking, dequantizing.
+"""The block formats d2q2, d2q3, d2q2_64, d2q3_64, and stock q4_0: sizes, ids, packing, unpacking, dequantizing.
 
 Knows where each bit of a block lies and what it stands for. Does not know how scales, codebooks and codes are chosen
 (encoder.py, quantize/) or how tensors get into a file (gguf_file.py). The layouts are the contract with the C side
 (cpp_patch/): a block is a little-endian fp16 scale d, one codebook byte per group of 32 weights, then the codes.
 
 Paired types (d2q2*): weights j and j + 16 of a group share one 4-bit code. Others (d2q3*): one 3-bit code per weight.
+q4_0, for layers that deserve 4 bits, has one 4-bit code per weight in blocks of one group, and no codebook byte: it has
+two codebooks, -8..7 and -7..8, and which one it is, is the sign of d. (In the file d may be negative; the scale of this
+module's functions is its magnitude.)
 Throughout, codes are in the order of the groups: codes[r, 16 * k + i] is the pair (32 * k + i, 32 * k + 16 + i) of row
 r, or codes[r, 32 * k + j] is the weight 32 * k + j, with k counting groups over the whole row.
 """
@@ -34,6 +37,8 @@ class TensorType:
     block_size: int
     type_size: int
     paired: bool
+    switched: bool = True
+    """Whether codebooks are chosen from our tables."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -67,13 +72,21 @@ class TensorType:
         """Codes in a row of `columns` weights: one per pair, or one per weight."""
         return columns // 2 if self.paired else columns
 
+    @property
+    def codebook_entries(self) -> int:
+        """Codes are below this."""
+        return 16 if self.paired or not self.switched else 8
+
 
 D2Q2 = TensorType("d2q2", 80, 256, 74, True)
 D2Q3 = TensorType("d2q3", 81, 256, 106, False)
 D2Q2_64 = TensorType("d2q2_64", 82, 64, 20, True)
 D2Q3_64 = TensorType("d2q3_64", 83, 64, 28, False)
+Q4_0 = TensorType("q4_0", 2, 32, 18, False, switched=False)
 ALL = (D2Q2, D2Q3, D2Q2_64, D2Q3_64)
-BY_NAME = {t.name: t for t in ALL}
+"""Our own types."""
+BY_NAME = {t.name: t for t in (*ALL, Q4_0)}
+"""All types whose codes the quantizer chooses."""
 BY_ID = {t.id: t for t in ALL}
 
 
@@ -116,6 +129,21 @@ def _unpack_scalars(packed: U8, t: TensorType) -> U8:
     return low.reshape(shape) | high.reshape(shape) << np.uint8(2)
 
 
+def _pack_uniform(scales: F16, codebooks: U8, codes: U8) -> U8:
+    """q4_0's bytes [n, 18] of scales [n], codebooks [n] below 2 and codes [n, 32]."""
+    d = np.where(codebooks == 1, -scales, scales)
+    stored = np.where(codebooks[:, None] == 1, 15 - codes, codes)
+    head = np.ascontiguousarray(d, dtype="<f2").view(np.uint8).reshape(-1, 2)
+    return np.concatenate([head, stored[:, :16] | stored[:, 16:] << np.uint8(4)], axis=1)
+
+
+def _unpack_uniform(blocks: U8) -> tuple[F16, U8, U8]:
+    d = np.ascontiguousarray(blocks[:, :2]).view("<f2").astype(np.float16, copy=False)[:, 0]
+    codes = np.concatenate([blocks[:, 2:] & np.uint8(15), blocks[:, 2:] >> np.uint8(4)], axis=1)
+    codebooks = np.signbit(d).astype(np.uint8)
+    return np.abs(d), codebooks, np.where(codebooks[:, None] == 1, 15 - codes, codes)
+
+
 def pack(t: TensorType, scales: F16, codebooks: U8, codes: U8) -> U8:
     """Blocks as bytes (DESIGN section 2).
 
@@ -123,7 +151,7 @@ def pack(t: TensorType, scales: F16, codebooks: U8, codes: U8) -> U8:
         t: the block format.
         scales: float16 [rows, cols / block_size], the block scales d.
         codebooks: uint8 [rows, cols / 32].
-        codes: uint8 [rows, cols / 2], below 16 (paired types), or [rows, cols], below 8.
+        codes: uint8 [rows, cols / 2], below 16 (paired types), or [rows, cols], below 8 (q4_0: 16).
 
     Returns:
         uint8 [rows, t.row_bytes(cols)].
@@ -137,9 +165,13 @@ def pack(t: TensorType, scales: F16, codebooks: U8, codes: U8) -> U8:
         raise ValueError(f"{t.name}: scales {scales.shape}, codebooks {codebooks.shape}, codes {codes.shape} don't fit")
     if scales.dtype != np.float16 or codebooks.dtype != np.uint8 or codes.dtype != np.uint8:
         raise ValueError(f"{t.name}: expected float16 scales and uint8 codebooks and codes")
-    if codes.size and codes.max() >= (16 if t.paired else 8):
+    if codes.size and codes.max() >= t.codebook_entries:
         raise ValueError(f"{t.name}: code {codes.max()} is too large")
     n = rows * blocks
+    if not t.switched:
+        if codebooks.size and (codebooks.max() > 1 or np.signbit(scales).any()):
+            raise ValueError(f"{t.name}: there are two codebooks, and no negative scales")
+        return _pack_uniform(scales.reshape(n), codebooks.reshape(n), codes.reshape(n, -1)).reshape(rows, -1)
     grouped = codes.reshape(n, t.groups, -1)
     body = _pack_pairs(grouped) if t.paired else _pack_scalars(grouped, t)
     head = np.ascontiguousarray(scales, dtype="<f2").view(np.uint8).reshape(n, 2)
@@ -159,6 +191,9 @@ def unpack(t: TensorType, packed: U8) -> tuple[F16, U8, U8]:
         )
     n = rows * row_bytes // t.type_size
     blocks = np.ascontiguousarray(packed).reshape(n, t.type_size)
+    if not t.switched:
+        d, books, stored = _unpack_uniform(blocks)
+        return d.reshape(rows, -1), books.reshape(rows, -1), stored.reshape(rows, -1)
     scales = np.ascontiguousarray(blocks[:, :2]).view("<f2").astype(np.float16, copy=False).reshape(rows, -1)
     codebooks = blocks[:, 2 : 2 + t.groups]
     body = blocks[:, 2 + t.groups :]
@@ -169,6 +204,9 @@ def unpack(t: TensorType, packed: U8) -> tuple[F16, U8, U8]:
 def entries(t: TensorType, codebooks: U8, codes: U8) -> npt.NDArray[np.int8]:
     """Table entries of each weight: int8 [rows, cols] from codebooks [rows, cols / 32] and codes (see pack)."""
     rows, groups = codebooks.shape
+    if not t.switched:
+        lowest = np.repeat(codebooks.astype(np.int8) - np.int8(8), GROUP, axis=1)
+        return lowest + codes.astype(np.int8)
     grouped = codes.reshape(rows, groups, -1)
     if t.paired:
         looked_up = PAIR_TABLE[codebooks[:, :, None], grouped].swapaxes(2, 3)  # [rows, groups, component, pair]

@@ -1,5 +1,6 @@
 """The block formats, held against blocks worked out by hand and against loops written from DESIGN section 2."""
 
+import gguf
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -16,6 +17,7 @@ from d2q_edge.tensor_types import (
     D2Q3,
     D2Q3_64,
     GROUP,
+    Q4_0,
     TensorType,
     dequantize,
     entries,
@@ -31,8 +33,8 @@ def random_parts(t: TensorType, rows: int, columns: int, seed: int) -> tuple[npt
     rng = np.random.default_rng(seed)
     return (
         rng.standard_normal((rows, t.blocks(columns))).astype(np.float16),
-        rng.integers(0, 256, (rows, columns // GROUP), dtype=np.uint8),
-        rng.integers(0, 16 if t.paired else 8, (rows, t.codes(columns)), dtype=np.uint8),
+        rng.integers(0, 256 if t.switched else 2, (rows, columns // GROUP), dtype=np.uint8),
+        rng.integers(0, 16 if t.paired or not t.switched else 8, (rows, t.codes(columns)), dtype=np.uint8),
     )
 
 
@@ -191,3 +193,51 @@ def test_wrong_input_is_refused(t: TensorType) -> None:
     for columns in (0, t.block_size + 32):
         with pytest.raises(ValueError, match="multiple"):
             t.row_bytes(columns)
+
+
+def test_q4_0_block_by_hand() -> None:
+    block = np.zeros((2, 18), np.uint8)
+    block[:, 1] = 0x38, 0xB8  # d = 0.5, then -0.5
+    block[:, 2 + 5] = 0x2F  # weight 5 has code 15, weight 21 code 2
+    expected = np.full(32, -4, np.float32)
+    expected[[5, 21]] = 3.5, -3
+    np.testing.assert_array_equal(dequantize(Q4_0, block), [expected, -expected])
+    scales, codebooks, codes = unpack(Q4_0, block)
+    assert scales.tolist() == [[0.5], [0.5]]
+    assert codebooks.tolist() == [[0], [1]]
+    assert codes[:, [0, 5, 21]].tolist() == [[0, 15, 2], [15, 0, 13]]
+    np.testing.assert_array_equal(pack(Q4_0, scales, codebooks, codes), block)
+
+
+def test_q4_0_is_decoded_as_gguf_does() -> None:
+    packed = np.random.default_rng(6).integers(0, 256, (20, Q4_0.row_bytes(512)), dtype=np.uint8)
+    packed[:, 1 :: Q4_0.type_size] &= 0xBF  # no infinite or NaN scales; both signs
+    expected = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType.Q4_0)
+    np.testing.assert_array_equal(dequantize(Q4_0, packed), expected)
+
+
+def test_q4_0_pack_and_unpack_are_inverse() -> None:
+    parts = random_parts(Q4_0, 20, 512, seed=7)
+    scales, codebooks, codes = np.abs(parts[0]), *parts[1:]
+    packed = pack(Q4_0, scales, codebooks, codes)
+    assert packed.shape == (20, Q4_0.row_bytes(512))
+    for found, expected in zip(unpack(Q4_0, packed), (scales, codebooks, codes), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    values = entries(Q4_0, codebooks, codes)
+    np.testing.assert_array_equal(values, codes.astype(int) - 8 + np.repeat(codebooks.astype(int), 32, axis=1))
+    np.testing.assert_array_equal(dequantize(Q4_0, packed), values * np.repeat(scales.astype(np.float32), 32, axis=1))
+    noise = np.random.default_rng(8).integers(0, 256, packed.shape, dtype=np.uint8)
+    np.testing.assert_array_equal(pack(Q4_0, *unpack(Q4_0, noise)), noise)
+
+
+def test_q4_0_wrong_input() -> None:
+    scales, codebooks, codes = random_parts(Q4_0, 2, 64, seed=9)
+    scales = np.abs(scales)
+    with pytest.raises(ValueError, match="two codebooks"):
+        pack(Q4_0, scales, codebooks + np.uint8(2), codes)
+    with pytest.raises(ValueError, match="no negative scales"):
+        pack(Q4_0, -scales, codebooks, codes)
+    codes[0, 0] = 16
+    with pytest.raises(ValueError, match="too large"):
+        pack(Q4_0, scales, codebooks, codes)
+    assert BY_NAME["q4_0"] is Q4_0 and Q4_0 not in ALL and Q4_0.bits_per_weight == 4.5

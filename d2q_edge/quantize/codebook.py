@@ -3,13 +3,14 @@
 Knows the two tables and how to find, for many groups at once, the codebook with the least squared error. Does not know
 about error feedback (gptaq.py) or bytes (tensor_types.py). The exhaustive search, 256 codebooks times 16 entries for
 every pair, is the reference (encoder.py does it in numpy); here a look-up table of the errors of binned vectors ranks
-the codebooks, and only a shortlist is measured exactly.
+the codebooks, and only a shortlist is measured exactly. q4_0, which has no table, has its own search (uniform.py).
 """
 
 import torch
 import torch.nn.functional as F
 
 from d2q_edge.codebooks import PAIR_TABLE, SCALAR_TABLE
+from d2q_edge.quantize import uniform
 from d2q_edge.tensor_types import GROUP, SCALE_MAX, SCALE_TINY, TensorType
 
 SHORTLIST = 8
@@ -31,13 +32,17 @@ class CodebookSearch:
     """The table of one tensor type on one device, with what a fast search needs.
 
     Attributes:
-        levels: float32 [256, K, V]: V = 2 and K = 16 for pairs, V = 1 and K = 8 for scalars, in units of d.
-        unit: RMS of the entries of the median codebook: d is near the RMS of a block over this.
+        levels: float32 [256, K, V]: V = 2 and K = 16 for pairs, V = 1 and K = 8 for scalars, in units of d. Of q4_0
+            [2, 16, 1].
+        unit: RMS of the entries of the median codebook: d is near the RMS of a block over this. Not of q4_0.
     """
 
     def __init__(self, tensor_type: TensorType, device: torch.device | str = "cpu") -> None:
-        table = PAIR_TABLE if tensor_type.paired else SCALAR_TABLE[:, :, None]
         self.tensor_type = tensor_type
+        if not tensor_type.switched:
+            self.levels = uniform.levels(device)
+            return
+        table = PAIR_TABLE if tensor_type.paired else SCALAR_TABLE[:, :, None]
         self.levels = torch.tensor(table, dtype=torch.float32, device=device)
         self.unit = float(self.levels.square().mean((1, 2)).sqrt().median())
         self._bins = 64 if tensor_type.paired else 1024
@@ -59,6 +64,8 @@ class CodebookSearch:
         Returns:
             int64 [groups], the codebooks, and float32 [groups], their summed squared errors in units of d squared.
         """
+        if not self.tensor_type.switched:
+            return uniform.search(vectors)
         books, errors = [], []
         for part in vectors.split(CHUNK):
             candidates = self._rank(part).topk(SHORTLIST, dim=1, largest=False).indices
@@ -79,6 +86,8 @@ class CodebookSearch:
         Returns:
             float32 [rows], values that float16 holds exactly, never zero.
         """
+        if not self.tensor_type.switched:
+            return stored_scale(uniform.block_scales(weights))
         base = weights.square().mean(1).sqrt() / self.unit
         vectors = self.vectors(weights)
         best = torch.full_like(base, torch.inf)

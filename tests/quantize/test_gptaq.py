@@ -9,7 +9,7 @@ from d2q_edge.errors import D2QError
 from d2q_edge.quantize.codebook import CodebookSearch
 from d2q_edge.quantize.gptaq import InputStatistics, quantize_layer
 from d2q_edge.quantize.layer import QuantizedLayer
-from d2q_edge.tensor_types import ALL, D2Q2, D2Q3, TensorType, dequantize
+from d2q_edge.tensor_types import ALL, D2Q2, D2Q3, Q4_0, TensorType, dequantize
 
 Matrix = npt.NDArray[np.float64]
 
@@ -71,7 +71,7 @@ def slow_gptaq(
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
-@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", (*ALL, Q4_0), ids=lambda kind: kind.name)
 def test_against_the_slow_version(kind: TensorType, alpha: float) -> None:
     weights, original, drifted = problem(2 * kind.block_size)
     layer = quantize_layer(weights, statistics_of(original, drifted), CodebookSearch(kind), alpha)
@@ -83,7 +83,7 @@ def test_against_the_slow_version(kind: TensorType, alpha: float) -> None:
     assert same.mean() > 0.8
 
 
-@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", (*ALL, Q4_0), ids=lambda kind: kind.name)
 def test_codes_stand_for_the_returned_weights(kind: TensorType) -> None:
     weights, original, drifted = problem(2 * kind.block_size)
     layer = quantize_layer(weights, statistics_of(original, drifted), CodebookSearch(kind))
@@ -91,7 +91,7 @@ def test_codes_stand_for_the_returned_weights(kind: TensorType) -> None:
     np.testing.assert_array_equal(dequantize(kind, packed), layer.weights.numpy())
 
 
-@pytest.mark.parametrize("kind", [D2Q2, D2Q3], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [D2Q2, D2Q3, Q4_0], ids=lambda kind: kind.name)
 def test_feedback_pays(kind: TensorType) -> None:
     """The error of the outputs, |X~ W - X Q|: rounding > GPTQ > GPTAQ."""
     weights, original, drifted = problem(512, rows=64)

@@ -34,8 +34,14 @@ def cli() -> None:
 @click.option(
     "--context", type=click.IntRange(8), default=512, show_default=True, help="Tokens per calibration window."
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the choice of windows.")
-@click.option("--rotation", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of all random choices.")
+@click.option(
+    "--rotation",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    help="Spread outlier channels over their neighbours; unties tied embeddings.",
+)
 @click.option("--dsq/--no-dsq", default=None, help="Dual-scale quantizer; not in this version.")
 @click.option("--dac/--no-dac", default=None, help="Deviation-aware correction; not in this version.")
 @click.option("--refine", is_flag=True, help="Tune the scales afterwards; not in this version.")
@@ -62,6 +68,8 @@ def convert(model: Path, output: Path | None, stock_type: str | None, **options:
         for option in ("bits", "no_calibration", "embedding_type", "head_type", "dry_run", "report"):
             if options[option]:
                 raise click.UsageError(f"--type writes a stock file; it doesn't go with --{option.replace('_', '-')}")
+        if options["rotation"] == "on":
+            raise click.UsageError("--type writes a stock file; it doesn't go with --rotation on")
     if bits not in (None, 2, 3):
         raise D2QError(f"--bits {bits:g} needs mixed precision, which this version doesn't have; use 2 or 3")
     bits = int(bits or 2)
@@ -82,6 +90,7 @@ def convert(model: Path, output: Path | None, stock_type: str | None, **options:
                 "calibration_tokens",
                 "context",
                 "seed",
+                "rotation",
                 "embedding_type",
                 "head_type",
                 "device",
@@ -108,7 +117,6 @@ def _wait_passively() -> None:
 def _refuse_planned(options: dict[str, Any]) -> None:
     """The contract's options for steps that this version doesn't have: off is accepted, on is not."""
     for name, on in (
-        ("--rotation on", options["rotation"] == "on"),
         ("--dsq", options["dsq"]),
         ("--dac", options["dac"]),
         ("--refine", options["refine"]),

@@ -31,6 +31,7 @@ from d2q_edge.pipeline import Report, quantize_blocks
 from d2q_edge.plan import Plan, make_plan
 from d2q_edge.quantize.codebook import CodebookSearch
 from d2q_edge.quantize.gptaq import ALPHA
+from d2q_edge.quantize.rotation import RotatedCheckpoint, rotation_pays
 from d2q_edge.quantize.rtn import round_layer
 from d2q_edge.tokenizer import read_tokenizer
 from d2q_edge.work_dir import Packed, WorkDir
@@ -51,7 +52,8 @@ class Options:
         calibration: a text file, or "builtin".
         calibration_tokens: how many.
         context: tokens per calibration window.
-        seed: of the choice of windows.
+        seed: of the choice of windows, and of the rotation.
+        rotation: "on", "off", or "auto" for what pays (quantize/rotation.py).
         embedding_type, head_type: stock types; None chooses.
         device: "auto", "cpu", "cuda" or "mps".
     """
@@ -62,6 +64,7 @@ class Options:
     calibration_tokens: int = 65536
     context: int = 512
     seed: int = 0
+    rotation: str = "auto"
     embedding_type: str | None = None
     head_type: str | None = None
     device: str = "auto"
@@ -122,13 +125,16 @@ def convert(
     Raises:
         D2QError: anything wrong with the checkpoint, the options, the text, the device or the output.
     """
-    checkpoint = Checkpoint.open(model)
+    source = Checkpoint.open(model)
+    family = family_for(source.config)
+    source.check(family.tensor_shapes())
+    rotated = options.rotation == "on" or (options.rotation == "auto" and rotation_pays(family))
+    checkpoint = RotatedCheckpoint(source, options.seed) if rotated else source
     family = family_for(checkpoint.config)
-    checkpoint.check(family.tensor_shapes())
     plan = make_plan(family, options.bits, options.embedding_type, options.head_type)
     text = load_text(options.calibration, "calibration") if options.calibrate else None
     windows = None if text is None else _calibration_windows(checkpoint, family, text, options)
-    file = _File(checkpoint, family, plan, _metadata(plan, options, text, windows), FILE_TYPES[options.bits])
+    file = _File(checkpoint, family, plan, _metadata(plan, options, rotated, text, windows), FILE_TYPES[options.bits])
     # Also finds out, before the long work, whether tokenizer and metadata can be exported.
     size = file.size()
     if plan.fallbacks:
@@ -151,7 +157,7 @@ def convert(
 
     if windows.size + options.context <= options.calibration_tokens:
         print(f"the calibration text has {windows.size} tokens only; all are used", file=sys.stderr)
-    _check_weights(checkpoint)
+    _check_weights(source)
     work = WorkDir(output, _fingerprint(checkpoint, file.metadata, windows, device), force=force)
     if work.finished:
         print(f"going on after {work.finished} finished blocks in {work.path}", file=sys.stderr)
@@ -261,10 +267,12 @@ def _calibration_windows(checkpoint: Checkpoint, family: Family, text: Text, opt
 
 
 def _metadata(
-    plan: Plan, options: Options, text: Text | None, windows: npt.NDArray[np.int64] | None
+    plan: Plan, options: Options, rotated: bool, text: Text | None, windows: npt.NDArray[np.int64] | None
 ) -> dict[str, Value]:
     """The d2q.* keys: what a reader needs, and what it takes to make the file again."""
-    recipe: dict[str, Any] = {"bits": options.bits, "method": "rtn", "rotation": False, "dsq": False, "dac": False}
+    recipe: dict[str, Any] = {"bits": options.bits, "method": "rtn", "rotation": rotated, "dsq": False, "dac": False}
+    if rotated:
+        recipe["seed"] = options.seed
     if text is not None and windows is not None:
         recipe |= {
             "method": "gptaq",

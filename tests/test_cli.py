@@ -162,7 +162,6 @@ class TestBadOptions:
     @pytest.mark.parametrize(
         ("options", "said"),
         [
-            (("--rotation", "on"), "--rotation on is not in this version"),
             (("--dsq",), "--dsq is not in this version"),
             (("--dac",), "--dac is not in this version"),
             (("--refine",), "--refine is not in this version"),
@@ -200,6 +199,7 @@ class TestBadOptions:
             ("convert", EXAMPLE, "--type", "f16", "--dry-run"),
             ("convert", EXAMPLE, "--type", "f16", "--embedding-type", "q8_0"),
             ("convert", EXAMPLE, "--type", "f16", "--no-calibration"),
+            ("convert", EXAMPLE, "--type", "f16", "--rotation", "on"),
             ("eval",),
             ("eval", "a.gguf", "--chunks", "0"),
             ("run", "a.gguf"),

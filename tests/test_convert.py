@@ -27,6 +27,7 @@ from d2q_edge.export import export
 from d2q_edge.families import Family, family_for
 from d2q_edge.gguf_reader import GGUFFile
 from d2q_edge.pipeline import quantize_blocks
+from d2q_edge.quantize.rotation import RotatedCheckpoint
 from d2q_edge.work_dir import WorkDir
 from tests.checkpoints import write_checkpoint
 
@@ -450,4 +451,75 @@ class TestFailures:
         (model / "tokenizer_config.json").write_text('{"tokenizer_class": 5}')
         with pytest.raises(D2QError):
             convert.convert(model, tmp_path / "out.gguf", QUICK)
+        assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+class TestRotation:
+    """What is in a file that was made with rotation; that rotation is exact is tested in quantize/test_rotation.py."""
+
+    OPTIONS = Options(**{**vars(QUICK), "seed": 5, "embedding_type": "f32", "rotation": "on"})
+
+    @pytest.mark.parametrize(("calibrate", "error"), [(True, 0.4), (False, 0.13)])
+    def test_content(self, make_checkpoint: Make, tmp_path: Path, calibrate: bool, error: float) -> None:
+        model = make_checkpoint("llama", **SMALL, tie_word_embeddings=True, attention_bias=True)
+        options = Options(**{**vars(self.OPTIONS), "calibrate": calibrate, "head_type": "f32"})
+        planned = convert.convert(model, tmp_path / "out.gguf", options, dry_run=True)
+        result = convert.convert(model, tmp_path / "out.gguf", options)
+        file = GGUFFile(tmp_path / "out.gguf")
+        assert planned.size == result.size == file.size
+        recipe = json.loads(file.kv["d2q.recipe"])
+        assert (recipe["rotation"], recipe["seed"]) == (True, 5)
+        rotated = RotatedCheckpoint(Checkpoint.open(model), 5)
+        family = family_for(rotated.config)
+        assert {family.gguf_name(name) for name in rotated.names} == set(file.tensors)
+        for name in rotated.names:
+            expected = family.export_rows(name, rotated.tensor(name).numpy())
+            found = file.dequantize(family.gguf_name(name))
+            if name in family.linear_weights():
+                assert np.square(found - expected).mean() < error * np.square(expected).mean(), name
+            else:
+                assert np.array_equal(found, expected), name
+
+    def test_off_and_auto_are_the_same(self, make_checkpoint: Make, tmp_path: Path) -> None:
+        model = make_checkpoint(**SMALL)
+        files = {}
+        for choice in ("off", "auto", "on"):
+            output = tmp_path / choice
+            convert.convert(model, output, Options(calibrate=False, rotation=choice))
+            files[choice] = output.read_bytes()
+        assert files["auto"] == files["off"] != files["on"]
+
+    def test_auto_does_what_pays(self, make_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = make_checkpoint(**SMALL, tie_word_embeddings=True)
+        seen: list[bool] = []
+
+        def pays(family: Family) -> bool:
+            seen.append(family.tied_embeddings)
+            return True
+
+        monkeypatch.setattr(convert, "rotation_pays", pays)
+        for choice in ("auto", "off"):
+            convert.convert(model, tmp_path / choice, Options(calibrate=False, rotation=choice))
+            assert json.loads(GGUFFile(tmp_path / choice).kv["d2q.recipe"])["rotation"] is (choice == "auto")
+        assert seen == [True], "asked once, about the original"
+
+    def test_rotated_and_plain_work_do_not_mix(self, whole: tuple[Path, bytes], tmp_path: Path) -> None:
+        output = tmp_path / "out.gguf"
+        TestInterruptions().stop(whole[0], output)
+        with pytest.raises(D2QError, match=r"another .*recipe;"):
+            convert.convert(whole[0], output, self.OPTIONS)
+        convert.convert(whole[0], output, self.OPTIONS, force=True)
+        convert.convert(whole[0], tmp_path / "direct.gguf", self.OPTIONS)
+        assert output.read_bytes() == (tmp_path / "direct.gguf").read_bytes()
+
+    def test_damage_is_found_before_any_work(
+        self, make_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = make_checkpoint(**SMALL)
+        tensors = load_file(model / "model.safetensors")
+        tensors["model.norm.weight"][5] = torch.nan
+        save_file(tensors, model / "model.safetensors")
+        monkeypatch.setattr(pipeline, "quantize_layer", None)
+        with pytest.raises(D2QError, match=r"tensor model.norm.weight in .* contains NaN"):
+            convert.convert(model, tmp_path / "out.gguf", self.OPTIONS)
         assert [path.name for path in tmp_path.iterdir()] == ["tiny"]

@@ -73,7 +73,7 @@ def test_walsh_hadamard_by_hand() -> None:
 
 class TestMatrix:
     @pytest.mark.parametrize("width", [96, 384])
-    @pytest.mark.parametrize("chunk", [1, 1000, 1 << 22])
+    @pytest.mark.parametrize("chunk", [1, 1000, 1 << 17])
     def test_against_dense(self, width: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(rotation, "CHUNK", chunk)
         turn = Rotation(width, 3)

@@ -9,7 +9,7 @@ import torch
 
 from d2q_edge.errors import D2QError
 from d2q_edge.quantize.gptaq import InputStatistics
-from d2q_edge.quantize.paper import ALPHA, Fit, mean_shift, quantize_columns, round_groups
+from d2q_edge.quantize.paper import Fit, mean_shift, quantize_columns, round_groups
 from d2q_edge.quantize.paper_grid import Grid, clipped_grid, dual_scale_grid
 from tests.quantize.test_gptaq import problem, statistics_of
 
@@ -38,7 +38,8 @@ def slow_gptaq(weights: Matrix, x: Matrix, original: Matrix, fit: Fit, size: int
         c = 1.0 if grid.columns is None else float(grid.columns[j % size])
         for i in range(rows):
             target = w[i, j]
-            q[i, j] = min((c * float(level) for level in grid.levels[i]), key=lambda v, t=target: abs(v - t))
+            values = c * grid.levels[i].numpy()
+            q[i, j] = values[np.argmin(abs(values - target))]
             w[i, j + 1 :] += target * p[j, j + 1 :] - (target - q[i, j]) / u[j, j] * u[j, j + 1 :]
     undone = np.empty_like(q)
     undone[:, order] = q
@@ -118,7 +119,7 @@ def test_each_step_pays(fit: Fit) -> None:
     assert gptq < 0.9 * rounded
     assert gptaq < 0.99 * gptq
     default = quantize_columns(weights, statistics, fit)
-    torch.testing.assert_close(default, quantize_columns(weights, statistics, fit, alpha=ALPHA), rtol=0, atol=0)
+    torch.testing.assert_close(default, quantize_columns(weights, statistics, fit, alpha=0.25), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("fit", [AFFINE, DUAL], ids=["affine", "dual"])
@@ -137,6 +138,14 @@ def test_rounding_without_correlations_is_rounding_to_nearest() -> None:
     plain = InputStatistics(256)
     plain.add_batch(torch.eye(256), torch.eye(256))
     torch.testing.assert_close(quantize_columns(weights, plain, AFFINE), round_groups(weights, AFFINE))
+
+
+def test_damping_holds_feedback_back() -> None:
+    weights, original, drifted = problem(256)
+    statistics = statistics_of(original, drifted)
+    damped = quantize_columns(weights, statistics, AFFINE, alpha=0, damping=1e9)
+    torch.testing.assert_close(damped, round_groups(weights, AFFINE))
+    assert not torch.allclose(quantize_columns(weights, statistics, AFFINE, alpha=0), damped, atol=1e-3)
 
 
 def test_arguments_are_left_alone() -> None:

@@ -58,6 +58,12 @@ def test_clipped_grid_by_hand() -> None:
     torch.testing.assert_close(grid.round(weights), weights)
 
 
+def test_the_strongest_clipping() -> None:
+    """Many weights on the grid up to 2.2 outvote the one at 10."""
+    weights = torch.cat([torch.arange(8000) % 3 * (2.2 / 3), torch.tensor([10.0])])
+    torch.testing.assert_close(clipped_grid(weights[None], 2).levels, torch.arange(4)[None] * (2.2 / 3))
+
+
 def slow_dual_scale(weights: Matrix, bits: int, iterations: int) -> tuple[Matrix, Matrix, list[float]]:
     """The rounded matrix, the column scales, and the squared error after every step."""
     rows, columns = weights.shape
@@ -79,7 +85,8 @@ def slow_dual_scale(weights: Matrix, bits: int, iterations: int) -> tuple[Matrix
             part = np.array([signs[i, j] @ r[i] for i in range(rows)])
             c[j] = (weights[:, j] @ part) / (part @ part)
         for i, j in itertools.product(range(rows), range(columns)):
-            signs[i, j] = min(patterns, key=lambda s, i=i, j=j: abs(weights[i, j] - c[j] * (s @ r[i])))
+            distances = [abs(weights[i, j] - c[j] * (pattern @ r[i])) for pattern in patterns]
+            signs[i, j] = patterns[int(np.argmin(distances))]
             rounded[i, j] = c[j] * (signs[i, j] @ r[i])
         errors.append(float(((weights - rounded) ** 2).sum()))
     return rounded, c / c.mean(), errors
@@ -96,6 +103,18 @@ def test_dual_scale_grid_against_the_slow_version(bits: int, iterations: int) ->
     assert grid.levels.shape == (6, 2**bits)
     assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(errors))
     assert iterations == paper_grid.ITERATIONS or iterations == 1
+
+
+def test_dual_scale_steps_never_make_it_worse() -> None:
+    """Also where few large weights make r0 less than r1 + r2, so that the levels change their order."""
+    generator = torch.Generator().manual_seed(0)
+    kind = torch.rand(40, 24, generator=generator)
+    sizes = torch.where(kind < 0.05, 4.0, torch.where(kind < 0.3, 1.4, 0.7)).double()
+    weights = sizes * torch.randn(40, 24, generator=generator).sign() + 0.01 * torch.randn(40, 24, generator=generator)
+    grids = [dual_scale_grid(weights, 3, iterations) for iterations in range(1, 16)]
+    errors = [float((grid.round(weights) - weights).square().sum()) for grid in grids]
+    assert all(later <= earlier * (1 + 1e-5) for earlier, later in itertools.pairwise(errors))
+    assert errors[-1] < 0.1 * errors[0]
 
 
 @pytest.mark.parametrize("bits", [2, 3])

@@ -1,0 +1,254 @@
+"""The ablation: the paper's recipe, step by step, and ours, on the same models, texts and calibration, all in torch.
+
+Every row quantizes the linear layers of the blocks (embeddings and head stay as they are), puts the dequantized weights
+into the float32 model and measures perplexity and KL divergence from the original by llama-perplexity's protocol. A row
+that is measured is printed, and with --json written, at once. A new row is one line in ROWS. Needs no runtime.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from d2q_edge import tensor_types
+from d2q_edge.blocks import BlockRunner
+from d2q_edge.calibration import load_text, token_windows
+from d2q_edge.checkpoint import Checkpoint
+from d2q_edge.convert import choose_device, load_tokenizer
+from d2q_edge.errors import D2QError
+from d2q_edge.families import Family, family_for
+from d2q_edge.paper_pipeline import Recipe, quantize_model
+from d2q_edge.pipeline import HEAD_SCALE, Method, quantize_blocks
+from d2q_edge.plan import make_plan
+from d2q_edge.quantize.codebook import CodebookSearch
+from d2q_edge.quantize.rotation import RotatedCheckpoint
+from d2q_edge.quantize.rtn import round_layer
+from d2q_edge.torch_evaluate import Distance, Reference, Weights, WholeModel, evaluation_chunks
+from d2q_edge.work_dir import WorkDir
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model and what it is calibrated with: windows [windows, context] of tokens."""
+
+    checkpoint: Checkpoint
+    family: Family
+    windows: npt.NDArray[np.int64]
+    seed: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A quantized model: the checkpoint that it replaces weights of, those weights, and their mean stored size."""
+
+    checkpoint: Checkpoint
+    family: Family
+    weights: Weights
+    bits_per_weight: float
+
+
+Row = Callable[[Subject, int], Outcome]
+"""Quantizes a model to 2 or 3 bits."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table; texts by name."""
+
+    model: str
+    row: str
+    bits: int | None
+    bits_per_weight: float | None
+    seconds: float
+    texts: dict[str, Distance]
+
+
+def paper(subject: Subject, bits: int, recipe: Recipe) -> Outcome:
+    """A row of the paper's recipe."""
+    runner = BlockRunner(subject.checkpoint, subject.family, subject.device)
+    weights = quantize_model(runner, recipe, bits, subject.windows)
+    return Outcome(subject.checkpoint, subject.family, weights, recipe.bits_per_weight(subject.family, bits))
+
+
+def ours_rounded(subject: Subject, bits: int) -> Outcome:
+    """Our types without calibration."""
+    plan = make_plan(subject.family, bits)
+    searches = {
+        kind: CodebookSearch(tensor_types.BY_NAME[kind], subject.device)
+        for kind in set(plan.linears.values()) & tensor_types.BY_NAME.keys()
+    }
+    weights = {}
+    for name, kind in plan.linears.items():
+        if kind in searches:
+            weight = subject.checkpoint.tensor(name).to(subject.device, torch.float32)
+            weights[name] = round_layer(weight, searches[kind]).weights
+    return Outcome(subject.checkpoint, subject.family, weights, plan.linear_bits_per_weight)
+
+
+def ours(subject: Subject, bits: int, method: Method) -> Outcome:
+    """Our types through the product's pipeline."""
+    checkpoint, family = subject.checkpoint, subject.family
+    plan = make_plan(family, bits)
+    weights: dict[str, torch.Tensor] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        work = WorkDir(Path(directory) / "model", {})
+        quantize_blocks(BlockRunner(checkpoint, family, subject.device), plan.linears, subject.windows, work, method)
+        for index in range(work.finished):
+            for name, data in work.read_block(index).items():
+                if data.dtype == np.uint8:
+                    kind = tensor_types.BY_NAME[plan.linears[name]]
+                    data = tensor_types.dequantize(kind, data.astype(np.uint8, copy=False))
+                weights[name] = torch.from_numpy(data)
+    head = f"{family.head}.weight"
+    scale = weights.pop(f"{family.head}.{HEAD_SCALE}", None)
+    if scale is not None:
+        weights[head] = checkpoint.tensor(head).float() / scale
+    return Outcome(checkpoint, family, weights, plan.linear_bits_per_weight)
+
+
+def rotated(subject: Subject, bits: int, row: Row) -> Outcome:
+    """Another row on the rotated model."""
+    checkpoint = RotatedCheckpoint(subject.checkpoint, subject.seed)
+    return row(replace(subject, checkpoint=checkpoint, family=family_for(checkpoint.config)), bits)
+
+
+PLAIN = Method(dsq=False, dac=False, rounds=0)
+ROWS: dict[str, Row] = {
+    "RTN": partial(paper, recipe=Recipe(feedback=False)),
+    "GPTQ": partial(paper, recipe=Recipe(alpha=0)),
+    "GPTAQ": partial(paper, recipe=Recipe()),
+    "+rotation": partial(rotated, row=partial(paper, recipe=Recipe())),
+    "+DSQ": partial(rotated, row=partial(paper, recipe=Recipe(dual_scale=True))),
+    "+DAC": partial(rotated, row=partial(paper, recipe=Recipe(dual_scale=True, correct=True))),
+    "D2Q-RTN": ours_rounded,
+    "D2Q-GPTQ": partial(ours, method=replace(PLAIN, alpha=0.0)),
+    "D2Q-GPTAQ": partial(ours, method=PLAIN),
+    "D2Q+descent": partial(ours, method=Method(dsq=False, dac=False)),
+    "D2Q+DSQ": partial(ours, method=Method(dac=False)),
+    "D2Q+DAC": partial(ours, method=Method()),
+    "D2Q+rotation": partial(rotated, row=partial(ours, method=Method())),
+}
+"""The table's rows. The first six are the paper's. A row with a plus adds a step to the row above it."""
+
+
+class Ablation:
+    """Measures the rows on one model."""
+
+    def __init__(self, model: Path, arguments: argparse.Namespace) -> None:
+        """Read the checkpoint and the texts, and run the original.
+
+        Raises:
+            D2QError: a file can't be read, a text is too short, or this machine lacks the device.
+        """
+        self.name = model.name
+        device = choose_device(arguments.device)
+        checkpoint = Checkpoint.open(model)
+        family = family_for(checkpoint.config)
+        checkpoint.check(family.tensor_shapes())
+        tokenizer, bos = load_tokenizer(checkpoint, family)
+        calibration = load_text(arguments.calibration, "calibration")
+        windows = token_windows(tokenizer, calibration, arguments.tokens, arguments.context, arguments.seed, bos)
+        self.subject = Subject(checkpoint, family, windows, arguments.seed, device)
+        original = WholeModel(checkpoint, family, {}, device)
+        self.references = {}
+        for name, where in arguments.text:
+            text = load_text(where, "evaluation")
+            chunks = evaluation_chunks(tokenizer, text, arguments.chunks, arguments.context, bos)
+            self.references[name] = Reference(original, chunks)
+        self.original = Line(self.name, "original", None, None, 0.0, self._measure(original))
+
+    def run(self, row: str, bits: int) -> Line:
+        """Quantize by one row, and measure."""
+        self._wait()
+        start = time.perf_counter()
+        with torch.inference_mode():
+            outcome = ROWS[row](self.subject, bits)
+        self._wait()
+        seconds = time.perf_counter() - start
+        model = WholeModel(outcome.checkpoint, outcome.family, outcome.weights, self.subject.device)
+        return Line(self.name, row, bits, outcome.bits_per_weight, seconds, self._measure(model))
+
+    def _measure(self, model: WholeModel) -> dict[str, Distance]:
+        return {name: reference.compare(model) for name, reference in self.references.items()}
+
+    def _wait(self) -> None:
+        if self.subject.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def heading(texts: list[str]) -> str:
+    """The table's first line."""
+    columns = "".join(f" {name + ' PPL':>12} {name + ' KLD':>12}" for name in texts)
+    return f"{'model':16} {'row':12} {'bits':>4} {'bpw':>7} {'seconds':>8}{columns}"
+
+
+def format_line(line: Line) -> str:
+    """A line of the table."""
+    bits = "-" if line.bits is None else str(line.bits)
+    size = "-" if line.bits_per_weight is None else f"{line.bits_per_weight:.4f}"
+    measured = "".join(f" {found.perplexity:12.3f} {found.kl_divergence:12.4f}" for found in line.texts.values())
+    return f"{line.model:16} {line.row:12} {bits:>4} {size:>7} {line.seconds:8.1f}{measured}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure all rows, and print the table."""
+    arguments = _parse(argv)
+    names = [name for name, _ in arguments.text]
+    print(heading(names), flush=True)
+    lines: list[Line] = []
+
+    def report(line: Line) -> None:
+        print(format_line(line), flush=True)
+        lines.append(line)
+        if arguments.json:
+            content = [asdict(line) for line in lines]
+            arguments.json.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+    try:
+        for model in arguments.models:
+            ablation = Ablation(model, arguments)
+            report(ablation.original)
+            for bits in arguments.bits:
+                for row in arguments.only or ROWS:
+                    report(ablation.run(row, bits))
+    except D2QError as error:
+        sys.exit(f"Error: {error}")
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", type=Path, nargs="+", metavar="MODEL", help="Hugging Face model directory")
+    parser.add_argument("--calibration", default="builtin", help="text file (default: the bundled text)")
+    parser.add_argument("--tokens", type=int, default=65536, help="calibration tokens (default: %(default)s)")
+    parser.add_argument("--context", type=int, default=512, help="tokens per window and chunk (default: %(default)s)")
+    parser.add_argument("--text", type=_named_text, action="append", metavar="NAME=FILE", help="text to measure on")
+    parser.add_argument("--chunks", type=int, default=100, help="of each text at most (default: %(default)s)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3], choices=(2, 3))
+    parser.add_argument("--only", nargs="+", choices=tuple(ROWS), metavar="ROW", help=f"of {', '.join(ROWS)}")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
+    arguments = parser.parse_args(argv)
+    arguments.text = arguments.text or [("builtin", "builtin")]
+    return arguments
+
+
+def _named_text(value: str) -> tuple[str, str]:
+    name, equals, where = value.partition("=")
+    if not (name and equals and where):
+        raise argparse.ArgumentTypeError(f"{value!r} isn't of the form NAME=FILE")
+    return name, where
+
+
+if __name__ == "__main__":
+    main()

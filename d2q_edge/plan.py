@@ -1,21 +1,29 @@
 """Which tensor type every tensor of the output gets, and how large the file's data will be.
 
-Knows bit widths, types and sizes. Does not know weights: a plan is made from config.json and printed by --dry-run
-before any work starts.
+Knows bit widths, types and sizes. Does not know weights: a plan is made from config.json, and for a number of bits
+between those of our types from each layer's sensitivity (sensitivity.py), and printed by --dry-run before any work
+starts.
 """
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from d2q_edge.allocation import Choice, allocate
 from d2q_edge.errors import D2QError
 from d2q_edge.families import Family
 from d2q_edge.gguf_file import STOCK_TYPES, block_and_type_size, fitting_type
-from d2q_edge.tensor_types import D2Q2, D2Q2_64, D2Q3, D2Q3_64
+from d2q_edge.tensor_types import D2Q2, D2Q2_64, D2Q3, D2Q3_64, Q4_0
 
 OWN_TYPES = MappingProxyType({2: (D2Q2, D2Q2_64), 3: (D2Q3, D2Q3_64)})
 """By --bits: the type for widths that 256 divides, and the one for widths that only 64 divides."""
+LOWEST_BITS, HIGHEST_BITS = 2.31, 4.3
+"""Range of --bits: the mean over the blocks' linear layers. 2.31 stands for d2q2's 2.3125."""
+SQUARED_ERROR = MappingProxyType({"d2q2": 0.0597, "d2q2_64": 0.0577, "d2q3": 0.0178, "d2q3_64": 0.0172, "q4_0": 0.0065})
+"""Of weights rounded to nearest, relative to the weights' squares: Gaussian weights, which the layers of qwen3-34m and
+llama-54m equal within 2 %. A layer's sensitivity scales with it."""
 FALLBACK = "q4_0"
 """For the rare width that 64 doesn't divide but 32 does."""
 HEAD_TYPES = ((2.75, "q5_k"), (math.inf, "q6_k"))
@@ -49,6 +57,23 @@ class Plan:
         return {**self.tables, **self.linears}
 
     @property
+    def nearest_bits(self) -> int:
+        """2 or 3, by the type of ours that holds more bytes of the linear layers."""
+        sizes = dict.fromkeys(OWN_TYPES, 0.0)
+        for name, kind in self.linears.items():
+            for bits, own in OWN_TYPES.items():
+                if kind in (t.name for t in own):
+                    sizes[bits] += math.prod(self.shapes[name]) * _bits(kind)
+        return max(sizes, key=lambda bits: sizes[bits])
+
+    def layer_types(self) -> dict[str, Counter[str]]:
+        """Last part of the linear layers' names ("q_proj") to how many are of which type, in forward order."""
+        counts: dict[str, Counter[str]] = {}
+        for name, kind in self.linears.items():
+            counts.setdefault(name.split(".")[-2], Counter())[kind] += 1
+        return counts
+
+    @property
     def fallbacks(self) -> list[str]:
         """Linear layers whose width none of our types can hold."""
         wide = D2Q2_64.block_size
@@ -69,28 +94,76 @@ class Plan:
         return bits / sum(math.prod(self.shapes[name]) for name in types)
 
 
-def make_plan(family: Family, bits: int, embedding_type: str | None = None, head_type: str | None = None) -> Plan:
+def is_mixed(bits: float) -> bool:
+    """Whether a number of bits means a mixture of types."""
+    return bits not in OWN_TYPES
+
+
+def rounding_types(family: Family) -> dict[str, str]:
+    """The linear layers' weights among whose types a mixture chooses, each with its smallest type."""
+    widths = {name: family.tensor_shapes()[name][1] for name in family.linear_weights()}
+    return {name: _choices(width)[0] for name, width in widths.items() if len(_choices(width)) > 1}
+
+
+def check_request(family: Family, bits: float, embedding_type: str | None = None, head_type: str | None = None) -> None:
+    """Find out whether `make_plan` can do that.
+
+    Raises:
+        D2QError: it can't.
+    """
+    if head_type is not None and family.tied_embeddings:
+        raise D2QError("the head of this model is its embedding matrix (tied); use --embedding-type alone")
+    for option, kind in (("--embedding-type", embedding_type), ("--head-type", head_type)):
+        if kind is not None and kind.lower() not in STOCK_TYPES:
+            known = ", ".join(STOCK_TYPES)
+            raise D2QError(f"{option} {kind.lower()!r} isn't a stock type that can be written; these are: {known}")
+    if not is_mixed(bits):
+        return
+    if not LOWEST_BITS <= bits <= HIGHEST_BITS:
+        raise D2QError(f"--bits {bits:g} can't be had; use 2, 3, or a number from {LOWEST_BITS} to {HIGHEST_BITS}")
+    shapes = family.tensor_shapes()
+    names = family.linear_weights()
+    least = sum(math.prod(shapes[name]) * _bits(_choices(shapes[name][1])[0]) for name in names)
+    weights = sum(math.prod(shapes[name]) for name in names)
+    if least > _budget(bits, weights):
+        raise D2QError(
+            f"--bits {bits:g} is too little for this model: 256 doesn't divide all its widths, so that its layers take "
+            f"at least {math.ceil(least / weights * 1000) / 1000:g} bits per weight; use that, or --bits 2"
+        )
+
+
+def make_plan(
+    family: Family,
+    bits: float,
+    embedding_type: str | None = None,
+    head_type: str | None = None,
+    sensitivity: Mapping[str, float] | None = None,
+) -> Plan:
     """Choose types for one model.
 
     Args:
         family: of the model.
-        bits: 2 or 3, for the linear layers of the blocks.
+        bits: of the linear layers of the blocks: 2 or 3, or what they may have per weight on average.
         embedding_type: stock type of the embeddings (and of the head, where they are tied); None chooses by `bits`.
         head_type: stock type of the head; only where it is a tensor of its own. None chooses.
+        sensitivity: for a mixture: what rounding each of `rounding_types` costs, in any unit.
 
     Raises:
-        D2QError: a type isn't a stock type that can be written, or the head has no type of its own.
+        D2QError: a type isn't a stock type that can be written, the head has no type of its own, or the layers can't
+            have that many bits.
+        ValueError: a mixture without sensitivity.
     """
+    check_request(family, bits, embedding_type, head_type)
     embedding, head = f"{family.embedding}.weight", f"{family.head}.weight"
-    if head_type is not None and family.tied_embeddings:
-        raise D2QError("the head of this model is its embedding matrix (tied); use --embedding-type alone")
     embedding_type, head_type = embedding_type and embedding_type.lower(), head_type and head_type.lower()
-    for option, kind in (("--embedding-type", embedding_type), ("--head-type", head_type)):
-        if kind is not None and kind not in STOCK_TYPES:
-            known = ", ".join(STOCK_TYPES)
-            raise D2QError(f"{option} {kind!r} isn't a stock type that can be written; these are: {known}")
     shapes = family.tensor_shapes()
-    linears = {name: _own_or_fallback(bits, shapes[name][1]) for name in family.linear_weights()}
+    names = family.linear_weights()
+    if not is_mixed(bits):
+        linears = {name: _own_or_fallback(int(bits), shapes[name][1]) for name in names}
+    elif sensitivity is None:
+        raise ValueError("a mixture needs the layers' sensitivity")
+    else:
+        linears = _mixture({name: shapes[name] for name in names}, bits, sensitivity)
     default = _below(HEAD_TYPES if family.tied_embeddings else EMBEDDING_TYPES, bits)
     tables = {embedding: fitting_type(embedding_type or default, shapes[embedding][1])}
     if not family.tied_embeddings:
@@ -103,6 +176,31 @@ def _own_or_fallback(bits: int, width: int) -> str:
         if width % own.block_size == 0:
             return own.name
     return fitting_type(FALLBACK, width)
+
+
+def _choices(width: int) -> tuple[str, ...]:
+    """Types that a linear layer of this width may have in a mixture, the smallest first."""
+    for family in zip(*OWN_TYPES.values(), strict=True):
+        if width % family[0].block_size == 0:
+            return (*(own.name for own in family), Q4_0.name)
+    return (fitting_type(FALLBACK, width),)
+
+
+def _mixture(shapes: Mapping[str, tuple[int, ...]], bits: float, sensitivity: Mapping[str, float]) -> dict[str, str]:
+    """The types of all linear layers that promise the least sum of divergences."""
+    items: list[Sequence[Choice]] = []
+    for name, shape in shapes.items():
+        kinds = _choices(shape[1])
+        # A layer without a choice costs what it costs.
+        unit = sensitivity.get(name, 0.0) / SQUARED_ERROR.get(kinds[0], 1.0)
+        items.append([Choice(round(math.prod(shape) * _bits(k)), unit * SQUARED_ERROR.get(k, 0.0)) for k in kinds])
+    taken = allocate(items, _budget(bits, sum(math.prod(shape) for shape in shapes.values())))
+    return {name: _choices(shape[1])[index] for (name, shape), index in zip(shapes.items(), taken, strict=True)}
+
+
+def _budget(bits: float, weights: int) -> int:
+    """Bits that the linear layers may take."""
+    return math.floor(max(bits, D2Q2.bits_per_weight) * weights)
 
 
 def _below(choices: tuple[tuple[float, str], ...], bits: float) -> str:

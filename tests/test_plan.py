@@ -6,13 +6,13 @@ import pytest
 
 from d2q_edge.errors import D2QError
 from d2q_edge.families import family_for
-from d2q_edge.plan import Plan, make_plan
+from d2q_edge.plan import Plan, check_request, make_plan, rounding_types
 from tests.checkpoints import BASE_CONFIG, FAMILY_CONFIG
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def plan(bits: int = 2, embedding_type: str | None = None, head_type: str | None = None, **config: Any) -> Plan:
+def plan(bits: float = 2, embedding_type: str | None = None, head_type: str | None = None, **config: Any) -> Plan:
     """Of a Llama with 2 blocks, 4 heads, 2 of them for keys, and 4100 tokens."""
     family = family_for({**BASE_CONFIG, **FAMILY_CONFIG["llama"], **config})
     return make_plan(family, bits, embedding_type, head_type)
@@ -93,3 +93,85 @@ def test_bits_per_weight() -> None:
 @pytest.mark.parametrize(("bits", "expected"), [(2, 2.3125), (3, 3.3125)])
 def test_bits_per_weight_of_wide_layers(bits: int, expected: float) -> None:
     assert plan(bits, hidden_size=256, intermediate_size=768).linear_bits_per_weight == expected
+
+
+def mixed(bits: float, favourite: str = "none", **config: Any) -> Plan:
+    """A mixture where layers with `favourite` in their names are a hundred times as sensitive, per weight."""
+    family = family_for(
+        {**BASE_CONFIG, **FAMILY_CONFIG["llama"], "hidden_size": 256, "intermediate_size": 768, **config}
+    )
+    shapes = family.tensor_shapes()
+    sensitivity = {
+        name: shapes[name][0] * shapes[name][1] * (100.0 if favourite in name else 1.0)
+        for name in rounding_types(family)
+    }
+    return make_plan(family, bits, sensitivity=sensitivity)
+
+
+@pytest.mark.parametrize("bits", [2.31, 2.3125, 2.4, 2.625, 3.06, 3.3125, 3.7, 4.3])
+def test_mixtures_keep_to_the_budget(bits: float) -> None:
+    found = mixed(bits).linear_bits_per_weight
+    assert max(bits, 2.3125) - 0.1 < found <= max(bits, 2.3125), "steps are coarse in so small a model"
+    assert mixed(bits) == mixed(bits)
+
+
+def test_mixtures_of_extreme_bits() -> None:
+    assert set(mixed(2.31).linears.values()) == {"d2q2"}
+    assert mixed(2.31).linear_bits_per_weight == 2.3125
+    kinds = list(mixed(4.3).linears.values())
+    assert kinds.count("q4_0") > 10 and "d2q2" not in kinds
+
+
+@pytest.mark.parametrize("favourite", ["down_proj", "layers.1.", "v_proj"])
+def test_sensitive_layers_get_more_bits(favourite: str) -> None:
+    order = ["d2q2", "d2q3", "q4_0"]
+    chosen = mixed(2.9, favourite).linears
+    inside = [order.index(kind) for name, kind in chosen.items() if favourite in name]
+    outside = [order.index(kind) for name, kind in chosen.items() if favourite not in name]
+    assert min(inside) >= max(outside) and sum(inside) > 0
+    assert min(outside) == 0
+
+
+def test_mixtures_of_narrow_layers() -> None:
+    """Widths 64 and 96: types with blocks of 64, and layers without a choice, which count for the budget."""
+    chosen = mixed(3.4, hidden_size=64, intermediate_size=96)
+    assert set(chosen.linears.values()) <= {"d2q2_64", "d2q3_64", "q4_0"}
+    assert {kind for name, kind in chosen.linears.items() if "down" in name} == {"q4_0"}
+    assert chosen.linears["model.layers.0.self_attn.q_proj.weight"] != "q4_0"
+    assert 3.2 < chosen.linear_bits_per_weight <= 3.4
+    family = family_for({**BASE_CONFIG, **FAMILY_CONFIG["llama"], "hidden_size": 64, "intermediate_size": 96})
+    assert set(rounding_types(family).values()) == {"d2q2_64"}
+    assert len(rounding_types(family)) == 12
+    # 12 layers of 2.5 bits, and down, a quarter of the weights, of 4.5.
+    with pytest.raises(D2QError, match=r"--bits 2.7 is too little .* at least 2.9 bits per weight; use that"):
+        check_request(family, 2.7)
+    check_request(family, 2.9)
+    check_request(family, 2)
+
+
+@pytest.mark.parametrize("bits", [0, 1, 2.3, 4.31, 4.5, 16, -2, float("nan"), float("inf")])
+def test_bits_that_cannot_be_had(bits: float) -> None:
+    with pytest.raises(D2QError, match=r"can't be had; use 2, 3, or a number from 2.31 to 4.3"):
+        plan(bits)
+
+
+def test_a_mixture_needs_sensitivity() -> None:
+    with pytest.raises(ValueError, match="sensitivity"):
+        plan(2.6, hidden_size=256, intermediate_size=768)
+
+
+@pytest.mark.parametrize(
+    ("bits", "embedding", "head"),
+    [(2.31, "q4_k", "q5_k"), (2.7, "q4_k", "q5_k"), (2.8, "q4_k", "q6_k"), (3.6, "q6_k", "q6_k")],
+)
+def test_tables_of_mixtures(bits: float, embedding: str, head: str) -> None:
+    assert mixed(bits).tables == {EMBEDDING: embedding, HEAD: head}
+
+
+def test_counts_and_the_nearest_type() -> None:
+    assert mixed(2.31).nearest_bits == plan(hidden_size=256).nearest_bits == 2
+    assert mixed(3.4).nearest_bits == plan(3, hidden_size=256).nearest_bits == plan(3).nearest_bits == 3
+    chosen = mixed(2.9, "v_proj")
+    assert list(chosen.layer_types()) == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert all(kinds.total() == 2 for kinds in chosen.layer_types().values())
+    assert "d2q2" not in chosen.layer_types()["v_proj"]

@@ -49,9 +49,9 @@ def block_scales(blocks: torch.Tensor) -> torch.Tensor:
         for lowest in LOWEST:
             codes = nearest.clamp(lowest, lowest + ENTRIES - 1)
             power = codes.square().sum(1)
-            fitted = (codes * blocks).sum(1) / power.clamp(min=1)
-            # The sum of (d code - w)^2 at the fitted d, less that of w^2.
+            fitted = (codes * blocks).sum(1) / power
+            # The sum of (d code - w)^2 at the fitted d, less that of w^2. NaN where all codes are zero: never better.
             error = -fitted.square() * power
             better = error < best
             best, scales = torch.where(better, error, best), torch.where(better, fitted, scales)
-    return torch.where(scales > 0, scales, largest / 8)
+    return scales

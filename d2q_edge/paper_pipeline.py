@@ -97,7 +97,7 @@ class _Driver:
         per_batch = max(1, BATCH_TOKENS // windows.shape[1])
         batches = torch.from_numpy(windows).split(per_batch) if recipe.feedback or recipe.correct else ()
         self.original = [runner.embed(part).to(runner.device) for part in batches]
-        self.quantized = list(self.original)
+        self.quantized = self.original
 
     def quantize(self, index: int, block: nn.Module) -> None:
         """Quantize one block and move both streams past it."""

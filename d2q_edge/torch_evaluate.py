@@ -49,7 +49,7 @@ def evaluation_chunks(
         raise D2QError(
             f"the text {text.source} has {len(ids)} tokens, less than one chunk of {context}; use a longer one"
         )
-    windows = ids[: context * min(available, chunks or available)].reshape(-1, context).copy()
+    windows = ids[: context * min(available, chunks or available)].reshape(-1, context)
     if bos is not None:
         windows[:, 0] = bos
     return windows
@@ -68,7 +68,6 @@ class WholeModel:
             device: where to.
         """
         config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True, trust_remote_code=False)
-        config.tie_word_embeddings = family.tied_embeddings
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
         tensors = {

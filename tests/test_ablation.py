@@ -12,7 +12,7 @@ import torch
 from d2q_edge import tensor_types
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.families import family_for
-from d2q_edge.pipeline import HEAD_SCALE, Method
+from d2q_edge.pipeline import COLUMN_SCALE, Method
 from d2q_edge.plan import make_plan
 from d2q_edge.quantize.codebook import CodebookSearch
 from d2q_edge.quantize.rtn import round_layer
@@ -72,8 +72,8 @@ def test_what_the_pipeline_leaves_is_understood(tmp_path: Path, monkeypatch: pyt
 
     def fake(runner: Any, types: Any, windows: Any, work: WorkDir, method: Method) -> None:
         methods.append(method)
-        work.write_block(0, {name: layer.pack(kind)})
-        work.write_block(1, {norm: scales, f"lm_head.{HEAD_SCALE}": scales})
+        work.write_block(0, {name: layer.pack(kind), f"model.layers.0.mlp.gate_proj.{COLUMN_SCALE}": scales})
+        work.write_block(1, {norm: scales, f"lm_head.{COLUMN_SCALE}": scales})
 
     monkeypatch.setattr(ablation, "quantize_blocks", fake)
     method = Method(alpha=0.125)

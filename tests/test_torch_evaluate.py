@@ -47,7 +47,8 @@ def slow_log_probabilities(model: Path, weights: dict[str, torch.Tensor]) -> tor
         else:
             setattr(whole.get_submodule(module), parameter, torch.nn.Parameter(value.double()))
     with torch.no_grad():
-        return whole(torch.from_numpy(WINDOWS)).logits.double().log_softmax(-1)
+        logits: torch.Tensor = whole(torch.from_numpy(WINDOWS)).logits
+    return logits.double().log_softmax(-1)
 
 
 @pytest.mark.parametrize("name", ["tied", "untied"])

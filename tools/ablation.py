@@ -27,7 +27,7 @@ from d2q_edge.convert import choose_device, load_tokenizer
 from d2q_edge.errors import D2QError
 from d2q_edge.families import Family, family_for
 from d2q_edge.paper_pipeline import Recipe, quantize_model
-from d2q_edge.pipeline import HEAD_SCALE, Method, quantize_blocks
+from d2q_edge.pipeline import COLUMN_SCALE, Method, quantize_blocks
 from d2q_edge.plan import make_plan
 from d2q_edge.quantize.codebook import CodebookSearch
 from d2q_edge.quantize.rotation import RotatedCheckpoint
@@ -105,14 +105,17 @@ def ours(subject: Subject, bits: int, method: Method) -> Outcome:
         quantize_blocks(BlockRunner(checkpoint, family, subject.device), plan.linears, subject.windows, work, method)
         for index in range(work.finished):
             for name, data in work.read_block(index).items():
-                if data.dtype == np.uint8:
+                if name == f"{family.head}.{COLUMN_SCALE}":
+                    # The final norm's weight, which is in there too, was multiplied by it.
+                    name = f"{family.head}.weight"
+                    weights[name] = checkpoint.tensor(name).float() / torch.from_numpy(data)
+                elif name.endswith(f".{COLUMN_SCALE}"):
+                    continue
+                elif data.dtype == np.uint8:
                     kind = tensor_types.BY_NAME[plan.linears[name]]
-                    data = tensor_types.dequantize(kind, data.astype(np.uint8, copy=False))
-                weights[name] = torch.from_numpy(data)
-    head = f"{family.head}.weight"
-    scale = weights.pop(f"{family.head}.{HEAD_SCALE}", None)
-    if scale is not None:
-        weights[head] = checkpoint.tensor(head).float() / scale
+                    weights[name] = torch.from_numpy(tensor_types.dequantize(kind, data.view(np.uint8)))
+                else:
+                    weights[name] = torch.from_numpy(data)
     return Outcome(checkpoint, family, weights, plan.linear_bits_per_weight)
 
 

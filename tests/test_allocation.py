@@ -114,3 +114,9 @@ def test_budget_of_a_real_model_is_used(mean: float) -> None:
     budget = int(mean * sum(sizes))
     bits, _ = total(items, allocate(items, budget))
     assert 0.995 * budget < bits <= budget
+
+
+def test_a_step_needs_the_one_before_it() -> None:
+    """The second step is small enough for what is left, but begins where the first one ends."""
+    items = [[Choice(1, 9.0), Choice(5, 1.0), Choice(6, 0.0)]]
+    assert allocate(items, 2) == [0]

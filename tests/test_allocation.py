@@ -120,3 +120,9 @@ def test_a_step_needs_the_one_before_it() -> None:
     """The second step is small enough for what is left, but begins where the first one ends."""
     items = [[Choice(1, 9.0), Choice(5, 1.0), Choice(6, 0.0)]]
     assert allocate(items, 2) == [0]
+
+
+def test_exchanges_go_on_while_they_pay() -> None:
+    """The same twice: one exchange after the other."""
+    items = [[Choice(0, 10.0), Choice(3, 4.0)], [Choice(0, 20.0), Choice(5, 11.0)]] * 2
+    assert allocate(items, 10) == [0, 1, 0, 1]

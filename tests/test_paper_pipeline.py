@@ -106,6 +106,14 @@ def test_rounding(make_checkpoint: Make, dual_scale: bool) -> None:
 def test_without_corrections_norms_stay(make_checkpoint: Make) -> None:
     runner = runner_of(make_checkpoint(**SMALL))
     assert list(quantize_model(runner, Recipe(), 2, WINDOWS)) == runner.family.linear_weights()
+    assert all(parameter.is_meta for parameter in runner._layers.parameters()), "no block stays in memory"
+
+
+def test_rounding_with_corrections(make_checkpoint: Make) -> None:
+    runner = runner_of(make_checkpoint(**SMALL))
+    weights = quantize_model(runner, Recipe(feedback=False, correct=True), 2, WINDOWS)
+    assert float(weights[f"model.layers.0.{NORM}.bias"].abs().max()) > 1e-3
+    assert float(weights["model.norm.bias"].abs().max()) > 1e-3
 
 
 def test_bits_per_weight(make_checkpoint: Make) -> None:

@@ -10,11 +10,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.errors import D2QError
 from d2q_edge.families import Family
+
+
+def add_bias(norm: nn.Module, bias: torch.Tensor) -> RemovableHandle:
+    """Let a norm, which has none in transformers, add a bias [channels] to its output, until the handle is removed."""
+    return norm.register_forward_hook(lambda _module, _arguments, output: output + bias)
 
 
 class _Reached(Exception):
@@ -41,6 +47,8 @@ class BlockRunner:
             # There is no one exception for what can be wrong in a stranger's config.
             raise D2QError(f"transformers can't build the model of {checkpoint.directory} ({error})") from error
         self._layers = model.model.layers
+        self._final_norm: nn.Module = model.model.norm
+        self._norm_biases: list[RemovableHandle] = []
         # Made anew outside the meta device: its frequencies are computed, not loaded.
         self._rotary: nn.Module = type(model.model.rotary_emb)(config=config).to(device)
 
@@ -66,7 +74,21 @@ class BlockRunner:
 
     def unload(self, index: int) -> None:
         """Free the weights of block `index`."""
+        for handle in self._norm_biases:
+            handle.remove()
+        self._norm_biases.clear()
         self._layers[index].to("meta")
+
+    def add_norm_bias(self, block: nn.Module, norm: str, bias: torch.Tensor) -> None:
+        """Let a norm of the loaded block, by its name in the block, add a bias [channels] to its output."""
+        self._norm_biases.append(add_bias(block.get_submodule(norm), bias.to(self.device)))
+
+    def final_norm(self) -> nn.Module:
+        """The norm before the head, with the checkpoint's weight, in float32."""
+        norm = self._final_norm
+        weight = self.checkpoint.tensor(f"{self.family.final_norm}.weight").to(self.device, torch.float32)
+        norm.load_state_dict({"weight": weight}, assign=True)
+        return norm.eval().requires_grad_(False)
 
     def forward(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """The block's output for hidden states [windows, context, hidden], float32 on the runner's device."""

@@ -1,13 +1,13 @@
 """The block-by-block driver: calibration tokens flow through the original and the quantized model side by side.
 
-For every block, in order: load it; run the original stream through it and keep the inputs of its layers; then, stage by
-stage (layers that share an input, see families/), gather the statistics of both streams and quantize the stage's
-layers, so that every layer sees what the quantized layers before it really put out; at last run the quantized stream
-through the finished block. A finished block is on disk (work_dir.py) before the next one starts.
+For every block, in order: load it; run the original stream through it and keep the inputs of its layers; give its
+layers column scales (DSQ); then, stage by stage (layers that share an input, see families/), correct the mean shift of
+the norm (DAC), gather the statistics of both streams and quantize the stage's layers, so that every layer sees what the
+quantized layers before it really put out; at last run the quantized stream through the finished block. A finished block
+is on disk (work_dir.py) before the next one starts. After the last block come the final norm and the head.
 
-Knows the order of the steps. The steps themselves are in quantize/. Where the other steps of D2Quant belong (DESIGN
-section 3): rotation changes the weights that BlockRunner loads, before this driver starts; the column scales (DSQ) and
-the mean shift of a norm (DAC) belong to a stage, before its statistics; refinement follows the last block.
+Knows the order of the steps. The steps themselves are in quantize/. Rotation has happened before: it changes the
+weights that BlockRunner loads. Refinement comes after: it needs all blocks.
 """
 
 import time
@@ -24,13 +24,19 @@ from tqdm import tqdm
 from d2q_edge import tensor_types
 from d2q_edge.blocks import BlockRunner
 from d2q_edge.errors import D2QError
-from d2q_edge.families import Stage
+from d2q_edge.families import Family, Stage
 from d2q_edge.quantize.codebook import CodebookSearch
+from d2q_edge.quantize.dac import mean_shift
+from d2q_edge.quantize.descent import ROUNDS, descend
+from d2q_edge.quantize.dsq import absorb, column_scales, conditional_energy, weight_energy
 from d2q_edge.quantize.gptaq import ALPHA, InputStatistics, quantize_layer
-from d2q_edge.work_dir import Packed, WorkDir
+from d2q_edge.quantize.layer import QuantizedLayer
+from d2q_edge.work_dir import Tensor, WorkDir
 
 BATCH_TOKENS = 8192
 """Tokens per forward pass."""
+COLUMN_SCALE = "column_scale"
+"""Last part of a name: the column scale of a stage, kept under the stage's first layer, or of the head."""
 
 
 @dataclass
@@ -47,22 +53,56 @@ class Report:
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
+@dataclass(frozen=True)
+class Method:
+    """What is done to a block.
+
+    Attributes:
+        alpha: weight of the input's error in the error feedback, see gptaq.py; 0 is GPTQ.
+        dsq: give columns scales, see dsq.py.
+        dac: give norms biases, see dac.py.
+        rounds: of coordinate descent after the error feedback, see descent.py.
+    """
+
+    alpha: float = ALPHA
+    dsq: bool = True
+    dac: bool = True
+    rounds: int = ROUNDS
+
+
+def corrected_norms(family: Family, method: Method) -> list[str]:
+    """Full names of the norms that may get a bias: of every block those behind quantized layers, and the final one."""
+    if not method.dac:
+        return []
+    inner = [stage.norm for stage in family.stages[1:] if stage.norm is not None]
+    blocks = [f"{family.block_prefix(index)}{norm}" for index in range(family.num_layers) for norm in inner]
+    return [*blocks, family.final_norm]
+
+
 def quantize_blocks(
-    runner: BlockRunner, types: Mapping[str, str], windows: npt.NDArray[np.int64], work: WorkDir, alpha: float = ALPHA
+    runner: BlockRunner,
+    types: Mapping[str, str],
+    windows: npt.NDArray[np.int64],
+    work: WorkDir,
+    method: Method = Method(),
 ) -> Report:
-    """Quantize all blocks; the packed weights end up in `work`.
+    """Quantize all blocks; the results end up in `work`.
+
+    A block's tensors there: the packed weights of linear layers, uint8, and whatever else is not the checkpoint's,
+    float32: norm weights, biases, weights of stock types; and the COLUMN_SCALE of every stage. Behind the last block
+    there is one more entry, with the final norm's weight and bias and the head's COLUMN_SCALE.
 
     Args:
         runner: of the checkpoint.
-        types: type of every linear layer's weight, by full name; a layer of a stock type keeps its weights here.
+        types: type of every linear layer's weight, by full name; a layer of a stock type keeps its precision here.
         windows: calibration tokens [windows, context].
         work: keeps finished blocks; those that it has already are not quantized again.
-        alpha: see gptaq.py.
+        method: what is done.
 
     Raises:
         D2QError: a weight or an activation is NaN or infinite, or a block can't be saved.
     """
-    driver = _Driver(runner, types, windows, alpha)
+    driver = _Driver(runner, types, windows, method)
     blocks = runner.family.num_layers
     with tqdm(total=blocks, desc="Quantizing", unit="block", disable=None) as progress, torch.inference_mode():
         for index in range(blocks):
@@ -74,6 +114,8 @@ def quantize_blocks(
                 progress.set_postfix(driver.mean_error(index))
             runner.unload(index)
             progress.update()
+        if not work.has_block(blocks):
+            work.write_block(blocks, driver.finish())
     return driver.report
 
 
@@ -81,42 +123,80 @@ class _Driver:
     """Both streams between two blocks, as batches [windows, context, hidden]."""
 
     def __init__(
-        self, runner: BlockRunner, types: Mapping[str, str], windows: npt.NDArray[np.int64], alpha: float
+        self, runner: BlockRunner, types: Mapping[str, str], windows: npt.NDArray[np.int64], method: Method
     ) -> None:
         self.runner = runner
+        self.family = runner.family
         self.types = types
-        self.alpha = alpha
+        self.method = method
         self.report = Report()
         per_batch = max(1, BATCH_TOKENS // windows.shape[1])
         self.original = [runner.embed(part) for part in torch.from_numpy(windows).split(per_batch)]
         self.quantized = list(self.original)
         self._searches: dict[str, CodebookSearch] = {}
 
-    def quantize(self, index: int, block: nn.Module) -> dict[str, Packed]:
-        """Quantize one block and move both streams past it; returns its packed weights by full name."""
-        stages = self.runner.family.stages
+    def quantize(self, index: int, block: nn.Module) -> dict[str, Tensor]:
+        """Quantize one block and move both streams past it; returns its new tensors by full name."""
+        stages = self.family.stages
         original_inputs, outputs = self._run_original(block, stages)
         _check_finite(outputs, "original", index)
-        packed: dict[str, Packed] = {}
+        result: dict[str, Tensor] = {}
+        if self.method.dsq:
+            for stage in stages:
+                result.update(self._scale_columns(block, stage, original_inputs[stage.linears[0]]))
+        teachers = {norm: self._inputs(block, stage) for norm, stage in self._corrected(stages).items()}
         for stage in stages:
-            statistics = self._gather(block, stage, original_inputs.pop(stage.linears[0]))
-            packed.update(self._quantize_stage(index, block, stage, statistics))
+            inputs = self._inputs(block, stage)
+            if stage.norm in teachers:
+                shift = mean_shift(teachers.pop(stage.norm), inputs)
+                if shift is not None:
+                    self.runner.add_norm_bias(block, stage.norm, shift)
+                    inputs = [seen + shift for seen in inputs]
+                    result[f"{stage.norm}.bias"] = _array(shift)
+            with self._timed("statistics"):
+                statistics = InputStatistics(inputs[0].shape[1], self.runner.device)
+                for seen, original in zip(inputs, original_inputs.pop(stage.linears[0]), strict=True):
+                    statistics.add_batch(seen, original)
+            del inputs
+            result.update(self._quantize_stage(index, block, stage, statistics))
         self._advance(index, block, outputs)
-        return packed
+        prefix = self.family.block_prefix(index)
+        return {f"{prefix}{name}": data for name, data in result.items()}
 
-    def replay(self, index: int, block: nn.Module, packed: Mapping[str, Packed]) -> None:
+    def replay(self, index: int, block: nn.Module, result: Mapping[str, Tensor]) -> None:
         """Move both streams past a block that was quantized before."""
         outputs = [self._forward(block, hidden) for hidden in self.original]
-        prefix = self.runner.family.block_prefix(index)
-        for name, data in packed.items():
-            layer = block.get_submodule(name.removeprefix(prefix).removesuffix(".weight"))
-            weights = tensor_types.dequantize(tensor_types.BY_NAME[self.types[name]], data)
-            self._set_weight(layer, torch.from_numpy(weights))
+        prefix = self.family.block_prefix(index)
+        for name, data in result.items():
+            module, _, parameter = name.removeprefix(prefix).rpartition(".")
+            values = torch.from_numpy(self._floats(name, data))
+            if parameter == COLUMN_SCALE:
+                continue
+            if parameter == "bias" and module in self.family.block_norms():
+                self.runner.add_norm_bias(block, module, values)
+            else:
+                self._set(block.get_submodule(module), parameter, values)
         self._advance(index, block, outputs)
+
+    def finish(self) -> dict[str, Tensor]:
+        """The final norm's new weight and bias, and the head's column scale, by full name."""
+        norm, name = self.runner.final_norm(), self.family.final_norm
+        teacher, student = ([norm(hidden.to(self.runner.device)) for hidden in stream] for stream in self._streams())
+        result: dict[str, Tensor] = {}
+        scales = torch.ones_like(_weight(norm))
+        if self.method.dsq and not self.family.tied_embeddings:
+            head = self.runner.checkpoint.tensor(f"{self.family.head}.weight").to(self.runner.device)
+            scales = column_scales(head.float().square().sum(0), conditional_energy(teacher))
+            result[f"{name}.weight"] = _array(_weight(norm) * scales)
+            result[f"{self.family.head}.{COLUMN_SCALE}"] = _array(scales)
+        shift = mean_shift(*(_by_token(stream) for stream in (teacher, student))) if self.method.dac else None
+        if shift is not None:
+            result[f"{name}.bias"] = _array(shift * scales)
+        return result
 
     def mean_error(self, index: int) -> dict[str, str]:
         """For the progress bar: the mean relative error of a block's layers."""
-        prefix = self.runner.family.block_prefix(index)
+        prefix = self.family.block_prefix(index)
         errors = [error for name, error in self.report.layer_errors.items() if name.startswith(prefix)]
         return {"error": f"{np.mean(errors):.4f}"} if errors else {}
 
@@ -135,41 +215,72 @@ class _Driver:
                 inputs[name].append(seen[name])
         return inputs, outputs
 
-    def _gather(self, block: nn.Module, stage: Stage, original_inputs: list[torch.Tensor]) -> InputStatistics:
-        """Statistics of a stage's input, with everything before it in the block quantized."""
-        first = stage.linears[0]
-        statistics = InputStatistics(original_inputs[0].shape[1], self.runner.device)
-        for hidden, original in zip(self.quantized, original_inputs, strict=True):
+    def _inputs(self, block: nn.Module, stage: Stage) -> list[torch.Tensor]:
+        """A stage's input in the quantized stream, [tokens, columns] batch by batch, with the block as it is now."""
+        inputs = []
+        for hidden in self.quantized:
             with self._timed("forward"):
-                reached = self.runner.input_of(block, first, hidden.to(self.runner.device))
-            with self._timed("statistics"):
-                statistics.add_batch(reached, original)
-        return statistics
+                inputs.append(self.runner.input_of(block, stage.linears[0], hidden.to(self.runner.device)))
+        return inputs
+
+    def _scale_columns(self, block: nn.Module, stage: Stage, inputs: list[torch.Tensor]) -> dict[str, Tensor]:
+        """Give a stage's layers column scales, and its inputs, from the original stream, the same.
+
+        Returns what changed and won't be quantized, by name in the block.
+        """
+        maker = stage.norm or stage.source
+        if maker is None:
+            return {}
+        rows = None
+        if stage.source is not None:
+            rows = torch.from_numpy(self.family.source_rows(stage.source)).to(self.runner.device)
+        layers = [block.get_submodule(name) for name in stage.linears]
+        scales = column_scales(weight_energy(layers), conditional_energy(inputs), rows)
+        absorb(layers, block.get_submodule(maker), scales, rows)
+        for seen in inputs:
+            seen.mul_(scales)
+        parameters = dict(block.get_submodule(maker).named_parameters(recurse=False))
+        if stage.source is not None:
+            del parameters["weight"]
+        changed = {f"{maker}.{name}": _array(values) for name, values in parameters.items()}
+        return {**changed, f"{stage.linears[0]}.{COLUMN_SCALE}": _array(scales)}
 
     def _quantize_stage(
         self, index: int, block: nn.Module, stage: Stage, statistics: InputStatistics
-    ) -> dict[str, Packed]:
-        """Quantize the layers of a stage, put the result into the block, and return it packed."""
-        prefix = self.runner.family.block_prefix(index)
-        layers = {f"{prefix}{name}.weight": block.get_submodule(name) for name in stage.linears}
+    ) -> dict[str, Tensor]:
+        """Quantize the layers of a stage, put the result into the block, and return it, by name in the block."""
+        prefix = self.family.block_prefix(index)
+        layers = {f"{name}.weight": block.get_submodule(name) for name in stage.linears}
         hessian = statistics.hessian
-        packed: dict[str, Packed] = {}
+        result: dict[str, Tensor] = {}
         # Rows don't influence each other, so that layers of one type and one input are quantized as one matrix.
-        for kind in dict.fromkeys(self.types[name] for name in layers):
+        for kind in dict.fromkeys(self.types[prefix + name] for name in layers):
+            same = {name: _weight(layer) for name, layer in layers.items() if self.types[prefix + name] == kind}
             if kind not in tensor_types.BY_NAME:
+                result |= {name: _array(weight) for name, weight in same.items()}
                 continue
-            same = {name: _weight(layer) for name, layer in layers.items() if self.types[name] == kind}
             with self._timed("solve"):
-                result = quantize_layer(torch.cat(list(same.values())), statistics, self._search(kind), self.alpha)
-            data = result.pack(tensor_types.BY_NAME[kind])
+                quantized = self._quantize_matrix(torch.cat(list(same.values())), statistics, self._search(kind))
+            data = quantized.pack(tensor_types.BY_NAME[kind])
             start = 0
             for name, weight in same.items():
                 stop = start + len(weight)
-                self.report.layer_errors[name] = _relative_error(weight, result.weights[start:stop], hessian)
-                self._set_weight(layers[name], result.weights[start:stop])
-                packed[name] = data[start:stop]
+                error = _relative_error(weight, quantized.weights[start:stop], hessian)
+                self.report.layer_errors[prefix + name] = error
+                self._set(layers[name], "weight", quantized.weights[start:stop])
+                result[name] = data[start:stop]
                 start = stop
-        return packed
+        return result
+
+    def _quantize_matrix(
+        self, weights: torch.Tensor, statistics: InputStatistics, search: CodebookSearch
+    ) -> QuantizedLayer:
+        layer = quantize_layer(weights, statistics, search, self.method.alpha)
+        return descend(layer, weights, statistics, search, self.method.alpha, rounds=self.method.rounds)
+
+    def _corrected(self, stages: tuple[Stage, ...]) -> dict[str, Stage]:
+        """Norms that get a bias, with their stages: those with quantized layers of the same block before them."""
+        return {stage.norm: stage for stage in stages[1:] if stage.norm is not None} if self.method.dac else {}
 
     def _search(self, kind: str) -> CodebookSearch:
         if kind not in self._searches:
@@ -181,12 +292,21 @@ class _Driver:
         self.quantized = [self._forward(block, hidden) for hidden in self.quantized]
         _check_finite(self.quantized, "quantized", index)
 
+    def _floats(self, name: str, data: Tensor) -> npt.NDArray[np.float32]:
+        """A block's tensor as it is used: packed weights are dequantized."""
+        if data.dtype == np.uint8:
+            return tensor_types.dequantize(tensor_types.BY_NAME[self.types[name]], data.view(np.uint8))
+        return data.astype(np.float32, copy=False)
+
+    def _streams(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        return self.original, self.quantized
+
     def _forward(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         with self._timed("forward"):
             return self.runner.forward(block, hidden.to(self.runner.device))
 
-    def _set_weight(self, layer: nn.Module, weight: torch.Tensor) -> None:
-        layer.weight = nn.Parameter(weight.to(self.runner.device), requires_grad=False)
+    def _set(self, module: nn.Module, parameter: str, values: torch.Tensor) -> None:
+        setattr(module, parameter, nn.Parameter(values.to(self.runner.device), requires_grad=False))
 
     def _timed(self, phase: str) -> "_Timer":
         return _Timer(self.report.seconds, phase, self.runner.device)
@@ -218,6 +338,16 @@ def _weight(layer: nn.Module) -> torch.Tensor:
     if not isinstance(weight, torch.Tensor):
         raise TypeError(f"{layer} has no weight")
     return weight
+
+
+def _array(values: torch.Tensor) -> Tensor:
+    """Float32 values on the CPU, as they are kept in the work directory."""
+    array: Tensor = values.detach().float().cpu().numpy()
+    return array
+
+
+def _by_token(stream: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [hidden.flatten(0, -2) for hidden in stream]
 
 
 def _relative_error(weights: torch.Tensor, quantized: torch.Tensor, hessian: torch.Tensor) -> float:

@@ -20,6 +20,8 @@ from safetensors.numpy import load_file, save_file
 from d2q_edge.errors import D2QError
 
 Packed = npt.NDArray[np.uint8]
+Tensor = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
+"""Packed weights, or floats."""
 OWN_FILE = re.compile(r"settings\.(json|partial)|block-\d+\.(safetensors|partial)")
 """Names that may be in a work directory; one that holds anything else is never deleted."""
 
@@ -57,7 +59,7 @@ class WorkDir:
         """Number of finished blocks."""
         return len(list(self.path.glob("block-*.safetensors")))
 
-    def read_block(self, index: int) -> dict[str, Packed]:
+    def read_block(self, index: int) -> dict[str, Tensor]:
         """The packed weights of a finished block, by full name.
 
         Raises:
@@ -68,7 +70,7 @@ class WorkDir:
         except (OSError, SafetensorError) as error:
             raise D2QError(f"{self._file(index)} is damaged ({error}); remove it and convert again") from error
 
-    def write_block(self, index: int, weights: Mapping[str, Packed]) -> None:
+    def write_block(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Keep the packed weights of a block.
 
         Raises:
@@ -78,7 +80,7 @@ class WorkDir:
         partial = file.with_suffix(".partial")
         try:
             self._create()
-            save_file({name: np.ascontiguousarray(data) for name, data in weights.items()}, partial)
+            save_file({name: np.ascontiguousarray(data) for name, data in tensors.items()}, partial)
             partial.replace(file)
         except (OSError, SafetensorError) as error:
             raise D2QError(f"can't write {file} ({error}); free some disk space and run the same command") from error

@@ -7,6 +7,7 @@ shapes and rows: it does not read weights, and it knows nothing about quantizati
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -111,6 +112,11 @@ class Family(ABC):
     def block_prefix(self, index: int) -> str:
         """The prefix that turns a name relative to block `index` into a full one."""
         return f"model.layers.{index}."
+
+    def block_of(self, name: str) -> int | None:
+        """The number of the block that a tensor or module belongs to, by its full name; None outside the blocks."""
+        match = re.fullmatch(re.escape(self.block_prefix(0)).replace("0", r"(\d+)", 1) + ".*", name)
+        return int(match[1]) if match else None
 
     def linear_weights(self) -> list[str]:
         """The weight tensors of every block's linear layers, by full name, in forward order."""

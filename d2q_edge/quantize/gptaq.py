@@ -94,7 +94,7 @@ class Feedback:
         hessian.diagonal()[dead] = 1
         order = order_of(hessian.diagonal())
         hessian, drift = hessian[order][:, order], drift[order][:, order]
-        factor = _inverse_factor(hessian, damping)
+        factor = inverse_factor(hessian, damping)
         lead = alpha * (drift @ factor.T).triu(1) @ factor if alpha else None
         return cls(order, dead, factor, lead)
 
@@ -214,7 +214,7 @@ def _processing_order(diagonal: torch.Tensor, kind: TensorType) -> torch.Tensor:
     return columns.view(-1, kind.block_size)[blocks].reshape(-1)
 
 
-def _inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     """U with U^T U = inv(H + damping), upper. In float32; float64, then more damping, where that fails."""
     mean = hessian.diagonal().mean()
     identity = torch.eye(len(hessian), device=hessian.device)

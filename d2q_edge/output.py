@@ -1,0 +1,159 @@
+"""The GGUF that a conversion writes: its tensors by plan, and where the data of each comes from.
+
+Knows which tensor is packed, which stays float and which is new (norm biases). Does not know how anything is quantized
+(pipeline.py) nor the bytes of a GGUF (gguf_file.py).
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from d2q_edge import tensor_types
+from d2q_edge.checkpoint import Checkpoint
+from d2q_edge.export import Value, float_tensor, model_size, model_tensors, packed_tensor, write_model
+from d2q_edge.families import Family
+from d2q_edge.gguf_file import GGUFTensor
+from d2q_edge.pipeline import COLUMN_SCALE
+from d2q_edge.plan import Plan
+from d2q_edge.quantize.codebook import CodebookSearch
+from d2q_edge.quantize.rtn import round_layer
+from d2q_edge.work_dir import Packed, Tensor, WorkDir
+
+Floats = npt.NDArray[np.float32]
+
+
+class Content(Protocol):
+    """Where the tensors' data comes from, by checkpoint name."""
+
+    def packed(self, name: str) -> Packed:
+        """A linear layer's weight in its planned type, uint8 [rows, bytes]."""
+
+    def floats(self, name: str) -> Floats:
+        """Any other tensor."""
+
+
+class PlannedContent:
+    """Nothing yet: enough to know the file's size."""
+
+    def packed(self, name: str) -> Packed:
+        raise RuntimeError(f"{name} is only planned")
+
+    def floats(self, name: str) -> Floats:
+        raise RuntimeError(f"{name} is only planned")
+
+
+class RoundedContent:
+    """The checkpoint's weights, rounded to nearest one at a time, without calibration."""
+
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, device: torch.device) -> None:
+        self.checkpoint, self.plan, self.device = checkpoint, plan, device
+        self.searches = {kind: CodebookSearch(own, device) for kind, own in tensor_types.BY_NAME.items()}
+
+    def packed(self, name: str) -> Packed:
+        kind = self.plan.linears[name]
+        with torch.inference_mode():
+            weights = self.checkpoint.tensor(name).to(self.device, torch.float32)
+            return round_layer(weights, self.searches[kind]).pack(tensor_types.BY_NAME[kind])
+
+    def floats(self, name: str) -> Floats:
+        values: Floats = self.checkpoint.tensor(name).float().numpy()
+        return values
+
+
+class QuantizedContent:
+    """What the pipeline left in the work directory; the rest is the checkpoint's."""
+
+    def __init__(self, checkpoint: Checkpoint, family: Family, work: WorkDir) -> None:
+        self.checkpoint, self.family, self.work = checkpoint, family, work
+        self._block: tuple[int, dict[str, Tensor]] = -1, {}
+
+    def packed(self, name: str) -> Packed:
+        data = self._changed(name)
+        if data is None:
+            raise RuntimeError(f"{name} was not quantized")
+        return data.view(np.uint8)
+
+    def floats(self, name: str) -> Floats:
+        module, _, parameter = name.rpartition(".")
+        data = self._changed(name)
+        if data is not None:
+            return data.astype(np.float32, copy=False)
+        if parameter == "bias" and name not in self.family.tensor_shapes():
+            # A norm that is better left alone: the file's size must not depend on that.
+            return np.zeros(self.family.hidden_size, np.float32)
+        values: Floats = self.checkpoint.tensor(name).float().numpy()
+        if module == self.family.head:
+            scale = self._changed(f"{module}.{COLUMN_SCALE}")
+            values = values if scale is None else values / scale
+        return values
+
+    def _changed(self, name: str) -> Tensor | None:
+        index = self.family.block_of(name)
+        if index is None:
+            index = self.family.num_layers
+        if self._block[0] != index:
+            self._block = index, self.work.read_block(index)
+        return self._block[1].get(name)
+
+
+class Output:
+    """One file to be written."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        family: Family,
+        plan: Plan,
+        norm_biases: list[str],
+        metadata: dict[str, Value],
+        file_type: int,
+    ) -> None:
+        """Describe it.
+
+        Args:
+            checkpoint, family, plan: of the model.
+            norm_biases: names of the norms that have a bias in the file, without ".bias".
+            metadata: keys of our own.
+            file_type: general.file_type.
+        """
+        self.checkpoint, self.family, self.plan, self.norm_biases = checkpoint, family, plan, norm_biases
+        self.metadata, self.file_type = metadata, file_type
+
+    def size(self) -> int:
+        """Bytes of the finished file."""
+        tensors = self._tensors(PlannedContent())
+        return model_size(self.checkpoint, self.family, tensors, self.file_type, self.metadata)
+
+    def write(self, path: Path, content: Content, force: bool) -> None:
+        """Write it.
+
+        Raises:
+            D2QError: the file can't be written.
+        """
+        write_model(
+            path,
+            self.checkpoint,
+            self.family,
+            self._tensors(content),
+            file_type=self.file_type,
+            extra=self.metadata,
+            force=force,
+        )
+
+    def _tensors(self, content: Content) -> list[GGUFTensor]:
+        replacements = {}
+        for name in self.family.tensor_shapes():
+            kind = self.plan.types.get(name, "f32")
+            if kind in tensor_types.BY_NAME and name in self.plan.linears:
+                replacements[name] = packed_tensor(self.family, name, kind, partial(content.packed, name))
+            else:
+                replacements[name] = float_tensor(self.family, name, kind, partial(content.floats, name))
+        biases = []
+        for norm in self.norm_biases:
+            name, load = f"{norm}.bias", partial(content.floats, f"{norm}.bias")
+            biases.append(GGUFTensor(self.family.gguf_name(name), (self.family.hidden_size,), "f32", load))
+        return [*model_tensors(self.checkpoint, self.family, "f32", replacements), *biases]

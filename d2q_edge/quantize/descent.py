@@ -1,0 +1,171 @@
+"""Coordinate descent on a quantized layer: scales, codebooks and codes, all towards the layer's output.
+
+Error feedback (gptaq.py) decides every weight once, from left to right. Afterwards all of them are known, and each part
+of the layer can be chosen again, given the rest. With H and D as in gptaq.py, what GPTAQ approximates is
+
+    minimize tr((Q - T) H (Q - T)^T),   T = W + alpha W D inv(H),
+
+H damped. Two moves, repeated ROUNDS times:
+- the block scales of a row, all at once: with Q = sum_b d_b u_b this is least squares in the d_b, one system per row;
+- a group of 32 weights, given all others: its optimum without rounding is t = q - g inv(H_gg), g the group's part of
+  (Q - T) H. Codes are found by error feedback inside the group, for the present codebook and for the one nearest to t,
+  and kept where the objective really falls.
+The first is as in other scale refits of GPTQ-like methods, the second is block coordinate descent as in CDQuant
+(arXiv 2406.17542), over codebooks. Neither can raise the objective beyond the rounding of a scale to float16.
+"""
+
+import torch
+
+from d2q_edge.quantize.codebook import CodebookSearch, stored_scale
+from d2q_edge.quantize.gptaq import ALPHA, DAMPING, InputStatistics, inverse_factor
+from d2q_edge.quantize.layer import QuantizedLayer
+from d2q_edge.tensor_types import GROUP
+
+ROUNDS = 2
+"""A third round gains less than a tenth of what the first two do."""
+
+
+def descend(
+    layer: QuantizedLayer,
+    weights: torch.Tensor,
+    statistics: InputStatistics,
+    search: CodebookSearch,
+    alpha: float = ALPHA,
+    damping: float = DAMPING,
+    rounds: int = ROUNDS,
+) -> QuantizedLayer:
+    """Improve a quantized matrix.
+
+    Args:
+        layer: from quantize_layer.
+        weights: float32 [rows, cols], the original ones.
+        statistics, search, alpha, damping: as given to quantize_layer.
+        rounds: how often both moves are made; the scales are fitted once more at the end.
+    """
+    if not rounds:
+        return layer
+    problem = _Problem(layer, weights, statistics, search, alpha, damping)
+    for _ in range(rounds):
+        problem.fit_scales()
+        problem.choose_groups()
+    problem.fit_scales()
+    return problem.layer()
+
+
+class _Problem:
+    """One layer: H, T, and the present blocks; `units` are the table's entries, Q = units * scales."""
+
+    def __init__(
+        self,
+        layer: QuantizedLayer,
+        weights: torch.Tensor,
+        statistics: InputStatistics,
+        search: CodebookSearch,
+        alpha: float,
+        damping: float,
+    ) -> None:
+        self.search, self.kind = search, search.tensor_type
+        self.hessian = statistics.hessian
+        dead = self.hessian.diagonal() == 0
+        self.target = weights.masked_fill(dead, 0)
+        if alpha:
+            factor = inverse_factor(self.hessian, damping)
+            self.target = self.target + alpha * (self.target @ statistics.drift) @ factor.T @ factor
+        self.hessian.diagonal().add_(damping * self.hessian.diagonal().mean())
+        self.scales = layer.scales.float()
+        self.books = layer.codebooks.long()
+        self.codes = layer.codes.clone()
+        self.units = self._units(layer.weights)
+
+    def layer(self) -> QuantizedLayer:
+        return QuantizedLayer(self.scales.half(), self.books.byte(), self.codes, self._quantized())
+
+    def fit_scales(self) -> None:
+        """All block scales of every row by least squares; a row whose solution makes no sense keeps its scales."""
+        rows, columns = self.units.shape
+        size = self.kind.block_size
+        blocks = columns // size
+        matrix = torch.empty(rows, blocks, blocks, device=self.units.device)
+        for block in range(blocks):
+            here = slice(block * size, (block + 1) * size)
+            seen = self.units[:, here] @ self.hessian[here]
+            matrix[:, block] = (seen * self.units).view(rows, blocks, size).sum(2)
+        wanted = ((self.target @ self.hessian) * self.units).view(rows, blocks, size).sum(2)
+        # A block of zeros has no scale: any will do, so that its equation must not be singular.
+        matrix.diagonal(dim1=1, dim2=2).mul_(1 + 1e-6).add_(1e-12)
+        solution = torch.linalg.solve_ex(matrix, wanted[:, :, None]).result[:, :, 0]
+        sane = ((solution > self.scales / 2) & (solution < self.scales * 2)).all(1, keepdim=True)
+        self.scales = torch.where(sane, stored_scale(solution), self.scales)
+
+    def choose_groups(self) -> None:
+        """Choose codebook and codes of one group after another, in storage order."""
+        size, groups = self.kind.block_size, self.kind.groups
+        gradient = (self._quantized() - self.target) @ self.hessian
+        for block in range(self.scales.shape[1]):
+            here = slice(block * size, (block + 1) * size)
+            scale = self.scales[:, block, None]
+            before = self.units[:, here].clone()
+            local = gradient[:, here].clone()
+            for group in range(groups):
+                inside = slice(group * GROUP, (group + 1) * GROUP)
+                change = self._choose_group(block * groups + group, local[:, inside] / scale)
+                local += (change * scale) @ self.hessian[here, here][inside]
+            gradient += ((self.units[:, here] - before) * scale) @ self.hessian[here]
+
+    def _choose_group(self, group: int, gradient: torch.Tensor) -> torch.Tensor:
+        """Choose group number `group` of all rows, given their gradient in units of d; returns the change of units."""
+        here = slice(group * GROUP, (group + 1) * GROUP)
+        hessian = self.hessian[here, here]
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+        present = self.units[:, here].clone()
+        target = present - gradient @ inverse
+        error = ((present - target) @ hessian * (present - target)).sum(1)
+        nearest, _ = self.search.search(self.search.vectors(target))
+        # Both candidates in one go, below each other.
+        books = torch.cat([self.books[:, group], nearest])
+        units, codes = self._round_group(target.repeat(2, 1), books, inverse)
+        off = units - target.repeat(2, 1)
+        errors = ((off @ hessian) * off).sum(1).view(2, -1)
+        least, which = errors.min(0)
+        better = (least < error)[:, None]
+        row = torch.arange(len(target), device=target.device)
+        pick = which * len(target) + row
+        width = codes.shape[1]
+        place = slice(group * width, (group + 1) * width)
+        self.units[:, here] = torch.where(better, units[pick], present)
+        self.codes[:, place] = torch.where(better, codes[pick], self.codes[:, place])
+        self.books[:, group] = torch.where(better[:, 0], books[pick], self.books[:, group])
+        return self.units[:, here] - present
+
+    def _round_group(
+        self, target: torch.Tensor, books: torch.Tensor, inverse: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Units [n, 32] and codes [n, codes] for targets in units of d, with error feedback inside the group."""
+        levels = self.search.levels[books]
+        width = levels.shape[2]
+        order = torch.arange(GROUP, device=target.device).view(width, GROUP // width).T.reshape(-1)
+        factor = torch.linalg.cholesky(inverse[order][:, order], upper=True)
+        corners = torch.stack([factor[i : i + width, i : i + width] for i in range(0, GROUP, width)])
+        corners = torch.linalg.inv(corners)
+        work = target[:, order]
+        rounded = torch.empty_like(work)
+        codes = []
+        row = torch.arange(len(work), device=work.device)
+        for index, corner in enumerate(corners):
+            first = index * width
+            last = first + width
+            wanted = work[:, first:last]
+            code = ((wanted[:, None] - levels) @ corner).square().sum(2).argmin(1)
+            rounded[:, first:last] = levels[row, code]
+            work[:, last:] -= ((wanted - rounded[:, first:last]) @ corner) @ factor[first:last, last:]
+            codes.append(code.byte())
+        units = torch.empty_like(rounded)
+        units[:, order] = rounded
+        return units, torch.stack(codes, 1)
+
+    def _quantized(self) -> torch.Tensor:
+        return self.units * self.scales.repeat_interleave(self.kind.block_size, 1)
+
+    def _units(self, quantized: torch.Tensor) -> torch.Tensor:
+        # Entries are whole numbers; the division may miss them by a rounding error.
+        return (quantized / self.scales.repeat_interleave(self.kind.block_size, 1)).round()

@@ -27,7 +27,7 @@ def cli() -> None:
 @cli.command()
 @click.argument("model", type=PATH)
 @click.option("-o", "--output", type=PATH, help="The GGUF file to write.  [default: named after the model]")
-@click.option("--bits", type=float, help="2 (2.31 bits per weight) or 3 (3.31).  [default: 2]")
+@click.option("--bits", type=float, help="2, 3, or a mean of 2.31 to 4.3 bits per weight.  [default: 2]")
 @click.option("--type", "stock_type", help="Write a stock type (f32, f16, bf16, q8_0, ...) instead of quantizing.")
 @click.option("--calibration", default="builtin", show_default=True, help="Text file that stands for what users write.")
 @click.option("--calibration-tokens", type=click.IntRange(1), default=65536, show_default=True)
@@ -70,12 +70,10 @@ def convert(model: Path, output: Path | None, stock_type: str | None, **options:
                 raise click.UsageError(f"--type writes a stock file; it doesn't go with --{option.replace('_', '-')}")
         if options["rotation"] == "on":
             raise click.UsageError("--type writes a stock file; it doesn't go with --rotation on")
-    if bits not in (None, 2, 3):
-        raise D2QError(f"--bits {bits:g} needs mixed precision, which this version doesn't have; use 2 or 3")
-    bits = int(bits or 2)
+    bits = 2 if bits is None else int(bits) if bits in (2, 3) else bits
     if output is None:
         checkpoint = Checkpoint.open(model)
-        output = Path(export.file_name(checkpoint, family_for(checkpoint.config), stock_type or f"D2Q{bits}"))
+        output = Path(export.file_name(checkpoint, family_for(checkpoint.config), stock_type or f"D2Q{bits:g}"))
     if stock_type is not None:
         size = export.export(model, output, stock_type.lower(), force=force)
         click.echo(f"{output}: {size:,} bytes")

@@ -165,9 +165,10 @@ class TestBadOptions:
             (("--dsq",), "--dsq is not in this version"),
             (("--dac",), "--dac is not in this version"),
             (("--refine",), "--refine is not in this version"),
-            (("--bits", "2.5"), "--bits 2.5 needs mixed precision"),
-            (("--bits", "4"), "use 2 or 3"),
-            (("--bits", "nan"), "use 2 or 3"),
+            (("--bits", "2.3"), "--bits 2.3 can't be had; use 2, 3, or a number from 2.31 to 4.3"),
+            (("--bits", "4.5"), "use 2, 3, or a number from 2.31 to 4.3"),
+            (("--bits", "nan"), "use 2, 3, or a number from 2.31 to 4.3"),
+            (("--bits", "2.6", "--no-calibration"), "measures on calibration text which layers need more bits"),
             (("--embedding-type", "q2_k"), "--embedding-type 'q2_k' isn't a stock type"),
             (("--head-type", "f16"), "(tied); use --embedding-type alone"),
             (("--type", "q2_k"), "'q2_k' isn't a stock type that can be written"),
@@ -245,6 +246,28 @@ class TestConvert:
         assert int(planned.out.split()[1].replace(",", "")) == Path("out.gguf").stat().st_size
         facts = json.loads(d2q("inspect", "out.gguf", "--json").out)
         assert facts["types"].keys() == {"d2q3_64", "f16", "q5_0", "f32"}
+
+    def test_mixture(self, d2q: Call, make_checkpoint: Make) -> None:
+        model = make_checkpoint(hidden_size=64, intermediate_size=128)
+        options = ("--bits", "3.2", *QUICK)
+        planned = d2q("convert", model, *options, "--dry-run")
+        assert (planned.code, planned.err) == (0, "")
+        assert list(Path.cwd().iterdir()) == []
+        name, size = planned.out.split()[0].rstrip(":"), int(planned.out.split()[1].replace(",", ""))
+        assert name == "Tiny-624K-D2Q3.2.gguf"
+        done = d2q("convert", model, *options, "--report", "report.json")
+        assert (done.code, done.err) == (0, "")
+        assert done.out.startswith(planned.out)
+        assert Path(name).stat().st_size == size
+        layers = [line.split(":")[0] for line in planned.out.splitlines()[2:]]
+        assert layers == [f"  {layer}_proj" for layer in ("q", "k", "v", "o", "gate", "up", "down")]
+        report = json.loads(Path("report.json").read_text())
+        assert 3.1 < report["linear_bits_per_weight"] <= 3.2
+        assert len(report["layer_errors"]) == 14
+        assert {"d2q2_64", "d2q3_64"} < set(report["types"].values())
+        recipe = json.loads(d2q("inspect", name, "--json").out)["recipe"]
+        assert recipe["bits"] == 3.2
+        assert (recipe["allocation"], recipe["allocation_windows"]) == ("divergence", 4)
 
     def test_rotation(self, d2q: Call, make_checkpoint: Make) -> None:
         model = make_checkpoint(hidden_size=64, intermediate_size=128, tie_word_embeddings=True)

@@ -196,6 +196,46 @@ class TestOptions:
         convert.convert(make_checkpoint(name="b", **SMALL), tmp_path / "out.gguf", QUICK, dry_run=True)
         assert capsys.readouterr().err == ""
 
+    def test_mixture(self, make_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The layers that are measured as sensitive get more bits, in the file too."""
+        model = make_checkpoint("llama", hidden_size=256, intermediate_size=512)
+        asked: list[Any] = []
+
+        def measured(runner: BlockRunner, types: dict[str, str], windows: Any) -> dict[str, float]:
+            asked.append((set(types.values()), windows.shape))
+            return {name: 100.0 if "v_proj" in name or "layers.1.mlp.down" in name else 1.0 for name in types}
+
+        monkeypatch.setattr(convert, "measure", measured)
+        options = Options(**{**vars(QUICK), "bits": 2.9})
+        planned = convert.convert(model, tmp_path / "out.gguf", options, dry_run=True)
+        result = convert.convert(model, tmp_path / "out.gguf", options)
+        assert asked == [({"d2q2"}, (4, 32))] * 2
+        assert result.plan == planned.plan and result.size == planned.size
+        file = GGUFFile(tmp_path / "out.gguf")
+        assert file.size == planned.size
+        found = {name: info.type_name for name, info in file.tensors.items() if len(info.shape) == 2}
+        assert found["blk.0.attn_v.weight"] == found["blk.1.attn_v.weight"] == "q4_0"
+        assert found["blk.1.ffn_down.weight"] == "q4_0"
+        assert {"q4_0", "q4_k", "q6_k", "d2q2"} <= set(found.values())
+        assert file.kv["general.file_type"] == 80
+        assert 2.8 < result.plan.linear_bits_per_weight <= 2.9
+
+    def test_another_plan_does_not_go_on(
+        self, make_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = make_checkpoint("llama", **SMALL)
+        options = Options(**{**vars(QUICK), "bits": 3.2})
+        with monkeypatch.context() as patch:
+            patch.setattr(convert, "measure", lambda _runner, types, _windows: {n: float("q_proj" in n) for n in types})
+            interrupt_after(patch, pipeline, "quantize_layer", 9)
+            with pytest.raises(KeyboardInterrupt):
+                convert.convert(model, tmp_path / "out.gguf", options)
+        monkeypatch.setattr(
+            convert, "measure", lambda _runner, types, _windows: {n: float("v_proj" in n) for n in types}
+        )
+        with pytest.raises(D2QError, match="types; repeat"):
+            convert.convert(model, tmp_path / "out.gguf", options)
+
     def test_other_table_types_are_said(
         self, make_checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -42,9 +42,9 @@ def cli() -> None:
     show_default=True,
     help="Spread outlier channels over their neighbours; unties tied embeddings.",
 )
-@click.option("--dsq/--no-dsq", default=None, help="Dual-scale quantizer; not in this version.")
-@click.option("--dac/--no-dac", default=None, help="Deviation-aware correction; not in this version.")
-@click.option("--refine", is_flag=True, help="Tune the scales afterwards; not in this version.")
+@click.option("--dsq/--no-dsq", default=True, show_default=True, help="Column scales, absorbed by neighbours.")
+@click.option("--dac/--no-dac", default=True, show_default=True, help="Biases in norms for the mean shift.")
+@click.option("--refine", is_flag=True, help="Tune scales and codes afterwards: better, and much slower.")
 @click.option("--no-calibration", is_flag=True, help="Round to nearest: quick, and worse.")
 @click.option("--embedding-type", help="Stock type of the embeddings.  [default: by --bits]")
 @click.option("--head-type", help="Stock type of the head, where it isn't tied.  [default: by --bits]")
@@ -62,7 +62,6 @@ def convert(model: Path, output: Path | None, stock_type: str | None, **options:
     from d2q_edge.families import family_for
     from d2q_edge.gguf_file import check_output
 
-    _refuse_planned(options)
     bits, force, report = options["bits"], options["force"], options["report"]
     if stock_type is not None:
         for option in ("bits", "no_calibration", "embedding_type", "head_type", "dry_run", "report"):
@@ -89,6 +88,9 @@ def convert(model: Path, output: Path | None, stock_type: str | None, **options:
                 "context",
                 "seed",
                 "rotation",
+                "dsq",
+                "dac",
+                "refine",
                 "embedding_type",
                 "head_type",
                 "device",
@@ -110,17 +112,6 @@ def _wait_passively() -> None:
     They spin otherwise, and when anything else uses the CPU, many small operations become 40 times slower (measured).
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
-def _refuse_planned(options: dict[str, Any]) -> None:
-    """The contract's options for steps that this version doesn't have: off is accepted, on is not."""
-    for name, on in (
-        ("--dsq", options["dsq"]),
-        ("--dac", options["dac"]),
-        ("--refine", options["refine"]),
-    ):
-        if on:
-            raise D2QError(f"{name} is not in this version of d2q-edge; leave it out")
 
 
 @cli.command("eval")

@@ -7,9 +7,7 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +17,29 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from d2q_edge import __version__, codebooks, tensor_types
+from d2q_edge import __version__, codebooks
 from d2q_edge.blocks import BlockRunner
 from d2q_edge.calibration import Text, load_text, token_windows
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.errors import D2QError
-from d2q_edge.export import Value, float_tensor, model_size, model_tensors, packed_tensor, write_model
+from d2q_edge.export import Value
 from d2q_edge.families import Family, family_for
-from d2q_edge.gguf_file import GGUFTensor, check_output
-from d2q_edge.pipeline import Report, quantize_blocks
-from d2q_edge.plan import Plan, make_plan
-from d2q_edge.quantize.codebook import CodebookSearch
-from d2q_edge.quantize.gptaq import ALPHA
+from d2q_edge.gguf_file import check_output
+from d2q_edge.output import Output, QuantizedContent, RoundedContent
+from d2q_edge.pipeline import Method, Report, corrected_norms, quantize_blocks
+from d2q_edge.plan import Plan, check_request, is_mixed, make_plan, rounding_types
 from d2q_edge.quantize.rotation import RotatedCheckpoint, rotation_pays
-from d2q_edge.quantize.rtn import round_layer
+from d2q_edge.refinement import Refinement, refine, refined_norms
+from d2q_edge.sensitivity import choose_windows, measure
 from d2q_edge.tokenizer import read_tokenizer
-from d2q_edge.work_dir import Packed, WorkDir
+from d2q_edge.work_dir import WorkDir
 
 FORMAT_VERSION = 1
 """Value of d2q.version: the layout of the blocks and the meaning of the d2q.* keys."""
+REFINE_FACTOR = 8
+"""Refinement uses that many times the calibration tokens, as far as the text goes."""
 FILE_TYPES = {2: 80, 3: 81}
-"""general.file_type by --bits; the patched llama.cpp calls them D2Q2 and D2Q3."""
+"""general.file_type by bits, of a mixture the nearest; the patched llama.cpp calls them D2Q2 and D2Q3."""
 
 
 @dataclass(frozen=True)
@@ -47,24 +47,30 @@ class Options:
     """What decides the content of the file.
 
     Attributes:
-        bits: 2 or 3.
+        bits: 2, 3, or the mean over the blocks' linear layers of a mixture of types.
         calibrate: quantize with error feedback on calibration text; otherwise round to nearest, in seconds.
         calibration: a text file, or "builtin".
         calibration_tokens: how many.
         context: tokens per calibration window.
         seed: of the choice of windows, and of the rotation.
         rotation: "on", "off", or "auto" for what pays (quantize/rotation.py).
+        dsq: column scales (quantize/dsq.py).
+        dac: norm biases (quantize/dac.py).
+        refine: tune the whole model afterwards (quantize/refine.py).
         embedding_type, head_type: stock types; None chooses.
         device: "auto", "cpu", "cuda" or "mps".
     """
 
-    bits: int = 2
+    bits: float = 2
     calibrate: bool = True
     calibration: str = "builtin"
     calibration_tokens: int = 65536
     context: int = 512
     seed: int = 0
     rotation: str = "auto"
+    dsq: bool = True
+    dac: bool = True
+    refine: bool = False
     embedding_type: str | None = None
     head_type: str | None = None
     device: str = "auto"
@@ -78,11 +84,13 @@ class Conversion:
         plan: the tensor types.
         size: of the file in bytes.
         report: what was measured; None when only planned.
+        refinement: what it did; None without it, or when its result was there already.
     """
 
     plan: Plan
     size: int
     report: Report | None
+    refinement: Refinement | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for json.dump: bytes, bits per weight, the type of every matrix, and what was measured."""
@@ -93,6 +101,7 @@ class Conversion:
             "types": dict(self.plan.types),
             "layer_errors": self.report.layer_errors if self.report else {},
             "seconds": dict(self.report.seconds) if self.report else {},
+            "refinement": asdict(self.refinement) if self.refinement else None,
         }
 
     def describe(self, output: Path) -> str:
@@ -103,8 +112,19 @@ class Conversion:
             f"({self.plan.linear_bits_per_weight:.4f} in the blocks)",
             "types: " + ", ".join(f"{count} x {kind}" for kind, count in counts.most_common()),
         ]
+        layers = self.plan.layer_types()
+        if any(len(kinds) > 1 for kinds in layers.values()):
+            lines += [
+                f"  {layer}: " + ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items()))
+                for layer, kinds in layers.items()
+            ]
         if self.report and self.report.seconds:
             lines.append("time: " + ", ".join(f"{phase} {spent:.1f} s" for phase, spent in self.report.seconds.items()))
+        if self.refinement:
+            lines.append(
+                f"refinement: KL divergence on held-back calibration text {self.refinement.before:.4f}, "
+                f"then {self.refinement.after:.4f}" + ("" if self.refinement.codes else "; no memory to tune codes")
+            )
         return "\n".join(lines)
 
 
@@ -131,10 +151,24 @@ def convert(
     rotated = options.rotation == "on" or (options.rotation == "auto" and rotation_pays(family))
     checkpoint = RotatedCheckpoint(source, options.seed) if rotated else source
     family = family_for(checkpoint.config)
-    plan = make_plan(family, options.bits, options.embedding_type, options.head_type)
+    tables = options.embedding_type, options.head_type
+    check_request(family, options.bits, *tables)
     text = load_text(options.calibration, "calibration") if options.calibrate else None
-    windows = None if text is None else _calibration_windows(checkpoint, family, text, options)
-    file = _File(checkpoint, family, plan, _metadata(plan, options, rotated, text, windows), FILE_TYPES[options.bits])
+    windows = None
+    if text is not None:
+        windows = _calibration_windows(checkpoint, family, text, options, options.calibration_tokens)
+    sensitivity = None
+    if is_mixed(options.bits):
+        if not dry_run:
+            check_output(output, force=force)
+        sensitivity = _sensitivity(checkpoint, family, options, windows)
+    plan = make_plan(family, options.bits, *tables, sensitivity)
+    file_type = FILE_TYPES[plan.nearest_bits if is_mixed(options.bits) else int(options.bits)]
+    method = Method(dsq=options.dsq, dac=options.dac)
+    metadata = _metadata(plan, options, method, rotated, text, windows)
+    norm_biases = refined_norms(family) if options.refine else corrected_norms(family, method)
+    norm_biases = [] if windows is None else norm_biases
+    file = Output(checkpoint, family, plan, norm_biases, metadata, file_type)
     # Also finds out, before the long work, whether tokenizer and metadata can be exported.
     size = file.size()
     if plan.fallbacks:
@@ -151,21 +185,24 @@ def convert(
         return Conversion(plan, size, None)
     check_output(output, force=force, size=size)
     device = choose_device(options.device)
-    if windows is None:
-        file.write(output, _RoundToNearest(checkpoint, plan, device), force)
+    if windows is None or text is None:
+        file.write(output, RoundedContent(checkpoint, plan, device), force)
         return Conversion(plan, output.stat().st_size, Report())
 
     if windows.size + options.context <= options.calibration_tokens:
         print(f"the calibration text has {windows.size} tokens only; all are used", file=sys.stderr)
     _check_weights(source)
-    work = WorkDir(output, _fingerprint(checkpoint, file.metadata, windows, device), force=force)
+    work = WorkDir(output, _fingerprint(checkpoint, plan, file.metadata, windows, device), force=force)
     if work.finished:
         print(f"going on after {work.finished} finished blocks in {work.path}", file=sys.stderr)
-    report = quantize_blocks(BlockRunner(checkpoint, family, device), plan.linears, windows, work)
-    block_of = {name: index // len(family.block_linears) for index, name in enumerate(family.linear_weights())}
-    file.write(output, lambda name: work.read_block(block_of[name])[name], force)
+    report = quantize_blocks(BlockRunner(checkpoint, family, device), plan.linears, windows, work, method)
+    refinement = None
+    if options.refine and not work.has_block(family.num_layers, refined=True):
+        more = _calibration_windows(checkpoint, family, text, options, REFINE_FACTOR * options.calibration_tokens)
+        refinement = refine(checkpoint, family, plan.linears, more, work, device)
+    file.write(output, QuantizedContent(checkpoint, family, work, refined=options.refine), force)
     work.remove()
-    return Conversion(plan, output.stat().st_size, report)
+    return Conversion(plan, output.stat().st_size, report, refinement)
 
 
 def choose_device(name: str) -> torch.device:
@@ -199,58 +236,6 @@ def load_tokenizer(checkpoint: Checkpoint, family: Family) -> tuple[Any, int | N
     return tokenizer, exported.special_ids.get("bos") if adds_bos else None
 
 
-class _File:
-    """The output: its tensors by plan, and its metadata."""
-
-    def __init__(
-        self, checkpoint: Checkpoint, family: Family, plan: Plan, metadata: dict[str, Value], file_type: int
-    ) -> None:
-        self.checkpoint, self.family, self.plan = checkpoint, family, plan
-        self.metadata, self.file_type = metadata, file_type
-
-    def size(self) -> int:
-        """Bytes of the finished file."""
-        return model_size(self.checkpoint, self.family, self._tensors(_no_data), self.file_type, self.metadata)
-
-    def write(self, output: Path, packed: Callable[[str], Packed], force: bool) -> None:
-        """Write it; `packed` gives the bytes of a linear layer's weight, [rows, bytes], by its full name."""
-        tensors = self._tensors(packed)
-        write_model(
-            output, self.checkpoint, self.family, tensors, file_type=self.file_type, extra=self.metadata, force=force
-        )
-
-    def _tensors(self, packed: Callable[[str], Packed]) -> list[GGUFTensor]:
-        replacements = {}
-        for name, kind in self.plan.types.items():
-            if kind in tensor_types.BY_NAME and name in self.plan.linears:
-                replacements[name] = packed_tensor(self.family, name, kind, partial(packed, name))
-            else:
-                replacements[name] = float_tensor(self.family, name, kind, partial(self._floats, name))
-        return model_tensors(self.checkpoint, self.family, "f32", replacements)
-
-    def _floats(self, name: str) -> npt.NDArray[np.float32]:
-        floats: npt.NDArray[np.float32] = self.checkpoint.tensor(name).float().numpy()
-        return floats
-
-
-def _no_data(name: str) -> Packed:
-    raise RuntimeError(f"{name} is only planned")
-
-
-class _RoundToNearest:
-    """Packs weights without calibration, one at a time."""
-
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, device: torch.device) -> None:
-        self.checkpoint, self.plan, self.device = checkpoint, plan, device
-        self.searches = {kind: CodebookSearch(own, device) for kind, own in tensor_types.BY_NAME.items()}
-
-    def __call__(self, name: str) -> Packed:
-        kind = self.plan.linears[name]
-        with torch.inference_mode():
-            weights = self.checkpoint.tensor(name).to(self.device, torch.float32)
-            return round_layer(weights, self.searches[kind]).pack(tensor_types.BY_NAME[kind])
-
-
 def _check_weights(checkpoint: Checkpoint) -> None:
     """Read everything once: a damaged tensor of the last block should be found now and not hours later.
 
@@ -261,13 +246,20 @@ def _check_weights(checkpoint: Checkpoint) -> None:
         checkpoint.tensor(name)
 
 
-def _calibration_windows(checkpoint: Checkpoint, family: Family, text: Text, options: Options) -> npt.NDArray[np.int64]:
+def _calibration_windows(
+    checkpoint: Checkpoint, family: Family, text: Text, options: Options, tokens: int
+) -> npt.NDArray[np.int64]:
     tokenizer, bos = load_tokenizer(checkpoint, family)
-    return token_windows(tokenizer, text, options.calibration_tokens, options.context, options.seed, bos)
+    return token_windows(tokenizer, text, tokens, options.context, options.seed, bos)
 
 
 def _metadata(
-    plan: Plan, options: Options, rotated: bool, text: Text | None, windows: npt.NDArray[np.int64] | None
+    plan: Plan,
+    options: Options,
+    method: Method,
+    rotated: bool,
+    text: Text | None,
+    windows: npt.NDArray[np.int64] | None,
 ) -> dict[str, Value]:
     """The d2q.* keys: what a reader needs, and what it takes to make the file again."""
     recipe: dict[str, Any] = {"bits": options.bits, "method": "rtn", "rotation": rotated, "dsq": False, "dac": False}
@@ -276,13 +268,19 @@ def _metadata(
     if text is not None and windows is not None:
         recipe |= {
             "method": "gptaq",
-            "alpha": ALPHA,
+            "alpha": method.alpha,
+            "dsq": method.dsq,
+            "dac": method.dac,
+            "rounds": method.rounds,
+            "refine": options.refine,
             "calibration": text.source,
             "calibration_sha256": text.sha256,
             "calibration_tokens": windows.size,
             "context": options.context,
             "seed": options.seed,
         }
+        if is_mixed(options.bits):
+            recipe |= {"allocation": "divergence", "allocation_windows": len(choose_windows(windows))}
     return {
         "d2q.version": FORMAT_VERSION,
         "d2q.recipe": json.dumps(recipe),
@@ -291,8 +289,28 @@ def _metadata(
     }
 
 
+def _sensitivity(
+    checkpoint: Checkpoint,
+    family: Family,
+    options: Options,
+    windows: npt.NDArray[np.int64] | None,
+) -> dict[str, float]:
+    """Of every layer that a mixture has a choice for."""
+    if windows is None:
+        raise D2QError(
+            f"--bits {options.bits:g} measures on calibration text which layers need more bits; leave out "
+            "--no-calibration, or use --bits 2 or 3"
+        )
+    runner = BlockRunner(checkpoint, family, choose_device(options.device))
+    return measure(runner, rounding_types(family), choose_windows(windows))
+
+
 def _fingerprint(
-    checkpoint: Checkpoint, metadata: dict[str, Value], windows: npt.NDArray[np.int64], device: torch.device
+    checkpoint: Checkpoint,
+    plan: Plan,
+    metadata: dict[str, Value],
+    windows: npt.NDArray[np.int64],
+    device: torch.device,
 ) -> dict[str, Any]:
     """What decides the content of the packed blocks."""
     weights = sorted(checkpoint.directory.glob("*.safetensors"))
@@ -302,6 +320,7 @@ def _fingerprint(
         "config.json": checkpoint.config,
         "weight files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weights],
         "recipe": metadata,
+        "types": dict(plan.linears),
         "calibration tokens": hashlib.sha256(windows.tobytes()).hexdigest(),
         "device": device.type,
     }

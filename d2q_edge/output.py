@@ -67,8 +67,8 @@ class RoundedContent:
 class QuantizedContent:
     """What the pipeline left in the work directory; the rest is the checkpoint's."""
 
-    def __init__(self, checkpoint: Checkpoint, family: Family, work: WorkDir) -> None:
-        self.checkpoint, self.family, self.work = checkpoint, family, work
+    def __init__(self, checkpoint: Checkpoint, family: Family, work: WorkDir, *, refined: bool) -> None:
+        self.checkpoint, self.family, self.work, self.refined = checkpoint, family, work, refined
         self._block: tuple[int, dict[str, Tensor]] = -1, {}
 
     def packed(self, name: str) -> Packed:
@@ -85,10 +85,11 @@ class QuantizedContent:
         if parameter == "bias" and name not in self.family.tensor_shapes():
             # A norm that is better left alone: the file's size must not depend on that.
             return np.zeros(self.family.hidden_size, np.float32)
-        values: Floats = self.checkpoint.tensor(name).float().numpy()
+        values: Floats = self.checkpoint.tensor(name).float().numpy().copy()
         if module == self.family.head:
             scale = self._changed(f"{module}.{COLUMN_SCALE}")
-            values = values if scale is None else values / scale
+            if scale is not None:
+                values /= scale.astype(np.float32, copy=False)
         return values
 
     def _changed(self, name: str) -> Tensor | None:
@@ -96,7 +97,7 @@ class QuantizedContent:
         if index is None:
             index = self.family.num_layers
         if self._block[0] != index:
-            self._block = index, self.work.read_block(index)
+            self._block = index, self.work.read_block(index, refined=self.refined)
         return self._block[1].get(name)
 
 

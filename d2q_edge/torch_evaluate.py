@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from d2q_edge.blocks import add_bias
@@ -82,17 +83,35 @@ class WholeModel:
         model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
         for name in weights.keys() - tensors.keys():
             add_bias(model.get_submodule(name.removesuffix(".bias")), weights[name].to(device, torch.float32))
-        self._decoder, self._head = model.model, model.lm_head
+        self._model = model
         self.device = device
+
+    def module(self, name: str) -> nn.Module:
+        """A module by its name in the checkpoint."""
+        module: nn.Module = self._model.get_submodule(name)
+        return module
+
+    def replace(self, name: str, module: nn.Module) -> None:
+        """Put another module in a module's place."""
+        parent, _, last = name.rpartition(".")
+        setattr(self._model.get_submodule(parent), last, module)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters that require gradients, by name."""
+        return {name: value for name, value in self._model.named_parameters() if value.requires_grad}
+
+    def states(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What the head reads, at every token: [windows, context, hidden]."""
+        hidden: torch.Tensor = self._model.model(tokens.to(self.device), use_cache=False).last_hidden_state
+        return hidden
 
     def scored_states(self, tokens: torch.Tensor) -> torch.Tensor:
         """What the head reads where a scored token is next: [windows, context - context // 2 - 1, hidden]."""
-        hidden: torch.Tensor = self._decoder(tokens.to(self.device), use_cache=False).last_hidden_state
-        return hidden[:, tokens.shape[1] // 2 : -1]
+        return self.states(tokens)[:, tokens.shape[1] // 2 : -1]
 
     def log_probabilities(self, states: torch.Tensor) -> torch.Tensor:
         """Of all next tokens, [..., vocabulary]."""
-        logits: torch.Tensor = self._head(states)
+        logits: torch.Tensor = self._model.lm_head(states)
         return logits.log_softmax(-1)
 
 

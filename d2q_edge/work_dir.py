@@ -22,7 +22,7 @@ from d2q_edge.errors import D2QError
 Packed = npt.NDArray[np.uint8]
 Tensor = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 """Packed weights, or floats."""
-OWN_FILE = re.compile(r"settings\.(json|partial)|block-\d+\.(safetensors|partial)")
+OWN_FILE = re.compile(r"settings\.(json|partial)|(block|refined)-\d+\.(safetensors|partial)")
 """Names that may be in a work directory; one that holds anything else is never deleted."""
 
 
@@ -50,33 +50,33 @@ class WorkDir:
         except (OSError, ValueError) as error:
             raise D2QError(f"can't use the work directory {self.path} ({error}); remove it") from error
 
-    def has_block(self, index: int) -> bool:
-        """Whether block `index` is finished."""
-        return self._file(index).is_file()
+    def has_block(self, index: int, *, refined: bool = False) -> bool:
+        """Whether block `index` is finished, or its refined version."""
+        return self._file(index, refined).is_file()
 
     @property
     def finished(self) -> int:
         """Number of finished blocks."""
         return len(list(self.path.glob("block-*.safetensors")))
 
-    def read_block(self, index: int) -> dict[str, Tensor]:
-        """The packed weights of a finished block, by full name.
+    def read_block(self, index: int, *, refined: bool = False) -> dict[str, Tensor]:
+        """The tensors of a finished block, or of its refined version, by full name.
 
         Raises:
             D2QError: the file is damaged.
         """
         try:
-            return dict(load_file(self._file(index)))
+            return dict(load_file(self._file(index, refined)))
         except (OSError, SafetensorError) as error:
-            raise D2QError(f"{self._file(index)} is damaged ({error}); remove it and convert again") from error
+            raise D2QError(f"{self._file(index, refined)} is damaged ({error}); remove it and convert again") from error
 
-    def write_block(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """Keep the packed weights of a block.
+    def write_block(self, index: int, tensors: Mapping[str, Tensor], *, refined: bool = False) -> None:
+        """Keep the tensors of a block, or their refined version.
 
         Raises:
             D2QError: the disk is full or not writable.
         """
-        file = self._file(index)
+        file = self._file(index, refined)
         partial = file.with_suffix(".partial")
         try:
             self._create()
@@ -116,5 +116,5 @@ class WorkDir:
         partial.write_text(json.dumps(self._fingerprint, indent=1), encoding="utf-8")
         partial.replace(self._settings)
 
-    def _file(self, index: int) -> Path:
-        return self.path / f"block-{index:04d}.safetensors"
+    def _file(self, index: int, refined: bool) -> Path:
+        return self.path / f"{'refined' if refined else 'block'}-{index:04d}.safetensors"

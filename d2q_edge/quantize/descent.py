@@ -116,7 +116,8 @@ class _Problem:
         """Choose group number `group` of all rows, given their gradient in units of d; returns the change of units."""
         here = slice(group * GROUP, (group + 1) * GROUP)
         hessian = self.hessian[here, here]
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+        # The variants without a check: damped, it can't fail, and a check would wait for the GPU.
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(hessian).L)
         present = self.units[:, here].clone()
         target = present - gradient @ inverse
         error = ((present - target) @ hessian * (present - target)).sum(1)
@@ -144,9 +145,9 @@ class _Problem:
         levels = self.search.levels[books]
         width = levels.shape[2]
         order = torch.arange(GROUP, device=target.device).view(width, GROUP // width).T.reshape(-1)
-        factor = torch.linalg.cholesky(inverse[order][:, order], upper=True)
+        factor = torch.linalg.cholesky_ex(inverse[order][:, order], upper=True).L
         corners = torch.stack([factor[i : i + width, i : i + width] for i in range(0, GROUP, width)])
-        corners = torch.linalg.inv(corners)
+        corners = torch.linalg.inv_ex(corners).inverse
         work = target[:, order]
         rounded = torch.empty_like(work)
         codes = []

@@ -178,7 +178,7 @@ def _quantize_block(
         levels = search.levels[book] * scales[:, None, None]
         for first in range(start, stop, width):
             last = first + width
-            inverse = torch.linalg.inv(feedback[first:last, first:last])
+            inverse = torch.linalg.inv_ex(feedback[first:last, first:last]).inverse
             target = work[:, first:last]
             code = ((target[:, None] - levels) @ inverse).square().sum(2).argmin(1)
             quantized[:, first:last] = levels[torch.arange(len(code), device=code.device), code]

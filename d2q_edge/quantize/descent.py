@@ -81,7 +81,10 @@ class _Problem:
         return QuantizedLayer(self.scales.half(), self.books.byte(), self.codes, self._quantized())
 
     def fit_scales(self) -> None:
-        """All block scales of every row by least squares; a row whose solution makes no sense keeps its scales."""
+        """All block scales of every row by least squares; a scale whose solution makes no sense stays as it is.
+
+        That of a block which is as good as empty doesn't: its weights, or their inputs, are all zero.
+        """
         rows, columns = self.units.shape
         size = self.kind.block_size
         blocks = columns // size
@@ -91,11 +94,22 @@ class _Problem:
             seen = self.units[:, here] @ self.hessian[here]
             matrix[:, block] = (seen * self.units).view(rows, blocks, size).sum(2)
         wanted = ((self.target @ self.hessian) * self.units).view(rows, blocks, size).sum(2)
-        # A block of zeros has no scale: any will do, so that its equation must not be singular.
+        # The equation of a block of zeros must not be singular.
         matrix.diagonal(dim1=1, dim2=2).mul_(1 + 1e-6).add_(1e-12)
         solution = torch.linalg.solve_ex(matrix, wanted[:, :, None]).result[:, :, 0]
-        sane = ((solution > self.scales / 2) & (solution < self.scales * 2)).all(1, keepdim=True)
+        sane = self._sane(solution)
+        if not bool(sane.all()):
+            # Once more for the others, given those that stay.
+            staying = torch.where(sane, 0.0, self.scales)
+            wanted = torch.where(sane, wanted - (matrix @ staying[:, :, None])[:, :, 0], self.scales)
+            identity = torch.eye(blocks, device=matrix.device)
+            matrix = torch.where(sane[:, :, None] & sane[:, None], matrix, identity)
+            solution = torch.linalg.solve_ex(matrix, wanted[:, :, None]).result[:, :, 0]
+        sane = self._sane(solution).all(1, keepdim=True)
         self.scales = torch.where(sane, stored_scale(solution), self.scales)
+
+    def _sane(self, solution: torch.Tensor) -> torch.Tensor:
+        return (solution > self.scales / 2) & (solution < self.scales * 2)
 
     def choose_groups(self) -> None:
         """Choose codebook and codes of one group after another, in storage order."""

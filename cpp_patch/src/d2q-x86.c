@@ -145,17 +145,18 @@ D2Q_VEC_DOT(ggml_vec_dot_d2q3_64_q8_0) {
     GGML_UNUSED(bs); GGML_UNUSED(bx); GGML_UNUSED(by); GGML_UNUSED(nrc);
     const block_d2q3_64 * GGML_RESTRICT x = vx;
     const block_q8_0    * GGML_RESTRICT y = vy;
-    const __m256i low2 = _mm256_set1_epi8(3), bit2 = _mm256_set1_epi8(4);
+    const __m256i low2 = _mm256_set1_epi8(0x33), bit2 = _mm256_set1_epi8(0x44);
     const __m256i second_half = _mm256_setr_epi64x(0, 0, 2, 2), quarters = _mm256_setr_epi64x(0, 1, 2, 3);
 
     __m256 acc0 = _mm256_setzero_ps(), acc1 = acc0;
     for (int i = 0; i < n/QK_D2Q_64; i++, y += 2) {
         const float d = GGML_CPU_FP16_TO_FP32(x[i].d);
         // shifts cross byte borders; the masks drop what they bring in
-        const __m256i q  = _mm256_srlv_epi64(d2q_load_both(x[i].qs), second_half);
-        const __m256i h  = _mm256_srlv_epi64(d2q_load_8(x[i].qh), quarters);
+        const __m256i q = _mm256_srlv_epi64(d2q_load_both(x[i].qs), second_half);
+        const __m256i h = _mm256_srlv_epi64(d2q_load_8(x[i].qh), quarters);
+        // both codes of a byte; the shuffle looks at bits 0..3 and 7, and bit 3 makes no difference to a repeated table
         const __m256i c0 = _mm256_or_si256(_mm256_and_si256(q, low2), _mm256_and_si256(_mm256_slli_epi16(h, 2), bit2));
-        const __m256i c1 = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(q, 4), low2), _mm256_and_si256(_mm256_srli_epi16(h, 2), bit2));
+        const __m256i c1 = _mm256_srli_epi16(c0, 4);
         const __m256i w0 = _mm256_shuffle_epi8(d2q_load_8(d2q_scalar_table[x[i].cb[0]]), c0);
         const __m256i w1 = _mm256_shuffle_epi8(d2q_load_8(d2q_scalar_table[x[i].cb[1]]), c1);
         const __m256i p0 = d2q_dot_signed(w0, d2q_load(y[0].qs)), p1 = d2q_dot_signed(w1, d2q_load(y[1].qs));

@@ -97,7 +97,7 @@ int main(void) {
         for (size_t c = 0; c < sizeof(columns)/sizeof(columns[0]); c++) {
             for (int experts = 0; experts <= 4; experts += 4) {
                 for (int threads = 1; threads <= 2; threads++, checks++) {
-                    bad += check(types[t], 512, columns[c] > 64 ? 70 : 150, columns[c], threads, experts);
+                    bad += check(types[t], 512, columns[c] > 64 ? 40 : 150, columns[c], threads, experts);
                 }
             }
         }

@@ -4,8 +4,19 @@
 
 #include "ggml.h"
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+
+// which file of kernels the target gets
+#if defined(__AVX2__)
+#define D2Q_X86
+#elif defined(__aarch64__) && defined(__ARM_NEON)
+#define D2Q_ARM
+#if defined(__ARM_FEATURE_DOTPROD)
+#define D2Q_GEMM // x86 has tiled.cpp, where our blocks take part
+#endif
+#endif
 
 #ifdef __cplusplus
 extern "C" {
@@ -28,6 +39,26 @@ D2Q_VEC_DOT(ggml_vec_dot_d2q2_q8_K_generic);
 D2Q_VEC_DOT(ggml_vec_dot_d2q3_q8_K_generic);
 D2Q_VEC_DOT(ggml_vec_dot_d2q2_64_q8_0_generic);
 D2Q_VEC_DOT(ggml_vec_dot_d2q3_64_q8_0_generic);
+
+// From D2Q_GEMM_MIN_COLUMNS columns of activations on, a matrix multiplication is faster than a dot product for each result.
+// It looks up the weights of a row once for D2Q_GEMM_PANEL columns, so that a thread's share should be as large as that.
+#define D2Q_GEMM_PANEL       64
+#define D2Q_GEMM_MIN_COLUMNS 4
+
+// whether this target has such a multiplication for the type
+bool d2q_has_gemm(enum ggml_type type);
+
+// results[c][r] = row r times column c; n weights in a row, `stride` bytes from one row to the next, at most
+// D2Q_GEMM_PANEL columns. Only where the target has it.
+void d2q_gemm(enum ggml_type type, int n, const void * rows, size_t stride, int64_t n_rows, const void * const * columns, float * const * results, int n_columns);
+
+// One thread's share of GGML_OP_MUL_MAT, results ir0_start..ir0_end - 1 of columns ir1_start..ir1_end - 1 (counted through
+// all matrices); wdata: the activations in the type of the dot product. False: not done here.
+bool d2q_mul_mat_chunk(const struct ggml_tensor * dst, const void * wdata, int64_t ir0_start, int64_t ir0_end, int64_t ir1_start, int64_t ir1_end);
+
+// The same for GGML_OP_MUL_MAT_ID and one expert's matrix; mapping: for each of its columns the slot and the row of src1.
+bool d2q_mul_mat_id_chunk(const struct ggml_tensor * dst, const void * matrix, const int32_t (*mapping)[2], const void * wdata,
+                          int64_t ir0_start, int64_t ir0_end, int64_t ir1_start, int64_t ir1_end);
 
 // makes the tables that the kernels of this target need; ggml_cpu_init calls it once, before any dot product
 void d2q_cpu_init(void);

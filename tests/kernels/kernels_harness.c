@@ -1,7 +1,13 @@
-// Checks the dot products of d2q-cpu.c as this compiler target has them against the portable ones, on rows that end where
-// their memory ends. The test compiles it with the kernel's own source for several targets, also under sanitizers.
+// Checks the kernels of d2q-*.c as this compiler target has them, on rows that end where their memory ends: the dot
+// products, and the matrix multiplication where the target has one. test_sources.py compiles it with the kernels' own
+// sources for several targets, also under sanitizers. Two references: sums of integers made here from d2q-blocks.h,
+// which must come out exactly where all scales are +-1, and the portable dot products for everything else.
 
-#include "d2q/d2q-cpu.c"
+#include "d2q/d2q-blocks.h"
+#include "d2q/d2q-cpu.h"
+#include "ggml-cpu.h"
+#include "ggml-cpu-impl.h"
+#include "simd-mappings.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -12,21 +18,38 @@
 float ggml_table_f32_f16[1 << 16];
 void ggml_critical_section_start(void) {}
 void ggml_critical_section_end(void) {}
+const struct ggml_type_traits_cpu * ggml_get_type_traits_cpu(enum ggml_type type) { (void) type; abort(); }
+size_t ggml_row_size(enum ggml_type type, int64_t n) { (void) type; (void) n; abort(); }
+bool ggml_is_contiguous(const struct ggml_tensor * tensor) { (void) tensor; abort(); }
 
 typedef void (*dot_t)(int, float *, size_t, const void *, size_t, const void *, size_t, int);
+typedef void (*group_t)(const uint8_t *, int, int8_t *);
 
 typedef struct {
-    const char * name;
-    int          block, size, codebooks;
-    dot_t        fast, generic;
+    const char *   name;
+    enum ggml_type id;
+    int            block, size;
+    dot_t          fast, generic;
+    group_t        group; // the 32 entries of one group of a block
 } type_t;
 
+#define GROUP(type) \
+    static void group_##type(const uint8_t * x, int k, int8_t * out) { type##_group((const block_##type *) x, k, out); }
+GROUP(d2q2) GROUP(d2q3) GROUP(d2q2_64) GROUP(d2q3_64)
+
+#define TYPE(type, id, block, partner) \
+    {#type, id, block, sizeof(block_##type), ggml_vec_dot_##type##_##partner, ggml_vec_dot_##type##_##partner##_generic, group_##type}
 static const type_t types[] = {
-    {"d2q2",    256, sizeof(block_d2q2),    8, ggml_vec_dot_d2q2_q8_K,    ggml_vec_dot_d2q2_q8_K_generic},
-    {"d2q3",    256, sizeof(block_d2q3),    8, ggml_vec_dot_d2q3_q8_K,    ggml_vec_dot_d2q3_q8_K_generic},
-    {"d2q2_64", 64,  sizeof(block_d2q2_64), 2, ggml_vec_dot_d2q2_64_q8_0, ggml_vec_dot_d2q2_64_q8_0_generic},
-    {"d2q3_64", 64,  sizeof(block_d2q3_64), 2, ggml_vec_dot_d2q3_64_q8_0, ggml_vec_dot_d2q3_64_q8_0_generic},
+    TYPE(d2q2,    GGML_TYPE_D2Q2,    256, q8_K),
+    TYPE(d2q3,    GGML_TYPE_D2Q3,    256, q8_K),
+    TYPE(d2q2_64, GGML_TYPE_D2Q2_64, 64,  q8_0),
+    TYPE(d2q3_64, GGML_TYPE_D2Q3_64, 64,  q8_0),
 };
+
+// what the rows and columns contain
+enum { RANDOM, LARGEST, SMALLEST, ALTERNATING, ALL_ONES, EXTREME_SCALES, UNIT_SCALES, UNIT_LARGEST, UNIT_SMALLEST, STYLES };
+static const uint16_t EXTREME[] = {0, 0x8000, 1, 0x8001, 0x3FF, 0x83FF, 0x400, 0x3C00, 0xBC00, 0x7BFF, 0xFBFF};
+enum { EXTREMES = sizeof(EXTREME)/sizeof(EXTREME[0]) };
 
 static uint64_t state = 88172645463325252ull;
 
@@ -42,13 +65,13 @@ typedef struct { uint8_t * map, * start; size_t bytes; } guarded;
 
 static guarded guard(size_t size) {
     const size_t page = (size_t) sysconf(_SC_PAGESIZE), body = (size + page - 1)/page*page;
-    guarded g = { .bytes = body + page };
+    guarded g = { .bytes = body + 2*page };
     g.map = mmap(NULL, g.bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (g.map == MAP_FAILED || mprotect(g.map + body, page, PROT_NONE)) {
+    if (g.map == MAP_FAILED || mprotect(g.map, page, PROT_NONE) || mprotect(g.map + page + body, page, PROT_NONE)) {
         perror("mmap");
         exit(2);
     }
-    g.start = g.map + body - size;
+    g.start = g.map + page + body - size;
     return g;
 }
 
@@ -58,59 +81,123 @@ static ggml_half half(uint16_t bits) {
     return h;
 }
 
-// style 0: random; 1, 2: all activations 127 or -127; 3: signs alternate; 4: one code everywhere
-static void fill(const type_t * t, int blocks, int style, uint8_t * x, uint8_t * y) {
-    for (int i = 0; i < blocks*t->size; i++) { x[i] = style == 4 ? 0xFF : (uint8_t) next(); }
+static bool unit(int style) { return style >= UNIT_SCALES; }
+
+static ggml_half scale(int style) {
+    return half(unit(style) ? (uint16_t) (0x3C00 + (next()%2 << 15)) : style == EXTREME_SCALES ? EXTREME[next()%EXTREMES]
+        : (uint16_t) (0x2000 + next()%0x1000 + (next()%2 << 15)));
+}
+
+static size_t row_bytes(const type_t * t, int blocks) { return (size_t) blocks*(size_t) t->size; }
+static size_t column_bytes(const type_t * t, int blocks) { return (size_t) blocks*(t->block == 256 ? sizeof(block_q8_K) : 2*sizeof(block_q8_0)); }
+
+static void fill_row(const type_t * t, int blocks, int style, uint8_t * x) {
+    for (size_t i = 0; i < row_bytes(t, blocks); i++) { x[i] = style == ALL_ONES ? 0xFF : (uint8_t) next(); }
     for (int i = 0; i < blocks; i++) {
-        const ggml_half d = half((uint16_t) (0x2000 + next()%0x1000 + (next()%2 << 15)));
+        const ggml_half d = scale(style);
         memcpy(x + i*t->size, &d, 2);
+        // a codebook with the largest or the smallest entry, and its code everywhere
+        if (style == UNIT_LARGEST || style == UNIT_SMALLEST) {
+            int8_t entries[D2Q_GROUP];
+            int best = 0, best_book = 0, best_code = 0;
+            for (int book = 0; book < 256; book++) {
+                x[i*t->size + 2] = (uint8_t) book;
+                for (int code = 0; code < 256; code += 17) { // the same nibble twice; for scalars, also the high bit on or off
+                    memset(x + i*t->size + 2 + t->block/32, code, (size_t) (t->size - 2 - t->block/32));
+                    t->group(x + i*t->size, 0, entries);
+                    int sum = 0;
+                    for (int j = 0; j < D2Q_GROUP; j++) { sum += style == UNIT_LARGEST ? entries[j] : -entries[j]; }
+                    if (sum > best) { best = sum; best_book = book; best_code = code; }
+                }
+            }
+            memset(x + i*t->size + 2, best_book, (size_t) t->block/32);
+            memset(x + i*t->size + 2 + t->block/32, best_code, (size_t) (t->size - 2 - t->block/32));
+        }
     }
+}
+
+static int activation(const type_t * t, int style, int j) {
+    switch (style) {
+        case LARGEST: case ALL_ONES: case UNIT_LARGEST: return 127;
+        case SMALLEST: return -127;
+        case UNIT_SMALLEST: return t->block == 256 ? -128 : -127; // ggml makes none below -127, and on x86 a sign can't move to -128
+        case ALTERNATING: return j%2 ? 127 : -127;
+        default: return (int) (next()%255) - 127;
+    }
+}
+
+static void fill_column(const type_t * t, int blocks, int style, uint8_t * y) {
     for (int j = 0; j < blocks*t->block; j++) {
-        const int q = style == 0 ? (int) (next()%255) - 127 : style == 1 || style == 4 ? 127 : style == 2 ? -127 : j%2 ? 127 : -127;
+        const int q = activation(t, style, j);
         if (t->block == 256) {
             block_q8_K * b = (block_q8_K *) y + j/256;
             if (j%256 == 0) {
                 memset(b, 0, sizeof(*b));
-                b->d = 0.01f*(float) (1 + next()%100);
+                b->d = unit(style) ? (next()%2 ? 1.0f : -1.0f) : 0.01f*(float) (1 + next()%100);
             }
             b->qs[j%256] = (int8_t) q;
             b->bsums[j%256/16] = (int16_t) (b->bsums[j%256/16] + q);
         } else {
             block_q8_0 * b = (block_q8_0 *) y + j/32;
-            b->d = j%32 ? b->d : half((uint16_t) (0x2000 + next()%0x1000));
+            b->d = j%32 ? b->d : unit(style) ? half((uint16_t) (0x3C00 + (next()%2 << 15))) : half((uint16_t) (0x2000 + next()%0x1000));
             b->qs[j%32] = (int8_t) q;
         }
     }
 }
 
-// the sizes of what is added up, for a relative error
-static double magnitude(const type_t * t, int blocks, const uint8_t * y) {
-    double sum = 0;
-    for (int j = 0; j < blocks*t->block; j++) {
-        sum += t->block == 256 ? fabs(((const block_q8_K *) y)[j/256].d*((const block_q8_K *) y)[j/256].qs[j%256])
-                               : fabs(ggml_table_f32_f16[*(const uint16_t *) &((const block_q8_0 *) y)[j/32].d]*((const block_q8_0 *) y)[j/32].qs[j%32]);
-    }
-    return sum;
+static double activation_scale(const type_t * t, const uint8_t * y, int j) {
+    return t->block == 256 ? (double) ((const block_q8_K *) y)[j/256].d : (double) GGML_CPU_FP16_TO_FP32(((const block_q8_0 *) y)[j/32].d);
 }
 
-static int check(const type_t * t, int blocks, int style) {
-    const size_t row = (size_t) blocks*t->size;
-    const size_t act = t->block == 256 ? (size_t) blocks*sizeof(block_q8_K) : (size_t) 2*blocks*sizeof(block_q8_0);
-    const guarded x = guard(row), y = guard(act);
+// the exact dot product, and what its terms add up to without their signs
+static double reference(const type_t * t, int blocks, const uint8_t * x, const uint8_t * y, double * size) {
+    double total = 0;
+    *size = 0;
+    for (int i = 0; i < blocks; i++) {
+        ggml_half h;
+        memcpy(&h, x + i*t->size, 2);
+        for (int k = 0; k < t->block/32; k++) {
+            int8_t entries[D2Q_GROUP];
+            t->group(x + i*t->size, k, entries);
+            int64_t sum = 0, magnitude = 0;
+            const int first = i*t->block + 32*k;
+            for (int j = 0; j < D2Q_GROUP; j++) {
+                const int q = t->block == 256 ? ((const block_q8_K *) y)[i].qs[32*k + j] : ((const block_q8_0 *) y)[first/32].qs[j];
+                sum += entries[j]*q;
+                magnitude += abs(entries[j]*q);
+            }
+            const double d = (double) GGML_CPU_FP16_TO_FP32(h)*activation_scale(t, y, first);
+            total += d*(double) sum;
+            *size += fabs(d)*(double) magnitude;
+        }
+    }
+    return total;
+}
+
+// sums of integers below 2^24 are exact in float, in any order
+static bool agrees(float value, double exact, double size, int style) {
+    return unit(style) && size < 1 << 24 ? (double) value == exact : fabs((double) value - exact) <= 1e-6*size;
+}
+
+static int check_dot(const type_t * t, int blocks, int style) {
+    const size_t row = row_bytes(t, blocks), column = column_bytes(t, blocks);
+    const guarded x = guard(row), y = guard(column);
     // under AddressSanitizer the heap finds what goes one byte too far on either side
-    uint8_t * hx = malloc(row), * hy = malloc(act);
-    fill(t, blocks, style, x.start, y.start);
+    uint8_t * hx = malloc(row), * hy = malloc(column);
+    fill_row(t, blocks, style, x.start);
+    fill_column(t, blocks, style, y.start);
     memcpy(hx, x.start, row);
-    memcpy(hy, y.start, act);
+    memcpy(hy, y.start, column);
     float fast = NAN, generic = NAN, heap = NAN;
     t->fast   (blocks*t->block, &fast,    0, x.start, 0, y.start, 0, 1);
     t->generic(blocks*t->block, &generic, 0, x.start, 0, y.start, 0, 1);
     t->fast   (blocks*t->block, &heap,    0, hx, 0, hy, 0, 1);
-    // d < 0.0156, entries at most 64
-    const double bound = 1e-6*0.0157*64*magnitude(t, blocks, y.start);
-    const int bad = !(fabs((double) fast - (double) generic) <= bound) || fast != heap;
+    double size;
+    const double exact = reference(t, blocks, hx, hy, &size);
+    const int bad = !agrees(fast, exact, size, style) || !agrees(generic, exact, size, style) || fast != heap;
     if (bad) {
-        fprintf(stderr, "%s, %d blocks, style %d: %.9g, portable %.9g, heap %.9g\n", t->name, blocks, style, (double) fast, (double) generic, (double) heap);
+        fprintf(stderr, "dot %s, %d blocks, style %d: %.9g, portable %.9g, heap %.9g, exact %.9g\n", t->name, blocks, style, (double) fast,
+            (double) generic, (double) heap, exact);
     }
     free(hx);
     free(hy);
@@ -119,6 +206,45 @@ static int check(const type_t * t, int blocks, int style) {
     return bad;
 }
 
+#if defined(D2Q_GEMM)
+
+static int check_gemm(const type_t * t, int blocks, int style, int n_rows, int n_columns) {
+    const size_t row = row_bytes(t, blocks), column = column_bytes(t, blocks);
+    const guarded x = guard(row*(size_t) n_rows);
+    guarded y[D2Q_GEMM_PANEL], out[D2Q_GEMM_PANEL];
+    const void * columns[D2Q_GEMM_PANEL];
+    float      * results[D2Q_GEMM_PANEL];
+    for (int r = 0; r < n_rows; r++) { fill_row(t, blocks, style, x.start + (size_t) r*row); }
+    for (int c = 0; c < n_columns; c++) {
+        y[c]   = guard(column);
+        out[c] = guard(sizeof(float)*(size_t) n_rows);
+        fill_column(t, blocks, style, y[c].start);
+        columns[c] = y[c].start;
+        results[c] = (float *) (void *) out[c].start;
+        memset(out[c].start, 0xFF, sizeof(float)*(size_t) n_rows);
+    }
+    d2q_gemm(t->id, blocks*t->block, x.start, row, n_rows, columns, results, n_columns);
+    int bad = 0;
+    for (int c = 0; c < n_columns; c++) {
+        for (int r = 0; r < n_rows; r++) {
+            double size;
+            const double exact = reference(t, blocks, x.start + (size_t) r*row, y[c].start, &size);
+            if (!agrees(results[c][r], exact, size, style)) {
+                if (bad++ == 0) {
+                    fprintf(stderr, "gemm %s, %d blocks, style %d, %dx%d: row %d, column %d: %.9g, exact %.9g\n", t->name, blocks, style, n_rows,
+                        n_columns, r, c, (double) results[c][r], exact);
+                }
+            }
+        }
+        munmap(y[c].map, y[c].bytes);
+        munmap(out[c].map, out[c].bytes);
+    }
+    munmap(x.map, x.bytes);
+    return bad != 0;
+}
+
+#endif
+
 int main(void) {
     for (int i = 0; i < 1 << 16; i++) {
         ggml_table_f32_f16[i] = GGML_COMPUTE_FP16_TO_FP32((ggml_half) i);
@@ -126,11 +252,25 @@ int main(void) {
     d2q_cpu_init();
     int bad = 0, checks = 0;
     for (size_t t = 0; t < sizeof(types)/sizeof(types[0]); t++) {
-        for (int style = 0; style < 5; style++) {
+        for (int style = 0; style < STYLES; style++) {
+            const bool slow = style == UNIT_LARGEST || style == UNIT_SMALLEST; // searches for its codes; there is only one such row
             for (int blocks = 1; blocks <= 17; blocks += blocks < 4 ? 1 : 13) {
-                for (int repeat = 0; repeat < 20; repeat++, checks++) { bad += check(&types[t], blocks, style); }
+                for (int repeat = 0; repeat < (slow ? 1 : 20); repeat++, checks++) { bad += check_dot(&types[t], blocks, style); }
             }
+#if defined(D2Q_GEMM)
+            static const int shapes[][2] = {{1, 1}, {1, 4}, {3, 5}, {8, 4}, {9, 7}, {17, 12}, {70, 6}, {13, D2Q_GEMM_PANEL}};
+            for (size_t s = 0; s < (slow ? 5 : sizeof(shapes)/sizeof(shapes[0])); s++, checks++) {
+                bad += check_gemm(&types[t], 1 + (int) s%3, style, shapes[s][0], shapes[s][1]);
+            }
+#endif
         }
+        if (d2q_has_gemm(types[t].id) !=
+#if defined(D2Q_GEMM)
+            true
+#else
+            false
+#endif
+        ) { bad++; }
     }
     printf("%d checks, %d bad\n", checks, bad);
     return bad != 0;

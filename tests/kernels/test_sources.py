@@ -1,13 +1,18 @@
-"""The kernels' sources compiled here for several x86 targets, also with sanitizers, against the portable code."""
+"""The kernels' sources compiled for x86 and ARM targets, also with sanitizers, against exact sums and portable code."""
 
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from d2q_edge.runtime import source
+from tests.kernels import arm
+
 HARNESS = Path(__file__).with_name("kernels_harness.c")
+SOURCES = ("quants", "encode", "cpu", "x86", "arm", "arm-gemm", "mul-mat")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
 # the portable code is the fallback; AVX2 has no byte dot product; the others differ in the instruction's encoding
 TARGETS = {
@@ -17,12 +22,12 @@ TARGETS = {
     "avx512vnni": ("-march=cascadelake",),
     "native": ("-march=native",),
 }
+# without their runtime libraries, which do not run under qemu: undefined behaviour ends the program
+TRAPS = ("-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")
 NEEDS = {"avx2": ("avx2", "fma", "f16c"), "avxvnni": ("avx_vnni",), "avx512vnni": ("avx512_vnni", "avx512vl")}
 
-pytestmark = [
-    pytest.mark.skipif(platform.machine() != "x86_64", reason="x86 targets"),
-    pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc"),
-]
+x86_only = pytest.mark.skipif(platform.machine() != "x86_64", reason="x86 targets")
+needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
 
 
 def _cpu_flags() -> set[str]:
@@ -31,23 +36,46 @@ def _cpu_flags() -> set[str]:
     return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
-def _build(tree: Path, output: Path, flags: tuple[str, ...]) -> None:
-    ggml = tree / "vendor/llama.cpp/ggml"
-    includes = [f"-I{ggml / part}" for part in ("include", "src", "src/ggml-cpu")]
+def _build(compiler: str, tree: Path, output: Path, flags: Sequence[str]) -> None:
+    own = tree / source.OWN_SOURCES
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-Wno-unused-variable"]
-    sources = [HARNESS, ggml / "src/d2q/d2q-quants.c", ggml / "src/d2q/d2q-encode.c"]
-    subprocess.run(
-        ["gcc", "-std=gnu11", "-D_GNU_SOURCE", *warnings, *flags, *includes, *sources, "-lm", "-o", output], check=True
+    command = [compiler, "-std=gnu11", "-D_GNU_SOURCE", *warnings, *flags, *arm.include_flags(tree)]
+    subprocess.run([*command, HARNESS, *(own / f"d2q-{name}.c" for name in SOURCES), "-lm", "-o", output], check=True)
+
+
+def _check(result: subprocess.CompletedProcess[str]) -> None:
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.endswith(" checks, 0 bad\n")
+
+
+@x86_only
+@needs_gcc
+@pytest.mark.parametrize("sanitized", [False, True], ids=["optimized", "sanitized"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_x86_kernels(patched_tree: Path, tmp_path: Path, target: str, sanitized: bool) -> None:
+    program = tmp_path / "harness"
+    _build(
+        "gcc",
+        patched_tree,
+        program,
+        (*TARGETS[target], "-O1" if sanitized else "-O3", *(SANITIZERS if sanitized else ())),
     )
+    if missing := set(NEEDS.get(target, ())) - _cpu_flags():
+        pytest.skip(f"compiles; this CPU can't run it: no {', '.join(sorted(missing))}")
+    _check(subprocess.run([program], capture_output=True, text=True, check=False))
 
 
 @pytest.mark.parametrize("sanitized", [False, True], ids=["optimized", "sanitized"])
-@pytest.mark.parametrize("target", TARGETS)
-def test_kernels_agree_with_the_portable_ones(patched_tree: Path, tmp_path: Path, target: str, sanitized: bool) -> None:
-    program = tmp_path / "harness"
-    _build(patched_tree, program, (*TARGETS[target], "-O1" if sanitized else "-O3", *(SANITIZERS if sanitized else ())))
-    if missing := set(NEEDS.get(target, ())) - _cpu_flags():
-        pytest.skip(f"compiles; this CPU can't run it: no {', '.join(sorted(missing))}")
-    result = subprocess.run([program], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.endswith(" checks, 0 bad\n")
+@pytest.mark.parametrize("name", arm.TARGETS)
+def test_arm_kernels(patched_tree: Path, tmp_path: Path, name: str, sanitized: bool) -> None:
+    arm.qemu()
+    target, program = arm.TARGETS[name], tmp_path / "harness"
+    optimization = ("-O1", *TRAPS) if sanitized else ("-O3",)
+    _build(arm.CC, patched_tree, program, ("-static", f"-march={target.march}", *optimization))
+    _check(arm.run(program, target.cpu))
+
+
+def test_every_source_is_compiled(patched_tree: Path) -> None:
+    assert {f"d2q-{name}.c" for name in SOURCES} == {
+        path.name for path in (patched_tree / source.OWN_SOURCES).glob("*.c")
+    }

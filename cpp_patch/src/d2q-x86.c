@@ -1,0 +1,169 @@
+// Dot products of the d2q types for x86: AVX2, with AVX512-VNNI (256 bits wide) or AVX-VNNI where the target has it.
+#include "d2q-cpu.h"
+
+#if defined(D2Q_X86)
+
+#include "d2q-blocks.h"
+
+#include "ggml-cpu-impl.h"
+#include "simd-mappings.h"
+
+#include <assert.h>
+
+// the tables with 64 added to every entry: the multiply-add instructions want one unsigned operand, and the sums of the
+// activations that Q8_K carries correct the offset
+D2Q_TABLE_ALIGN static uint8_t d2q_pair_table_u7[256][32]; // [codebook][component*16 + code]
+D2Q_TABLE_ALIGN static uint8_t d2q_scalar_table_u7[256][8];
+
+void d2q_cpu_init(void) {
+    for (int b = 0; b < 256; b++) {
+        for (int i = 0; i < 32; i++) { d2q_pair_table_u7[b][i]   = (uint8_t) (d2q_pair_table[b][i/16][i%16] + 64); }
+        for (int i = 0; i < 8; i++)  { d2q_scalar_table_u7[b][i] = (uint8_t) (d2q_scalar_table[b][i] + 64); }
+    }
+}
+
+static inline __m256i d2q_load(const void * p) {
+    return _mm256_loadu_si256((const __m256i *) p);
+}
+
+static inline __m256i d2q_load_both(const void * p) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) p));
+}
+
+// eight bytes, repeated: a scalar codebook, or the high bits of a block of 64
+static inline __m256i d2q_load_8(const void * p) {
+    int64_t v;
+    memcpy(&v, p, 8);
+    return _mm256_set1_epi64x(v);
+}
+
+static inline float d2q_sum(__m256 v) {
+    __m128 r = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    r = _mm_add_ps(r, _mm_movehl_ps(r, r));
+    return _mm_cvtss_f32(_mm_add_ss(r, _mm_movehdup_ps(r)));
+}
+
+// acc + u*s, u unsigned of 7 bits: two products are at most 2*127*128, so that int16 does not saturate
+static inline __m256i d2q_dot_add(__m256i acc, __m256i u, __m256i s) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return _mm256_dpbusd_epi32(acc, u, s);
+#elif defined(__AVXVNNI__)
+    return _mm256_dpbusd_avx_epi32(acc, u, s);
+#else
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
+#endif
+}
+
+// signed entries times activations: Q8_0 has no sums to correct an offset with, so the sign moves to the activations
+static inline __m256i d2q_dot_signed(__m256i w, __m256i q8) {
+    return d2q_dot_add(_mm256_setzero_si256(), _mm256_sign_epi8(w, w), _mm256_sign_epi8(q8, w));
+}
+
+// what the offset of 64 in the table adds to a block: 64 times the activations, from their sums of 16
+static inline __m256i d2q_offset(const block_q8_K * y) {
+    return _mm256_slli_epi32(_mm256_madd_epi16(d2q_load(y->bsums), _mm256_set1_epi16(1)), 6);
+}
+
+D2Q_VEC_DOT(ggml_vec_dot_d2q2_q8_K) {
+    assert(n % QK_K == 0 && nrc == 1);
+    GGML_UNUSED(bs); GGML_UNUSED(bx); GGML_UNUSED(by); GGML_UNUSED(nrc);
+    const block_d2q2 * GGML_RESTRICT x = vx;
+    const block_q8_K * GGML_RESTRICT y = vy;
+    const __m256i nibble = _mm256_set1_epi8(15);
+
+    __m256 acc = _mm256_setzero_ps();
+    for (int i = 0; i < n/QK_K; i++) {
+        __m256i even = _mm256_setzero_si256(), odd = even;
+        for (int t = 0; t < 4; t++) {
+            // the same 16 codes in both lanes: the low lane looks up first components, the high lane second ones
+            const __m256i q  = d2q_load_both(x[i].qs + 16*t);
+            const __m256i w0 = _mm256_shuffle_epi8(d2q_load(d2q_pair_table_u7[x[i].cb[2*t]]),     _mm256_and_si256(q, nibble));
+            const __m256i w1 = _mm256_shuffle_epi8(d2q_load(d2q_pair_table_u7[x[i].cb[2*t + 1]]), _mm256_and_si256(_mm256_srli_epi16(q, 4), nibble));
+            even = d2q_dot_add(even, w0, d2q_load(y[i].qs + 64*t));
+            odd  = d2q_dot_add(odd,  w1, d2q_load(y[i].qs + 64*t + 32));
+        }
+        const __m256i sum = _mm256_sub_epi32(_mm256_add_epi32(even, odd), d2q_offset(&y[i]));
+        acc = _mm256_fmadd_ps(_mm256_set1_ps(GGML_CPU_FP16_TO_FP32(x[i].d)*y[i].d), _mm256_cvtepi32_ps(sum), acc);
+    }
+    *s = d2q_sum(acc);
+}
+
+D2Q_VEC_DOT(ggml_vec_dot_d2q3_q8_K) {
+    assert(n % QK_K == 0 && nrc == 1);
+    GGML_UNUSED(bs); GGML_UNUSED(bx); GGML_UNUSED(by); GGML_UNUSED(nrc);
+    const block_d2q3 * GGML_RESTRICT x = vx;
+    const block_q8_K * GGML_RESTRICT y = vy;
+    const __m256i low2 = _mm256_set1_epi8(3), bit2 = _mm256_set1_epi8(4);
+
+    __m256 acc = _mm256_setzero_ps();
+    for (int i = 0; i < n/QK_K; i++) {
+        const __m256i qh = d2q_load(x[i].qh);
+        __m256i even = _mm256_setzero_si256(), odd = even;
+        // bits 2*K of q and bit k of qh; H is qh shifted so that its bit k lands on bit 2
+#define D2Q_STEP(acc, k, H) \
+        acc = d2q_dot_add(acc, _mm256_shuffle_epi8(d2q_load_8(d2q_scalar_table_u7[x[i].cb[k]]), \
+            _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(q, 2*((k)%4)), low2), _mm256_and_si256(H, bit2))), d2q_load(y[i].qs + 32*(k)))
+        __m256i q = d2q_load(x[i].qs);
+        D2Q_STEP(even, 0, _mm256_slli_epi16(qh, 2));
+        D2Q_STEP(odd,  1, _mm256_slli_epi16(qh, 1));
+        D2Q_STEP(even, 2, qh);
+        D2Q_STEP(odd,  3, _mm256_srli_epi16(qh, 1));
+        q = d2q_load(x[i].qs + 32);
+        D2Q_STEP(even, 4, _mm256_srli_epi16(qh, 2));
+        D2Q_STEP(odd,  5, _mm256_srli_epi16(qh, 3));
+        D2Q_STEP(even, 6, _mm256_srli_epi16(qh, 4));
+        D2Q_STEP(odd,  7, _mm256_srli_epi16(qh, 5));
+#undef D2Q_STEP
+        const __m256i sum = _mm256_sub_epi32(_mm256_add_epi32(even, odd), d2q_offset(&y[i]));
+        acc = _mm256_fmadd_ps(_mm256_set1_ps(GGML_CPU_FP16_TO_FP32(x[i].d)*y[i].d), _mm256_cvtepi32_ps(sum), acc);
+    }
+    *s = d2q_sum(acc);
+}
+
+D2Q_VEC_DOT(ggml_vec_dot_d2q2_64_q8_0) {
+    assert(n % QK_D2Q_64 == 0 && nrc == 1);
+    GGML_UNUSED(bs); GGML_UNUSED(bx); GGML_UNUSED(by); GGML_UNUSED(nrc);
+    const block_d2q2_64 * GGML_RESTRICT x = vx;
+    const block_q8_0    * GGML_RESTRICT y = vy;
+    const __m256i nibble = _mm256_set1_epi8(15);
+
+    __m256 acc0 = _mm256_setzero_ps(), acc1 = acc0;
+    for (int i = 0; i < n/QK_D2Q_64; i++, y += 2) {
+        const float d = GGML_CPU_FP16_TO_FP32(x[i].d);
+        const __m256i q  = d2q_load_both(x[i].qs);
+        const __m256i w0 = _mm256_shuffle_epi8(d2q_load(d2q_pair_table[x[i].cb[0]]), _mm256_and_si256(q, nibble));
+        const __m256i w1 = _mm256_shuffle_epi8(d2q_load(d2q_pair_table[x[i].cb[1]]), _mm256_and_si256(_mm256_srli_epi16(q, 4), nibble));
+        const __m256i p0 = d2q_dot_signed(w0, d2q_load(y[0].qs)), p1 = d2q_dot_signed(w1, d2q_load(y[1].qs));
+        acc0 = _mm256_fmadd_ps(_mm256_set1_ps(d*GGML_CPU_FP16_TO_FP32(y[0].d)), _mm256_cvtepi32_ps(p0), acc0);
+        acc1 = _mm256_fmadd_ps(_mm256_set1_ps(d*GGML_CPU_FP16_TO_FP32(y[1].d)), _mm256_cvtepi32_ps(p1), acc1);
+    }
+    *s = d2q_sum(_mm256_add_ps(acc0, acc1));
+}
+
+D2Q_VEC_DOT(ggml_vec_dot_d2q3_64_q8_0) {
+    assert(n % QK_D2Q_64 == 0 && nrc == 1);
+    GGML_UNUSED(bs); GGML_UNUSED(bx); GGML_UNUSED(by); GGML_UNUSED(nrc);
+    const block_d2q3_64 * GGML_RESTRICT x = vx;
+    const block_q8_0    * GGML_RESTRICT y = vy;
+    const __m256i low2 = _mm256_set1_epi8(0x33), bit2 = _mm256_set1_epi8(0x44);
+    const __m256i second_half = _mm256_setr_epi64x(0, 0, 2, 2), quarters = _mm256_setr_epi64x(0, 1, 2, 3);
+
+    __m256 acc0 = _mm256_setzero_ps(), acc1 = acc0;
+    for (int i = 0; i < n/QK_D2Q_64; i++, y += 2) {
+        const float d = GGML_CPU_FP16_TO_FP32(x[i].d);
+        // shifts cross byte borders; the masks drop what they bring in
+        const __m256i q = _mm256_srlv_epi64(d2q_load_both(x[i].qs), second_half);
+        const __m256i h = _mm256_srlv_epi64(d2q_load_8(x[i].qh), quarters);
+        // both codes of a byte; the shuffle looks at bits 0..3 and 7, and bit 3 makes no difference to a repeated table
+        const __m256i c0 = _mm256_or_si256(_mm256_and_si256(q, low2), _mm256_and_si256(_mm256_slli_epi16(h, 2), bit2));
+        const __m256i c1 = _mm256_srli_epi16(c0, 4);
+        const __m256i w0 = _mm256_shuffle_epi8(d2q_load_8(d2q_scalar_table[x[i].cb[0]]), c0);
+        const __m256i w1 = _mm256_shuffle_epi8(d2q_load_8(d2q_scalar_table[x[i].cb[1]]), c1);
+        const __m256i p0 = d2q_dot_signed(w0, d2q_load(y[0].qs)), p1 = d2q_dot_signed(w1, d2q_load(y[1].qs));
+        acc0 = _mm256_fmadd_ps(_mm256_set1_ps(d*GGML_CPU_FP16_TO_FP32(y[0].d)), _mm256_cvtepi32_ps(p0), acc0);
+        acc1 = _mm256_fmadd_ps(_mm256_set1_ps(d*GGML_CPU_FP16_TO_FP32(y[1].d)), _mm256_cvtepi32_ps(p1), acc1);
+    }
+    *s = d2q_sum(_mm256_add_ps(acc0, acc1));
+}
+
+#endif

@@ -19,6 +19,7 @@ from tests.availability import unavailable
 from tests.kernels import blocks
 from tests.kernels.metal.build import LIBRARIES, build, configure, embedded_sources
 from tests.kernels.metal.emulator import Emulator, Quantized, Unsupported
+from tests.kernels.metal.translate import ATTRIBUTE
 
 F64 = npt.NDArray[np.float64]
 POWERS = np.array([0.5, 1, 2, -0.5, -1, -2], np.float16)
@@ -211,6 +212,25 @@ def test_metal_tables_hold_the_same_numbers(patched_tree: Path) -> None:
         found[name] = np.array([list(reversed(bytes.fromhex(word))) for word in words], np.uint8).view(np.int8)
     np.testing.assert_array_equal(found["d2q_pair_table"].reshape(256, 16, 2), PAIR_TABLE)
     np.testing.assert_array_equal(found["d2q_scalar_table"].reshape(256, 8), SCALAR_TABLE)
+
+
+CLANG = next(filter(None, map(shutil.which, ("clang++", *(f"clang++-{n}" for n in range(14, 25))))), None)
+
+
+@pytest.mark.skipif(CLANG is None, reason="needs clang++")
+@pytest.mark.parametrize("break_it", [False, True], ids=["as it is", "wrong on purpose"])
+def test_pointers_keep_their_address_space(patched_tree: Path, tmp_path: Path, break_it: bool) -> None:
+    """Apple's compiler would refuse all of Metal for one pointer without its address space, which gcc can't see."""
+    for name in ("d2q-tables-metal.h", "d2q-metal.h", "d2q-metal-mul-mv.h"):
+        text = (patched_tree / "vendor/llama.cpp/ggml/src/d2q" / name).read_text()
+        if break_it:
+            text = text.replace("device const uint16_t * qh", "const uint16_t * qh", 1)
+        (tmp_path / name).write_text(ATTRIBUTE.sub("", text))
+    source = Path(__file__).parent / "metal/address_spaces.cpp"
+    command = [str(CLANG), "-std=c++14", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter"]
+    done = subprocess.run([*command, f"-I{tmp_path}", source], capture_output=True, text=True, check=False)
+    assert (done.returncode != 0) == break_it, done.stderr
+    assert ("address_space" in done.stderr) == break_it
 
 
 def _preprocessed(source: Path, *flags: str) -> list[str]:

@@ -52,19 +52,24 @@ def test_quantize_perf_runs(ggml: Ggml, patched_tree: Path, tmp_path: Path) -> N
     assert output.count("vec_dot_q") == len(ALL)
 
 
+OPERATIONS = ("MUL_MAT", "MUL_MAT_ID", "GET_ROWS", "CPY")
+
+
 @pytest.fixture(scope="module")
-def backend_ops(ggml: Ggml, patched_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def backend_ops(ggml: Ggml, patched_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Output of test-backend-ops: the CPU backend as it computes, against its reference implementation.
+
+    One run for all, because most of its time goes into making the list of its cases.
+    """
     del ggml
-    return _program("test-backend-ops", patched_tree, tmp_path_factory.mktemp("ops"))
+    program = _program("test-backend-ops", patched_tree, tmp_path_factory.mktemp("ops"))
+    output = _run(program, "test", "-b", "CPU", "-o", ",".join(OPERATIONS), "-p", "=d2q")
+    return re.sub(r"\x1b\[[\d;]*m", "", output)
 
 
-@pytest.mark.parametrize("operation", ["MUL_MAT", "MUL_MAT_ID", "GET_ROWS", "CPY"])
+@pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("t", ALL, ids=lambda t: t.name)
-def test_backend_ops(backend_ops: Path, t: TensorType, operation: str) -> None:
-    """The CPU backend as it computes, against its reference implementation."""
-    output = _run(backend_ops, "test", "-b", "CPU", "-o", operation, "-p", rf"={t.name}[,\)]")
-    output = re.sub(r"\x1b\[[\d;]*m", "", output)
-    passed = re.search(r"(\d+)/(\d+) tests passed", output)
-    assert passed is not None and passed[1] == passed[2] and int(passed[1]) > 0
-    assert re.search(rf"{operation}\([^\n]*={t.name}[^\n]*: OK", output)
-    assert "not supported" not in output
+def test_backend_ops(backend_ops: str, t: TensorType, operation: str) -> None:
+    results = re.findall(rf"^ *{operation}\([^\n]*={t.name},[^\n]*\): (.*)$", backend_ops, re.MULTILINE)
+    assert len(results) >= 3
+    assert set(results) == {"OK"}

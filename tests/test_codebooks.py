@@ -109,10 +109,13 @@ def test_header_holds_the_same_numbers() -> None:
 
 def test_generator_checks_and_writes(tmp_path: Path) -> None:
     assert generate("--check").returncode == 0, "run python tools/generate_tables.py"
-    other = tmp_path / "deep" / "tables.h"
-    assert generate("--check", "--output", str(other)).returncode == 1
-    assert generate("--output", str(other)).returncode == 0
-    assert other.read_bytes() == HEADER.read_bytes()
-    other.write_text(other.read_text(encoding="ascii").replace("-1,", "-2,", 1), encoding="ascii")
-    stale = generate("--check", "--output", str(other))
-    assert stale.returncode == 1 and "stale" in stale.stderr
+    directory = tmp_path / "deep" / "src"
+    assert generate("--check", "--output", str(directory)).returncode == 1
+    for name, old, new in (("d2q-tables.h", "-1,", "-2,"), ("d2q-tables-metal.h", "0xF9F6,", "0xF9F5,")):
+        assert generate("--output", str(directory)).returncode == 0
+        assert generate("--check", "--output", str(directory)).returncode == 0
+        other = directory / name
+        assert other.read_bytes() == (HEADER.parent / name).read_bytes()
+        other.write_text(other.read_text(encoding="ascii").replace(old, new, 1), encoding="ascii")
+        stale = generate("--check", "--output", str(directory))
+        assert stale.returncode == 1 and f"{name} is stale" in stale.stderr

@@ -22,6 +22,9 @@
 #define KEPT_SCALES   3
 #define KEPT_BOOKS    6
 #define REFITS        3
+// Least squares makes what it approximates smaller, at two bits by 6 % of its power, and with it every product. A scale
+// of a pair block 1 % above costs 0.2 % of squared error and keeps products within the bounds of test-quantize-fns.
+#define PAIR_STRETCH  1.01f
 
 // the grid of one component of a pair: steps of 1 to 12, of 2 to 40, of 4 to 64, of 16 to 128
 #define PAIR_MAX      128
@@ -340,6 +343,6 @@ d2q_choice d2q_encode_block(const float * x, const float * importance, int group
         choose_codes(&block, &best);
     }
     // size may not divide a fp16 number exactly: round once more to where it came from
-    best.d = best.d > 0 ? stored_scale(best.d*size) : 0;
+    best.d = best.d > 0 ? stored_scale(best.d*size*(paired ? PAIR_STRETCH : 1.0f)) : 0;
     return best;
 }

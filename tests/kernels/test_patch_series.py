@@ -31,14 +31,28 @@ def test_only_listed_files_change(pristine_tree: Path, patched_tree: Path) -> No
 
 def test_patches_are_small_and_say_what_they_are_for() -> None:
     assert len(PATCHES) >= 5
+    readme = (source.patch_directory() / "README.md").read_text()
     for number, patch in enumerate(PATCHES, 1):
         purpose, empty, first, *_ = patch.read_text().splitlines()
         assert patch.name.startswith(f"{number:04}-")
         assert purpose.endswith(".")
         assert empty == ""
         assert first.startswith("diff --git ")
-        readme = (source.patch_directory() / "README.md").read_text()
         assert patch.name in readme
+        assert len(re.findall(r"^[+-](?![+-])", patch.read_text(), re.MULTILINE)) <= 150
+
+
+def test_every_own_source_is_described() -> None:
+    readme = (source.patch_directory() / "README.md").read_text()
+    for path in (source.patch_directory() / "src").iterdir():
+        assert f"| {path.stem}" in readme and path.suffix in readme
+
+
+def test_own_sources_are_copied_as_they_are(patched_tree: Path) -> None:
+    own = source.patch_directory() / "src"
+    names = sorted(path.name for path in own.iterdir())
+    _, different, errors = filecmp.cmpfiles(own, patched_tree / source.OWN_SOURCES, names, shallow=False)
+    assert not different and not errors
 
 
 def test_a_patch_that_does_not_apply_is_named(tmp_path: Path) -> None:

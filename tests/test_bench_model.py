@@ -1,0 +1,81 @@
+"""The benchmark of whole models: its arithmetic by hand, its files, and one run on a tiny model."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from d2q_edge.errors import D2QError
+from d2q_edge.gguf_reader import GGUFFile
+from tests.availability import require_tool
+from tools import bench_model
+from tools.bench_model import Settings, Shape
+
+TINY = Shape(layers=1, width=256, feed_forward=512)
+
+
+def _round(scale: float = 1.0, **changes: float) -> dict[bench_model.Variant, float]:
+    times: dict[bench_model.Variant, float] = {("d2q2", True): changes.get("d2q2", 1.0), ("d2q3", True): 3.0}
+    for name in bench_model.STOCK:
+        times[name, True] = changes.get(name, 2.0)
+        if name in bench_model.REPACKED:
+            times[name, False] = 4.0
+    return {variant: seconds * scale for variant, seconds in times.items()}
+
+
+def test_ratio_is_the_median_of_rounds_and_counts_the_better_form() -> None:
+    # the second round is slow as a whole, which changes no ratio; in the third d2q2 alone is
+    rounds = [_round(), _round(scale=10), _round(d2q2=1.8), _round(q2_K=0.5), _round()]
+    ratios = bench_model.ratios(rounds)
+    assert len(ratios) == 10
+    assert ratios["d2q2/q2_K"] == 0.5  # of 0.5, 0.5, 0.9, 2, 0.5; the other form's are 0.25, 0.25, 0.45, 0.25, 0.25
+    assert ratios["d2q3/iq2_xs"] == 1.5
+    slow_repacked = [_round(q4_0=8.0)]
+    assert bench_model.ratios(slow_repacked)["d2q2/q4_0"] == 0.25
+
+
+def test_table() -> None:
+    times = {"prompt-2": [_round()], "generation-2": [_round(scale=2)]}
+    lines = bench_model.table(times, Settings(prompt=512, generation=64)).splitlines()
+    assert len({len(line) for line in lines if line}) == 1, "columns line up"
+    assert lines[0].split() == ["tokens/s", "generation-2", "prompt-2"]
+    assert lines[1].split() == ["d2q2", "32.0", "512.0"]
+    assert "q2_K, repacked              16.0         256.0" in lines
+    assert "q2_K, as it is               8.0         128.0" in lines
+    assert lines[-10].split() == ["d2q2/q2_K", "0.500", "0.500"]
+
+
+def test_generated_widths_fit_blocks(tmp_path: Path) -> None:
+    with pytest.raises(D2QError, match="multiples of 256"):
+        bench_model.generate_checkpoint(tmp_path / "model", Shape(1, 256, 500))
+
+
+def test_tiny_model(tmp_path: Path) -> None:
+    for tool in ("llama-quantize", "llama-imatrix", "llama-bench"):
+        require_tool(tool)
+    shape = ["--layers", "1", "--width", "256", "--feed-forward", "512"]
+    quick = ["--prompt", "8", "--generation", "2", "--threads", "1", "--rounds", "2", "--keep", str(tmp_path)]
+    result = CliRunner().invoke(bench_model.main, [*shape, *quick, "--json"])
+    assert result.exit_code == 0, result.output
+    ratios = json.loads(result.stdout)
+    assert set(ratios) == {"prompt-1", "generation-1"}
+    for phase in ratios.values():
+        assert set(phase) == {f"{ours}/{stock}" for ours in bench_model.OURS for stock in bench_model.STOCK}
+        assert all(0 < ratio < 1000 for ratio in phase.values())
+    for name in (*bench_model.OURS, *bench_model.STOCK):
+        types = {t.name: t.type_name for t in GGUFFile(tmp_path / f"{name}.gguf").tensors.values()}
+        layers = {kind for tensor, kind in types.items() if tensor.startswith("blk.") and "norm" not in tensor}
+        assert layers == {name.lower()}
+        assert types["token_embd.weight"] == "q8_0"
+
+    kept = (tmp_path / "f16.gguf").stat().st_mtime_ns
+    with bench_model.prepared(None, TINY, tmp_path) as files:
+        assert all(path.is_file() for path in files.values())
+    assert (tmp_path / "f16.gguf").stat().st_mtime_ns == kept
+
+
+def test_failing_tool(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_model, "find_tool", lambda _: Path("/bin/false"))
+    with pytest.raises(D2QError, match="llama-bench failed: /bin/false -m x"):
+        bench_model._run("llama-bench", "-m", "x")

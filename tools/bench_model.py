@@ -1,0 +1,270 @@
+"""Compare the speed of whole models in our types and in stock ones, with llama-bench.
+
+The model is a given checkpoint, or a generated one: blocks of 2048/5632 with random weights, Qwen3 in shape, because
+the bundled tokenizer is one of Qwen3's kind. Stock files are made by llama-quantize, every matrix of the blocks in the
+named type; embeddings and head are Q8_0 in all files. Speed doesn't depend on what the weights are, so that in our
+files a few rows of each layer are encoded and repeated: the search for all of them would take minutes.
+
+Types run in turn, for several rounds, so that a busy moment hits all of them alike. Stock types that llama.cpp can
+repack when it loads them are measured in both forms, and the better one counts. Prints tokens per second and ratios of
+times (below 1 ours is faster), or with --json a map from phase and threads, as "prompt-1" or "generation-2", to
+`type/stock_type` to the median ratio of the rounds. Needs the runtime's tools: `d2q-edge runtime install --tools`.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import click
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import save_file
+
+from d2q_edge import codebooks, tensor_types
+from d2q_edge.calibration import BUILTIN
+from d2q_edge.checkpoint import Checkpoint
+from d2q_edge.convert import FILE_TYPES
+from d2q_edge.errors import D2QError
+from d2q_edge.export import Value, export
+from d2q_edge.families import family_for
+from d2q_edge.output import Output
+from d2q_edge.plan import make_plan
+from d2q_edge.quantize.codebook import CodebookSearch
+from d2q_edge.quantize.rtn import round_layer
+from d2q_edge.runtime import find_tool
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-qwen3"
+OURS = {"d2q2": 2, "d2q3": 3}
+STOCK = ("q2_K", "iq2_xs", "q3_K", "q4_K", "q4_0")
+REPACKED = ("q2_K", "q4_K", "q4_0")
+"""Those that llama.cpp has interleaved forms of."""
+ENCODED_ROWS = 16
+PROMPT, GENERATION = "prompt", "generation"
+
+Variant = tuple[str, bool]
+"""A type, and whether llama.cpp may repack it."""
+Times = dict[str, list[dict[Variant, float]]]
+"""Seconds by phase and threads ("prompt-1"), round, and variant."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the generated model; heads of 128, two queries for each key."""
+
+    layers: int = 8
+    width: int = 2048
+    feed_forward: int = 5632
+
+    def config(self) -> dict[str, object]:
+        """config.json; the vocabulary is the example's."""
+        return {
+            **json.loads((EXAMPLE / "config.json").read_text("utf-8")),
+            "hidden_size": self.width,
+            "intermediate_size": self.feed_forward,
+            "num_hidden_layers": self.layers,
+            "max_window_layers": self.layers,
+            "head_dim": 128,
+            "num_attention_heads": self.width // 128,
+            "num_key_value_heads": self.width // 256,
+        }
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured: prompt length, generated tokens, numbers of threads, rounds."""
+
+    prompt: int = 512
+    generation: int = 64
+    threads: tuple[int, ...] = (1, 2)
+    rounds: int = 5
+
+
+class _RepeatedRows:
+    """The checkpoint's tensors; of a layer that is packed, the first rows again and again (output.Content)."""
+
+    def __init__(self, checkpoint: Checkpoint, types: dict[str, str]) -> None:
+        self.checkpoint, self.types = checkpoint, types
+        self.searches = {name: CodebookSearch(own) for name, own in tensor_types.BY_NAME.items()}
+
+    def packed(self, name: str) -> npt.NDArray[np.uint8]:
+        weights = self.checkpoint.tensor(name)
+        kind = self.types[name]
+        with torch.inference_mode():
+            layer = round_layer(weights[:ENCODED_ROWS].float(), self.searches[kind])
+        rows: npt.NDArray[np.uint8] = layer.pack(tensor_types.BY_NAME[kind])
+        return np.resize(rows, (len(weights), rows.shape[1]))
+
+    def floats(self, name: str) -> npt.NDArray[np.float32]:
+        values: npt.NDArray[np.float32] = self.checkpoint.tensor(name).float().numpy()
+        return values
+
+
+def generate_checkpoint(directory: Path, shape: Shape) -> None:
+    """Write a checkpoint of random weights, norms of one, with the example's tokenizer.
+
+    Raises:
+        D2QError: a width that 256 doesn't divide.
+    """
+    if shape.width % 256 or shape.feed_forward % 256:
+        raise D2QError("the generated model's widths must be multiples of 256, as the stock types' blocks are")
+    directory.mkdir(parents=True)
+    config = shape.config()
+    (directory / "config.json").write_text(json.dumps(config), "utf-8")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(EXAMPLE / name, directory)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: torch.ones(size, dtype=torch.bfloat16)
+        if len(size) == 1
+        else torch.empty(size, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+        for name, size in family_for(config).tensor_shapes().items()
+    }
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def make_files(model: Path, out: Path) -> dict[str, Path]:
+    """The model in every type, by the type's name."""
+    f16, imatrix = out / "f16.gguf", out / "imatrix.gguf"
+    export(model, f16, "f16", force=True)
+    _run("llama-imatrix", "-m", f16, "-f", BUILTIN["calibration"], "-o", imatrix, "-c", 128, "--chunks", 1)
+    files = {}
+    for name in STOCK:
+        files[name] = out / f"{name}.gguf"
+        tables = ("--token-embedding-type", "q8_0", "--output-tensor-type", "q8_0")
+        _run("llama-quantize", "--pure", "--imatrix", imatrix, *tables, f16, files[name], name.upper())
+    checkpoint = Checkpoint.open(model)
+    family = family_for(checkpoint.config)
+    for name, bits in OURS.items():
+        files[name] = out / f"{name}.gguf"
+        plan = make_plan(family, bits, "q8_0", None if family.tied_embeddings else "q8_0")
+        metadata: dict[str, Value] = {"d2q.table_sha256": codebooks.TABLE_SHA256}
+        content = _RepeatedRows(checkpoint, dict(plan.linears))
+        Output(checkpoint, family, plan, [], metadata, FILE_TYPES[bits]).write(files[name], content, force=True)
+    return files
+
+
+def measure(files: dict[str, Path], settings: Settings) -> Times:
+    """Run llama-bench on every variant in turn."""
+    threads = ",".join(map(str, settings.threads))
+    options = ("-p", settings.prompt, "-n", settings.generation, "-t", threads, "-r", 1, "-o", "json")
+    times: Times = {}
+    for _ in range(settings.rounds):
+        for name, path in files.items():
+            for repack in (True, False) if name in REPACKED else (True,):
+                for run in json.loads(_run("llama-bench", "-m", path, "--repack", int(repack), *options)):
+                    phase = f"{PROMPT if run['n_prompt'] else GENERATION}-{run['n_threads']}"
+                    rounds = times.setdefault(phase, [{}])
+                    if (name, repack) in rounds[-1]:
+                        rounds.append({})
+                    rounds[-1][name, repack] = run["avg_ns"] / 1e9
+    return times
+
+
+def ratios(rounds: list[dict[Variant, float]]) -> dict[str, float]:
+    """For every pair of our and a stock type, the median over the rounds of our time over theirs.
+
+    Of a type in two forms, the one that makes the larger ratio counts.
+    """
+    result = {}
+    for ours, stock in product(OURS, STOCK):
+        result[f"{ours}/{stock}"] = max(
+            statistics.median(times[ours, True] / times[variant] for times in rounds)
+            for variant in rounds[0]
+            if variant[0] == stock
+        )
+    return result
+
+
+def table(times: Times, settings: Settings) -> str:
+    """Tokens per second, then ratios of times, a column for each phase and number of threads."""
+    phases = sorted(times)
+    tokens = {phase: settings.prompt if phase.startswith(PROMPT) else settings.generation for phase in phases}
+    lines = [f"{'tokens/s':18}" + "".join(f"{phase:>14}" for phase in phases)]
+    for name, repack in times[phases[0]][0]:
+        label = f"{name}, as it is" if not repack else f"{name}, repacked" if name in REPACKED else name
+        medians = (statistics.median(seen[name, repack] for seen in times[phase]) for phase in phases)
+        speeds = (tokens[phase] / median for phase, median in zip(phases, medians, strict=True))
+        lines.append(f"{label:18}" + "".join(f"{speed:14.1f}" for speed in speeds))
+    lines += ["", f"{'ratio of times':18}" + "".join(f"{phase:>14}" for phase in phases)]
+    columns = [ratios(times[phase]) for phase in phases]
+    lines += [f"{pair:18}" + "".join(f"{column[pair]:14.3f}" for column in columns) for pair in columns[0]]
+    return "\n".join(lines)
+
+
+def _run(tool: str, *arguments: object) -> str:
+    command = [str(find_tool(tool)), *map(str, arguments)]
+    # With passive waiting, which torch prefers on a busy machine, every barrier of llama.cpp's threads is a sleep.
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if result.returncode:
+        raise D2QError(f"{tool} failed: {' '.join(command)}\n{result.stderr[-2000:]}")
+    return result.stdout
+
+
+@contextlib.contextmanager
+def prepared(model: Path | None, shape: Shape, keep: Path | None) -> Iterator[dict[str, Path]]:
+    """The files to be measured, in `keep` if given: made unless a complete set is there from an earlier run."""
+    with tempfile.TemporaryDirectory() as work:
+        out = Path(work) if keep is None else keep
+        out.mkdir(parents=True, exist_ok=True)
+        complete = out / "complete"
+        described = f"{model.resolve() if model else shape}\n"
+        if complete.is_file() and complete.read_text("utf-8") == described:
+            yield {name: out / f"{name}.gguf" for name in (*STOCK, *OURS)}
+            return
+        complete.unlink(missing_ok=True)
+        if model is None:
+            model = Path(work) / "generated"
+            generate_checkpoint(model, shape)
+        files = make_files(model, out)
+        complete.write_text(described, "utf-8")
+        yield files
+
+
+@click.command()
+@click.option("--model", type=click.Path(path_type=Path), help="A Hugging Face model directory, not random weights.")
+@click.option("--layers", default=Shape.layers, show_default=True, help="Of the generated model.")
+@click.option("--width", default=Shape.width, show_default=True)
+@click.option("--feed-forward", default=Shape.feed_forward, show_default=True)
+@click.option("--prompt", default=Settings.prompt, show_default=True, help="Tokens of the prompt.")
+@click.option("--generation", default=Settings.generation, show_default=True, help="Tokens to generate.")
+@click.option("--threads", type=int, multiple=True, default=Settings.threads, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=Settings.rounds, show_default=True)
+@click.option("--keep", type=click.Path(path_type=Path), help="Keep the files there, and use them in a later run.")
+@click.option("--json", "as_json", is_flag=True, help="Only the ratios, as JSON.")
+def main(
+    model: Path | None,
+    layers: int,
+    width: int,
+    feed_forward: int,
+    prompt: int,
+    generation: int,
+    threads: tuple[int, ...],
+    rounds: int,
+    keep: Path | None,
+    as_json: bool,
+) -> None:
+    """Time models of our types against stock ones on this machine."""
+    settings = Settings(prompt, generation, threads, rounds)
+    try:
+        with prepared(model, Shape(layers, width, feed_forward), keep) as files:
+            times = measure(files, settings)
+    except D2QError as error:
+        raise click.ClickException(str(error)) from error
+    if as_json:
+        click.echo(json.dumps({phase: ratios(rounds) for phase, rounds in sorted(times.items())}, indent=2))
+    else:
+        click.echo(table(times, settings))
+
+
+if __name__ == "__main__":
+    main()

@@ -35,6 +35,31 @@ def test_ratio_is_the_median_of_rounds_and_counts_the_better_form() -> None:
     assert bench_model.ratios(slow_repacked)["d2q2/q4_0"] == 0.25
 
 
+def test_variants_run_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, str]] = []
+
+    def llama_bench(tool: str, *arguments: object) -> str:
+        options = dict(zip(arguments[::2], arguments[1::2], strict=True))
+        assert (tool, options["-t"], options["-p"], options["-n"]) == ("llama-bench", "1,2", 512, 64)
+        calls.append((str(options["-m"]), str(options["--repack"])))
+        runs = [(512, 1), (0, 1), (512, 2), (0, 2)]  # the time tells the call, the threads and the phase
+        times = [
+            {"n_prompt": p, "n_threads": t, "avg_ns": (len(calls) * 100 + t * 10 + (p > 0)) * 1e9} for p, t in runs
+        ]
+        return json.dumps(times)
+
+    monkeypatch.setattr(bench_model, "_run", llama_bench)
+    times = bench_model.measure({name: Path(name) for name in ("d2q2", "q2_K", "q3_K")}, Settings(rounds=2))
+    assert calls == 2 * [("d2q2", "1"), ("q2_K", "1"), ("q2_K", "0"), ("q3_K", "1")]
+    assert set(times) == {"prompt-1", "prompt-2", "generation-1", "generation-2"}
+    variants = [("d2q2", True), ("q2_K", True), ("q2_K", False), ("q3_K", True)]
+    assert times["prompt-2"] == [
+        dict(zip(variants, (121, 221, 321, 421), strict=True)),
+        dict(zip(variants, (521, 621, 721, 821), strict=True)),
+    ]
+    assert times["generation-1"][1]["q2_K", False] == 710
+
+
 def test_table() -> None:
     times = {"prompt-2": [_round()], "generation-2": [_round(scale=2)]}
     lines = bench_model.table(times, Settings(prompt=512, generation=64)).splitlines()

@@ -162,12 +162,10 @@ class TestBadOptions:
     @pytest.mark.parametrize(
         ("options", "said"),
         [
-            (("--dsq",), "--dsq is not in this version"),
-            (("--dac",), "--dac is not in this version"),
-            (("--refine",), "--refine is not in this version"),
             (("--bits", "2.3"), "--bits 2.3 can't be had; use 2, 3, or a number from 2.31 to 4.3"),
             (("--bits", "4.5"), "use 2, 3, or a number from 2.31 to 4.3"),
             (("--bits", "nan"), "use 2, 3, or a number from 2.31 to 4.3"),
+            (("--refine", "--no-calibration"), "--refine tunes the model on calibration text"),
             (("--bits", "2.6", "--no-calibration"), "measures on calibration text which layers need more bits"),
             (("--embedding-type", "q2_k"), "--embedding-type 'q2_k' isn't a stock type"),
             (("--head-type", "f16"), "(tied); use --embedding-type alone"),

@@ -129,6 +129,21 @@ def test_learns() -> None:
     assert 0.005 < travel["some.gain"] < travel["some.latent"] < 1.2 * refine.CODE_TRAVEL
 
 
+def test_rates_follow_a_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the full rate to none over all passes: 12 steps of each of six."""
+    rates: list[list[float]] = []
+    step = torch.optim.Adam.step
+
+    def spy(optimizer: torch.optim.Adam) -> None:
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        step(optimizer)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spy)
+    tune(Table(0), Table(0.5), windows_of(200))
+    cosine = (1 + np.cos(np.pi * np.arange(72) / 72)) / 2
+    np.testing.assert_allclose(rates, cosine[:, None] * [1e-3, 0.2], rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize(("steps", "rate"), [(1000, 0.033), (200, 0.165), (100, 0.2), (1, 0.2)])
 def test_rates(steps: int, rate: float) -> None:
     parameters = {name: nn.Parameter(torch.zeros(1)) for name in ("a.latent", "a.log_scales", "b.gain", "latent.shift")}

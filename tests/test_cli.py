@@ -217,11 +217,11 @@ class TestBadOptions:
 class TestConvert:
     def test_quantizes(self, d2q: Call, make_checkpoint: Make) -> None:
         model = make_checkpoint(hidden_size=64, intermediate_size=128)
-        planned = d2q("convert", model, "-o", "out.gguf", "--dry-run")
+        off = ("--rotation", "off", "--no-dsq", "--no-dac", "--bits", "2")
+        planned = d2q("convert", model, "-o", "out.gguf", *off, "--dry-run")
         assert (planned.code, planned.err) == (0, "")
         assert list(Path.cwd().iterdir()) == []
         size = int(planned.out.split()[1].replace(",", ""))
-        off = ("--rotation", "off", "--no-dsq", "--no-dac", "--bits", "2")
         done = d2q("convert", model, "-o", "out.gguf", *QUICK, *off, "--report", "report.json")
         assert (done.code, done.err) == (0, "")
         assert done.out.splitlines()[:2] == planned.out.splitlines()
@@ -230,7 +230,7 @@ class TestConvert:
         assert {path.name for path in Path.cwd().iterdir()} == {"out.gguf", "report.json"}
         report = json.loads(Path("report.json").read_text())
         assert report.keys() == {
-            "bytes", "bits_per_weight", "linear_bits_per_weight", "types", "layer_errors", "seconds",
+            "bytes", "bits_per_weight", "linear_bits_per_weight", "types", "layer_errors", "seconds", "refinement",
         }  # fmt: skip
         assert report["bytes"] == size
         assert report["linear_bits_per_weight"] == 2.5

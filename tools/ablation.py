@@ -144,6 +144,7 @@ ROWS: dict[str, Row] = {
     "D2Q+DSQ": partial(ours, method=Method(dac=False)),
     "D2Q+DAC": partial(ours, method=Method()),
     "D2Q+refine": partial(ours, method=Method(), refined=True),
+    "D2Q+rotation-DSQ": partial(rotated, row=partial(ours, method=Method(dsq=False))),
     "D2Q+rotation": partial(rotated, row=partial(ours, method=Method())),
 }
 """The table's rows. The first six are the paper's. A row with a plus adds a step to the row above it."""
@@ -199,7 +200,7 @@ class Ablation:
 def heading(texts: list[str]) -> str:
     """The table's first line."""
     columns = "".join(f" {name + ' PPL':>12} {name + ' KLD':>12}" for name in texts)
-    return f"{'model':16} {'row':12} {'bits':>4} {'bpw':>7} {'seconds':>8}{columns}"
+    return f"{'model':16} {'row':16} {'bits':>4} {'bpw':>7} {'seconds':>8}{columns}"
 
 
 def format_line(line: Line) -> str:
@@ -207,7 +208,7 @@ def format_line(line: Line) -> str:
     bits = "-" if line.bits is None else str(line.bits)
     size = "-" if line.bits_per_weight is None else f"{line.bits_per_weight:.4f}"
     measured = "".join(f" {found.perplexity:12.3f} {found.kl_divergence:12.4f}" for found in line.texts.values())
-    return f"{line.model:16} {line.row:12} {bits:>4} {size:>7} {line.seconds:8.1f}{measured}"
+    return f"{line.model:16} {line.row:16} {bits:>4} {size:>7} {line.seconds:8.1f}{measured}"
 
 
 def main(argv: list[str] | None = None) -> None:

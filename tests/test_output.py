@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 HIDDEN = 64
 MODELS: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {"intermediate_size": 128}),
-    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("llama", {"attention_bias": True, "mlp_bias": True, "dtype": torch.float32}),
     ("qwen3", {"tie_word_embeddings": True}),
 ]
 
@@ -36,7 +36,8 @@ class Setup:
     def __init__(self, model: Path) -> None:
         self.checkpoint = Checkpoint.open(model)
         self.family = family_for(self.checkpoint.config)
-        self.plan = make_plan(self.family, 2)
+        # q4_0 is also a type of our own layers.
+        self.plan = make_plan(self.family, 2, None if self.family.tied_embeddings else "q4_0")
         self.work = WorkDir(model.parent / "out.gguf", {})
         self.blocks = {refined: self._blocks(np.random.default_rng(refined), refined) for refined in (False, True)}
         for refined, blocks in self.blocks.items():

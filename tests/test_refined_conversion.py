@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from d2q_edge import convert
@@ -24,9 +25,18 @@ def run(output: Path, patches: Mapping[Any, Any] = {}) -> convert.Conversion:
         write_checkpoint(model, "qwen2", hidden_size=64, intermediate_size=128)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuning, "PASSES", 1)
+        patch.setattr(convert, "refine", marked)
         for (place, name), value in patches.items():
             patch.setattr(place, name, value)
         return convert.convert(model, output, OPTIONS)
+
+
+def marked(*arguments: Any) -> Refinement:
+    """Refine, and set a bias that tells refined blocks from others."""
+    result, work = refine(*arguments), arguments[4]
+    block = work.read_block(2, refined=True)
+    work.write_block(2, {**block, "model.norm.bias": np.full(64, 0.5, np.float32)}, refined=True)
+    return result
 
 
 def test_interrupted_and_resumed_is_the_same(tmp_path: Path) -> None:
@@ -35,6 +45,7 @@ def test_interrupted_and_resumed_is_the_same(tmp_path: Path) -> None:
     names = GGUFFile(tmp_path / "whole.gguf").tensors
     biases = {"output_norm.bias", *(f"blk.{i}.{norm}_norm.bias" for i in (0, 1) for norm in ("attn", "ffn"))}
     assert {name for name in names if name.endswith("norm.bias")} == biases
+    assert set(GGUFFile(tmp_path / "whole.gguf").dequantize("output_norm.bias")) == {0.5}
 
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -51,7 +62,7 @@ def test_interrupted_and_resumed_is_the_same(tmp_path: Path) -> None:
 
     def count(*arguments: Any) -> Refinement:
         seen.append(arguments[3])
-        return refine(*arguments)
+        return marked(*arguments)
 
     patches: list[tuple[dict[Any, Any], int]] = [
         ({(convert, "refine"): stop}, 0),
@@ -64,7 +75,7 @@ def test_interrupted_and_resumed_is_the_same(tmp_path: Path) -> None:
         assert len(seen) == calls
     # Eight times as many windows as the blocks were calibrated with.
     assert [windows.shape for windows in seen] == [(64, 32)] * 2
-    result = run(output, {(convert, "refine"): stop})
+    result = run(output, {(convert, "refine"): None})
     assert result.refinement is None
     assert output.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
     assert not (tmp_path / "out.gguf.work").exists()

@@ -42,10 +42,11 @@ class Finished:
         self.types = make_plan(self.family, 2).linears
         self.work = WorkDir(directory / "first.gguf", {})
         quantize_blocks(BlockRunner(self.checkpoint, self.family, CPU), self.types, WINDOWS, self.work)
-        # So that there is something to gain: logits that are too large.
+        # So that there is something to gain: logits that are too large, and a bias.
         last = self.work.read_block(2)
         norm = last.get("model.norm.weight", self.checkpoint.tensor("model.norm.weight").float().numpy())
-        self.work.write_block(2, {**last, "model.norm.weight": 3 * norm})
+        bias = np.linspace(-0.1, 0.1, len(norm), dtype=np.float32)
+        self.work.write_block(2, {**last, "model.norm.weight": 3 * norm, "model.norm.bias": bias})
         self.original = self.model({})
 
     def blocks(self, work: WorkDir, *, refined: bool) -> dict[str, Tensor]:

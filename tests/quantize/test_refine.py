@@ -139,9 +139,10 @@ def test_rates_follow_a_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
         step(optimizer)
 
     monkeypatch.setattr(torch.optim.Adam, "step", spy)
+    monkeypatch.setattr(refine, "CODE_RATE", 10.0)
     tune(Table(0), Table(0.5), windows_of(200))
     cosine = (1 + np.cos(np.pi * np.arange(72) / 72)) / 2
-    np.testing.assert_allclose(rates, cosine[:, None] * [1e-3, 0.2], rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(rates, cosine[:, None] * [1e-3, 2 * 16.5 / 72], rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize(("steps", "rate"), [(1000, 0.033), (200, 0.165), (100, 0.2), (1, 0.2)])

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.errors import D2QError
-from d2q_edge.families import Family
+from d2q_edge.families import Family, Stage
 
 
 def add_bias(norm: nn.Module, bias: torch.Tensor) -> RemovableHandle:
@@ -92,12 +92,34 @@ class BlockRunner:
 
     def forward(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """The block's output for hidden states [windows, context, hidden], float32 on the runner's device."""
-        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        # Without a mask, transformers' scaled-dot-product attention is causal.
-        output: torch.Tensor = block(
-            hidden, position_embeddings=self._rotary(hidden, positions), position_ids=positions
-        )
+        output: torch.Tensor = block(hidden, **self._positions(hidden))
         return output
+
+    def stage_input(self, block: nn.Module, stage: Stage, residual: torch.Tensor) -> torch.Tensor:
+        """The input of a stage's layers, float32 [windows * context, in_features].
+
+        Args:
+            block: from `load`.
+            stage: of the block.
+            residual: the residual stream that the stage's half of the block reads, float32 [windows, context, hidden].
+        """
+        if stage.norm is not None:
+            normed: torch.Tensor = block.get_submodule(stage.norm)(residual)
+            return normed.flatten(0, -2)
+        layer = stage.linears[0]
+        half = layer.split(".")[0]
+        # The stages of a half are neighbours; the norm is that of its first one.
+        norm = next(other.norm for other in self.family.stages if other.norm and other.linears[0].split(".")[0] == half)
+        normed = block.get_submodule(norm)(residual)
+        options = self._positions(residual) | {"attention_mask": None} if half == "self_attn" else {}
+        with _Watch(block, (layer,), stop=True) as seen, suppress(_Reached):
+            block.get_submodule(half)(normed, **options)
+        return seen[layer]
+
+    def _positions(self, hidden: torch.Tensor) -> dict[str, Any]:
+        """What attention wants to know; without a mask, transformers' scaled-dot-product attention is causal."""
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        return {"position_embeddings": self._rotary(hidden, positions), "position_ids": positions}
 
     def trace(
         self, block: nn.Module, layers: tuple[str, ...], hidden: torch.Tensor

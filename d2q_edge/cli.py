@@ -64,7 +64,7 @@ def convert(model: Path, output: Path | None, stock_type: str | None, **options:
 
     bits, force, report = options["bits"], options["force"], options["report"]
     if stock_type is not None:
-        for option in ("bits", "no_calibration", "embedding_type", "head_type", "dry_run", "report"):
+        for option in ("bits", "no_calibration", "embedding_type", "head_type", "refine", "dry_run", "report"):
             if options[option]:
                 raise click.UsageError(f"--type writes a stock file; it doesn't go with --{option.replace('_', '-')}")
         if options["rotation"] == "on":

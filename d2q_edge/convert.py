@@ -153,6 +153,8 @@ def convert(
     family = family_for(checkpoint.config)
     tables = options.embedding_type, options.head_type
     check_request(family, options.bits, *tables)
+    if options.refine and not options.calibrate:
+        raise D2QError("--refine tunes the model on calibration text; leave out --no-calibration")
     text = load_text(options.calibration, "calibration") if options.calibrate else None
     windows = None
     if text is not None:

@@ -35,6 +35,8 @@ from d2q_edge.work_dir import Tensor, WorkDir
 
 BATCH_TOKENS = 8192
 """Tokens per forward pass."""
+ENERGY_SHARE = 4
+"""Every fourth batch is enough for the column scales."""
 COLUMN_SCALE = "column_scale"
 """Last part of a name: the column scale of a stage, kept under the stage's first layer, or of the head."""
 
@@ -144,9 +146,10 @@ class _Driver:
         if self.method.dsq:
             for stage in stages:
                 result.update(self._scale_columns(block, stage, original_inputs[stage.linears[0]]))
-        teachers = {norm: self._inputs(block, stage) for norm, stage in self._corrected(stages).items()}
+        teachers = {norm: self._teacher(block, stage) for norm, stage in self._corrected(stages).items()}
         for stage in stages:
-            inputs = self._inputs(block, stage)
+            with self._timed("forward"):
+                inputs = [self.runner.stage_input(block, stage, self._here(hidden)) for hidden in self.quantized]
             if stage.norm in teachers:
                 shift = mean_shift(teachers.pop(stage.norm), inputs)
                 if shift is not None:
@@ -157,9 +160,17 @@ class _Driver:
                 statistics = InputStatistics(inputs[0].shape[1], self.runner.device)
                 for seen, original in zip(inputs, original_inputs.pop(stage.linears[0]), strict=True):
                     statistics.add_batch(seen, original)
-            del inputs
             result.update(self._quantize_stage(index, block, stage, statistics))
-        self._advance(index, block, outputs)
+            if stage.norm is None:
+                # These layers' outputs are added to the residual stream, which the next half of the block reads.
+                layer = block.get_submodule(stage.linears[0])
+                with self._timed("forward"):
+                    self.quantized = [
+                        self._here(hidden) + layer(seen.view(*hidden.shape[:-1], -1))
+                        for hidden, seen in zip(self.quantized, inputs, strict=True)
+                    ]
+        self.original = outputs
+        _check_finite(self.quantized, "quantized", index)
         prefix = self.family.block_prefix(index)
         return {f"{prefix}{name}": data for name, data in result.items()}
 
@@ -176,17 +187,19 @@ class _Driver:
                 self.runner.add_norm_bias(block, module, values)
             else:
                 self._set(block.get_submodule(module), parameter, values)
-        self._advance(index, block, outputs)
+        self.original = outputs
+        self.quantized = [self._forward(block, hidden) for hidden in self.quantized]
+        _check_finite(self.quantized, "quantized", index)
 
     def finish(self) -> dict[str, Tensor]:
         """The final norm's new weight and bias, and the head's column scale, by full name."""
         norm, name = self.runner.final_norm(), self.family.final_norm
-        teacher, student = ([norm(hidden.to(self.runner.device)) for hidden in stream] for stream in self._streams())
+        teacher, student = ([norm(self._here(hidden)) for hidden in stream] for stream in self._streams())
         result: dict[str, Tensor] = {}
         scales = torch.ones_like(_weight(norm))
         if self.method.dsq and not self.family.tied_embeddings:
             head = self.runner.checkpoint.tensor(f"{self.family.head}.weight").to(self.runner.device)
-            scales = column_scales(head.float().square().sum(0), conditional_energy(teacher))
+            scales = column_scales(head.float().square().sum(0), conditional_energy(teacher[::ENERGY_SHARE]))
             result[f"{name}.weight"] = _array(_weight(norm) * scales)
             result[f"{self.family.head}.{COLUMN_SCALE}"] = _array(scales)
         shift = mean_shift(*(_by_token(stream) for stream in (teacher, student))) if self.method.dac else None
@@ -209,19 +222,16 @@ class _Driver:
         outputs = []
         for hidden in self.original:
             with self._timed("forward"):
-                seen, output = self.runner.trace(block, layers, hidden.to(self.runner.device))
+                seen, output = self.runner.trace(block, layers, self._here(hidden))
             outputs.append(output)
             for name in layers:
                 inputs[name].append(seen[name])
         return inputs, outputs
 
-    def _inputs(self, block: nn.Module, stage: Stage) -> list[torch.Tensor]:
-        """A stage's input in the quantized stream, [tokens, columns] batch by batch, with the block as it is now."""
-        inputs = []
-        for hidden in self.quantized:
-            with self._timed("forward"):
-                inputs.append(self.runner.input_of(block, stage.linears[0], hidden.to(self.runner.device)))
-        return inputs
+    def _teacher(self, block: nn.Module, stage: Stage) -> list[torch.Tensor]:
+        """A stage's input in the quantized stream, with the block as it is now: [tokens, columns] batch by batch."""
+        with self._timed("forward"):
+            return [self.runner.input_of(block, stage.linears[0], self._here(hidden)) for hidden in self.quantized]
 
     def _scale_columns(self, block: nn.Module, stage: Stage, inputs: list[torch.Tensor]) -> dict[str, Tensor]:
         """Give a stage's layers column scales, and its inputs, from the original stream, the same.
@@ -235,7 +245,7 @@ class _Driver:
         if stage.source is not None:
             rows = torch.from_numpy(self.family.source_rows(stage.source)).to(self.runner.device)
         layers = [block.get_submodule(name) for name in stage.linears]
-        scales = column_scales(weight_energy(layers), conditional_energy(inputs), rows)
+        scales = column_scales(weight_energy(layers), conditional_energy(inputs[::ENERGY_SHARE]), rows)
         absorb(layers, block.get_submodule(maker), scales, rows)
         for seen in inputs:
             seen.mul_(scales)
@@ -287,11 +297,6 @@ class _Driver:
             self._searches[kind] = CodebookSearch(tensor_types.BY_NAME[kind], self.runner.device)
         return self._searches[kind]
 
-    def _advance(self, index: int, block: nn.Module, outputs: list[torch.Tensor]) -> None:
-        self.original = outputs
-        self.quantized = [self._forward(block, hidden) for hidden in self.quantized]
-        _check_finite(self.quantized, "quantized", index)
-
     def _floats(self, name: str, data: Tensor) -> npt.NDArray[np.float32]:
         """A block's tensor as it is used: packed weights are dequantized."""
         if data.dtype == np.uint8:
@@ -303,7 +308,10 @@ class _Driver:
 
     def _forward(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         with self._timed("forward"):
-            return self.runner.forward(block, hidden.to(self.runner.device))
+            return self.runner.forward(block, self._here(hidden))
+
+    def _here(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.to(self.runner.device)
 
     def _set(self, module: nn.Module, parameter: str, values: torch.Tensor) -> None:
         setattr(module, parameter, nn.Parameter(values.to(self.runner.device), requires_grad=False))

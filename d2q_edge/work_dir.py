@@ -1,8 +1,8 @@
 """The directory beside the output that makes an interrupted conversion resumable.
 
-Knows how finished blocks are kept: one safetensors file of packed weights per block, each written under another name
-and then renamed, so that a file that is there is complete. Does not know what the bytes mean. A fingerprint of inputs
-and options guards against mixing the blocks of two different conversions.
+Knows how finished blocks are kept: one safetensors file per block, and another one once it is refined, each written
+under another name and then renamed, so that a file that is there is complete. Does not know what the bytes mean. A
+fingerprint of inputs and options guards against mixing the blocks of two different conversions.
 """
 
 import json

@@ -58,7 +58,7 @@ def test_every_row_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def subject(directory: Path) -> Subject:
     checkpoint = Checkpoint.open(directory)
     windows = np.random.default_rng(0).integers(0, 4096, (4, 32))
-    return Subject(checkpoint, family_for(checkpoint.config), windows, 0, torch.device("cpu"))
+    return Subject(checkpoint, family_for(checkpoint.config), windows, windows, 0, torch.device("cpu"))
 
 
 def test_what_the_pipeline_leaves_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

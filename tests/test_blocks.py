@@ -74,6 +74,33 @@ def test_seen_inputs_are_those_of_the_model(make_checkpoint: Make, family: str, 
 
 
 @torch.inference_mode()
+def test_stages_follow_the_residual_stream(make_checkpoint: Make) -> None:
+    """Going from half to half of a block meets the same inputs as running it whole."""
+    runner = runner_for(make_checkpoint())
+    block, residual = runner.load(0), runner.embed(TOKENS)
+    seen, output = runner.trace(block, LAYERS, residual)
+    for stage in runner.family.stages:
+        inputs = runner.stage_input(block, stage, residual)
+        torch.testing.assert_close(inputs, seen[stage.linears[0]], rtol=1e-5, atol=1e-5)
+        if stage.norm is None:
+            residual = residual + block.get_submodule(stage.linears[0])(inputs.view(*residual.shape[:-1], -1))
+    torch.testing.assert_close(residual, output, rtol=1e-5, atol=1e-5)
+    assert [name for name, module in block.named_modules() if module._forward_pre_hooks] == []
+
+
+@torch.inference_mode()
+def test_norm_biases_last_until_the_block_is_unloaded(make_checkpoint: Make) -> None:
+    runner = runner_for(make_checkpoint())
+    block, hidden = runner.load(0), runner.embed(TOKENS)
+    before = runner.input_of(block, "mlp.gate_proj", hidden)
+    bias = torch.linspace(-1, 1, hidden.shape[-1])
+    runner.add_norm_bias(block, "post_attention_layernorm", bias)
+    torch.testing.assert_close(runner.input_of(block, "mlp.gate_proj", hidden), before + bias)
+    runner.unload(0)
+    assert torch.equal(runner.input_of(runner.load(0), "mlp.gate_proj", hidden), before)
+
+
+@torch.inference_mode()
 def test_later_tokens_do_not_matter(make_checkpoint: Make) -> None:
     runner = runner_for(make_checkpoint())
     block = runner.load(1)

@@ -162,12 +162,10 @@ class TestBadOptions:
     @pytest.mark.parametrize(
         ("options", "said"),
         [
-            (("--dsq",), "--dsq is not in this version"),
-            (("--dac",), "--dac is not in this version"),
-            (("--refine",), "--refine is not in this version"),
             (("--bits", "2.3"), "--bits 2.3 can't be had; use 2, 3, or a number from 2.31 to 4.3"),
             (("--bits", "4.5"), "use 2, 3, or a number from 2.31 to 4.3"),
             (("--bits", "nan"), "use 2, 3, or a number from 2.31 to 4.3"),
+            (("--refine", "--no-calibration"), "--refine tunes the model on calibration text"),
             (("--bits", "2.6", "--no-calibration"), "measures on calibration text which layers need more bits"),
             (("--embedding-type", "q2_k"), "--embedding-type 'q2_k' isn't a stock type"),
             (("--head-type", "f16"), "(tied); use --embedding-type alone"),
@@ -219,11 +217,11 @@ class TestBadOptions:
 class TestConvert:
     def test_quantizes(self, d2q: Call, make_checkpoint: Make) -> None:
         model = make_checkpoint(hidden_size=64, intermediate_size=128)
-        planned = d2q("convert", model, "-o", "out.gguf", "--dry-run")
+        off = ("--rotation", "off", "--no-dsq", "--no-dac", "--bits", "2")
+        planned = d2q("convert", model, "-o", "out.gguf", *off, "--dry-run")
         assert (planned.code, planned.err) == (0, "")
         assert list(Path.cwd().iterdir()) == []
         size = int(planned.out.split()[1].replace(",", ""))
-        off = ("--rotation", "off", "--no-dsq", "--no-dac", "--bits", "2")
         done = d2q("convert", model, "-o", "out.gguf", *QUICK, *off, "--report", "report.json")
         assert (done.code, done.err) == (0, "")
         assert done.out.splitlines()[:2] == planned.out.splitlines()
@@ -232,7 +230,7 @@ class TestConvert:
         assert {path.name for path in Path.cwd().iterdir()} == {"out.gguf", "report.json"}
         report = json.loads(Path("report.json").read_text())
         assert report.keys() == {
-            "bytes", "bits_per_weight", "linear_bits_per_weight", "types", "layer_errors", "seconds",
+            "bytes", "bits_per_weight", "linear_bits_per_weight", "types", "layer_errors", "seconds", "refinement",
         }  # fmt: skip
         assert report["bytes"] == size
         assert report["linear_bits_per_weight"] == 2.5

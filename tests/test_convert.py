@@ -26,7 +26,7 @@ from d2q_edge.errors import D2QError
 from d2q_edge.export import export
 from d2q_edge.families import Family, family_for
 from d2q_edge.gguf_reader import GGUFFile
-from d2q_edge.pipeline import quantize_blocks
+from d2q_edge.pipeline import COLUMN_SCALE, Method, quantize_blocks
 from d2q_edge.quantize.rotation import RotatedCheckpoint
 from d2q_edge.work_dir import WorkDir
 from tests.checkpoints import write_checkpoint
@@ -36,7 +36,7 @@ QUICK = Options(calibration_tokens=512, context=32)
 SMALL: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
 MODELS: dict[str, tuple[str, dict[str, Any], int, dict[str, int]]] = {
     # family, config, bits, tensors of each type
-    "wide": ("llama", {"hidden_size": 256, "intermediate_size": 512}, 2, {"d2q2": 14, "q4_k": 1, "q5_k": 1}),
+    "wide": ("llama", {"hidden_size": 256, "intermediate_size": 256}, 2, {"d2q2": 14, "q4_k": 1, "q5_k": 1}),
     "mixed": (
         "qwen3",
         {"hidden_size": 256, "intermediate_size": 320},
@@ -57,7 +57,9 @@ class Converted:
         write_checkpoint(self.model, family, **config)
         self.checkpoint = Checkpoint.open(self.model)
         self.family: Family = family_for(self.checkpoint.config)
-        self.options = Options(**{**vars(QUICK), "bits": bits})
+        self.plain = name == "mixed"
+        plain = {"dsq": False, "dac": False} if self.plain else {}
+        self.options = Options(**{**vars(QUICK), "bits": bits, **plain})
         self.path = directory / f"{name}.gguf"
         self.result: Conversion = convert.convert(self.model, self.path, self.options)
         self.file = GGUFFile(self.path)
@@ -89,19 +91,32 @@ class TestContent:
         assert windows.shape == (16, 32)
         work = WorkDir(tmp_path / "again", {})
         runner = BlockRunner(converted.checkpoint, family, torch.device("cpu"))
-        report = quantize_blocks(runner, converted.result.plan.linears, windows, work)
+        method = Method(dsq=converted.options.dsq, dac=converted.options.dac)
+        report = quantize_blocks(runner, converted.result.plan.linears, windows, work, method)
         assert converted.result.report is not None
         assert report.layer_errors == converted.result.report.layer_errors
-        packed = {**work.read_block(0), **work.read_block(1)}
-        assert len(packed) == 14
-        for name, data in packed.items():
+        changed = {name: data for index in range(work.finished) for name, data in work.read_block(index).items()}
+        assert sum(data.dtype == np.uint8 for data in changed.values()) == 14
+        for name, data in changed.items():
+            if name.endswith(COLUMN_SCALE):
+                continue
             info = converted.file.tensors[family.gguf_name(name)]
-            assert info.type_name == converted.result.plan.types[name]
-            own = tensor_types.BY_NAME[info.type_name]
-            expected = family.export_rows(name, tensor_types.dequantize(own, data.view(np.uint8)))
-            assert np.array_equal(converted.file.dequantize(info.name), expected)
+            expected = data
+            if data.dtype == np.uint8:
+                assert info.type_name == converted.result.plan.types[name]
+                own = tensor_types.BY_NAME[info.type_name]
+                expected = tensor_types.dequantize(own, data.view(np.uint8))
+            assert np.array_equal(converted.file.dequantize(info.name), family.export_rows(name, expected))
+
+    def test_biases_of_norms(self, converted: Converted) -> None:
+        """There whenever they may be: the size must not depend on what calibration finds."""
+        found = {name for name in converted.file.tensors if name.endswith("norm.bias")}
+        expected = {"blk.0.ffn_norm.bias", "blk.1.ffn_norm.bias", "output_norm.bias"}
+        assert found == (set() if converted.plain else expected)
 
     def test_linear_weights_are_near_the_original(self, converted: Converted) -> None:
+        if not converted.plain:
+            pytest.skip("columns are scaled")
         for name in converted.family.linear_weights():
             expected = converted.floats(name)
             error = converted.file.dequantize(converted.family.gguf_name(name)) - expected
@@ -116,11 +131,16 @@ class TestContent:
         of_type = {
             converted.family.gguf_name(name): GGUFFile(tmp_path / f"{kind}.gguf") for name, kind in tables.items()
         }
-        assert list(converted.file.tensors) == list(stock.tensors)
-        linears = {converted.family.gguf_name(name) for name in converted.family.linear_weights()}
+        assert [name for name in converted.file.tensors if not name.endswith("norm.bias")] == list(stock.tensors)
+        changed = {converted.family.gguf_name(name) for name in converted.family.linear_weights()}
+        if not converted.plain:
+            changed |= {name for name in converted.file.tensors if "norm" in name or name == "output.weight"}
+            changed |= {name for name in converted.file.tensors if name.endswith("attn_v.bias")}
         for name, info in converted.file.tensors.items():
+            if name.endswith("norm.bias"):
+                continue
             assert info.shape == stock.tensors[name].shape
-            if name not in linears:
+            if name not in changed:
                 other = of_type.get(name, stock)
                 assert info.type_name == other.tensors[name].type_name
                 assert np.array_equal(converted.file.raw(name), other.raw(name)), name
@@ -128,6 +148,9 @@ class TestContent:
         assert ours.pop("general.quantized_by") == f"d2q-edge {__version__}"
         assert ours.pop("general.file_type") == {2: 80, 3: 81}[int(converted.options.bits)]
         del stock.kv["general.file_type"]
+        if not converted.plain:
+            # The norm biases count as parameters.
+            del ours["general.size_label"], stock.kv["general.size_label"]
         assert ours == stock.kv
 
     def test_own_keys(self, converted: Converted) -> None:
@@ -141,8 +164,10 @@ class TestContent:
             "bits": converted.options.bits,
             "method": "gptaq",
             "rotation": False,
-            "dsq": False,
-            "dac": False,
+            "dsq": not converted.plain,
+            "dac": not converted.plain,
+            "rounds": 2,
+            "refine": False,
             "alpha": 0.5,
             "calibration": "builtin",
             "calibration_sha256": load_text("builtin", "calibration").sha256,
@@ -368,7 +393,7 @@ class TestInterruptions:
         ("change", "said"),
         [
             ({"seed": 1}, "another calibration tokens, recipe;"),
-            ({"bits": 3}, "another recipe;"),
+            ({"bits": 3}, "another recipe, types;"),
             ({"context": 16}, "another calibration tokens, recipe;"),
         ],
     )
@@ -497,7 +522,9 @@ class TestFailures:
 class TestRotation:
     """What is in a file that was made with rotation; that rotation is exact is tested in quantize/test_rotation.py."""
 
-    OPTIONS = Options(**{**vars(QUICK), "seed": 5, "embedding_type": "f32", "rotation": "on"})
+    OPTIONS = Options(
+        **{**vars(QUICK), "seed": 5, "embedding_type": "f32", "rotation": "on", "dsq": False, "dac": False}
+    )
 
     @pytest.mark.parametrize(("calibrate", "error"), [(True, 0.4), (False, 0.13)])
     def test_content(self, make_checkpoint: Make, tmp_path: Path, calibrate: bool, error: float) -> None:

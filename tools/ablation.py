@@ -23,7 +23,7 @@ from d2q_edge import tensor_types
 from d2q_edge.blocks import BlockRunner
 from d2q_edge.calibration import load_text, token_windows
 from d2q_edge.checkpoint import Checkpoint
-from d2q_edge.convert import choose_device, load_tokenizer
+from d2q_edge.convert import REFINE_FACTOR, choose_device, load_tokenizer
 from d2q_edge.errors import D2QError
 from d2q_edge.families import Family, family_for
 from d2q_edge.paper_pipeline import Recipe, quantize_model
@@ -32,17 +32,19 @@ from d2q_edge.plan import make_plan
 from d2q_edge.quantize.codebook import CodebookSearch
 from d2q_edge.quantize.rotation import RotatedCheckpoint
 from d2q_edge.quantize.rtn import round_layer
+from d2q_edge.refinement import refine
 from d2q_edge.torch_evaluate import Distance, Reference, Weights, WholeModel, evaluation_chunks
 from d2q_edge.work_dir import WorkDir
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One model and what it is calibrated with: windows [windows, context] of tokens."""
+    """One model and what it is calibrated with: windows [windows, context] of tokens, and more of them to refine it."""
 
     checkpoint: Checkpoint
     family: Family
     windows: npt.NDArray[np.int64]
+    more_windows: npt.NDArray[np.int64]
     seed: int
     device: torch.device
 
@@ -95,16 +97,18 @@ def ours_rounded(subject: Subject, bits: int) -> Outcome:
     return Outcome(subject.checkpoint, subject.family, weights, plan.linear_bits_per_weight)
 
 
-def ours(subject: Subject, bits: int, method: Method) -> Outcome:
-    """Our types through the product's pipeline."""
+def ours(subject: Subject, bits: int, method: Method, *, refined: bool = False) -> Outcome:
+    """Our types through the product's pipeline, and refinement on more of the same text."""
     checkpoint, family = subject.checkpoint, subject.family
     plan = make_plan(family, bits)
     weights: dict[str, torch.Tensor] = {}
     with tempfile.TemporaryDirectory() as directory:
         work = WorkDir(Path(directory) / "model", {})
         quantize_blocks(BlockRunner(checkpoint, family, subject.device), plan.linears, subject.windows, work, method)
+        if refined:
+            refine(checkpoint, family, plan.linears, subject.more_windows, work, subject.device)
         for index in range(work.finished):
-            for name, data in work.read_block(index).items():
+            for name, data in work.read_block(index, refined=refined).items():
                 if name == f"{family.head}.{COLUMN_SCALE}":
                     # The final norm's weight, which is in there too, was multiplied by it.
                     name = f"{family.head}.weight"
@@ -139,6 +143,8 @@ ROWS: dict[str, Row] = {
     "D2Q+descent": partial(ours, method=Method(dsq=False, dac=False)),
     "D2Q+DSQ": partial(ours, method=Method(dac=False)),
     "D2Q+DAC": partial(ours, method=Method()),
+    "D2Q+refine": partial(ours, method=Method(), refined=True),
+    "D2Q+rotation-DSQ": partial(rotated, row=partial(ours, method=Method(dsq=False))),
     "D2Q+rotation": partial(rotated, row=partial(ours, method=Method())),
 }
 """The table's rows. The first six are the paper's. A row with a plus adds a step to the row above it."""
@@ -161,7 +167,9 @@ class Ablation:
         tokenizer, bos = load_tokenizer(checkpoint, family)
         calibration = load_text(arguments.calibration, "calibration")
         windows = token_windows(tokenizer, calibration, arguments.tokens, arguments.context, arguments.seed, bos)
-        self.subject = Subject(checkpoint, family, windows, arguments.seed, device)
+        tokens = REFINE_FACTOR * arguments.tokens
+        more = token_windows(tokenizer, calibration, tokens, arguments.context, arguments.seed, bos)
+        self.subject = Subject(checkpoint, family, windows, more, arguments.seed, device)
         original = WholeModel(checkpoint, family, {}, device)
         self.references = {}
         for name, where in arguments.text:
@@ -174,7 +182,7 @@ class Ablation:
         """Quantize by one row, and measure."""
         self._wait()
         start = time.perf_counter()
-        with torch.inference_mode():
+        with torch.no_grad():
             outcome = ROWS[row](self.subject, bits)
         self._wait()
         seconds = time.perf_counter() - start
@@ -192,7 +200,7 @@ class Ablation:
 def heading(texts: list[str]) -> str:
     """The table's first line."""
     columns = "".join(f" {name + ' PPL':>12} {name + ' KLD':>12}" for name in texts)
-    return f"{'model':16} {'row':12} {'bits':>4} {'bpw':>7} {'seconds':>8}{columns}"
+    return f"{'model':16} {'row':16} {'bits':>4} {'bpw':>7} {'seconds':>8}{columns}"
 
 
 def format_line(line: Line) -> str:
@@ -200,7 +208,7 @@ def format_line(line: Line) -> str:
     bits = "-" if line.bits is None else str(line.bits)
     size = "-" if line.bits_per_weight is None else f"{line.bits_per_weight:.4f}"
     measured = "".join(f" {found.perplexity:12.3f} {found.kl_divergence:12.4f}" for found in line.texts.values())
-    return f"{line.model:16} {line.row:12} {bits:>4} {size:>7} {line.seconds:8.1f}{measured}"
+    return f"{line.model:16} {line.row:16} {bits:>4} {size:>7} {line.seconds:8.1f}{measured}"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,0 +1,207 @@
+"""Tunable layers and norms: their outputs, their gradients against float64 differences, and the way back to blocks."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from d2q_edge.codebooks import PAIR_TABLE, SCALAR_TABLE
+from d2q_edge.quantize import tunable
+from d2q_edge.quantize.codebook import CodebookSearch
+from d2q_edge.quantize.layer import QuantizedLayer
+from d2q_edge.quantize.rtn import round_layer
+from d2q_edge.quantize.tunable import TunableLinear, TunableNorm
+from d2q_edge.tensor_types import ALL, D2Q2, D2Q2_64, D2Q3_64, Q4_0, SCALE_MAX, TensorType, dequantize
+
+KINDS = pytest.mark.parametrize("kind", (*ALL, Q4_0), ids=lambda kind: kind.name)
+SEARCHES = {kind: CodebookSearch(kind) for kind in (*ALL, Q4_0)}
+ROWS = 5
+
+
+def quantized(kind: TensorType) -> QuantizedLayer:
+    generator = torch.Generator().manual_seed(kind.id)
+    return round_layer(torch.randn(ROWS, 2 * kind.block_size, generator=generator) * 0.05, SEARCHES[kind])
+
+
+def tunable_layer(kind: TensorType, *, free: bool = False, bias: bool = False) -> TunableLinear:
+    values = torch.linspace(-1, 1, ROWS) if bias else None
+    layer = TunableLinear(quantized(kind), SEARCHES[kind], values)
+    if free:
+        layer.free_codes()
+    return layer
+
+
+def inputs(kind: TensorType) -> torch.Tensor:
+    return torch.randn(3, 4, 2 * kind.block_size, generator=torch.Generator().manual_seed(1))
+
+
+def latent_of(layer: TunableLinear) -> nn.Parameter:
+    assert layer.latent is not None
+    return layer.latent
+
+
+def nearest_by_trying(kind: TensorType, values: np.ndarray[Any, Any], books: np.ndarray[Any, Any]) -> tuple[Any, Any]:
+    """Entries [rows, cols] and codes [rows, codes] nearest to values in units of d, one code at a time."""
+    units, codes = np.zeros_like(values), []
+    for row in range(len(values)):
+        for group in range(values.shape[1] // 32):
+            book = int(books[row, group])
+            for index in range(16 if kind.paired else 32):
+                columns = [32 * group + index, 32 * group + 16 + index] if kind.paired else [32 * group + index]
+                if not kind.switched:
+                    table = np.arange(16.0)[:, None] - 8 + book
+                else:
+                    table = PAIR_TABLE[book] if kind.paired else SCALAR_TABLE[book][:, None]
+                distances = [math.dist(values[row, columns], entry) for entry in table.tolist()]
+                code = int(np.argmin(distances))
+                units[row, columns] = table[code]
+                codes.append(code)
+    return units, np.array(codes).reshape(len(values), -1)
+
+
+class TestForward:
+    @pytest.mark.parametrize("bias", [False, True])
+    @pytest.mark.parametrize("free", [False, True])
+    @KINDS
+    def test_is_the_dequantized_matrix(self, kind: TensorType, free: bool, bias: bool) -> None:
+        layer, x = tunable_layer(kind, free=free, bias=bias), inputs(kind)
+        weights = torch.from_numpy(dequantize(kind, quantized(kind).pack(kind))).double()
+        expected = x.double() @ weights.T + (torch.linspace(-1, 1, ROWS).double() if bias else 0)
+        torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
+        assert layer(x).shape == (3, 4, ROWS)
+
+    @KINDS
+    def test_uses_the_nearest_entries(self, kind: TensorType) -> None:
+        layer, x = tunable_layer(kind, free=True), inputs(kind)
+        moved = latent_of(layer).data
+        moved += 3 * torch.randn(moved.shape, generator=torch.Generator().manual_seed(2))
+        units, _ = nearest_by_trying(kind, moved.double().numpy(), layer.books.numpy())
+        scales = layer.log_scales.detach().double().exp().numpy().repeat(kind.block_size, 1)
+        expected = x.double() @ torch.from_numpy(units * scales).T
+        torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
+        assert (units != layer.units.numpy()).mean() > 0.05
+
+    def test_what_can_be_tuned(self) -> None:
+        fixed, free = tunable_layer(D2Q2, bias=True), tunable_layer(D2Q2, free=True)
+        assert [name for name, _ in fixed.named_parameters()] == ["log_scales"]
+        assert {name for name, _ in free.named_parameters()} == {"log_scales", "latent"}
+        with pytest.raises(RuntimeError, match="the codes are fixed"):
+            fixed._nearest()
+
+
+class TestGradients:
+    @pytest.mark.parametrize("free", [False, True])
+    @KINDS
+    def test_of_the_scales(self, kind: TensorType, free: bool) -> None:
+        """Against differences in float64 of a loss that isn't linear."""
+        layer, x = tunable_layer(kind, free=free, bias=True), inputs(kind)
+        layer(x).sin().sum().backward()
+        found = layer.log_scales.grad
+        assert found is not None
+        units, logs = layer.units.double(), layer.log_scales.detach().double()
+
+        def loss(logs: torch.Tensor) -> float:
+            weights = units * logs.exp().repeat_interleave(kind.block_size, 1)
+            return float((x.double() @ weights.T + torch.linspace(-1, 1, ROWS)).sin().sum())
+
+        for row, block in np.ndindex(ROWS, 2):
+            step = torch.zeros_like(logs)
+            step[row, block] = 1e-5
+            expected = (loss(logs + step) - loss(logs - step)) / 2e-5
+            assert float(found[row, block]) == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+    @KINDS
+    def test_straight_through(self, kind: TensorType) -> None:
+        """The gradient of a latent point is d times that of the weight that its entry makes."""
+        layer, x = tunable_layer(kind, free=True), inputs(kind)
+        latent_of(layer).data += 0.3
+        layer(x).sin().sum().backward()
+        weights = layer.layer().weights.double().requires_grad_()
+        # As it is before scales are rounded to float16.
+        (x.double() @ weights.T).sin().sum().backward()
+        found, outer = latent_of(layer).grad, weights.grad
+        assert found is not None
+        assert outer is not None
+        scales = layer.log_scales.detach().exp().repeat_interleave(kind.block_size, 1)
+        torch.testing.assert_close(found.double(), outer * scales.double(), rtol=1e-3, atol=1e-5)
+
+
+class TestLayer:
+    @pytest.mark.parametrize("free", [False, True])
+    @KINDS
+    def test_without_steps_it_is_what_it_was(self, kind: TensorType, free: bool) -> None:
+        expected, found = quantized(kind), tunable_layer(kind, free=free).layer()
+        np.testing.assert_array_equal(found.pack(kind), expected.pack(kind))
+        assert torch.equal(found.weights, expected.weights)
+
+    @pytest.mark.parametrize("chunk", [1, 50, 1 << 18])
+    @KINDS
+    def test_codes_are_the_nearest(self, kind: TensorType, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tunable, "CHUNK", chunk)
+        layer = tunable_layer(kind, free=True)
+        moved = latent_of(layer).data
+        moved += 3 * torch.randn(moved.shape, generator=torch.Generator().manual_seed(2))
+        found = layer.layer()
+        _, codes = nearest_by_trying(kind, moved.double().numpy(), layer.books.numpy())
+        np.testing.assert_array_equal(found.codes.numpy(), codes)
+        assert torch.equal(found.codebooks, quantized(kind).codebooks)
+        assert torch.equal(found.scales, quantized(kind).scales)
+        np.testing.assert_array_equal(dequantize(kind, found.pack(kind)), found.weights.numpy())
+
+    @pytest.mark.parametrize("kind", [D2Q2_64, D2Q3_64, Q4_0], ids=lambda kind: kind.name)
+    def test_scales_are_stored_ones(self, kind: TensorType) -> None:
+        layer = tunable_layer(kind)
+        layer.log_scales.data += 0.1
+        layer.log_scales.data[0, 0], layer.log_scales.data[1, 1] = -80, 80
+        found, before = layer.layer(), quantized(kind)
+        assert float(found.scales[0, 0]) == 2**-24
+        assert float(found.scales[1, 1]) == SCALE_MAX
+        expected = before.scales[2:].double() * math.exp(0.1)
+        torch.testing.assert_close(found.scales[2:].double(), expected, rtol=2**-10, atol=0)
+        np.testing.assert_array_equal(dequantize(kind, found.pack(kind)), found.weights.numpy())
+        assert torch.equal(found.codes, before.codes)
+
+
+class TestNorm:
+    def norm(self) -> nn.RMSNorm:
+        norm = nn.RMSNorm(3, eps=0)
+        norm.weight = nn.Parameter(torch.tensor([2.0, -4.0, 0.5]))
+        return norm
+
+    def test_by_hand(self) -> None:
+        bias = torch.tensor([1.0, 2.0, 3.0])
+        tuned = TunableNorm(self.norm(), bias, biased=True)
+        x = torch.tensor([[1.0, -1.0, 1.0]])  # of RMS one
+        torch.testing.assert_close(tuned(x), torch.tensor([[3.0, 6.0, 3.5]]))
+        tuned.gain.data = torch.tensor([1.5, 1.0, 2.0])
+        assert tuned.shift is not None
+        tuned.shift.data = torch.tensor([0.25, 0.5, -1.0])
+        # Weight times gain, plus bias plus shift times |weight|.
+        torch.testing.assert_close(tuned(x), torch.tensor([[3 + 1.5, 4 + 4.0, 1 + 2.5]]))
+        found = tuned.tensors()
+        torch.testing.assert_close(found["weight"], torch.tensor([3.0, -4.0, 1.0]))
+        torch.testing.assert_close(found["bias"], torch.tensor([1.5, 4.0, 2.5]))
+        assert bias.tolist() == [1.0, 2.0, 3.0]
+
+    def test_tensors_make_the_same_norm(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        tuned = TunableNorm(self.norm(), None, biased=True)
+        assert tuned.tensors()["bias"].tolist() == [0.0, 0.0, 0.0]
+        for parameter in (tuned.gain, tuned.shift):
+            assert parameter is not None
+            parameter.data += torch.randn(3, generator=generator)
+        x = torch.randn(7, 3, generator=generator)
+        normed = x / x.square().mean(1, keepdim=True).sqrt()
+        found = tuned.tensors()
+        torch.testing.assert_close(tuned(x), normed * found["weight"] + found["bias"])
+        assert not any(value.requires_grad for value in found.values())
+
+    def test_without_a_bias(self) -> None:
+        tuned = TunableNorm(self.norm().requires_grad_(False), None, biased=False)
+        assert [name for name, _ in tuned.named_parameters() if _.requires_grad] == ["gain"]
+        assert tuned.tensors().keys() == {"weight"}
+        x = torch.tensor([[1.0, -1.0, 1.0]])
+        torch.testing.assert_close(tuned(x), torch.tensor([[2.0, 4.0, 0.5]]))

@@ -1,0 +1,196 @@
+"""What a file gets from the work directory and what from the checkpoint, and its size before it is written."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from d2q_edge import tensor_types
+from d2q_edge.checkpoint import Checkpoint
+from d2q_edge.families import family_for
+from d2q_edge.gguf_reader import GGUFFile
+from d2q_edge.output import Output, PlannedContent, QuantizedContent, RoundedContent
+from d2q_edge.pipeline import Method, corrected_norms
+from d2q_edge.plan import make_plan
+from d2q_edge.quantize.codebook import CodebookSearch
+from d2q_edge.quantize.rtn import round_layer
+from d2q_edge.refinement import refined_norms
+from d2q_edge.work_dir import Tensor, WorkDir
+
+Make = Callable[..., Path]
+CPU = torch.device("cpu")
+HIDDEN = 64
+MODELS: list[tuple[str, dict[str, Any]]] = [
+    ("qwen2", {"intermediate_size": 128}),
+    ("llama", {"attention_bias": True, "mlp_bias": True, "dtype": torch.float32}),
+    ("qwen3", {"tie_word_embeddings": True}),
+]
+
+
+class Setup:
+    """A checkpoint, and a work directory with random tensors of every kind, of which refined ones are others."""
+
+    def __init__(self, model: Path) -> None:
+        self.checkpoint = Checkpoint.open(model)
+        self.family = family_for(self.checkpoint.config)
+        # q4_0 is also a type of our own layers.
+        self.plan = make_plan(self.family, 2, None if self.family.tied_embeddings else "q4_0")
+        self.work = WorkDir(model.parent / "out.gguf", {})
+        self.blocks = {refined: self._blocks(np.random.default_rng(refined), refined) for refined in (False, True)}
+        for refined, blocks in self.blocks.items():
+            for index, block in enumerate(blocks):
+                self.work.write_block(index, block, refined=refined)
+
+    def _blocks(self, generator: np.random.Generator, refined: bool) -> list[dict[str, Tensor]]:
+        shapes = self.family.tensor_shapes()
+
+        def floats(size: int) -> Tensor:
+            return generator.normal(1, 0.1, size).astype(np.float32)
+
+        blocks: list[dict[str, Tensor]] = []
+        for index in range(2):
+            block: dict[str, Tensor] = {}
+            for name, kind in self.plan.linears.items():
+                if self.family.block_of(name) == index:
+                    own = tensor_types.BY_NAME[kind]
+                    codes = generator.integers(0, 16, (shapes[name][0], own.row_bytes(shapes[name][1])))
+                    block[name] = codes.astype(np.uint8)
+                    block[name][:, :2] = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
+            prefix = self.family.block_prefix(index)
+            norms = ["input_layernorm", "post_attention_layernorm"]
+            block |= {f"{prefix}{norm}.weight": floats(HIDDEN) for norm in norms}
+            # Without refinement the second block's is a norm that was left alone.
+            block |= {
+                f"{prefix}{norm}.bias": floats(HIDDEN) for norm in norms[not refined : 2 if refined else 2 - index]
+            }
+            name = f"{prefix}self_attn.v_proj.bias"
+            if name in shapes:
+                block[name] = floats(shapes[name][0])
+            block[f"{prefix}self_attn.q_proj.column_scale"] = floats(HIDDEN)
+            blocks.append(block)
+        last = {"model.norm.weight": floats(HIDDEN), "model.norm.bias": floats(HIDDEN)}
+        if not self.family.tied_embeddings:
+            last["lm_head.column_scale"] = floats(HIDDEN)
+        return [*blocks, last]
+
+    def content(self, *, refined: bool) -> QuantizedContent:
+        return QuantizedContent(self.checkpoint, self.family, self.work, refined=refined)
+
+    def output(self, norms: list[str]) -> Output:
+        return Output(self.checkpoint, self.family, self.plan, norms, {"d2q.version": 1}, 80)
+
+
+@pytest.fixture(params=MODELS, ids=lambda model: model[0])
+def setup(request: pytest.FixtureRequest, make_checkpoint: Make) -> Setup:
+    return Setup(make_checkpoint(request.param[0], **request.param[1]))
+
+
+@pytest.mark.parametrize("refined", [False, True])
+class TestQuantizedContent:
+    def test_everything(self, setup: Setup, refined: bool) -> None:
+        content = setup.content(refined=refined)
+        changed: dict[str, Tensor] = {}
+        for block in setup.blocks[refined]:
+            changed |= block
+        names = [*setup.family.tensor_shapes()]
+        # Also in an order that goes back and forth between blocks.
+        for name in [*names, *names[::7], *names[::-5]]:
+            if name in setup.plan.linears:
+                found: Tensor = content.packed(name)
+                expected = changed[name]
+            else:
+                found = content.floats(name)
+                expected = changed.get(name, setup.checkpoint.tensor(name).float().numpy())
+                if name == "lm_head.weight":
+                    expected = setup.checkpoint.tensor(name).float().numpy() / changed["lm_head.column_scale"]
+            assert found.dtype == expected.dtype
+            np.testing.assert_array_equal(found, expected, err_msg=name)
+
+    def test_biases_of_norms(self, setup: Setup, refined: bool) -> None:
+        content = setup.content(refined=refined)
+        zeros = []
+        for norm in refined_norms(setup.family):
+            name = f"{norm}.bias"
+            found = content.floats(name)
+            index = setup.family.block_of(name)
+            expected = setup.blocks[refined][2 if index is None else index].get(name)
+            np.testing.assert_array_equal(found, np.zeros(HIDDEN) if expected is None else expected)
+            assert found.dtype == np.float32
+            assert found.shape == (HIDDEN,)
+            zeros += [name] if expected is None else []
+        assert len(zeros) == (0 if refined else 3)
+
+    def test_checkpoint_stays(self, setup: Setup, refined: bool) -> None:
+        """What is handed out may be changed, and another time it is the same."""
+        content = setup.content(refined=refined)
+        for name in ("model.embed_tokens.weight", "lm_head.weight", "model.layers.1.self_attn.q_proj.bias"):
+            if name in setup.family.tensor_shapes():
+                first = content.floats(name)
+                expected = first.copy()
+                first += 1
+                np.testing.assert_array_equal(content.floats(name), expected)
+
+
+def test_a_layer_that_is_missing(setup: Setup) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    setup.work.write_block(1, {})
+    with pytest.raises(RuntimeError, match=f"{name} was not quantized"):
+        setup.content(refined=False).packed(name)
+
+
+def test_planned_content_has_no_data() -> None:
+    for method in (PlannedContent().packed, PlannedContent().floats):
+        with pytest.raises(RuntimeError, match="some name is only planned"):
+            method("some name")
+
+
+def test_rounded_content(setup: Setup) -> None:
+    content = RoundedContent(setup.checkpoint, setup.plan, CPU)
+    for name in ("model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.k_proj.weight"):
+        kind = tensor_types.BY_NAME[setup.plan.linears[name]]
+        layer = round_layer(setup.checkpoint.tensor(name).float(), CodebookSearch(kind))
+        np.testing.assert_array_equal(content.packed(name), layer.pack(kind))
+    norm = content.floats("model.norm.weight")
+    assert norm.dtype == np.float32
+    np.testing.assert_array_equal(norm, setup.checkpoint.tensor("model.norm.weight").float().numpy())
+
+
+@pytest.mark.parametrize("which", ["none", "corrected", "refined"])
+def test_size_and_file(setup: Setup, tmp_path: Path, which: str) -> None:
+    family = setup.family
+    norms = {
+        "none": [],
+        "corrected": corrected_norms(family, Method()),
+        "refined": refined_norms(family),
+    }[which]
+    assert len(norms) == {"none": 0, "corrected": 3, "refined": 5}[which]
+    assert corrected_norms(family, Method(dac=False)) == []
+    output, path = setup.output(norms), tmp_path / "file.gguf"
+    content = setup.content(refined=which == "refined")
+    expected = output.size()
+    output.write(path, content, False)
+    assert path.stat().st_size == expected
+    file = GGUFFile(path)
+    gguf = {f"{norm}.bias": family.gguf_name(f"{norm}.bias") for norm in norms}
+    shapes = family.tensor_shapes()
+    assert set(file.tensors) == {*gguf.values(), *(family.gguf_name(name) for name in shapes)}
+    for name, written in gguf.items():
+        assert file.tensors[written].type_name == "f32"
+        np.testing.assert_array_equal(file.dequantize(written), content.floats(name))
+    for name in shapes:
+        written = family.gguf_name(name)
+        kind = setup.plan.types.get(name, "f32")
+        assert file.tensors[written].type_name == kind
+        if name in setup.plan.linears:
+            data = tensor_types.dequantize(tensor_types.BY_NAME[kind], content.packed(name))
+        else:
+            data = content.floats(name)
+        found, data = file.dequantize(written), family.export_rows(name, data)
+        if kind == "f32" or name in setup.plan.linears:
+            np.testing.assert_array_equal(found, data, err_msg=name)
+        else:
+            # Embeddings and head, in a stock type.
+            assert np.square(found - data).mean() < 0.01 * np.square(data).mean()

@@ -7,6 +7,7 @@ generation speed of each, then a text that the D2Q2 file continued. Needs the ru
 """
 
 import json
+import os
 import statistics
 import subprocess
 from dataclasses import dataclass
@@ -15,10 +16,12 @@ from pathlib import Path
 import click
 
 from d2q_edge.calibration import BUILTIN
+from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.convert import Options, convert
 from d2q_edge.errors import D2QError
 from d2q_edge.evaluate import Evaluation, evaluate
 from d2q_edge.export import export
+from d2q_edge.families import family_for
 from d2q_edge.generate import generate
 from d2q_edge.runtime import find_tool
 from d2q_edge.runtime.machine import usable_cpus
@@ -75,7 +78,9 @@ def table(rows: list[Row]) -> str:
 
 def _run(tool: str, *arguments: object) -> str:
     command = [str(find_tool(tool)), *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True)
+    # The Makefile's setting is for torch; it slows llama.cpp's barriers.
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     if result.returncode:
         raise D2QError(f"{tool} failed: {' '.join(command)}\n{result.stderr[-2000:]}")
     return result.stdout
@@ -92,9 +97,12 @@ def main(model: Path, out: Path, chunks: int) -> None:
         files = {"F16": out / "F16.gguf"}
         export(model, files["F16"], "f16", force=True)
         files |= make_stock_files(files["F16"], out)
+        # Embeddings and head as in the stock files, so that the linear layers are what is compared.
+        head_type = None if family_for(Checkpoint.open(model).config).tied_embeddings else "q8_0"
         for bits in (3, 2):
             files[f"D2Q{bits}"] = out / f"D2Q{bits}.gguf"
-            convert(model, files[f"D2Q{bits}"], Options(bits=bits), force=True)
+            options = Options(bits=bits, embedding_type="q8_0", head_type=head_type)
+            convert(model, files[f"D2Q{bits}"], options, force=True)
         speed = speeds(files)
         rows = []
         for name, path in files.items():

@@ -18,9 +18,10 @@ KEYS = [
     "table_sha256",
 ]  # fmt: skip
 # The example: 4 blocks of q 256x256, k and v 128x256, o 256x256, gate, up and down 768x256; embeddings 4096x256; per
-# block 2 norms of 256 and 2 of 64, and the last norm.
+# block 2 norms of 256 and 2 of 64, and the last norm. Five of the norms have a bias in our file.
 LINEAR = 4 * (2 * 256 * 256 + 2 * 128 * 256 + 3 * 768 * 256)
 NORMS = 4 * (2 * 256 + 2 * 64) + 256
+BIASES = 5 * 256
 
 
 def write(path: Path, **text: str) -> Path:
@@ -42,15 +43,15 @@ def test_own_file(example_files: ExampleFiles) -> None:
     assert facts["file"] == str(example_files.d2q2)
     assert (facts["architecture"], facts["name"]) == ("qwen3", "Tiny Qwen3")
     assert facts["bytes"] == example_files.d2q2.stat().st_size
-    assert facts["parameters"] == LINEAR + NORMS + 4096 * 256
+    assert facts["parameters"] == LINEAR + NORMS + BIASES + 4096 * 256
     assert facts["types"] == {
-        "q8_0": {"tensors": 1, "bytes": 4096 * 256 * 34 // 32, "elements": 4096 * 256},
+        "q5_k": {"tensors": 1, "bytes": 4096 * 256 * 176 // 256, "elements": 4096 * 256},
         "d2q2": {"tensors": 28, "bytes": LINEAR * 74 // 256, "elements": LINEAR},
-        "f32": {"tensors": 17, "bytes": NORMS * 4, "elements": NORMS},
+        "f32": {"tensors": 22, "bytes": (NORMS + BIASES) * 4, "elements": NORMS + BIASES},
     }
-    assert list(facts["types"]) == ["q8_0", "d2q2", "f32"], "largest first"
+    assert list(facts["types"]) == ["d2q2", "q5_k", "f32"], "largest first"
     assert facts["bits_per_weight"] == 8 * sum(t["bytes"] for t in facts["types"].values()) / facts["parameters"]
-    assert facts["norm_biases"] == 0
+    assert facts["norm_biases"] == 5
     assert (facts["recipe"]["bits"], facts["recipe"]["method"]) == (2, "gptaq")
     assert facts["table_sha256"] == TABLE_SHA256
 
@@ -82,9 +83,9 @@ def test_file_without_tensors(tmp_path: Path) -> None:
 def test_description(example_files: ExampleFiles) -> None:
     lines = describe(inspect(example_files.d2q2)).splitlines()
     assert lines[0].endswith("d2q2.gguf: Tiny Qwen3 (qwen3)")
-    assert lines[1].startswith(f"{example_files.d2q2.stat().st_size:,} bytes, 4,197,120 parameters, 3.8")
+    assert lines[1].startswith(f"{example_files.d2q2.stat().st_size:,} bytes, 4,198,400 parameters, 3.1")
     assert lines[3].split() == ["type", "tensors", "bytes", "bits/weight"]
-    assert lines[5].split() == ["d2q2", "28", "909,312", "2.3125"]
+    assert lines[4].split() == ["d2q2", "28", "909,312", "2.3125"]
     assert lines[-1].startswith("recipe: bits 2, method gptaq, ")
     assert len({len(line) for line in lines[3:7]}) == 1, "columns line up"
 

@@ -1,11 +1,6 @@
-"""Conversions from end to end: what is in the file, its size, and what interruptions and failures leave behind."""
+"""Conversions from end to end: what is in the file, its size, and what the options do to it."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from d2q_edge import __version__, convert, gguf_file, pipeline, tensor_types
+from d2q_edge import __version__, convert, pipeline, tensor_types
 from d2q_edge.blocks import BlockRunner
 from d2q_edge.calibration import load_text, token_windows
 from d2q_edge.checkpoint import Checkpoint
@@ -30,6 +25,7 @@ from d2q_edge.pipeline import COLUMN_SCALE, Method, quantize_blocks
 from d2q_edge.quantize.rotation import RotatedCheckpoint
 from d2q_edge.work_dir import WorkDir
 from tests.checkpoints import write_checkpoint
+from tests.interruption import interrupt_after
 
 Make = Callable[..., Path]
 QUICK = Options(calibration_tokens=512, context=32)
@@ -320,205 +316,6 @@ class TestOptions:
         assert given == [4093], "llama.cpp adds it unless the file forbids it"
 
 
-def interrupt_after(monkeypatch: pytest.MonkeyPatch, place: Any, function: str, calls: int) -> None:
-    """Make `place.function` raise KeyboardInterrupt at its call number calls + 1."""
-    original, count = getattr(place, function), 0
-
-    def counting(*args: Any, **options: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count > calls:
-            raise KeyboardInterrupt
-        return original(*args, **options)
-
-    monkeypatch.setattr(place, function, counting)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
-    """A model and the file that an undisturbed conversion makes of it."""
-    directory = tmp_path_factory.mktemp("whole")
-    write_checkpoint(directory / "model", "llama", **SMALL)
-    convert.convert(directory / "model", directory / "out.gguf", QUICK)
-    return directory / "model", (directory / "out.gguf").read_bytes()
-
-
-class TestInterruptions:
-    @pytest.mark.parametrize(
-        ("place", "function", "calls", "left"),
-        [
-            (pipeline, "quantize_layer", 2, []),
-            (pipeline, "quantize_layer", 9, ["out.gguf.work"]),
-            (gguf_file, "encode", 7, ["out.gguf.work"]),
-        ],
-        ids=["first block", "third block", "writing"],
-    )
-    @pytest.mark.parametrize("existing", [False, True], ids=["new", "existing"])
-    def test_resumed_file_is_the_same(
-        self,
-        whole: tuple[Path, bytes],
-        tmp_path: Path,
-        place: Any,
-        function: str,
-        calls: int,
-        left: list[str],
-        existing: bool,
-    ) -> None:
-        output = tmp_path / "out.gguf"
-        if existing:
-            output.write_text("old")
-            left = ["out.gguf", *left]
-        with pytest.MonkeyPatch.context() as patch:
-            interrupt_after(patch, place, function, calls)
-            with pytest.raises(KeyboardInterrupt):
-                convert.convert(whole[0], output, QUICK, force=existing)
-        assert sorted(path.name for path in tmp_path.iterdir()) == left
-        if existing:
-            assert output.read_text() == "old"
-        convert.convert(whole[0], output, QUICK, force=existing)
-        assert output.read_bytes() == whole[1]
-        assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
-
-    def test_finished_blocks_are_used(self, whole: tuple[Path, bytes], tmp_path: Path, capsys: Any) -> None:
-        output = tmp_path / "out.gguf"
-        for calls, finished in ((9, None), (0, 2)):
-            with pytest.MonkeyPatch.context() as patch:
-                interrupt_after(patch, pipeline, "quantize_layer", calls)
-                with pytest.raises(KeyboardInterrupt):
-                    convert.convert(whole[0], output, QUICK)
-            said = capsys.readouterr().err
-            assert said == (f"going on after {finished} finished blocks in {output}.work\n" if finished else "")
-
-    @pytest.mark.parametrize(
-        ("change", "said"),
-        [
-            ({"seed": 1}, "another calibration tokens, recipe;"),
-            ({"bits": 3}, "another recipe, types;"),
-            ({"context": 16}, "another calibration tokens, recipe;"),
-        ],
-    )
-    def test_other_options_do_not_mix(
-        self, whole: tuple[Path, bytes], tmp_path: Path, change: dict[str, int], said: str
-    ) -> None:
-        output, other = tmp_path / "out.gguf", Options(**{**vars(QUICK), **change})
-        self.stop(whole[0], output)
-        with pytest.raises(D2QError, match=said):
-            convert.convert(whole[0], output, other)
-        convert.convert(whole[0], output, other, force=True)
-        convert.convert(whole[0], tmp_path / "direct.gguf", other)
-        assert output.read_bytes() == (tmp_path / "direct.gguf").read_bytes()
-
-    def test_other_weights_do_not_mix(self, make_checkpoint: Make, tmp_path: Path) -> None:
-        model, output = make_checkpoint(**SMALL), tmp_path / "out.gguf"
-        self.stop(model, output)
-        weights = load_file(model / "model.safetensors")
-        save_file({name: tensor * 2 for name, tensor in weights.items()}, model / "model.safetensors")
-        with pytest.raises(D2QError, match="another weight files;"):
-            convert.convert(model, output, QUICK)
-
-    def test_damaged_block(self, whole: tuple[Path, bytes], tmp_path: Path) -> None:
-        output = tmp_path / "out.gguf"
-        self.stop(whole[0], output)
-        block = tmp_path / "out.gguf.work" / "block-0001.safetensors"
-        block.write_bytes(block.read_bytes()[:-1])
-        with pytest.raises(D2QError, match=r"block-0001.safetensors is damaged"):
-            convert.convert(whole[0], output, QUICK)
-        block.unlink()
-        convert.convert(whole[0], output, QUICK)
-        assert output.read_bytes() == whole[1]
-
-    def stop(self, model: Path, output: Path) -> None:
-        """Interrupt a conversion in its third block."""
-        with pytest.MonkeyPatch.context() as patch:
-            interrupt_after(patch, pipeline, "quantize_layer", 9)
-            with pytest.raises(KeyboardInterrupt):
-                convert.convert(model, output, QUICK)
-
-    def test_killed_process(self, tmp_path: Path) -> None:
-        """A real process, really killed."""
-        write_checkpoint(tmp_path / "model", "qwen3", **{**SMALL, "num_hidden_layers": 8})
-        output = tmp_path / "out.gguf"
-        arguments = ["convert", "model", "-o", "out.gguf", "--calibration-tokens", "8192", "--context", "256"]
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-        with subprocess.Popen(
-            [sys.executable, "-m", "d2q_edge.cli", *arguments],
-            cwd=tmp_path,
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as process:
-            second = tmp_path / "out.gguf.work" / "block-0001.safetensors"
-            deadline = time.monotonic() + 120
-            while not second.exists() and process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.005)
-            process.kill()
-            assert process.wait() == -signal.SIGKILL, process.communicate()[1]
-        assert second.exists()
-        assert not output.exists()
-        options = Options(calibration_tokens=8192, context=256)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(tmp_path)
-            convert.convert("model", Path("out.gguf"), options)
-            convert.convert("model", Path("whole.gguf"), options)
-        assert output.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
-        assert {path.name for path in tmp_path.iterdir()} == {"model", "out.gguf", "whole.gguf"}
-
-
-class TestFailures:
-    @pytest.mark.parametrize("calibrate", [True, False])
-    @pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.2.mlp.down_proj.weight", "model.norm.weight"])
-    def test_nan_anywhere_is_found_and_leaves_nothing(
-        self, make_checkpoint: Make, tmp_path: Path, name: str, calibrate: bool, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        model = make_checkpoint(**SMALL)
-        tensors = load_file(model / "model.safetensors")
-        tensors[name].view(-1)[5] = torch.nan
-        save_file(tensors, model / "model.safetensors")
-        monkeypatch.setattr(pipeline, "quantize_layer", None)  # found before any work
-        with pytest.raises(D2QError, match=rf"tensor {name} in .* contains NaN"):
-            convert.convert(model, tmp_path / "out.gguf", Options(**{**vars(QUICK), "calibrate": calibrate}))
-        assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
-
-    def test_overflow_leaves_nothing(self, make_checkpoint: Make, tmp_path: Path) -> None:
-        model = make_checkpoint(**SMALL, dtype=torch.float32)
-        tensors = load_file(model / "model.safetensors")
-        for layer in ("up", "down"):
-            tensors[f"model.layers.0.mlp.{layer}_proj.weight"] *= 1e25
-        save_file(tensors, model / "model.safetensors")
-        with pytest.raises(D2QError, match="the original model are NaN or infinite after block 0"):
-            convert.convert(model, tmp_path / "out.gguf", QUICK)
-        assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
-
-    def test_existing_output(self, make_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        (tmp_path / "out.gguf").write_text("old")
-        monkeypatch.setattr(convert, "quantize_blocks", None)
-        with pytest.raises(D2QError, match=r"out.gguf exists already; use --force"):
-            convert.convert(make_checkpoint(**SMALL), tmp_path / "out.gguf", QUICK)
-        assert (tmp_path / "out.gguf").read_text() == "old"
-
-    def test_full_disk_while_writing(
-        self, make_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def full(_: object) -> None:
-            raise OSError(28, "No space left on device")
-
-        model = make_checkpoint(**SMALL)
-        monkeypatch.setattr(gguf_file, "encode", full)
-        with pytest.raises(D2QError, match="the disk is full"):
-            convert.convert(model, tmp_path / "out.gguf", QUICK)
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf.work", "tiny"]
-        monkeypatch.undo()
-        convert.convert(model, tmp_path / "out.gguf", QUICK)
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "tiny"]
-
-    def test_broken_tokenizer(self, make_checkpoint: Make, tmp_path: Path) -> None:
-        model = make_checkpoint(**SMALL)
-        (model / "tokenizer_config.json").write_text('{"tokenizer_class": 5}')
-        with pytest.raises(D2QError):
-            convert.convert(model, tmp_path / "out.gguf", QUICK)
-        assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
-
-
 class TestRotation:
     """What is in a file that was made with rotation; that rotation is exact is tested in quantize/test_rotation.py."""
 
@@ -569,15 +366,6 @@ class TestRotation:
             convert.convert(model, tmp_path / choice, Options(calibrate=False, rotation=choice))
             assert json.loads(GGUFFile(tmp_path / choice).kv["d2q.recipe"])["rotation"] is (choice == "auto")
         assert seen == [True], "asked once, about the original"
-
-    def test_rotated_and_plain_work_do_not_mix(self, whole: tuple[Path, bytes], tmp_path: Path) -> None:
-        output = tmp_path / "out.gguf"
-        TestInterruptions().stop(whole[0], output)
-        with pytest.raises(D2QError, match=r"another .*recipe;"):
-            convert.convert(whole[0], output, self.OPTIONS)
-        convert.convert(whole[0], output, self.OPTIONS, force=True)
-        convert.convert(whole[0], tmp_path / "direct.gguf", self.OPTIONS)
-        assert output.read_bytes() == (tmp_path / "direct.gguf").read_bytes()
 
     def test_damage_is_found_before_any_work(
         self, make_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

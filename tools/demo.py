@@ -7,9 +7,7 @@ generation speed of each, then a text that the D2Q2 file continued. Needs the ru
 """
 
 import json
-import os
 import statistics
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from d2q_edge.evaluate import Evaluation, evaluate
 from d2q_edge.export import export
 from d2q_edge.families import family_for
 from d2q_edge.generate import generate
-from d2q_edge.runtime import find_tool
+from d2q_edge.runtime import run_tool
 from d2q_edge.runtime.machine import usable_cpus
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-qwen3"
@@ -44,12 +42,12 @@ class Row:
 def make_stock_files(f16: Path, out: Path) -> dict[str, Path]:
     """Quantize with llama.cpp's own tools: every matrix in the named type, embeddings and head in Q8_0."""
     imatrix = out / "imatrix.gguf"
-    _run("llama-imatrix", "-m", f16, "-f", BUILTIN["calibration"], "-o", imatrix, "-c", 512)
+    run_tool("llama-imatrix", "-m", f16, "-f", BUILTIN["calibration"], "-o", imatrix, "-c", 512)
     files = {}
     for name in STOCK:
         files[name] = out / f"{name}.gguf"
         types = ("--token-embedding-type", "q8_0", "--output-tensor-type", "q8_0")
-        _run("llama-quantize", "--pure", "--imatrix", imatrix, *types, f16, files[name], name)
+        run_tool("llama-quantize", "--pure", "--imatrix", imatrix, *types, f16, files[name], name)
     return files
 
 
@@ -59,7 +57,7 @@ def speeds(files: dict[str, Path]) -> dict[str, float]:
     for _ in range(SPEED_ROUNDS):
         for name, path in files.items():
             options = ("-p", 0, "-n", 256, "-r", 1, "-t", usable_cpus(), "-o", "json")
-            seen[name].append(json.loads(_run("llama-bench", "-m", path, *options))[0]["avg_ts"])
+            seen[name].append(json.loads(run_tool("llama-bench", "-m", path, *options))[0]["avg_ts"])
     return {name: statistics.median(values) for name, values in seen.items()}
 
 
@@ -74,16 +72,6 @@ def table(rows: list[Row]) -> str:
             f"{'-' if divergence is None else f'{divergence:.4f}':>13} {row.speed:9.1f}"
         )
     return "\n".join(lines)
-
-
-def _run(tool: str, *arguments: object) -> str:
-    command = [str(find_tool(tool)), *map(str, arguments)]
-    # The Makefile's setting is for torch; it slows llama.cpp's barriers.
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if result.returncode:
-        raise D2QError(f"{tool} failed: {' '.join(command)}\n{result.stderr[-2000:]}")
-    return result.stdout
 
 
 @click.command()

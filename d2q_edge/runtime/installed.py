@@ -4,7 +4,9 @@ import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import re
+import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -112,6 +114,21 @@ def find_tool(name: str) -> Path:
     if path is None:
         raise D2QError(f"the tool {name} is not built: run `d2q-edge runtime install --tools`")
     return path
+
+
+def run_tool(name: str, *arguments: object) -> str:
+    """What one of TOOLS prints on stdout, with `arguments` as words.
+
+    Raises:
+        D2QError: it has not been built, or it fails; the message ends with what it said.
+    """
+    command = [str(find_tool(name)), *map(str, arguments)]
+    # With passive waiting, which torch prefers on a busy machine, every barrier of llama.cpp's threads is a sleep.
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if result.returncode:
+        raise D2QError(f"{name} failed: {' '.join(command)}\n{result.stderr[-2000:]}")
+    return result.stdout
 
 
 def require() -> ModuleType:

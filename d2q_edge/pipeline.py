@@ -76,9 +76,14 @@ def corrected_norms(family: Family, method: Method) -> list[str]:
     """Full names of the norms that may get a bias: of every block those behind quantized layers, and the final one."""
     if not method.dac:
         return []
-    inner = [stage.norm for stage in family.stages[1:] if stage.norm is not None]
+    inner = _corrected(family, method)
     blocks = [f"{family.block_prefix(index)}{norm}" for index in range(family.num_layers) for norm in inner]
     return [*blocks, family.final_norm]
+
+
+def _corrected(family: Family, method: Method) -> dict[str, Stage]:
+    """A block's norms that get a bias, with their stages: those with quantized layers of the same block before them."""
+    return {stage.norm: stage for stage in family.stages[1:] if stage.norm is not None} if method.dac else {}
 
 
 def quantize_blocks(
@@ -146,7 +151,7 @@ class _Driver:
         if self.method.dsq:
             for stage in stages:
                 result.update(self._scale_columns(block, stage, original_inputs[stage.linears[0]]))
-        teachers = {norm: self._teacher(block, stage) for norm, stage in self._corrected(stages).items()}
+        teachers = {norm: self._teacher(block, stage) for norm, stage in _corrected(self.family, self.method).items()}
         for stage in stages:
             with self._timed("forward"):
                 inputs = [self.runner.stage_input(block, stage, self._here(hidden)) for hidden in self.quantized]
@@ -194,7 +199,9 @@ class _Driver:
     def finish(self) -> dict[str, Tensor]:
         """The final norm's new weight and bias, and the head's column scale, by full name."""
         norm, name = self.runner.final_norm(), self.family.final_norm
-        teacher, student = ([norm(self._here(hidden)) for hidden in stream] for stream in self._streams())
+        teacher, student = (
+            [norm(self._here(hidden)).flatten(0, -2) for hidden in stream] for stream in (self.original, self.quantized)
+        )
         result: dict[str, Tensor] = {}
         scales = torch.ones_like(_weight(norm))
         if self.method.dsq and not self.family.tied_embeddings:
@@ -202,7 +209,7 @@ class _Driver:
             scales = column_scales(head.float().square().sum(0), conditional_energy(teacher[::ENERGY_SHARE]))
             result[f"{name}.weight"] = _array(_weight(norm) * scales)
             result[f"{self.family.head}.{COLUMN_SCALE}"] = _array(scales)
-        shift = mean_shift(*(_by_token(stream) for stream in (teacher, student))) if self.method.dac else None
+        shift = mean_shift(teacher, student) if self.method.dac else None
         if shift is not None:
             result[f"{name}.bias"] = _array(shift * scales)
         return result
@@ -288,10 +295,6 @@ class _Driver:
         layer = quantize_layer(weights, statistics, search, self.method.alpha)
         return descend(layer, weights, statistics, search, self.method.alpha, rounds=self.method.rounds)
 
-    def _corrected(self, stages: tuple[Stage, ...]) -> dict[str, Stage]:
-        """Norms that get a bias, with their stages: those with quantized layers of the same block before them."""
-        return {stage.norm: stage for stage in stages[1:] if stage.norm is not None} if self.method.dac else {}
-
     def _search(self, kind: str) -> CodebookSearch:
         if kind not in self._searches:
             self._searches[kind] = CodebookSearch(tensor_types.BY_NAME[kind], self.runner.device)
@@ -302,9 +305,6 @@ class _Driver:
         if data.dtype == np.uint8:
             return tensor_types.dequantize(tensor_types.BY_NAME[self.types[name]], data.view(np.uint8))
         return data.astype(np.float32, copy=False)
-
-    def _streams(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        return self.original, self.quantized
 
     def _forward(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         with self._timed("forward"):
@@ -352,10 +352,6 @@ def _array(values: torch.Tensor) -> Tensor:
     """Float32 values on the CPU, as they are kept in the work directory."""
     array: Tensor = values.detach().float().cpu().numpy()
     return array
-
-
-def _by_token(stream: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [hidden.flatten(0, -2) for hidden in stream]
 
 
 def _relative_error(weights: torch.Tensor, quantized: torch.Tensor, hessian: torch.Tensor) -> float:

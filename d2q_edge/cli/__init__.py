@@ -1,0 +1,39 @@
+"""The command line: parses options and calls the library, nothing else. One file per command; here what they share.
+
+Results go to stdout, messages and progress to stderr. Exit codes: 0 done, 1 the request can't be carried out, 2 wrong
+usage, 130 interrupted. Imports are inside the commands, because torch takes seconds to load and --help should not.
+"""
+
+import sys
+
+import click
+
+from d2q_edge import __version__
+from d2q_edge.cli import convert, evaluate, inspect, run, runtime
+from d2q_edge.errors import D2QError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="d2q-edge")
+def cli() -> None:
+    """2- and 3-bit GGUF files for llama.cpp on laptops and phones."""
+
+
+for module in (convert, evaluate, inspect, run, runtime):
+    cli.add_command(module.command)
+
+
+def main() -> None:
+    """The console script: runs the command and turns what happened into an exit code."""
+    try:
+        sys.exit(cli(standalone_mode=False))
+    except D2QError as error:
+        # Messages quote those of other libraries, which may have many lines.
+        click.echo("Error: " + " ".join(str(error).split()), err=True)
+        sys.exit(1)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted. A conversion goes on where it stopped when the command is repeated.", err=True)
+        sys.exit(130)

@@ -1,0 +1,90 @@
+"""`d2q-edge convert`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from d2q_edge.cli.common import PATH, wait_passively, write_json
+
+
+@click.command("convert")
+@click.argument("model", type=PATH)
+@click.option("-o", "--output", type=PATH, help="The GGUF file to write.  [default: named after the model]")
+@click.option("--bits", type=float, help="2, 3, or a mean of 2.31 to 4.3 bits per weight.  [default: 2]")
+@click.option("--type", "stock_type", help="Write a stock type (f32, f16, bf16, q8_0, ...) instead of quantizing.")
+@click.option("--calibration", default="builtin", show_default=True, help="Text file that stands for what users write.")
+@click.option("--calibration-tokens", type=click.IntRange(1), default=65536, show_default=True)
+@click.option(
+    "--context", type=click.IntRange(8), default=512, show_default=True, help="Tokens per calibration window."
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of all random choices.")
+@click.option(
+    "--rotation",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    help="Spread outlier channels over their neighbours; unties tied embeddings.",
+)
+@click.option("--dsq/--no-dsq", default=True, show_default=True, help="Column scales, absorbed by neighbours.")
+@click.option("--dac/--no-dac", default=True, show_default=True, help="Biases in norms for the mean shift.")
+@click.option("--refine", is_flag=True, help="Tune scales and codes afterwards: better, and much slower.")
+@click.option("--no-calibration", is_flag=True, help="Round to nearest: quick, and worse.")
+@click.option("--embedding-type", help="Stock type of the embeddings.  [default: by --bits]")
+@click.option("--head-type", help="Stock type of the head, where it isn't tied.  [default: by --bits]")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
+@click.option("--dry-run", is_flag=True, help="Print the plan and the exact size; write nothing.")
+@click.option("--force", is_flag=True, help="Replace an existing file, or unfinished work with other options.")
+@click.option("--report", type=PATH, help="Write what was measured to a JSON file.")
+def command(model: Path, output: Path | None, stock_type: str | None, **options: Any) -> None:
+    """Quantize the Hugging Face checkpoint in the directory MODEL into a GGUF file."""
+    wait_passively()
+    from d2q_edge import export
+    from d2q_edge.checkpoint import Checkpoint
+    from d2q_edge.convert import Options
+    from d2q_edge.convert import convert as quantize
+    from d2q_edge.families import family_for
+    from d2q_edge.gguf_file import check_output
+
+    bits, force, report = options["bits"], options["force"], options["report"]
+    if stock_type is not None:
+        for option in ("bits", "no_calibration", "embedding_type", "head_type", "refine", "dry_run", "report"):
+            if options[option]:
+                raise click.UsageError(f"--type writes a stock file; it doesn't go with --{option.replace('_', '-')}")
+        if options["rotation"] == "on":
+            raise click.UsageError("--type writes a stock file; it doesn't go with --rotation on")
+    bits = 2 if bits is None else int(bits) if bits in (2, 3) else bits
+    if output is None:
+        checkpoint = Checkpoint.open(model)
+        output = Path(export.file_name(checkpoint, family_for(checkpoint.config), stock_type or f"D2Q{bits:g}"))
+    if stock_type is not None:
+        size = export.export(model, output, stock_type.lower(), force=force)
+        click.echo(f"{output}: {size:,} bytes")
+        return
+    chosen = Options(
+        bits=bits,
+        calibrate=not options["no_calibration"],
+        **{
+            name: options[name]
+            for name in (
+                "calibration",
+                "calibration_tokens",
+                "context",
+                "seed",
+                "rotation",
+                "dsq",
+                "dac",
+                "refine",
+                "embedding_type",
+                "head_type",
+                "device",
+            )
+        },
+    )
+    if report:
+        # Better now than after the work.
+        check_output(report, force=True)
+    result = quantize(model, output, chosen, dry_run=options["dry_run"], force=force)
+    if report:
+        write_json(report, result.to_json())
+    click.echo(result.describe(output))

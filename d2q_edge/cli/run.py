@@ -1,0 +1,26 @@
+"""`d2q-edge run`."""
+
+from pathlib import Path
+
+import click
+
+from d2q_edge.cli.common import PATH
+
+
+@click.command("run")
+@click.argument("file", type=PATH)
+@click.option("-p", "--prompt", required=True, help="Text to continue.")
+@click.option(
+    "-n", "--tokens", type=click.IntRange(1), default=128, show_default=True, help="Generate at most that many."
+)
+@click.option("--temperature", type=click.FloatRange(0), default=0.8, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+def command(file: Path, prompt: str, tokens: int, temperature: float, seed: int) -> None:
+    """Continue a prompt with a GGUF FILE."""
+    from d2q_edge.generate import generate
+
+    pieces = generate(file, prompt, tokens, temperature, seed)
+    click.echo(prompt, nl=False)
+    for piece in pieces:
+        click.echo(piece, nl=False)
+    click.echo()

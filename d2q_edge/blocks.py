@@ -1,10 +1,12 @@
 """Running a checkpoint one decoder block at a time, through transformers' own modules.
 
-Knows how to build a block, fill it with the checkpoint's weights and run it, or run it just far enough to see the input
-of one of its layers. Does not know about quantization: pipeline.py changes the weights. Only one block is in memory.
+Knows how to build a block, fill it with the checkpoint's weights and run it, whole or by halves (families/base.py says
+what a half is), or just far enough to see the input of one of its layers. Does not know about quantization: pipeline.py
+changes the weights. A block lives as long as its caller keeps it; nothing else of the model is in memory.
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -15,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.errors import D2QError
-from d2q_edge.families import Family, Stage
+from d2q_edge.families import Family, Half, Stage
 
 
 def add_bias(norm: nn.Module, bias: torch.Tensor) -> RemovableHandle:
@@ -48,14 +50,19 @@ class BlockRunner:
             raise D2QError(f"transformers can't build the model of {checkpoint.directory} ({error})") from error
         self._layers = model.model.layers
         self._final_norm: nn.Module = model.model.norm
-        self._norm_biases: list[RemovableHandle] = []
+        self._layer_types: list[str] = getattr(config, "layer_types", None) or []
         # Made anew outside the meta device: its frequencies are computed, not loaded.
         self._rotary: nn.Module = type(model.model.rotary_emb)(config=config).to(device)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Embeddings of token ids [windows, context]: float32 [windows, context, hidden], on the CPU."""
+        return next(self.embed_all([tokens]))
+
+    def embed_all(self, batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """The same for one batch after another; the table is read once."""
         table = self.checkpoint.tensor(f"{self.family.embedding}.weight")
-        return table[tokens].float()
+        for tokens in batches:
+            yield table[tokens].float() * self.family.embedding_scale
 
     def load(self, index: int) -> nn.Module:
         """Block `index` with the checkpoint's weights, in float32.
@@ -64,7 +71,7 @@ class BlockRunner:
             D2QError: a weight is NaN or infinite, or can't be read.
         """
         prefix = self.family.block_prefix(index)
-        block: nn.Module = self._layers[index]
+        block: nn.Module = copy.deepcopy(self._layers[index])
         names = [name for name in self.family.tensor_shapes() if name.startswith(prefix)]
         weights = {
             name.removeprefix(prefix): self.checkpoint.tensor(name).to(self.device, torch.float32) for name in names
@@ -72,16 +79,13 @@ class BlockRunner:
         block.load_state_dict(weights, assign=True)
         return block.eval().requires_grad_(False)
 
-    def unload(self, index: int) -> None:
-        """Free the weights of block `index`."""
-        for handle in self._norm_biases:
-            handle.remove()
-        self._norm_biases.clear()
-        self._layers[index].to("meta")
+    def share(self, block: nn.Module) -> nn.Module:
+        """A copy of a block whose parameters are the block's own tensors, until one of them is replaced."""
+        return copy.deepcopy(block, {id(parameter): parameter for parameter in block.parameters()})
 
     def add_norm_bias(self, block: nn.Module, norm: str, bias: torch.Tensor) -> None:
-        """Let a norm of the loaded block, by its name in the block, add a bias [channels] to its output."""
-        self._norm_biases.append(add_bias(block.get_submodule(norm), bias.to(self.device)))
+        """Let a norm of a block, by its name in the block, add a bias [channels] to its output from now on."""
+        add_bias(block.get_submodule(norm), bias.to(self.device))
 
     def final_norm(self) -> nn.Module:
         """The norm before the head, with the checkpoint's weight, in float32."""
@@ -92,14 +96,27 @@ class BlockRunner:
 
     def forward(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """The block's output for hidden states [windows, context, hidden], float32 on the runner's device."""
-        output: torch.Tensor = block(hidden, **self._positions(hidden))
+        output: torch.Tensor = block(hidden, **self._positions(block, hidden))
         return output
 
-    def stage_input(self, block: nn.Module, stage: Stage, residual: torch.Tensor) -> torch.Tensor:
-        """The input of a stage's layers, float32 [windows * context, in_features].
+    def half_forward(self, block: nn.Module, half: Half, residual: torch.Tensor) -> torch.Tensor:
+        """The residual stream behind one half of a block, float32 [windows, context, hidden].
 
         Args:
-            block: from `load`.
+            block: from `load` or `share`.
+            half: of the block.
+            residual: the stream before that half, float32 [windows, context, hidden].
+        """
+        output = self._run_module(block, half, residual)
+        if half.output_norm is not None:
+            output = block.get_submodule(half.output_norm)(output)
+        return residual + output
+
+    def stage_input(self, block: nn.Module, stage: Stage, residual: torch.Tensor) -> torch.Tensor:
+        """The input of a stage's layers, float32 [windows * context, in_features]; nothing behind it is computed.
+
+        Args:
+            block: from `load` or `share`.
             stage: of the block.
             residual: the residual stream that the stage's half of the block reads, float32 [windows, context, hidden].
         """
@@ -107,19 +124,16 @@ class BlockRunner:
             normed: torch.Tensor = block.get_submodule(stage.norm)(residual)
             return normed.flatten(0, -2)
         layer = stage.linears[0]
-        half = layer.split(".")[0]
-        # The stages of a half are neighbours; the norm is that of its first one.
-        norm = next(other.norm for other in self.family.stages if other.norm and other.linears[0].split(".")[0] == half)
-        normed = block.get_submodule(norm)(residual)
-        options = self._positions(residual) | {"attention_mask": None} if half == "self_attn" else {}
         with _Watch(block, (layer,), stop=True) as seen, suppress(_Reached):
-            block.get_submodule(half)(normed, **options)
+            self._run_module(block, self.family.half_of(stage), residual)
         return seen[layer]
 
-    def _positions(self, hidden: torch.Tensor) -> dict[str, Any]:
-        """What attention wants to know; without a mask, transformers' scaled-dot-product attention is causal."""
-        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        return {"position_embeddings": self._rotary(hidden, positions), "position_ids": positions}
+    def half_trace(
+        self, block: nn.Module, half: Half, layers: tuple[str, ...], residual: torch.Tensor
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """The inputs of the named linear layers of one half, as in `stage_input`, and what `half_forward` returns."""
+        with _Watch(block, layers) as seen:
+            return seen, self.half_forward(block, half, residual)
 
     def trace(
         self, block: nn.Module, layers: tuple[str, ...], hidden: torch.Tensor
@@ -127,7 +141,7 @@ class BlockRunner:
         """The inputs of the named linear layers, {name: float32 [windows * context, in_features]}, and the output.
 
         Args:
-            block: from `load`.
+            block: from `load` or `share`.
             layers: names relative to the block.
             hidden: the block's input, float32 [windows, context, hidden].
         """
@@ -139,6 +153,28 @@ class BlockRunner:
         with _Watch(block, (layer,), stop=True) as seen, suppress(_Reached):
             self.forward(block, hidden)
         return seen[layer]
+
+    def _run_module(self, block: nn.Module, half: Half, residual: torch.Tensor) -> torch.Tensor:
+        normed = block.get_submodule(half.norm)(residual)
+        module = block.get_submodule(half.module)
+        # Attention returns its weights too, and an mlp with experts what its router said.
+        output = module(normed, **self._positions(block, residual)) if half.module == "self_attn" else module(normed)
+        result: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def _positions(self, block: nn.Module, hidden: torch.Tensor) -> dict[str, Any]:
+        """What attention wants to know; without a mask, transformers' scaled-dot-product attention is causal."""
+        index, context = _number(block), hidden.shape[1]
+        positions = torch.arange(context, device=hidden.device)
+        # A model with different ropes has one object for all.
+        kind = (self._layer_types[index],) if isinstance(getattr(self._rotary, "rope_type", None), dict) else ()
+        mask = None
+        window = self.family.sliding_window(index)
+        if window is not None and window < context:
+            distance = positions[:, None] - positions
+            mask = ((distance >= 0) & (distance < window))[None, None]
+        embeddings = self._rotary(hidden, positions[None], *kind)
+        return {"position_embeddings": embeddings, "position_ids": positions[None], "attention_mask": mask}
 
 
 class _Watch:
@@ -166,3 +202,11 @@ class _Watch:
     def __exit__(self, *_: object) -> None:
         for handle in self.handles:
             handle.remove()
+
+
+def _number(block: nn.Module) -> int:
+    """Which block of the model this is."""
+    number = block.get_submodule("self_attn").layer_idx
+    if not isinstance(number, int):
+        raise TypeError("an attention layer doesn't know its number")
+    return number

@@ -26,10 +26,11 @@ from d2q_edge.export import Value
 from d2q_edge.families import Family, family_for
 from d2q_edge.gguf_file import check_output
 from d2q_edge.output import Output, QuantizedContent, RoundedContent
-from d2q_edge.pipeline import Method, Report, corrected_norms, quantize_blocks
+from d2q_edge.pipeline import Method, corrected_norms, quantize_blocks
 from d2q_edge.plan import Plan, check_request, is_mixed, make_plan, rounding_types
 from d2q_edge.quantize.rotation import RotatedCheckpoint, rotation_pays
 from d2q_edge.refinement import Refinement, refine, refined_norms
+from d2q_edge.report import Report
 from d2q_edge.sensitivity import choose_windows, measure
 from d2q_edge.tokenizer import read_tokenizer
 from d2q_edge.work_dir import WorkDir

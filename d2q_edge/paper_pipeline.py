@@ -83,7 +83,6 @@ def quantize_model(runner: BlockRunner, recipe: Recipe, bits: int, windows: npt.
     for index in tqdm(range(runner.family.num_layers), desc="Quantizing", unit="block", disable=None):
         block = runner.load(index)
         driver.quantize(index, block)
-        runner.unload(index)
     driver.finish()
     return driver.weights
 

@@ -107,7 +107,6 @@ def _run(
         for name, hidden in states.items():
             states[name] = _forward(runner, block, hidden)
         states.update(variants)
-        runner.unload(index)
         progress.update()
     return states
 

@@ -16,7 +16,7 @@ import torch
 from d2q_edge import generate, llama_model
 from d2q_edge.convert import Options, convert
 from d2q_edge.export import export
-from d2q_edge.pipeline import Report
+from d2q_edge.report import Report
 from d2q_edge.runtime import source
 from tests.availability import fetch_sdist
 from tests.checkpoints import EXAMPLE, write_checkpoint

@@ -44,7 +44,6 @@ def test_all_blocks_are_the_model(make_checkpoint: Make, family: str, options: d
     assert hidden.dtype == torch.float32
     for index in range(2):
         hidden = runner.forward(runner.load(index), hidden)
-        runner.unload(index)
     norm = runner.checkpoint.tensor("model.norm.weight").float()
     normed = hidden * (hidden.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm
     head = "model.embed_tokens.weight" if options.get("tie_word_embeddings") else "lm_head.weight"
@@ -82,21 +81,26 @@ def test_stages_follow_the_residual_stream(make_checkpoint: Make) -> None:
     for stage in runner.family.stages:
         inputs = runner.stage_input(block, stage, residual)
         torch.testing.assert_close(inputs, seen[stage.linears[0]], rtol=1e-5, atol=1e-5)
+        half = runner.family.half_of(stage)
         if stage.norm is None:
-            residual = residual + block.get_submodule(stage.linears[0])(inputs.view(*residual.shape[:-1], -1))
+            traced, moved = runner.half_trace(block, half, stage.linears, residual)
+            torch.testing.assert_close(traced[stage.linears[0]], inputs)
+            residual = runner.half_forward(block, half, residual)
+            assert torch.equal(moved, residual)
     torch.testing.assert_close(residual, output, rtol=1e-5, atol=1e-5)
     assert [name for name, module in block.named_modules() if module._forward_pre_hooks] == []
 
 
 @torch.inference_mode()
-def test_norm_biases_last_until_the_block_is_unloaded(make_checkpoint: Make) -> None:
+def test_norm_biases_are_those_of_one_copy(make_checkpoint: Make) -> None:
     runner = runner_for(make_checkpoint())
     block, hidden = runner.load(0), runner.embed(TOKENS)
     before = runner.input_of(block, "mlp.gate_proj", hidden)
     bias = torch.linspace(-1, 1, hidden.shape[-1])
-    runner.add_norm_bias(block, "post_attention_layernorm", bias)
-    torch.testing.assert_close(runner.input_of(block, "mlp.gate_proj", hidden), before + bias)
-    runner.unload(0)
+    copied = runner.share(block)
+    runner.add_norm_bias(copied, "post_attention_layernorm", bias)
+    torch.testing.assert_close(runner.input_of(copied, "mlp.gate_proj", hidden), before + bias)
+    assert torch.equal(runner.input_of(block, "mlp.gate_proj", hidden), before)
     assert torch.equal(runner.input_of(runner.load(0), "mlp.gate_proj", hidden), before)
 
 
@@ -140,17 +144,18 @@ def test_input_of_computes_nothing_behind_it(make_checkpoint: Make) -> None:
     assert reached == ["self_attn.q_proj", "self_attn.o_proj"]
 
 
-def test_changed_weights_are_used_and_unload_forgets_them(make_checkpoint: Make) -> None:
+def test_a_copy_shares_weights_until_they_are_replaced(make_checkpoint: Make) -> None:
     runner = runner_for(make_checkpoint())
     hidden = runner.embed(TOKENS)
     with torch.inference_mode():
         block = runner.load(0)
         before = runner.forward(block, hidden)
-        down = block.get_submodule("mlp.down_proj")
-        down.weight = nn.Parameter(torch.zeros(64, 96), requires_grad=False)
-        assert not torch.allclose(runner.forward(block, hidden), before, atol=1e-3)
-        runner.unload(0)
-        assert all(parameter.is_meta for parameter in block.parameters())
+        copied = runner.share(block)
+        own, theirs = dict(block.named_parameters()), dict(copied.named_parameters())
+        assert all(own[name] is theirs[name] for name in own)
+        copied.get_submodule("mlp.down_proj").weight = nn.Parameter(torch.zeros(64, 96), requires_grad=False)
+        assert not torch.allclose(runner.forward(copied, hidden), before, atol=1e-3)
+        assert torch.equal(runner.forward(block, hidden), before)
         assert torch.equal(runner.forward(runner.load(0), hidden), before)
 
 

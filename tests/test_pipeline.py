@@ -10,18 +10,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from d2q_edge import pipeline, tensor_types
+from d2q_edge import pipeline, stage_solver, streams, tensor_types
 from d2q_edge.blocks import BlockRunner, add_bias
 from d2q_edge.calibration import load_text
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.errors import D2QError
 from d2q_edge.families import family_for
-from d2q_edge.pipeline import COLUMN_SCALE, Method, Report, corrected_norms, quantize_blocks
+from d2q_edge.pipeline import COLUMN_SCALE, Method, corrected_norms, quantize_blocks
 from d2q_edge.plan import make_plan
 from d2q_edge.quantize.codebook import CodebookSearch
 from d2q_edge.quantize.gptaq import InputStatistics, quantize_layer
 from d2q_edge.quantize.layer import QuantizedLayer
 from d2q_edge.quantize.rtn import round_layer
+from d2q_edge.ranks import ALONE
+from d2q_edge.report import Report
 from d2q_edge.work_dir import Tensor, WorkDir
 from tests.checkpoints import EXAMPLE
 from tests.conftest import ExampleFiles
@@ -83,6 +85,10 @@ class StoppedAt(WorkDir):
         super().write_block(index, tensors, refined=refined)
 
 
+def all_of(stream: streams.Stream) -> torch.Tensor:
+    return torch.cat([stream[index] for index in range(len(stream))])
+
+
 def blocks(work: WorkDir) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(work.path.glob("block-*"))}
 
@@ -96,11 +102,11 @@ def test_streams_are_the_two_models(
     runner = setup.runner()
     # Small enough batches that some are held back for the mean shift.
     monkeypatch.setattr(pipeline, "BATCH_TOKENS", 80)
-    driver = pipeline._Driver(runner, setup.types, WINDOWS, Method())
+    monkeypatch.setattr(streams, "DTYPE", torch.float32)
+    driver = pipeline._Driver(runner, setup.types, WINDOWS, Method(), torch.device("cpu"), ALONE)
     work = WorkDir(tmp_path / "out.gguf", {})
     for index in range(3):
-        work.write_block(index, driver.quantize(index, runner.load(index)))
-        runner.unload(index)
+        work.write_block(index, driver.quantize(index))
     quantized = setup.tensors(work)
     kinds = {name.split(".", 3)[-1] if name not in setup.types else "linear" for name in quantized}
     assert {"linear", "input_layernorm.weight", "post_attention_layernorm.weight"} <= kinds
@@ -110,8 +116,8 @@ def test_streams_are_the_two_models(
         model = setup.whole_model(tensors)
         model.model.layers[2].register_forward_hook(lambda *args, outputs=outputs: outputs.append(args[2]))
         model(torch.from_numpy(WINDOWS))
-        torch.testing.assert_close(torch.cat(stream), outputs[0], rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(torch.cat(driver.original), torch.cat(driver.quantized), atol=1e-2)
+        torch.testing.assert_close(all_of(stream), outputs[0], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(all_of(driver.original), all_of(driver.quantized), atol=1e-2)
 
 
 @torch.inference_mode()
@@ -167,8 +173,9 @@ def test_statistics_are_those_of_the_formulas(
         seen.append((statistics.hessian.clone(), statistics.drift.clone(), alpha))
         return quantize_layer(weights, statistics, search, alpha)
 
-    monkeypatch.setattr(pipeline, "quantize_layer", spy)
+    monkeypatch.setattr(stage_solver, "quantize_layer", spy)
     monkeypatch.setattr(pipeline, "BATCH_TOKENS", 160)  # three batches
+    monkeypatch.setattr(streams, "DTYPE", torch.float32)
     work = WorkDir(tmp_path / "out.gguf", {})
     setup.run(work, method=PLAIN)
     assert len(seen) == 3 * 4
@@ -222,7 +229,7 @@ def test_finished_blocks_are_not_quantized_again(
     setup = Setup(make_checkpoint(**SMALL))
     work = WorkDir(tmp_path / "out", {})
     setup.run(work)
-    monkeypatch.setattr(pipeline, "quantize_layer", None)
+    monkeypatch.setattr(stage_solver, "quantize_layer", None)
     assert setup.run(work).layer_errors == {}
 
 
@@ -242,7 +249,7 @@ def test_overflowing_activations(make_checkpoint: Make, tmp_path: Path) -> None:
     tensors["model.layers.1.mlp.up_proj.weight"] *= 1e5
     save_file(tensors, model / "model.safetensors")
     work = WorkDir(tmp_path / "out", {})
-    message = "the activations of the original model are NaN or infinite after block 1"
+    message = r"the activations of the original model are NaN or infinite behind model\.layers\.1\.mlp\.down_proj"
     with pytest.raises(D2QError, match=message):
         Setup(model).run(work)
     assert work.finished == 1
@@ -259,8 +266,10 @@ def test_quantized_stream_that_overflows(
             layer.weights[0, 0] = torch.inf
         return layer
 
-    monkeypatch.setattr(pipeline, "quantize_layer", broken)
-    with pytest.raises(D2QError, match="the activations of the quantized model are NaN or infinite after block 0"):
+    monkeypatch.setattr(stage_solver, "quantize_layer", broken)
+    with pytest.raises(
+        D2QError, match=r"the activations of the quantized model are NaN or infinite behind model\.layers\.0\.mlp"
+    ):
         Setup(make_checkpoint(**SMALL)).run(WorkDir(tmp_path / "out", {}))
 
 
@@ -295,6 +304,6 @@ def test_feedback_beats_rounding_on_the_example(tmp_path: Path) -> None:
 
         feedback = quantize_layer(weight, statistics, search)
         assert error(feedback) < 0.8 * error(round_layer(weight, search)), name
-        assert pipeline._relative_error(weight, feedback.weights, statistics.hessian) == pytest.approx(
+        assert stage_solver._relative_error(weight, feedback.weights, statistics.hessian) == pytest.approx(
             error(feedback), rel=1e-3
         )

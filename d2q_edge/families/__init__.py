@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from d2q_edge.errors import D2QError
-from d2q_edge.families.base import Family, Stage
+from d2q_edge.families.base import Family, Half, Stage
 from d2q_edge.families.llama import Llama
 from d2q_edge.families.qwen2 import Qwen2
 from d2q_edge.families.qwen3 import Qwen3
 
-__all__ = ["FAMILIES", "Family", "Stage", "family_for"]
+__all__ = ["FAMILIES", "Family", "Half", "Stage", "family_for"]
 
 FAMILIES: tuple[type[Family], ...] = (Llama, Qwen2, Qwen3)
 

@@ -40,6 +40,18 @@ class Stage:
     source: str | None = None
 
 
+@dataclass(frozen=True)
+class Half:
+    """One residual branch of a block: residual + output_norm(module(norm(residual))), by names relative to the block.
+
+    `output_norm` is None where the module's output is added as it is.
+    """
+
+    module: str
+    norm: str
+    output_norm: str | None = None
+
+
 class Family(ABC):
     """A decoder family, bound to one model's config. Get one with `families.family_for`.
 
@@ -62,6 +74,12 @@ class Family(ABC):
         Stage("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
         Stage(None, ("mlp.down_proj",), source="mlp.up_proj"),
     )
+    halves: ClassVar[tuple[Half, ...]] = (
+        Half("self_attn", "input_layernorm"),
+        Half("mlp", "post_attention_layernorm"),
+    )
+    norm_offset: ClassVar[float] = 0.0
+    """What is added to a norm's weight before it multiplies."""
     embedding: ClassVar[str] = "model.embed_tokens"
     final_norm: ClassVar[str] = "model.norm"
     head: ClassVar[str] = "lm_head"
@@ -108,6 +126,24 @@ class Family(ABC):
         """The block's linear layers whose outputs are added to the residual stream: the last of every branch, which in
         these blocks are those that no norm feeds."""
         return tuple(linear for stage in self.stages if stage.norm is None for linear in stage.linears)
+
+    @property
+    def embedding_scale(self) -> float:
+        """What embeddings are multiplied by before the first block."""
+        return 1.0
+
+    @property
+    def can_rotate(self) -> bool:
+        """Whether the residual stream may be put into another basis (quantize/rotation.py)."""
+        return True
+
+    def sliding_window(self, index: int) -> int | None:
+        """How many tokens block `index` looks back on, itself included; None for all."""
+        return None
+
+    def half_of(self, stage: Stage) -> Half:
+        """The half of the block to which a stage belongs."""
+        return next(half for half in self.halves if stage.linears[0].startswith(f"{half.module}."))
 
     def block_prefix(self, index: int) -> str:
         """The prefix that turns a name relative to block `index` into a full one."""

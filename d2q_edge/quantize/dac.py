@@ -4,12 +4,10 @@ The bias is the mean over calibration tokens of teacher - student, both at the n
 with everything before the norm quantized, the teacher gets the same input through the unquantized layers. Later layers
 are calibrated with the bias in place, so that they see it.
 
-Knows two lists of activations. A mean over tokens is an estimate; correcting what is only noise adds an error of its
+Knows pairs of activations. A mean over tokens is an estimate; correcting what is only noise adds an error of its
 own, so that part of the windows is held back: a channel is corrected only if the shift found on the others makes its
 squared error smaller on them, and a norm only if the channels together gain more than MINIMUM_GAIN.
 """
-
-from collections.abc import Sequence
 
 import torch
 
@@ -21,37 +19,44 @@ MINIMUM_GAIN = 1e-3
 """Smallest relative reduction of the squared error on the held-back batches that makes a bias worth its bytes."""
 
 
-def mean_shift(teacher: Sequence[torch.Tensor], student: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """The guarded bias of one norm.
+class MeanShift:
+    """The guarded bias of one norm, from batches of activations."""
 
-    Args:
-        teacher, student: float32 [tokens, channels], batch by batch, of the same tokens.
+    def __init__(self, channels: int, batches: int) -> None:
+        """Begin.
 
-    Returns:
-        float32 [channels], zero in channels that stay as they are; None where the norm is better left alone. With
-        fewer than two batches nothing can be held back, and nothing is corrected.
-    """
-    moments = torch.stack([_moments(t - s) for t, s in zip(teacher, student, strict=True)])
-    held = torch.zeros(len(moments), dtype=torch.bool)
-    held[HELD_BACK - 1 :: HELD_BACK] = True
-    if len(moments) < HELD_BACK:
-        held[-1] = True
-    if held.all():
-        return None
-    fitted, checked = moments[~held].sum(0), moments[held].sum(0)
-    shift, square = fitted[1] / fitted[0], fitted[2] / fitted[0]
-    shift_there, square_there = checked[1] / checked[0], checked[2] / checked[0]
-    # E[(d - m)^2] = E[d^2] - 2 m E[d] + m^2
-    gain = shift * (2 * shift_there - shift)
-    chosen = (gain > 0) & (shift.square() > SIGNAL * square)
-    total = float(torch.where(chosen, gain, 0.0).sum() / square_there.sum())
-    if not total > MINIMUM_GAIN:
-        return None
-    every = moments.sum(0)
-    return torch.where(chosen, every[1] / every[0], 0.0).float()
+        Args:
+            channels: of the norm.
+            batches: how many there are in all. With fewer than two nothing can be held back, and nothing is corrected.
+        """
+        self._batches = batches
+        self.moments = torch.zeros(2, 3, channels, dtype=torch.float64)
+        """Of the batches that fit and of those that are held back; sums, so that those of several processes add up."""
+
+    def add_batch(self, index: int, teacher: torch.Tensor, student: torch.Tensor) -> None:
+        """Add batch number `index`: float32 [..., channels] of the same tokens."""
+        held = index == self._batches - 1 if self._batches < HELD_BACK else index % HELD_BACK == HELD_BACK - 1
+        self.moments[int(held)] += _moments((teacher - student).flatten(0, -2))
+
+    def bias(self) -> torch.Tensor | None:
+        """float32 [channels], on the CPU, zero in channels that stay as they are; None where the norm is better left
+        alone."""
+        if self._batches < 2:
+            return None
+        fitted, checked = self.moments
+        shift, square = fitted[1] / fitted[0], fitted[2] / fitted[0]
+        shift_there, square_there = checked[1] / checked[0], checked[2] / checked[0]
+        # E[(d - m)^2] = E[d^2] - 2 m E[d] + m^2
+        gain = shift * (2 * shift_there - shift)
+        chosen = (gain > 0) & (shift.square() > SIGNAL * square)
+        total = float(torch.where(chosen, gain, 0.0).sum() / square_there.sum())
+        if not total > MINIMUM_GAIN:
+            return None
+        every = self.moments.sum(0)
+        return torch.where(chosen, every[1] / every[0], 0.0).float()
 
 
 def _moments(difference: torch.Tensor) -> torch.Tensor:
-    """Count, sum and sum of squares over tokens: float64 [3, channels]."""
-    values = difference.double()
-    return torch.stack([torch.full_like(values[0], len(values)), values.sum(0), values.square().sum(0)])
+    """Count, sum and sum of squares over the tokens of a batch: float64 [3, channels], on the CPU."""
+    count = torch.full_like(difference[0], len(difference))
+    return torch.stack([count, difference.sum(0), difference.square().sum(0)]).cpu().double()

@@ -39,7 +39,7 @@ def column_scales(
 
     Args:
         weight_energy: w, float32 [columns]: sum of the squared weights of a column, over all layers of the stage.
-        input_energy: h, float32 [columns], from conditional_energy.
+        input_energy: h, float32 [columns], from InputEnergy.
         rows: int64 [columns], the row of the source layer behind each column; columns of one row share their scale.
             None where every column has its own.
         balance: see BALANCE.
@@ -57,29 +57,45 @@ def column_scales(
     return logs.clamp(-limit, limit).exp()
 
 
-def conditional_energy(batches: Sequence[torch.Tensor]) -> torch.Tensor:
-    """What is left of every input's mean square when the other inputs have explained what they can: 1 / inv(H)_jj.
+class InputEnergy:
+    """Gathers the input of a stage's layers, and tells how much of each of its channels the others don't explain."""
 
-    Args:
-        batches: float32 [..., columns], the input of the same layer for several batches of tokens.
+    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
+        self.gram = torch.zeros(columns, columns, device=device)
+        self.tokens = torch.zeros((), device=device)
 
-    Returns:
-        float32 [columns]; zero where the input is always zero.
-    """
-    columns = batches[0].shape[-1]
-    gram = torch.zeros(columns, columns, device=batches[0].device)
-    tokens = 0
-    for batch in batches:
-        inputs = batch.reshape(-1, columns)
-        gram += inputs.T @ inputs
-        tokens += len(inputs)
-    energy = gram.diagonal() / tokens
-    # Channels of unit energy: the inverse is then as well conditioned as it can be.
-    deviation = torch.where(energy > 0, energy, 1.0).sqrt()
-    correlation = (gram / tokens / deviation / deviation[:, None]).double()
-    correlation.diagonal().fill_(1 + DAMPING)
-    conditional: torch.Tensor = energy / torch.linalg.inv(correlation).diagonal()
-    return conditional.float()
+    @property
+    def sums(self) -> list[torch.Tensor]:
+        """What was summed, to be added up with the sums of other processes."""
+        return [self.gram, self.tokens]
+
+    def add_batch(self, inputs: torch.Tensor) -> None:
+        """Add float32 [..., columns]."""
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        self.gram += rows.T @ rows
+        self.tokens += len(rows)
+
+    def conditional(self) -> torch.Tensor:
+        """What is left of every input's mean square when the other inputs have explained what they can.
+
+        Returns:
+            1 / inv(H)_jj, float32 [columns]; zero where the input is always zero.
+        """
+        energy = self.gram.diagonal() / self.tokens
+        # Channels of unit energy: the inverse is then as well conditioned as it can be.
+        deviation = torch.where(energy > 0, energy, 1.0).sqrt()
+        correlation = self.gram / self.tokens
+        correlation /= deviation
+        correlation /= deviation[:, None]
+        correlation.diagonal().fill_(1 + DAMPING)
+        factor, failed = torch.linalg.cholesky_ex(correlation)
+        if failed:
+            factor = torch.linalg.cholesky(correlation.cpu().double())
+        # With C = L L^T the diagonal of inv(C) is that of inv(L)^T inv(L).
+        identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+        inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
+        explained: torch.Tensor = inverse.square().sum(0).to(energy)
+        return energy / explained
 
 
 def weight_energy(layers: Sequence[nn.Module]) -> torch.Tensor:
@@ -88,7 +104,11 @@ def weight_energy(layers: Sequence[nn.Module]) -> torch.Tensor:
 
 
 def absorb(
-    layers: Sequence[nn.Module], maker: nn.Module, scales: torch.Tensor, rows: torch.Tensor | None = None
+    layers: Sequence[nn.Module],
+    maker: nn.Module,
+    scales: torch.Tensor,
+    rows: torch.Tensor | None = None,
+    offset: float = 0.0,
 ) -> None:
     """Divide the layers' columns by the scales and multiply them into what makes their input, in place.
 
@@ -97,6 +117,7 @@ def absorb(
         maker: the norm (rows is None) or the linear layer whose rows these columns are proportional to.
         scales: float32 [columns], equal for columns of the same row.
         rows: see column_scales.
+        offset: what the maker adds to its weight before it multiplies (Family.norm_offset).
     """
     for layer in layers:
         layer.weight = nn.Parameter(_tensor(layer.weight) / scales, requires_grad=False)
@@ -106,7 +127,9 @@ def absorb(
     else:
         factors = torch.ones(len(weight), dtype=scales.dtype, device=scales.device)
         factors[rows] = scales
-    maker.weight = nn.Parameter(weight * factors.view(-1, *[1] * (weight.dim() - 1)), requires_grad=False)
+    factor = factors.view(-1, *[1] * (weight.dim() - 1))
+    scaled = weight * factor if offset == 0 else (weight + offset) * factor - offset
+    maker.weight = nn.Parameter(scaled, requires_grad=False)
     if bias is not None:
         maker.bias = nn.Parameter(bias * factors, requires_grad=False)
 

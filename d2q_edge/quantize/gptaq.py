@@ -32,7 +32,7 @@ class InputStatistics:
     """H and D of one layer input, summed over batches of calibration tokens."""
 
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
-        self.tokens = 0
+        self.tokens = torch.zeros((), device=device)
         self._gram = torch.zeros(columns, columns, device=device)
         self._drift = torch.zeros(columns, columns, device=device)
 
@@ -44,14 +44,19 @@ class InputStatistics:
         self._drift += (original.reshape(x.shape) - x).T @ x
 
     @property
+    def sums(self) -> list[torch.Tensor]:
+        """What was summed, to be added up with the sums of other processes."""
+        return [self._gram, self._drift, self.tokens]
+
+    @property
     def hessian(self) -> torch.Tensor:
         """H, float32 [columns, columns]."""
-        return self._gram * (2 / max(self.tokens, 1))
+        return self._gram * (2 / self.tokens.clamp(min=1))
 
     @property
     def drift(self) -> torch.Tensor:
         """D, float32 [columns, columns]."""
-        return self._drift * (2 / max(self.tokens, 1))
+        return self._drift * (2 / self.tokens.clamp(min=1))
 
 
 @dataclass(frozen=True)

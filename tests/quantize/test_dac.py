@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from d2q_edge.quantize.dac import mean_shift
+from d2q_edge.quantize.dac import MeanShift
 
 Batches = list[torch.Tensor]
 CHANNELS = 40
@@ -27,6 +27,13 @@ def streams(batches: int, shifts: dict[int, float], *, tokens: int = 300, seed: 
 
 def held_back(batches: int) -> list[int]:
     return [index for index in range(batches) if index % 4 == 3] or [batches - 1]
+
+
+def mean_shift(teacher: Batches, student: Batches) -> torch.Tensor | None:
+    shift = MeanShift(teacher[0].shape[-1], len(teacher))
+    for index, (wanted, reached) in enumerate(zip(teacher, student, strict=True)):
+        shift.add_batch(index, wanted, reached)
+    return shift.bias()
 
 
 def slow_mean_shift(teacher: Batches, student: Batches) -> list[float] | None:

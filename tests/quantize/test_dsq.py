@@ -1,6 +1,6 @@
 """Column scales: against a numeric minimisation and float64 inverses, and that no logit of a model changes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 from d2q_edge.blocks import BlockRunner
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.families import Family, family_for
-from d2q_edge.quantize.dsq import absorb, column_scales, conditional_energy, weight_energy
+from d2q_edge.quantize.dsq import InputEnergy, absorb, column_scales, weight_energy
 from tests.float64_model import TOKENS, float64_logits, relative_difference
 
 Make = Callable[..., Path]
@@ -108,6 +108,13 @@ class TestScales:
         weights = torch.tensor([1e30, 1e-30, *[1.0] * 6])
         scales = column_scales(weights, torch.ones(8))
         torch.testing.assert_close(scales, torch.tensor([1e4, 1e-4, *[1.0] * 6]), rtol=1e-4, atol=0)
+
+
+def conditional_energy(batches: Sequence[torch.Tensor]) -> torch.Tensor:
+    energy = InputEnergy(batches[0].shape[-1])
+    for batch in batches:
+        energy.add_batch(batch)
+    return energy.conditional()
 
 
 class TestEnergies:

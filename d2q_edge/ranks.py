@@ -1,0 +1,98 @@
+"""The processes that share a conversion, one per GPU, as torchrun starts them; mostly there is just one.
+
+Knows how to add up what all of them have counted and to hand a part of each to all. Does not know what is in the
+tensors. Calibration batches are dealt out in turn, and the rows of a matrix are cut into as many parts as there are
+processes; every process then holds the same block and goes on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed
+
+from d2q_edge.errors import D2QError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """All processes, seen from one of them.
+
+    Attributes:
+        rank: the number of this process, from 0.
+        count: of processes.
+        device: where tensors must be for an exchange.
+    """
+
+    rank: int = 0
+    count: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @classmethod
+    def join(cls, device: torch.device) -> Ranks:
+        """Meet the other processes that torchrun started; on its own, a process is the only one.
+
+        Raises:
+            D2QError: more processes than GPUs.
+        """
+        count = int(os.environ.get("WORLD_SIZE", "1"))
+        if count == 1:
+            return cls()
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if device.type == "cuda":
+            if local >= torch.cuda.device_count():
+                raise D2QError(
+                    f"torchrun started more processes than there are GPUs ({torch.cuda.device_count()}); "
+                    "use --nproc-per-node with that number"
+                )
+            device = torch.device("cuda", local)
+            torch.cuda.set_device(device)
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return cls(torch.distributed.get_rank(), count, device)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes files and speaks."""
+        return self.rank == 0
+
+    def own(self, number: int) -> range:
+        """Which of `number` batches are this process's."""
+        return range(self.rank, number, self.count)
+
+    def part(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This process's share of a matrix's rows."""
+        return tensor.tensor_split(self.count)[self.rank]
+
+    def sum(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replace every tensor by the sum over all processes, in place."""
+        if self.count == 1:
+            return
+        for tensor in tensors:
+            shared = tensor.to(self.device)
+            torch.distributed.all_reduce(shared)
+            if shared is not tensor:
+                tensor.copy_(shared)
+
+    def join_parts(self, part: torch.Tensor, rows: int) -> torch.Tensor:
+        """All rows of a matrix of which every process made its `part`."""
+        if self.count == 1:
+            return part
+        whole = torch.empty((rows, *part.shape[1:]), dtype=part.dtype, device=self.device)
+        for rank, piece in enumerate(whole.tensor_split(self.count)):
+            if rank == self.rank:
+                piece.copy_(part)
+            torch.distributed.broadcast(piece, rank)
+        return whole.to(part.device)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
+
+ALONE = Ranks()
+"""The one process of a conversion that isn't shared."""

@@ -1,0 +1,74 @@
+"""Quantizing the layers of one stage, given the statistics of their input: GPTAQ, then coordinate descent.
+
+Knows the steps for one matrix (quantize/gptaq.py, descent.py) and how processes share its rows, which don't influence
+each other. Does not know where the statistics come from (pipeline.py).
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from d2q_edge import tensor_types
+from d2q_edge.quantize.codebook import CodebookSearch
+from d2q_edge.quantize.descent import descend
+from d2q_edge.quantize.gptaq import InputStatistics, quantize_layer
+from d2q_edge.quantize.layer import QuantizedLayer
+from d2q_edge.ranks import Ranks
+from d2q_edge.work_dir import Packed
+
+
+class StageSolver:
+    """Quantizes matrices on one device."""
+
+    def __init__(self, device: torch.device, alpha: float, rounds: int, ranks: Ranks) -> None:
+        """Begin; `alpha` is that of gptaq.py and `rounds` those of descent.py."""
+        self.device, self.alpha, self.rounds, self.ranks = device, alpha, rounds, ranks
+        self._searches: dict[str, CodebookSearch] = {}
+
+    def solve(
+        self, weights: Mapping[str, torch.Tensor], kind: str, statistics: InputStatistics
+    ) -> dict[str, tuple[Packed, torch.Tensor, float]]:
+        """Quantize layers that share an input, in one tensor type.
+
+        Args:
+            weights: of every layer, float32 [rows, columns].
+            kind: name of one of our tensor types.
+            statistics: of the input.
+
+        Returns:
+            Of every layer the blocks, uint8 [rows, bytes], what they stand for, float32 [rows, columns], and its error:
+            squared error of the outputs over the squared outputs, tr(E H E^T) / tr(W H W^T).
+
+        Raises:
+            D2QError: the Hessian can't be factored.
+        """
+        # Rows don't influence each other, so that they are quantized as one matrix.
+        together = torch.cat(list(weights.values()))
+        layer = self._quantize(together, statistics, self._search(kind))
+        data = layer.pack(tensor_types.BY_NAME[kind])
+        hessian = statistics.hessian
+        found, start = {}, 0
+        for name, weight in weights.items():
+            stop = start + len(weight)
+            quantized = layer.weights[start:stop].clone()
+            found[name] = data[start:stop], quantized, _relative_error(weight, quantized, hessian)
+            start = stop
+        return found
+
+    def _quantize(self, weights: torch.Tensor, statistics: InputStatistics, search: CodebookSearch) -> QuantizedLayer:
+        own = self.ranks.part(weights)
+        layer = quantize_layer(own, statistics, search, self.alpha)
+        layer = descend(layer, own, statistics, search, self.alpha, rounds=self.rounds)
+        parts = layer.scales, layer.codebooks, layer.codes, layer.weights
+        return QuantizedLayer(*(self.ranks.join_parts(part, len(weights)) for part in parts))
+
+    def _search(self, kind: str) -> CodebookSearch:
+        if kind not in self._searches:
+            self._searches[kind] = CodebookSearch(tensor_types.BY_NAME[kind], self.device)
+        return self._searches[kind]
+
+
+def _relative_error(weights: torch.Tensor, quantized: torch.Tensor, hessian: torch.Tensor) -> float:
+    error = weights - quantized
+    total = ((weights @ hessian) * weights).sum()
+    return float(((error @ hessian) * error).sum() / total) if total > 0 else 0.0

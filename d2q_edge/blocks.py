@@ -74,7 +74,9 @@ class BlockRunner:
         block: nn.Module = copy.deepcopy(self._layers[index])
         names = [name for name in self.family.tensor_shapes() if name.startswith(prefix)]
         weights = {
-            name.removeprefix(prefix): self.checkpoint.tensor(name).to(self.device, torch.float32) for name in names
+            # First there, then float32: half the bytes to move.
+            name.removeprefix(prefix): self.checkpoint.tensor(name).to(self.device).float()
+            for name in names
         }
         block.load_state_dict(weights, assign=True)
         return block.eval().requires_grad_(False)

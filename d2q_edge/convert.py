@@ -25,10 +25,12 @@ from d2q_edge.errors import D2QError
 from d2q_edge.export import Value
 from d2q_edge.families import Family, family_for
 from d2q_edge.gguf_file import check_output
+from d2q_edge.memory import MemoryPlan, plan_memory
 from d2q_edge.output import Output, QuantizedContent, RoundedContent
-from d2q_edge.pipeline import Method, corrected_norms, quantize_blocks
+from d2q_edge.pipeline import BATCH_TOKENS, Method, corrected_norms, quantize_blocks
 from d2q_edge.plan import Plan, check_request, is_mixed, make_plan, rounding_types
 from d2q_edge.quantize.rotation import RotatedCheckpoint, rotation_pays
+from d2q_edge.ranks import Ranks
 from d2q_edge.refinement import Refinement, refine, refined_norms
 from d2q_edge.report import Report
 from d2q_edge.sensitivity import choose_windows, measure
@@ -60,6 +62,7 @@ class Options:
         refine: tune the whole model afterwards (quantize/refine.py).
         embedding_type, head_type: stock types; None chooses.
         device: "auto", "cpu", "cuda" or "mps".
+        memory_limit: bytes of the computer's memory that may be taken; None for what is free.
     """
 
     bits: float = 2
@@ -75,6 +78,7 @@ class Options:
     embedding_type: str | None = None
     head_type: str | None = None
     device: str = "auto"
+    memory_limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -85,12 +89,14 @@ class Conversion:
         plan: the tensor types.
         size: of the file in bytes.
         report: what was measured; None when only planned.
+        memory: what was taken at most; None when nothing was calibrated.
         refinement: what it did; None without it, or when its result was there already.
     """
 
     plan: Plan
     size: int
     report: Report | None
+    memory: MemoryPlan | None = None
     refinement: Refinement | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -146,6 +152,7 @@ def convert(
     Raises:
         D2QError: anything wrong with the checkpoint, the options, the text, the device or the output.
     """
+    ranks = Ranks.join(choose_device(options.device))
     source = Checkpoint.open(model)
     family = family_for(source.config)
     source.check(family.tensor_shapes())
@@ -164,7 +171,7 @@ def convert(
     if is_mixed(options.bits):
         if not dry_run:
             check_output(output, force=force)
-        sensitivity = _sensitivity(checkpoint, family, options, windows)
+        sensitivity = _sensitivity(checkpoint, family, options, windows, ranks)
     plan = make_plan(family, options.bits, *tables, sensitivity)
     file_type = FILE_TYPES[plan.nearest_bits if is_mixed(options.bits) else int(options.bits)]
     method = Method(dsq=options.dsq, dac=options.dac)
@@ -174,6 +181,47 @@ def convert(
     file = Output(checkpoint, family, plan, norm_biases, metadata, file_type)
     # Also finds out, before the long work, whether tokenizer and metadata can be exported.
     size = file.size()
+    if ranks.is_first:
+        _say_fallbacks(plan, family, options)
+    memory = None
+    if windows is not None:
+        limit, disk = options.memory_limit, plan.linear_bytes
+        memory = plan_memory(family, windows.size, BATCH_TOKENS, ranks.device, output, disk, limit, ranks.count)
+    if dry_run:
+        return Conversion(plan, size, None, memory)
+    check_output(output, force=force, size=size)
+    if windows is None or text is None or memory is None:
+        if ranks.is_first:
+            file.write(output, RoundedContent(checkpoint, plan, ranks.device), force)
+        return Conversion(plan, size, Report())
+
+    if ranks.is_first:
+        print(memory.describe(), file=sys.stderr)
+        if windows.size + options.context <= options.calibration_tokens:
+            print(f"the calibration text has {windows.size} tokens only; all are used", file=sys.stderr)
+    _check_weights(source, ranks)
+    fingerprint = _fingerprint(checkpoint, plan, file.metadata, windows, ranks)
+    work = ranks.in_turn(lambda: WorkDir(output, fingerprint, force=force and ranks.is_first))
+    if work.finished and ranks.is_first:
+        print(f"going on after {work.finished} finished blocks in {work.path}", file=sys.stderr)
+    runner = BlockRunner(checkpoint, family, ranks.device)
+    report = quantize_blocks(runner, plan.linears, windows, work, method, place=memory.place, ranks=ranks)
+    if not ranks.is_first:
+        ranks.wait()
+        return Conversion(plan, size, report, memory)
+    refinement = None
+    if options.refine and not work.has_block(family.num_layers, refined=True):
+        more = _calibration_windows(checkpoint, family, text, options, REFINE_FACTOR * options.calibration_tokens)
+        refinement = refine(checkpoint, family, plan.linears, more, work, ranks.device)
+    with report.timed("writing"):
+        file.write(output, QuantizedContent(checkpoint, family, work, refined=options.refine), force)
+    work.remove()
+    ranks.wait()
+    return Conversion(plan, output.stat().st_size, report, memory, refinement)
+
+
+def _say_fallbacks(plan: Plan, family: Family, options: Options) -> None:
+    """Tell which tensors won't have the types that one would expect."""
     if plan.fallbacks:
         kinds = ", ".join(sorted({plan.linears[name] for name in plan.fallbacks}))
         print(
@@ -184,28 +232,6 @@ def convert(
         if wanted and plan.tables[f"{name}.weight"] != wanted.lower():
             became = plan.tables[f"{name}.weight"]
             print(f"{name} becomes {became}: its width isn't a multiple of {wanted}'s block size", file=sys.stderr)
-    if dry_run:
-        return Conversion(plan, size, None)
-    check_output(output, force=force, size=size)
-    device = choose_device(options.device)
-    if windows is None or text is None:
-        file.write(output, RoundedContent(checkpoint, plan, device), force)
-        return Conversion(plan, output.stat().st_size, Report())
-
-    if windows.size + options.context <= options.calibration_tokens:
-        print(f"the calibration text has {windows.size} tokens only; all are used", file=sys.stderr)
-    _check_weights(source)
-    work = WorkDir(output, _fingerprint(checkpoint, plan, file.metadata, windows, device), force=force)
-    if work.finished:
-        print(f"going on after {work.finished} finished blocks in {work.path}", file=sys.stderr)
-    report = quantize_blocks(BlockRunner(checkpoint, family, device), plan.linears, windows, work, method)
-    refinement = None
-    if options.refine and not work.has_block(family.num_layers, refined=True):
-        more = _calibration_windows(checkpoint, family, text, options, REFINE_FACTOR * options.calibration_tokens)
-        refinement = refine(checkpoint, family, plan.linears, more, work, device)
-    file.write(output, QuantizedContent(checkpoint, family, work, refined=options.refine), force)
-    work.remove()
-    return Conversion(plan, output.stat().st_size, report, refinement)
 
 
 def choose_device(name: str) -> torch.device:
@@ -239,13 +265,14 @@ def load_tokenizer(checkpoint: Checkpoint, family: Family) -> tuple[Any, int | N
     return tokenizer, exported.special_ids.get("bos") if adds_bos else None
 
 
-def _check_weights(checkpoint: Checkpoint) -> None:
-    """Read everything once: a damaged tensor of the last block should be found now and not hours later.
+def _check_weights(checkpoint: Checkpoint, ranks: Ranks) -> None:
+    """Read everything once, each process its part: better find a damaged tensor of the last block now than in an hour.
 
     Raises:
         D2QError: a tensor can't be read, or is NaN or infinite.
     """
-    for name in tqdm(checkpoint.names, desc="Checking", unit="tensor", disable=None):
+    names = list(checkpoint.names)[ranks.rank :: ranks.count]
+    for name in tqdm(names, desc="Checking", unit="tensor", disable=None if ranks.is_first else True):
         checkpoint.tensor(name)
 
 
@@ -297,15 +324,21 @@ def _sensitivity(
     family: Family,
     options: Options,
     windows: npt.NDArray[np.int64] | None,
+    ranks: Ranks,
 ) -> dict[str, float]:
-    """Of every layer that a mixture has a choice for."""
+    """Of every layer that a mixture has a choice for, as the first process measures it."""
     if windows is None:
         raise D2QError(
             f"--bits {options.bits:g} measures on calibration text which layers need more bits; leave out "
             "--no-calibration, or use --bits 2 or 3"
         )
-    runner = BlockRunner(checkpoint, family, choose_device(options.device))
-    return measure(runner, rounding_types(family), choose_windows(windows))
+    types = rounding_types(family)
+    measured = dict.fromkeys(types, 0.0)
+    if ranks.is_first:
+        measured = measure(BlockRunner(checkpoint, family, ranks.device), types, choose_windows(windows))
+    shared = torch.tensor(list(measured.values()), dtype=torch.float32)
+    ranks.sum([shared])
+    return dict(zip(measured, shared.tolist(), strict=True))
 
 
 def _fingerprint(
@@ -313,7 +346,7 @@ def _fingerprint(
     plan: Plan,
     metadata: dict[str, Value],
     windows: npt.NDArray[np.int64],
-    device: torch.device,
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """What decides the content of the packed blocks."""
     weights = sorted(checkpoint.directory.glob("*.safetensors"))
@@ -325,5 +358,6 @@ def _fingerprint(
         "recipe": metadata,
         "types": dict(plan.linears),
         "calibration tokens": hashlib.sha256(windows.tobytes()).hexdigest(),
-        "device": device.type,
+        "device": ranks.device.type,
+        "processes": ranks.count,
     }

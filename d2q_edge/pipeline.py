@@ -31,6 +31,7 @@ from d2q_edge.quantize.dac import MeanShift
 from d2q_edge.quantize.descent import ROUNDS
 from d2q_edge.quantize.dsq import InputEnergy, absorb, column_scales, weight_energy
 from d2q_edge.quantize.gptaq import ALPHA, InputStatistics
+from d2q_edge.quantize.precision import matmul_precision
 from d2q_edge.ranks import ALONE, Ranks
 from d2q_edge.report import Report
 from d2q_edge.stage_solver import StageSolver
@@ -103,9 +104,13 @@ def quantize_blocks(
     # Asked once, before the first process writes anything.
     finished = [work.has_block(index) for index in range(blocks + 1)]
     ranks.wait()
-    driver = _Driver(runner, types, windows, method, place or torch.device("cpu"), ranks)
     quiet = None if ranks.is_first else True
-    with tqdm(total=blocks, desc="Quantizing", unit="block", disable=quiet) as progress, torch.inference_mode():
+    with (
+        tqdm(total=blocks, desc="Quantizing", unit="block", disable=quiet) as progress,
+        torch.inference_mode(),
+        matmul_precision("high"),
+    ):
+        driver = _Driver(runner, types, windows, method, place or torch.device("cpu"), ranks)
         for index in range(blocks):
             if finished[index]:
                 driver.replay(index, work.read_block(index))

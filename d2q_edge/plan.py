@@ -89,6 +89,11 @@ class Plan:
         """Mean over the weights of the blocks' linear layers."""
         return self._mean_bits(self.linears)
 
+    @property
+    def linear_bytes(self) -> int:
+        """Bytes of the blocks' linear layers."""
+        return math.ceil(sum(math.prod(self.shapes[name]) * _bits(kind) for name, kind in self.linears.items()) / 8)
+
     def _mean_bits(self, types: Mapping[str, str]) -> float:
         bits = sum(math.prod(self.shapes[name]) * _bits(kind) for name, kind in types.items())
         return bits / sum(math.prod(self.shapes[name]) for name in types)

@@ -8,13 +8,17 @@ processes; every process then holds the same block and goes on.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed
 
 from d2q_edge.errors import D2QError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Ranks:
         """
         count = int(os.environ.get("WORLD_SIZE", "1"))
         if count == 1:
-            return cls()
+            return cls(device=device)
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if device.type == "cuda":
             if local >= torch.cuda.device_count():
@@ -51,7 +55,9 @@ class Ranks:
             device = torch.device("cuda", local)
             torch.cuda.set_device(device)
         if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            # The first process writes the file while the others wait.
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            torch.distributed.init_process_group(backend, timeout=timedelta(days=1))
         return cls(torch.distributed.get_rank(), count, device)
 
     @property
@@ -87,6 +93,15 @@ class Ranks:
                 piece.copy_(part)
             torch.distributed.broadcast(piece, rank)
         return whole.to(part.device)
+
+    def in_turn(self, action: Callable[[], T]) -> T:
+        """Do something in the first process, and when it is done in the others."""
+        if not self.is_first:
+            self.wait()
+        result = action()
+        if self.is_first:
+            self.wait()
+        return result
 
     def wait(self) -> None:
         """Until all processes are here."""

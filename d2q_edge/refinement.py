@@ -5,7 +5,6 @@ the work directory. Both models are in memory, in float32, so that this needs ab
 and another 16 where codes are tuned too.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ import torch
 from d2q_edge import tensor_types
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.families import Family
+from d2q_edge.memory import free_memory
 from d2q_edge.pipeline import COLUMN_SCALE
 from d2q_edge.quantize.codebook import CodebookSearch
 from d2q_edge.quantize.layer import QuantizedLayer
@@ -154,4 +154,4 @@ def _free_memory(device: torch.device) -> int:
     """Bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free_memory()

@@ -13,6 +13,7 @@ from d2q_edge.quantize.codebook import CodebookSearch
 from d2q_edge.quantize.descent import descend
 from d2q_edge.quantize.gptaq import InputStatistics, quantize_layer
 from d2q_edge.quantize.layer import QuantizedLayer
+from d2q_edge.quantize.precision import matmul_precision
 from d2q_edge.ranks import Ranks
 from d2q_edge.work_dir import Packed
 
@@ -44,7 +45,8 @@ class StageSolver:
         """
         # Rows don't influence each other, so that they are quantized as one matrix.
         together = torch.cat(list(weights.values()))
-        layer = self._quantize(together, statistics, self._search(kind))
+        with matmul_precision("highest"):
+            layer = self._quantize(together, statistics, self._search(kind))
         data = layer.pack(tensor_types.BY_NAME[kind])
         hessian = statistics.hessian
         found, start = {}, 0

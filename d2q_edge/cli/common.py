@@ -21,6 +21,11 @@ def wait_passively() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def is_first_process() -> bool:
+    """Whether this one speaks, of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write plain values to a file, for people and programs.
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from d2q_edge.cli.common import PATH, wait_passively, write_json
+from d2q_edge.cli.common import PATH, is_first_process, wait_passively, write_json
 
 
 @click.command("convert")
@@ -33,6 +33,9 @@ from d2q_edge.cli.common import PATH, wait_passively, write_json
 @click.option("--embedding-type", help="Stock type of the embeddings.  [default: by --bits]")
 @click.option("--head-type", help="Stock type of the head, where it isn't tied.  [default: by --bits]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
+@click.option(
+    "--memory-limit", type=click.FloatRange(0.5), help="GiB of memory that may be taken.  [default: what is free]"
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and the exact size; write nothing.")
 @click.option("--force", is_flag=True, help="Replace an existing file, or unfinished work with other options.")
 @click.option("--report", type=PATH, help="Write what was measured to a JSON file.")
@@ -61,8 +64,10 @@ def command(model: Path, output: Path | None, stock_type: str | None, **options:
         size = export.export(model, output, stock_type.lower(), force=force)
         click.echo(f"{output}: {size:,} bytes")
         return
+    limit = options["memory_limit"]
     chosen = Options(
         bits=bits,
+        memory_limit=None if limit is None else int(limit * 2**30),
         calibrate=not options["no_calibration"],
         **{
             name: options[name]
@@ -85,6 +90,8 @@ def command(model: Path, output: Path | None, stock_type: str | None, **options:
         # Better now than after the work.
         check_output(report, force=True)
     result = quantize(model, output, chosen, dry_run=options["dry_run"], force=force)
+    if not is_first_process():
+        return
     if report:
         write_json(report, result.to_json())
     click.echo(result.describe(output))

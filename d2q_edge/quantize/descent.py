@@ -14,9 +14,12 @@ The first is as in other scale refits of GPTQ-like methods, the second is block 
 (arXiv 2406.17542), over codebooks. Neither can raise the objective beyond the rounding of a scale to float16.
 """
 
+from functools import partial
+
 import torch
 
 from d2q_edge.quantize.codebook import CodebookSearch, stored_scale
+from d2q_edge.quantize.feedback import corners, round_group
 from d2q_edge.quantize.gptaq import ALPHA, DAMPING, InputStatistics, inverse_factor
 from d2q_edge.quantize.layer import QuantizedLayer
 from d2q_edge.tensor_types import GROUP
@@ -72,6 +75,7 @@ class _Problem:
             factor = inverse_factor(self.hessian, damping)
             self.target = self.target + alpha * (self.target @ statistics.drift) @ factor.T @ factor
         self.hessian.diagonal().add_(damping * self.hessian.diagonal().mean())
+        self._factor_groups()
         self.scales = layer.scales.float()
         self.books = layer.codebooks.long()
         self.codes = layer.codes.clone()
@@ -114,69 +118,36 @@ class _Problem:
     def choose_groups(self) -> None:
         """Choose codebook and codes of one group after another, in storage order."""
         size, groups = self.kind.block_size, self.kind.groups
+        width = self.codes.shape[1] // self.scales.shape[1]
         gradient = (self._quantized() - self.target) @ self.hessian
         for block in range(self.scales.shape[1]):
-            here = slice(block * size, (block + 1) * size)
+            here, books = slice(block * size, (block + 1) * size), slice(block * groups, (block + 1) * groups)
+            codes = slice(block * width, (block + 1) * width)
             scale = self.scales[:, block, None]
             before = self.units[:, here].clone()
-            local = gradient[:, here].clone()
-            for group in range(groups):
-                inside = slice(group * GROUP, (group + 1) * GROUP)
-                change = self._choose_group(block * groups + group, local[:, inside] / scale)
-                local += (change * scale) @ self.hessian[here, here][inside]
+            self.units[:, here], self.books[:, books], self.codes[:, codes] = self.search.graphs.run(
+                "descent",
+                partial(_choose_block, self.search),
+                gradient[:, here] / scale,
+                before,
+                self.books[:, books],
+                self.codes[:, codes],
+                self.hessian[here, here],
+                self.inverses[books],
+                self.factors[books],
+                self.corners[books],
+            )
             gradient += ((self.units[:, here] - before) * scale) @ self.hessian[here]
 
-    def _choose_group(self, group: int, gradient: torch.Tensor) -> torch.Tensor:
-        """Choose group number `group` of all rows, given their gradient in units of d; returns the change of units."""
-        here = slice(group * GROUP, (group + 1) * GROUP)
-        hessian = self.hessian[here, here]
+    def _factor_groups(self) -> None:
+        """Invert the Hessian's square of every group, and prepare the error feedback inside it."""
+        width = self.search.levels.shape[2]
+        order = _order(width, self.hessian.device)
+        squares = torch.stack([self.hessian[i : i + GROUP, i : i + GROUP] for i in range(0, len(self.hessian), GROUP)])
         # The variants without a check: damped, it can't fail, and a check would wait for the GPU.
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(hessian).L)
-        present = self.units[:, here].clone()
-        target = present - gradient @ inverse
-        error = ((present - target) @ hessian * (present - target)).sum(1)
-        nearest, _ = self.search.search(self.search.vectors(target))
-        # Both candidates in one go, below each other.
-        books = torch.cat([self.books[:, group], nearest])
-        units, codes = self._round_group(target.repeat(2, 1), books, inverse)
-        off = units - target.repeat(2, 1)
-        errors = ((off @ hessian) * off).sum(1).view(2, -1)
-        least, which = errors.min(0)
-        better = (least < error)[:, None]
-        row = torch.arange(len(target), device=target.device)
-        pick = which * len(target) + row
-        width = codes.shape[1]
-        place = slice(group * width, (group + 1) * width)
-        self.units[:, here] = torch.where(better, units[pick], present)
-        self.codes[:, place] = torch.where(better, codes[pick], self.codes[:, place])
-        self.books[:, group] = torch.where(better[:, 0], books[pick], self.books[:, group])
-        return self.units[:, here] - present
-
-    def _round_group(
-        self, target: torch.Tensor, books: torch.Tensor, inverse: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Units [n, 32] and codes [n, codes] for targets in units of d, with error feedback inside the group."""
-        levels = self.search.levels[books]
-        width = levels.shape[2]
-        order = torch.arange(GROUP, device=target.device).view(width, GROUP // width).T.reshape(-1)
-        factor = torch.linalg.cholesky_ex(inverse[order][:, order], upper=True).L
-        corners = torch.stack([factor[i : i + width, i : i + width] for i in range(0, GROUP, width)])
-        corners = torch.linalg.inv_ex(corners).inverse
-        work = target[:, order]
-        rounded = torch.empty_like(work)
-        codes = []
-        row = torch.arange(len(work), device=work.device)
-        for index, corner in enumerate(corners):
-            first = index * width
-            last = first + width
-            wanted = work[:, first:last]
-            code = ((wanted[:, None] - levels) @ corner).square().sum(2).argmin(1)
-            rounded[:, first:last] = levels[row, code]
-            work[:, last:] -= ((wanted - rounded[:, first:last]) @ corner) @ factor[first:last, last:]
-            codes.append(code.byte())
-        units = torch.empty_like(rounded)
-        units[:, order] = rounded
-        return units, torch.stack(codes, 1)
+        self.inverses = torch.cholesky_inverse(torch.linalg.cholesky_ex(squares).L)
+        self.factors = torch.linalg.cholesky_ex(self.inverses[:, order][:, :, order], upper=True).L
+        self.corners = corners(self.factors, width)
 
     def _quantized(self) -> torch.Tensor:
         return self.units * self.scales.repeat_interleave(self.kind.block_size, 1)
@@ -184,3 +155,84 @@ class _Problem:
     def _units(self, quantized: torch.Tensor) -> torch.Tensor:
         # Entries are whole numbers; the division may miss them by a rounding error.
         return (quantized / self.scales.repeat_interleave(self.kind.block_size, 1)).round()
+
+
+def _choose_block(
+    search: CodebookSearch,
+    gradient: torch.Tensor,
+    units: torch.Tensor,
+    books: torch.Tensor,
+    codes: torch.Tensor,
+    hessian: torch.Tensor,
+    inverses: torch.Tensor,
+    factors: torch.Tensor,
+    inner: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Choose the groups of one block of all rows.
+
+    Args:
+        search: the codebooks.
+        gradient: (Q - T) H in units of d, float32 [rows, block_size].
+        units, books, codes: of the block as it is.
+        hessian: H of the block's columns.
+        inverses: inv(H_gg) of its groups, [groups, 32, 32].
+        factors, inner: U of each group, and its `feedback.corners`.
+
+    Returns:
+        New units, books and codes.
+    """
+    width = codes.shape[1] // books.shape[1]
+    gradient, units, books, codes = gradient.clone(), units.clone(), books.clone(), codes.clone()
+    for group in range(books.shape[1]):
+        here, place = slice(group * GROUP, (group + 1) * GROUP), slice(group * width, (group + 1) * width)
+        before = units[:, here].clone()
+        units[:, here], books[:, group], codes[:, place] = _choose_group(
+            search,
+            gradient[:, here],
+            before,
+            books[:, group],
+            codes[:, place],
+            hessian[here, here],
+            inverses[group],
+            factors[group],
+            inner[group],
+        )
+        gradient += (units[:, here] - before) @ hessian[here]
+    return units, books, codes
+
+
+def _choose_group(
+    search: CodebookSearch,
+    gradient: torch.Tensor,
+    present: torch.Tensor,
+    books: torch.Tensor,
+    codes: torch.Tensor,
+    hessian: torch.Tensor,
+    inverse: torch.Tensor,
+    factor: torch.Tensor,
+    inner: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same for one group: its part of everything in `_choose_block`."""
+    order = _order(search.levels.shape[2], present.device)
+    target = present - gradient @ inverse
+    error = ((present - target) @ hessian * (present - target)).sum(1)
+    nearest, _ = search.search(search.vectors(target))
+    # Both candidates in one go, below each other.
+    candidates, wanted = torch.cat([books, nearest]), target.repeat(2, 1)
+    found = round_group(wanted[:, order], search.levels, candidates, torch.ones_like(wanted[:, 0]), factor, inner)
+    rounded = torch.empty_like(wanted)
+    rounded[:, order] = found.quantized
+    off = rounded - wanted
+    least, which = ((off @ hessian) * off).sum(1).view(2, -1).min(0)
+    better = least < error
+    pick = which * len(target) + torch.arange(len(target), device=target.device)
+    return (
+        torch.where(better[:, None], rounded[pick], present),
+        torch.where(better, candidates[pick], books),
+        torch.where(better[:, None], found.codes[pick], codes),
+    )
+
+
+def _order(width: int, device: torch.device) -> torch.Tensor:
+    """A group's columns with those of one code side by side."""
+    return torch.arange(GROUP, device=device).view(width, GROUP // width).T.reshape(-1)

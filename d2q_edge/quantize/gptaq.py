@@ -14,11 +14,13 @@ diag(H), which helps like GPTQ's activation order but leaves the storage order a
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from d2q_edge.errors import D2QError
 from d2q_edge.quantize.codebook import CodebookSearch
+from d2q_edge.quantize.feedback import corners, round_group
 from d2q_edge.quantize.layer import QuantizedLayer
 from d2q_edge.tensor_types import GROUP, TensorType
 
@@ -142,7 +144,8 @@ def quantize_layer(
     for start in range(0, columns, kind.block_size):
         stop = start + kind.block_size
         here = slice(start, stop)
-        block = _quantize_block(work[:, here], factor[here, here], None if lead is None else lead[here, here], search)
+        squares = factor[here, here], None if lead is None else lead[here, here]
+        block = _Block(*search.graphs.run("gptaq", partial(_quantize_block, search), work[:, here], *squares))
         work[:, stop:] -= block.errors @ factor[here, stop:]
         if lead is not None:
             work[:, stop:] += block.compensated @ lead[here, stop:]
@@ -167,39 +170,31 @@ class _Block:
 
 
 def _quantize_block(
-    weights: torch.Tensor, feedback: torch.Tensor, lead: torch.Tensor | None, search: CodebookSearch
-) -> _Block:
-    """Quantize [rows, block_size] in processing order, feeding errors back inside the block."""
+    search: CodebookSearch, weights: torch.Tensor, feedback: torch.Tensor, lead: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    """Quantize [rows, block_size] in processing order, feeding errors back inside the block: the fields of a _Block."""
     kind = search.tensor_type
-    width = search.levels.shape[2]
     work = weights.clone()
     scales = search.block_scales(_storage_order(work, kind))
     codebooks, codes = [], []
     quantized, errors = torch.empty_like(work), torch.empty_like(work)
-    for start in range(0, kind.block_size, GROUP):
+    inverses = torch.stack([feedback[i : i + GROUP, i : i + GROUP] for i in range(0, kind.block_size, GROUP)])
+    inverses = corners(inverses, search.levels.shape[2])
+    for number, start in enumerate(range(0, kind.block_size, GROUP)):
         stop = start + GROUP
-        vectors = search.vectors(_storage_order(work[:, start:stop], kind)) / scales[:, None, None]
+        here = slice(start, stop)
+        vectors = search.vectors(_storage_order(work[:, here], kind)) / scales[:, None, None]
         book, _ = search.search(vectors)
-        levels = search.levels[book] * scales[:, None, None]
-        for first in range(start, stop, width):
-            last = first + width
-            inverse = torch.linalg.inv_ex(feedback[first:last, first:last]).inverse
-            target = work[:, first:last]
-            code = ((target[:, None] - levels) @ inverse).square().sum(2).argmin(1)
-            quantized[:, first:last] = levels[torch.arange(len(code), device=code.device), code]
-            errors[:, first:last] = (target - quantized[:, first:last]) @ inverse
-            # Inside the group right away; the rest of the block follows when the group is done.
-            work[:, last:stop] -= errors[:, first:last] @ feedback[first:last, last:stop]
-            if lead is not None:
-                work[:, last:stop] += target @ lead[first:last, last:stop]
-            codes.append(code)
-        work[:, stop:] -= errors[:, start:stop] @ feedback[start:stop, stop:]
+        inner = None if lead is None else lead[here, here]
+        group = round_group(work[:, here], search.levels, book, scales, feedback[here, here], inverses[number], inner)
+        quantized[:, here], errors[:, here], work[:, here] = group.quantized, group.errors, group.compensated
+        # The rest of the block follows when the group is done.
+        work[:, stop:] -= group.errors @ feedback[here, stop:]
         if lead is not None:
-            work[:, stop:] += work[:, start:stop] @ lead[start:stop, stop:]
+            work[:, stop:] += group.compensated @ lead[here, stop:]
         codebooks.append(book)
-    return _Block(
-        scales, torch.stack(codebooks, 1).byte(), torch.stack(codes, 1).byte(), quantized, errors, compensated=work
-    )
+        codes.append(group.codes)
+    return scales, torch.stack(codebooks, 1).byte(), torch.cat(codes, 1), quantized, errors, work
 
 
 def _storage_order(weights: torch.Tensor, kind: TensorType) -> torch.Tensor:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.errors import D2QError
@@ -44,7 +45,7 @@ class BlockRunner:
         try:
             config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True, trust_remote_code=False)
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+                model = AutoModelForCausalLM.from_config(config, attn_implementation=_attention(device))
         except Exception as error:
             # There is no one exception for what can be wrong in a stranger's config.
             raise D2QError(f"transformers can't build the model of {checkpoint.directory} ({error})") from error
@@ -177,6 +178,22 @@ class BlockRunner:
             mask = ((distance >= 0) & (distance < window))[None, None]
         embeddings = self._rotary(hidden, positions[None], *kind)
         return {"position_embeddings": embeddings, "position_ids": positions[None], "attention_mask": mask}
+
+
+def _attention(device: torch.device) -> str:
+    """The implementation to ask transformers for: on CUDA devices one in bfloat16, whose kernels are ten times as fast
+    as those for float32."""
+    if device.type != "cuda":
+        return "sdpa"
+    AttentionInterface.register("sdpa_bfloat16", _bfloat16_attention)
+    return "sdpa_bfloat16"
+
+
+def _bfloat16_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **options: Any
+) -> tuple[torch.Tensor, None]:
+    output, _ = sdpa_attention_forward(module, query.bfloat16(), key.bfloat16(), value.bfloat16(), *rest, **options)
+    return output.to(query.dtype), None
 
 
 class _Watch:

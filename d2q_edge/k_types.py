@@ -26,8 +26,9 @@ F16 = npt.NDArray[np.float16]
 U8 = npt.NDArray[np.uint8]
 
 BLOCK = 256
-PIECE = 2**16
-"""Weights that are encoded at a time; 256 KB in float32, so that the dozen arrays of a search stay near the core."""
+PIECE = 2**18
+"""Weights that a thread encodes at a time; 1 MB in float32: the dozen arrays of a search stay near the core, and a step
+on one of them is long enough for threads not to wait for each other in Python."""
 AFFINE_STEPS = np.linspace(-2, 1.6, 13)
 """Codes that a group's range is divided into, relative to the largest code. More than that cuts the range's end off,
 which often pays; fewer have other places for the zero."""

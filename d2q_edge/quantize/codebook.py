@@ -14,8 +14,9 @@ from d2q_edge.quantize import uniform
 from d2q_edge.quantize.graphs import Graphs
 from d2q_edge.tensor_types import GROUP, SCALE_MAX, SCALE_TINY, TensorType
 
-SHORTLIST = 8
-"""Codebooks per group whose error is measured exactly, best ranks first."""
+SHORTLIST = 3
+"""Codebooks per group whose error is measured exactly, best ranks first. Eight would make the mean squared error 0.1 %
+smaller, and the search three times as long."""
 SCALE_STEPS = ((0.7, 1.0, 1.4, 2.0, 2.8, 4.0), (0.84, 1.19), (0.92, 1.09))
 """Block scales that are tried: multiples of the block's RMS over the table's, then, twice, of the best so far."""
 CHUNK = 8192

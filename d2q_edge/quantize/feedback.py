@@ -64,19 +64,21 @@ def round_group(
         from d2q_edge.quantize import feedback_cuda
 
         return Rounded(*feedback_cuda.round_group(targets, levels, books, scales, factor, inverses, lead))
-    entries = levels[books] * scales[:, None, None]
     width = levels.shape[2]
     work = targets.clone()
     quantized, errors = torch.empty_like(work), torch.empty_like(work)
     codes = []
-    row = torch.arange(len(work), device=work.device)
     for index, inverse in enumerate(inverses):
         first, last = index * width, (index + 1) * width
         wanted = work[:, first:last]
-        code = ((wanted[:, None] - entries) @ inverse).square().sum(2).argmin(1)
-        quantized[:, first:last] = entries[row, code]
-        errors[:, first:last] = (wanted - quantized[:, first:last]) @ inverse
-        work[:, last:] -= errors[:, first:last] @ factor[first:last, last:]
+        # E of every entry, [rows, V, K]: the product with inv(U_jj) is taken in the table, once for all rows.
+        products = (levels @ inverse).transpose(1, 2).contiguous()[books]
+        losses = torch.addcmul((wanted @ inverse)[:, :, None], products, scales[:, None, None], value=-1)
+        code = losses.square().sum(1).argmin(1)
+        loss = losses.gather(2, code[:, None, None].expand(-1, width, 1))[:, :, 0]
+        quantized[:, first:last] = levels[books, code] * scales[:, None]
+        errors[:, first:last] = loss
+        work[:, last:] -= loss @ factor[first:last, last:]
         if lead is not None:
             work[:, last:] += wanted @ lead[first:last, last:]
         codes.append(code.byte())

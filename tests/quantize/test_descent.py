@@ -1,6 +1,7 @@
 """Coordinate descent: its objective in float64, its two moves against slow versions, and what it returns."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -179,8 +180,8 @@ def test_every_choice_is_the_best_of_its_candidates(kind: TensorType, monkeypatc
     case = make(max(64, kind.block_size), rows=rows)
     problem = case.problem(case.quantize(kind), kind)
     inner = descent._choose_group
-    agreed: list[torch.Tensor] = []
-    changed: list[torch.Tensor] = []
+    agreed: list[Any] = []
+    changed: list[Any] = []
     state = problem._quantized().double().numpy()
 
     def spy(

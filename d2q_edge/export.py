@@ -42,7 +42,9 @@ def float_tensor(family: Family, hf_name: str, type_name: str, load: Callable[[]
     shape = family.tensor_shapes()[hf_name]
     is_matrix = len(shape) >= 2 and name.endswith(".weight")
     type_name = fitting_type(type_name, shape[-1]) if is_matrix else "f32"
-    return GGUFTensor(name, shape, type_name, lambda: family.export_rows(hf_name, load()))
+    return GGUFTensor(
+        name, shape, type_name, lambda: family.export_rows(hf_name, family.export_values(hf_name, load()))
+    )
 
 
 def packed_tensor(
@@ -141,6 +143,8 @@ def _metadata_writer(
         family.add_metadata(writer, file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         tokenizer.add_to(writer, space_prefix=family.records_space_prefix)
+        if family.adds_bos is not None:
+            writer.add_add_bos_token(family.adds_bos)
         for key, value in (extra or {}).items():
             _add_value(writer, key, value)
 

@@ -24,6 +24,9 @@ class SmolLM3(Llama):
     default_kv_heads = 4
     tied_by_default = True
 
+    def _writes_head_dim(self) -> bool:
+        return self.config.get("head_dim") is not None
+
     def _refuse_unsupported(self) -> None:
         super()._refuse_unsupported()
         self._refuse_flags(("attention_bias", "mlp_bias"), "llama.cpp's smollm3 has no biases")

@@ -76,6 +76,11 @@ class Phi3(Family):
             writer.add_rope_scaling_attn_factors(self._attention_factor())
 
     def _read_rope(self) -> None:
+        if self.num_heads * self.head_dim != self.hidden_size:
+            raise D2QError(
+                f"config.json: a Phi-3 model needs num_attention_heads * head_dim = hidden_size, but it has "
+                f"{self.num_heads} * {self.head_dim} and {self.hidden_size}"
+            )
         super()._read_rope()
         original = self.rope_scaling.get("original_max_position_embeddings")
         if original is None:
@@ -98,11 +103,6 @@ class Phi3(Family):
 
     def _refuse_unsupported(self) -> None:
         super()._refuse_unsupported()
-        if self.num_heads * self.head_dim != self.hidden_size:
-            raise D2QError(
-                f"config.json: a Phi-3 model needs num_attention_heads * head_dim = hidden_size, but it has "
-                f"{self.num_heads} * {self.head_dim} and {self.hidden_size}"
-            )
         biases = ("attention_bias", "mlp_bias", "lm_head_bias")
         self._refuse_flags(biases, "neither llama.cpp's phi3 nor transformers' has biases")
         self.extra_tensors()

@@ -82,16 +82,15 @@ class Family(Settings, ABC):
     """None: as many as there are heads."""
     tied_by_default: ClassVar[bool] = False
 
-    halves: ClassVar[tuple[Half, ...]] = (
-        Half("self_attn", "input_layernorm"),
-        Half("mlp", "post_attention_layernorm"),
-    )
-
     stages: ClassVar[tuple[Stage, ...]] = (
         Stage("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
         Stage(None, ("self_attn.o_proj",), source="self_attn.v_proj"),
         Stage("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
         Stage(None, ("mlp.down_proj",), source="mlp.up_proj"),
+    )
+    halves: ClassVar[tuple[Half, ...]] = (
+        Half("self_attn", "input_layernorm"),
+        Half("mlp", "post_attention_layernorm"),
     )
     embedding: ClassVar[str] = "model.embed_tokens"
     final_norm: ClassVar[str] = "model.norm"
@@ -126,21 +125,6 @@ class Family(Settings, ABC):
         self._refuse_unsupported()
 
     @property
-    def embedding_scale(self) -> float:
-        """What embeddings are multiplied by before they enter the first block."""
-        return 1.0
-
-    @property
-    def can_rotate(self) -> bool:
-        """Whether rotating the residual stream leaves the model's function as it is (quantize/rotation.py)."""
-        return True
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Sentences on where llama.cpp computes otherwise than the original; empty where it doesn't."""
-        return ()
-
-    @property
     def block_linears(self) -> tuple[str, ...]:
         """All linear layers of one block in forward order, relative to the block."""
         return tuple(linear for stage in self.stages for linear in stage.linears)
@@ -155,6 +139,34 @@ class Family(Settings, ABC):
         """The block's linear layers whose outputs are added to the residual stream: the last of every branch, which in
         these blocks are those that no norm feeds."""
         return tuple(linear for stage in self.stages if stage.norm is None for linear in stage.linears)
+
+    @property
+    def embedding_scale(self) -> float:
+        """What embeddings are multiplied by before the first block."""
+        return 1.0
+
+    @property
+    def can_rotate(self) -> bool:
+        """Whether the residual stream may be put into another basis (quantize/rotation.py)."""
+        return True
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on where llama.cpp computes otherwise than the original; empty where it doesn't."""
+        return ()
+
+    @property
+    def adds_bos(self) -> bool | None:
+        """What llama.cpp's converter says of this model whatever the tokenizer's files say; None for nothing."""
+        return None
+
+    def sliding_window(self, index: int) -> int | None:
+        """How many tokens block `index` looks back on, itself included; None for all."""
+        return None
+
+    def half_of(self, stage: Stage) -> Half:
+        """The half of the block to which a stage belongs."""
+        return next(half for half in self.halves if stage.linears[0].startswith(f"{half.module}."))
 
     def block_prefix(self, index: int) -> str:
         """The prefix that turns a name relative to block `index` into a full one."""
@@ -271,11 +283,6 @@ class Family(Settings, ABC):
             writer.add_key_length(self.head_dim)
             writer.add_value_length(self.head_dim)
         writer.add_file_type(file_type)
-
-    @property
-    def adds_bos(self) -> bool | None:
-        """What llama.cpp's converter says of this model whatever the tokenizer's files say; None for nothing."""
-        return None
 
     def _add_rope(self, writer: gguf.GGUFWriter) -> None:
         writer.add_rope_freq_base(self.rope_theta)

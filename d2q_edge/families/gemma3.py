@@ -61,12 +61,15 @@ class Gemma3(Family):
     def can_rotate(self) -> bool:
         return False
 
+    def sliding_window(self, index: int) -> int | None:
+        return self.window if (index + 1) % FULL_INTERVAL else None
+
     def block_norms(self) -> dict[str, int]:
         return {**super().block_norms(), "self_attn.q_norm": self.head_dim, "self_attn.k_norm": self.head_dim}
 
     def add_metadata(self, writer: gguf.GGUFWriter, file_type: int) -> None:
         super().add_metadata(writer, file_type)
-        writer.add_sliding_window(self.sliding_window)
+        writer.add_sliding_window(self.window)
 
     def _add_rope(self, writer: gguf.GGUFWriter) -> None:
         if self.rope_type == "linear":
@@ -101,7 +104,7 @@ class Gemma3(Family):
 
     def _check_attention(self) -> None:
         config = self.config
-        self.sliding_window = self._int("sliding_window", default=4096)
+        self.window = self._int("sliding_window", default=4096)
         interval = self._int("sliding_window_pattern", default=FULL_INTERVAL)
         numbers = range(1, self.num_layers + 1)
         types = config.get("layer_types")

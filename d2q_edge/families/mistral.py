@@ -22,6 +22,9 @@ class Mistral(Llama):
     def biased_linears(self) -> tuple[str, ...]:
         return ()
 
+    def sliding_window(self, index: int) -> int | None:
+        return self._window()
+
     @property
     def notes(self) -> tuple[str, ...]:
         return self._window_note(self._window())

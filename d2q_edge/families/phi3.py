@@ -50,6 +50,9 @@ class Phi3(Family):
             return (self.num_heads + self.num_kv_heads) * self.head_dim + super().source_rows("self_attn.v_proj")
         return self.intermediate_size + np.arange(self.intermediate_size)
 
+    def sliding_window(self, index: int) -> int | None:
+        return self._window()
+
     @property
     def notes(self) -> tuple[str, ...]:
         return self._window_note(self._window())

@@ -174,6 +174,8 @@ def convert(
     file = Output(checkpoint, family, plan, norm_biases, metadata, file_type)
     # Also finds out, before the long work, whether tokenizer and metadata can be exported.
     size = file.size()
+    for note in family.notes:
+        print(note, file=sys.stderr)
     if plan.fallbacks:
         kinds = ", ".join(sorted({plan.linears[name] for name in plan.fallbacks}))
         print(

@@ -165,6 +165,8 @@ def export(model: str | Path, path: Path, type_name: str, *, force: bool = False
     checkpoint = Checkpoint.open(model)
     family = family_for(checkpoint.config)
     checkpoint.check(family.tensor_shapes())
+    for note in family.notes:
+        print(note, file=sys.stderr)
     tensors = model_tensors(checkpoint, family, type_name)
     matrices = [tensor for tensor in tensors if len(tensor.shape) == 2]
     if others := [tensor for tensor in matrices if tensor.type != type_name]:

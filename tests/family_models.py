@@ -103,6 +103,12 @@ def write_model(directory: Path, name: str, *, dtype: torch.dtype = torch.bfloat
             else:
                 parameter.copy_(1.5 * values / parameter.shape[1] ** 0.5)
     model.to(dtype).save_pretrained(directory)
+    if type(config)().tie_word_embeddings == config.tie_word_embeddings:
+        # What is the default needn't be in the file; Gemma's on the hub don't have it.
+        path = directory / "config.json"
+        entries = json.loads(path.read_text())
+        del entries["tie_word_embeddings"]
+        path.write_text(json.dumps(entries))
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(EXAMPLE / file, directory)
     if config.model_type == "phi3":

@@ -82,11 +82,6 @@ class Checkpoint:
         """All tensor names, set-like; in iteration sorted by name within a file, files in the order of their names."""
         return self._entries.keys()
 
-    @property
-    def tied_embeddings(self) -> bool:
-        """Whether the head shares the embedding matrix. (All supported families default to untied.)"""
-        return self.config.get("tie_word_embeddings") is True
-
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, without loading it.
 

@@ -182,7 +182,7 @@ def convert(
     # Also finds out, before the long work, whether tokenizer and metadata can be exported.
     size = file.size()
     if ranks.is_first:
-        _say_fallbacks(plan, family, options)
+        _say_notes(plan, family, options)
     memory = None
     if windows is not None:
         limit, disk = options.memory_limit, plan.linear_bytes
@@ -220,8 +220,10 @@ def convert(
     return Conversion(plan, output.stat().st_size, report, memory, refinement)
 
 
-def _say_fallbacks(plan: Plan, family: Family, options: Options) -> None:
-    """Tell which tensors won't have the types that one would expect."""
+def _say_notes(plan: Plan, family: Family, options: Options) -> None:
+    """Tell what one wouldn't expect: of the family, and of tensors that won't have the type that was asked for."""
+    for note in family.notes:
+        print(note, file=sys.stderr)
     if plan.fallbacks:
         kinds = ", ".join(sorted({plan.linears[name] for name in plan.fallbacks}))
         print(

@@ -42,7 +42,9 @@ def float_tensor(family: Family, hf_name: str, type_name: str, load: Callable[[]
     shape = family.tensor_shapes()[hf_name]
     is_matrix = len(shape) >= 2 and name.endswith(".weight")
     type_name = fitting_type(type_name, shape[-1]) if is_matrix else "f32"
-    return GGUFTensor(name, shape, type_name, lambda: family.export_rows(hf_name, load()))
+    return GGUFTensor(
+        name, shape, type_name, lambda: family.export_rows(hf_name, family.export_values(hf_name, load()))
+    )
 
 
 def packed_tensor(
@@ -141,6 +143,8 @@ def _metadata_writer(
         family.add_metadata(writer, file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         tokenizer.add_to(writer, space_prefix=family.records_space_prefix)
+        if family.adds_bos is not None:
+            writer.add_add_bos_token(family.adds_bos)
         for key, value in (extra or {}).items():
             _add_value(writer, key, value)
 
@@ -161,6 +165,8 @@ def export(model: str | Path, path: Path, type_name: str, *, force: bool = False
     checkpoint = Checkpoint.open(model)
     family = family_for(checkpoint.config)
     checkpoint.check(family.tensor_shapes())
+    for note in family.notes:
+        print(note, file=sys.stderr)
     tensors = model_tensors(checkpoint, family, type_name)
     matrices = [tensor for tensor in tensors if len(tensor.shape) == 2]
     if others := [tensor for tensor in matrices if tensor.type != type_name]:

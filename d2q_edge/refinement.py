@@ -118,7 +118,8 @@ class _Student:
         for name in dict.fromkeys([*biased, *plain]):
             bias = tensors.get(f"{name}.bias")
             start = None if bias is None else torch.from_numpy(bias).to(device)
-            self.norms[name] = TunableNorm(self.model.module(name), start, biased=name in biased)
+            norm = self.model.module(name)
+            self.norms[name] = TunableNorm(norm, start, biased=name in biased, offset=family.norm_offset)
             self.model.replace(name, self.norms[name])
 
     @property

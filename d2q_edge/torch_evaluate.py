@@ -79,8 +79,10 @@ class WholeModel:
             tensors[f"{family.head}.weight"] = tensors[f"{family.embedding}.weight"]
         model.eval().requires_grad_(False)
         model.load_state_dict(tensors, assign=True)
-        # Made anew outside the meta device: its frequencies are computed, not loaded.
+        # Made anew outside the meta device, because they are computed, not loaded.
         model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
+        if hasattr(model.model.embed_tokens, "embed_scale"):
+            model.model.embed_tokens.embed_scale = torch.tensor(family.embedding_scale, device=device)
         for name in weights.keys() - tensors.keys():
             add_bias(model.get_submodule(name.removesuffix(".bias")), weights[name].to(device, torch.float32))
         self._model = model

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,19 +15,9 @@ from d2q_edge.convert import Options, convert
 from d2q_edge.export import export
 from d2q_edge.report import Report
 from d2q_edge.runtime import source
+from tests import stock
 from tests.availability import fetch_sdist
 from tests.checkpoints import EXAMPLE, write_checkpoint
-
-# Runs the converter with its table of tokenizer hashes bypassed, because it can't know our tokenizers' hashes.
-ORACLE = """
-import runpy, sys
-root, pre = sys.argv[1:3]
-sys.path[:0] = [root, root + "/gguf-py"]
-sys.argv[:] = ["convert_hf_to_gguf.py", *sys.argv[3:]]
-import conversion.base
-conversion.base.TextModel.get_vocab_base_pre = lambda self, tokenizer: pre
-runpy.run_path(root + "/convert_hf_to_gguf.py", run_name="__main__")
-"""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -69,17 +56,10 @@ def stock_convert(tmp_path: Path, pristine_tree: Path) -> Callable[[Path, str, s
 
     `pre` is the pre-tokenizer's name, which it would otherwise look up by hash.
     """
-    root = pristine_tree / "vendor/llama.cpp"
 
     def convert(model: Path, type_name: str, pre: str) -> Path:
         out = tmp_path / f"stock-{model.name}-{type_name}.gguf"
-        arguments = [str(root), pre, str(model), "--outtype", type_name, "--outfile", str(out)]
-        # Importing it must not leave __pycache__ in the tree.
-        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-        result = subprocess.run(
-            [sys.executable, "-c", ORACLE, *arguments], capture_output=True, text=True, env=environment
-        )
-        assert result.returncode == 0, result.stderr
+        stock.convert(pristine_tree, pre, [(model, type_name, out)])
         return out
 
     return convert

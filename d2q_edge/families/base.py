@@ -6,7 +6,6 @@ shapes and rows: it does not read weights, and it knows nothing about quantizati
 
 from __future__ import annotations
 
-import math
 import re
 from abc import ABC
 from collections.abc import Iterable, Mapping
@@ -20,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2q_edge.errors import D2QError
+from d2q_edge.families.settings import Settings, positive_float
 
 # More layers than any model has; a guard against a config.json that would make us build names forever.
 MAX_LAYERS = 10_000
@@ -52,21 +52,35 @@ class Half:
     output_norm: str | None = None
 
 
-class Family(ABC):
+class Family(Settings, ABC):
     """A decoder family, bound to one model's config. Get one with `families.family_for`.
 
     The attributes set from the config: num_layers, hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim,
-    vocab_size, context_length, norm_eps, rope_theta, rope_scaling (a dict when it isn't the default), tied_embeddings.
+    vocab_size, context_length, norm_eps, rope_type, rope_theta, rope_scaling (a dict when it isn't the default),
+    tied_embeddings.
     """
 
     architectures: ClassVar[tuple[str, ...]]
     """The names in config.json's `architectures` that this family handles."""
+    model_type: ClassVar[str] = ""
+    """config.json's `model_type`, by which transformers chooses the code; empty where it isn't checked."""
     gguf_arch: ClassVar[str]
     """llama.cpp's name for the architecture, the prefix of its GGUF keys."""
     rope_types: ClassVar[tuple[str, ...]] = ("default",)
     """Values of rope_scaling's type that the exported file can express."""
     records_space_prefix: ClassVar[bool] = False
     """Whether llama.cpp's converter records the tokenizer's add_prefix_space for this architecture."""
+    activation: ClassVar[tuple[str, str]] = ("hidden_act", "silu")
+    """Key and value in config.json of the only activation that llama.cpp has for this architecture."""
+    norm_offset: ClassVar[float] = 0.0
+    """What is added to a norm's weight before it multiplies."""
+
+    # What transformers takes for settings that config.json leaves out.
+    default_norm_eps: ClassVar[float] = 1e-6
+    default_rope_theta: ClassVar[float] = 10000.0
+    default_kv_heads: ClassVar[int | None] = None
+    """None: as many as there are heads."""
+    tied_by_default: ClassVar[bool] = False
 
     stages: ClassVar[tuple[Stage, ...]] = (
         Stage("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
@@ -78,8 +92,6 @@ class Family(ABC):
         Half("self_attn", "input_layernorm"),
         Half("mlp", "post_attention_layernorm"),
     )
-    norm_offset: ClassVar[float] = 0.0
-    """What is added to a norm's weight before it multiplies."""
     embedding: ClassVar[str] = "model.embed_tokens"
     final_norm: ClassVar[str] = "model.norm"
     head: ClassVar[str] = "lm_head"
@@ -90,17 +102,18 @@ class Family(ABC):
         Raises:
             D2QError: a setting is missing, makes no sense, or is one that this family can't export faithfully.
         """
-        self.config = config
+        super().__init__(config)
         self.num_layers = self._int("num_hidden_layers", maximum=MAX_LAYERS)
         self.hidden_size = self._int("hidden_size")
         self.intermediate_size = self._int("intermediate_size")
         self.num_heads = self._int("num_attention_heads")
-        self.num_kv_heads = self._int("num_key_value_heads", default=self.num_heads)
+        given = self.default_kv_heads is None or "num_key_value_heads" in config
+        self.num_kv_heads = self._int("num_key_value_heads", default=self.num_heads if given else self.default_kv_heads)
         self.head_dim = self._int("head_dim", default=self._default_head_dim())
         self.vocab_size = self._int("vocab_size")
         self.context_length = self._int("max_position_embeddings")
-        self.norm_eps = self._float("rms_norm_eps", default=1e-6)
-        self.tied_embeddings = self._flag("tie_word_embeddings")
+        self.norm_eps = self._float("rms_norm_eps", default=self.default_norm_eps)
+        self.tied_embeddings = self._flag("tie_word_embeddings", default=self.tied_by_default)
         if self.num_heads % self.num_kv_heads:
             raise D2QError(
                 f"config.json: num_attention_heads ({self.num_heads}) must be a multiple of num_key_value_heads "
@@ -136,6 +149,16 @@ class Family(ABC):
     def can_rotate(self) -> bool:
         """Whether the residual stream may be put into another basis (quantize/rotation.py)."""
         return True
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on where llama.cpp computes otherwise than the original; empty where it doesn't."""
+        return ()
+
+    @property
+    def adds_bos(self) -> bool | None:
+        """What llama.cpp's converter says of this model whatever the tokenizer's files say; None for nothing."""
+        return None
 
     def sliding_window(self, index: int) -> int | None:
         """How many tokens block `index` looks back on, itself included; None for all."""
@@ -189,7 +212,8 @@ class Family(ABC):
 
     def block_norms(self) -> dict[str, int]:
         """The block's norm weights and their lengths, relative to the block, without ".weight"."""
-        return {stage.norm: self.hidden_size for stage in self.stages if stage.norm is not None}
+        names = [name for half in self.halves for name in (half.norm, half.output_norm) if name is not None]
+        return dict.fromkeys(names, self.hidden_size)
 
     def tensor_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Name and shape of every tensor that the checkpoint must have, and there are no others."""
@@ -229,6 +253,18 @@ class Family(ABC):
         """
         return array
 
+    def export_values(self, hf_name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """A float tensor's values as the file has them: llama.cpp multiplies by a norm's weight alone."""
+        if self.norm_offset and self._is_norm(hf_name.removesuffix(".weight")):
+            return array + np.float32(self.norm_offset)
+        return array
+
+    def _is_norm(self, module: str) -> bool:
+        index = self.block_of(module)
+        if index is None:
+            return module == self.final_norm
+        return module.removeprefix(self.block_prefix(index)) in self.block_norms()
+
     def extra_tensors(self) -> dict[str, npt.NDArray[np.float32]]:
         """Tensors that the file needs and the checkpoint doesn't have, by GGUF name."""
         return {}
@@ -241,12 +277,15 @@ class Family(ABC):
         writer.add_feed_forward_length(self.intermediate_size)
         writer.add_head_count(self.num_heads)
         writer.add_head_count_kv(self.num_kv_heads)
-        writer.add_rope_freq_base(self.rope_theta)
+        self._add_rope(writer)
         writer.add_layer_norm_rms_eps(self.norm_eps)
         if self._writes_head_dim():
             writer.add_key_length(self.head_dim)
             writer.add_value_length(self.head_dim)
         writer.add_file_type(file_type)
+
+    def _add_rope(self, writer: gguf.GGUFWriter) -> None:
+        writer.add_rope_freq_base(self.rope_theta)
 
     def _writes_head_dim(self) -> bool:
         return True
@@ -260,70 +299,68 @@ class Family(ABC):
         arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.gguf_arch)
         return gguf.get_tensor_name_map(arch, self.num_layers)
 
-    def _read_rope(self) -> None:
-        """Rotary settings: `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-        scaling = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
-        if not isinstance(scaling, Mapping):
+    def _rope_settings(self) -> Mapping[str, Any]:
+        """Rotary settings: `rope_parameters` (transformers 5) or `rope_scaling` (before), which lacks rope_theta."""
+        new, old = self.config.get("rope_parameters"), self.config.get("rope_scaling")
+        if new and old and new != old:
+            raise D2QError("config.json has both rope_parameters and rope_scaling, and they differ; remove one of them")
+        settings = new or old or {}
+        if not isinstance(settings, Mapping):
             raise D2QError("config.json: rope_scaling must be an object")
-        kind = scaling.get("rope_type") or scaling.get("type") or "default"
-        if kind not in self.rope_types or any(isinstance(value, Mapping) for value in scaling.values()):
+        return settings
+
+    def _read_rope(self) -> None:
+        settings = self._rope_settings()
+        kind = settings.get("rope_type") or settings.get("type") or "default"
+        if kind not in self.rope_types or any(isinstance(value, Mapping) for value in settings.values()):
             raise D2QError(
                 f"config.json: rope_scaling of type {kind!r} isn't supported for {self.gguf_arch} "
                 f"(supported: {', '.join(self.rope_types)})"
             )
         self.rope_type: str = kind
-        self.rope_scaling: Mapping[str, Any] = scaling
-        theta = scaling.get("rope_theta", self.config.get("rope_theta"))
-        self.rope_theta = positive_float("rope_theta", 10000.0 if theta is None else theta)
-        for place in (self.config, scaling):
+        self.rope_scaling: Mapping[str, Any] = settings
+        theta = settings.get("rope_theta", self.config.get("rope_theta"))
+        self.rope_theta = positive_float("rope_theta", self.default_rope_theta if theta is None else theta)
+        self._read_rotary_share(settings)
+
+    def _read_rotary_share(self, settings: Mapping[str, Any]) -> None:
+        """Refuse heads that are rotated in part."""
+        for place in (self.config, settings):
             if place.get("partial_rotary_factor", 1.0) not in (1, None):
                 raise D2QError("config.json: a partial_rotary_factor other than 1 isn't supported")
 
     def _refuse_unsupported(self) -> None:
         config = self.config
+        if self.model_type and config.get("model_type", self.model_type) != self.model_type:
+            raise D2QError(
+                f"config.json contradicts itself: the architecture {config['architectures'][0]} has the model_type "
+                f"{self.model_type!r}, not {config['model_type']!r}"
+            )
         if config.get("quantization_config"):
             raise D2QError(
                 "config.json has a quantization_config: the checkpoint is quantized already; convert the original one"
             )
-        if config.get("hidden_act", "silu") != "silu":
-            raise D2QError(f"config.json: the activation {config['hidden_act']!r} isn't supported, only silu is")
-        layer_types = config.get("layer_types") or []
-        sliding = isinstance(layer_types, Iterable) and any(kind != "full_attention" for kind in layer_types)
-        if config.get("use_sliding_window") or sliding:
-            raise D2QError("config.json: the model uses sliding-window attention, which isn't supported yet")
+        key, activation = self.activation
+        if config.get(key, activation) != activation:
+            raise D2QError(f"config.json: the activation {config[key]!r} isn't supported, only {activation} is")
         if config.get("is_causal") is False:
             raise D2QError("config.json: the model isn't causal (is_causal is false), so it isn't a text generator")
+        self._check_attention()
 
-    def _int(self, key: str, *, default: int | None = None, maximum: int = 2**31 - 1) -> int:
-        value = self.config.get(key)
-        if value is None:
-            value = default
-        if value is None:
-            raise D2QError(f"config.json has no {key}")
-        if type(value) is not int or not 0 < value <= maximum:
-            raise D2QError(f"config.json: {key} must be a whole number from 1 to {maximum}, not {value!r}")
-        return value
+    def _check_attention(self) -> None:
+        """Refuse layers that don't attend to all earlier tokens."""
+        layer_types = self.config.get("layer_types") or []
+        sliding = isinstance(layer_types, Iterable) and any(kind != "full_attention" for kind in layer_types)
+        if self.config.get("use_sliding_window") or sliding:
+            raise D2QError(
+                f"config.json: the model uses sliding-window attention, which llama.cpp's {self.gguf_arch} doesn't have"
+            )
 
-    def _float(self, key: str, *, default: float) -> float:
-        value = self.config.get(key)
-        return positive_float(key, default if value is None else value)
-
-    def _flag(self, key: str) -> bool:
-        value = self.config.get(key)
-        if value not in (None, True, False):
-            raise D2QError(f"config.json: {key} must be true or false, not {value!r}")
-        return value is True
-
-
-def positive_float(key: str, value: object) -> float:
-    """A setting as a float.
-
-    Raises:
-        D2QError: it isn't a finite number above zero.
-    """
-    try:
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < float(value) < math.inf:
-            return float(value)
-    except OverflowError:
-        pass
-    raise D2QError(f"config.json: {key} must be a positive number, not {value!r}")
+    def _window_note(self, window: int | None) -> tuple[str, ...]:
+        """For an architecture whose sliding window llama.cpp ignores."""
+        if window is None or window >= self.context_length:
+            return ()
+        return (
+            f"the model attends to the last {window} tokens, llama.cpp's {self.gguf_arch} to all of them: in texts of "
+            f"more than {window} tokens it isn't the same model",
+        )

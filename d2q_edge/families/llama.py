@@ -1,13 +1,14 @@
-"""Llama: Llama 2, 3, 3.1, 3.2 and models of the same architecture.
+"""Llama: Llama 2, 3, 3.1, 3.2, SmolLM2 and models of the same architecture.
 
-llama.cpp rotates neighbouring pairs of rows in this architecture, Hugging Face the two halves of a head; the rows of
-q and k are reordered on export. Llama 3.1's frequency scaling becomes the tensor rope_freqs.weight.
+llama.cpp (src/models/llama.cpp, conversion/llama.py) rotates neighbouring pairs of rows in this architecture, Hugging
+Face the two halves of a head; the rows of q and k are reordered on export. Llama 3.1's frequency scaling becomes the
+tensor rope_freqs.weight.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import gguf
 import numpy as np
@@ -15,15 +16,20 @@ import numpy.typing as npt
 import torch
 
 from d2q_edge.errors import D2QError
-from d2q_edge.families.base import Family, positive_float
+from d2q_edge.families.base import Family
+from d2q_edge.families.settings import positive_float
+
+NO_BOS_VOCABULARY = 49152
+"""A model with so many tokens (SmolLM2, but the rule was made for Granite) gets no BOS from llama.cpp's converter."""
 
 
 class Llama(Family):
     """LlamaForCausalLM, with optional attention and MLP biases."""
 
     architectures = ("LlamaForCausalLM",)
+    model_type = "llama"
     gguf_arch = "llama"
-    rope_types = ("default", "llama3")
+    rope_types: ClassVar[tuple[str, ...]] = ("default", "llama3")
     records_space_prefix = True
 
     def biased_linears(self) -> tuple[str, ...]:
@@ -47,6 +53,10 @@ class Llama(Family):
         super().add_metadata(writer, file_type)
         writer.add_vocab_size(self.vocab_size)
         writer.add_rope_dimension_count(self.head_dim)
+
+    @property
+    def adds_bos(self) -> bool | None:
+        return False if self.vocab_size == NO_BOS_VOCABULARY else None
 
     def _refuse_unsupported(self) -> None:
         super()._refuse_unsupported()

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: Llama's block with biases on q, k and v."""
+"""Qwen2 and Qwen2.5: Llama's block with biases on q, k and v (llama.cpp's src/models/qwen2.cpp)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ class Qwen2(Family):
     """Qwen2ForCausalLM."""
 
     architectures = ("Qwen2ForCausalLM",)
+    model_type = "qwen2"
     gguf_arch = "qwen2"
+    default_kv_heads = 32
 
     def biased_linears(self) -> tuple[str, ...]:
         return ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

@@ -1,8 +1,7 @@
-"""Qwen3 (dense): Llama's block with a norm per head on q and k, and no biases."""
+"""Qwen3 (dense): Llama's block with a norm per head on q and k, and no biases (llama.cpp's src/models/qwen3.cpp)."""
 
 from __future__ import annotations
 
-from d2q_edge.errors import D2QError
 from d2q_edge.families.base import Family
 
 
@@ -10,7 +9,9 @@ class Qwen3(Family):
     """Qwen3ForCausalLM."""
 
     architectures = ("Qwen3ForCausalLM",)
+    model_type = "qwen3"
     gguf_arch = "qwen3"
+    default_kv_heads = 32
 
     def block_norms(self) -> dict[str, int]:
         return {
@@ -25,5 +26,4 @@ class Qwen3(Family):
 
     def _refuse_unsupported(self) -> None:
         super()._refuse_unsupported()
-        if self._flag("attention_bias"):
-            raise D2QError("config.json: attention_bias is set, but llama.cpp's qwen3 has no bias on the output layer")
+        self._refuse_flags(("attention_bias",), "llama.cpp's qwen3 has no bias on the output layer")

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from d2q_edge.checkpoint import Checkpoint
+from d2q_edge.errors import D2QError
 from d2q_edge.families import Family, family_for
 
 MAX_GROUP = 128
@@ -119,15 +120,21 @@ class RotatedCheckpoint(Checkpoint):
             dtype: of every tensor.
 
         Raises:
-            D2QError: the config isn't one of a supported family.
+            D2QError: the config isn't one of a supported family, or rotating would change this family's models.
         """
+        self._tied = family_for(source.config).tied_embeddings
         config: dict[str, Any] = {**source.config, "tie_word_embeddings": False}
         family = family_for(config)
+        if not family.can_rotate:
+            raise D2QError(
+                f"models of the architecture {family.gguf_arch} can't be rotated without changing what they compute; "
+                "leave out --rotation on"
+            )
         self._source, self._dtype = source, dtype
         self._rotation = Rotation(family.hidden_size, seed)
         self._embedding, self._head = f"{family.embedding}.weight", f"{family.head}.weight"
         entries = dict(source._entries)
-        if source.tied_embeddings:
+        if self._tied:
             # First, where it is in checkpoints with a head: names are sorted.
             entries = {self._head: entries[self._embedding], **entries}
         super().__init__(source.directory, config, entries)
@@ -157,7 +164,7 @@ class RotatedCheckpoint(Checkpoint):
             D2QError: as `Checkpoint.tensor`, also for the norm weights that a tensor takes in.
         """
         self.dtype(name)
-        tied = name == self._head and self._source.tied_embeddings
+        tied = name == self._head and self._tied
         tensor = self._source.tensor(self._embedding if tied else name)
         module, _, kind = name.rpartition(".")
         if name in self._folded:

@@ -91,20 +91,21 @@ class TunableNorm(nn.Module):
     Both are relative to the weight, so that a step means the same in every channel, whatever its column scale.
     """
 
-    def __init__(self, norm: nn.Module, bias: torch.Tensor | None, *, biased: bool) -> None:
+    def __init__(self, norm: nn.Module, bias: torch.Tensor | None, *, biased: bool, offset: float = 0.0) -> None:
         """Wrap a norm.
 
         Args:
             norm: with a weight [channels].
             bias: float32 [channels] that it has already, if any.
             biased: whether it may have a bias.
+            offset: what the norm adds to its weight before it multiplies (Family.norm_offset).
         """
         super().__init__()
-        self.norm = norm
+        self.norm, self.offset = norm, offset
         weight: Any = norm.weight
         self.weight: torch.Tensor
         self.start: torch.Tensor
-        self.register_buffer("weight", weight.detach().clone())
+        self.register_buffer("weight", weight.detach() + offset)
         self.register_buffer("start", torch.zeros_like(self.weight) if bias is None else bias.clone())
         self.gain = nn.Parameter(torch.ones_like(self.weight))
         self.shift = nn.Parameter(torch.zeros_like(self.weight)) if biased else None
@@ -116,7 +117,7 @@ class TunableNorm(nn.Module):
     @torch.no_grad()
     def tensors(self) -> dict[str, torch.Tensor]:
         """The present weight, and the bias where there may be one: float32 [channels]."""
-        tensors = {"weight": self.weight * self.gain}
+        tensors = {"weight": self.weight * self.gain - self.offset}
         if self.shift is not None:
             tensors["bias"] = self._bias(self.shift)
         return tensors

@@ -10,9 +10,8 @@ from d2q_edge.codebooks import TABLE_SHA256
 from d2q_edge.runtime.installed import require
 from d2q_edge.tensor_types import ALL, TensorType, dequantize
 from tests.kernels.ggml import Ggml
-from tests.kernels.tiny_model import F32, WIDTH, logits, random_tensors, write
+from tests.kernels.tiny_model import ARCHITECTURES, F32, WIDTH, logits, random_tensors, write
 
-ARCHITECTURES = ["llama", "qwen2", "qwen3"]
 TOKENS = [int(token) for token in np.random.default_rng(0).integers(0, 96, 24)]
 
 

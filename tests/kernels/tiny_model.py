@@ -12,22 +12,29 @@ import numpy.typing as npt
 from d2q_edge.tensor_types import TensorType
 
 F32 = npt.NDArray[np.float32]
-WIDTH, FEED_FORWARD, HEADS, KV_HEADS, VOCABULARY = 256, 512, 4, 2, 96
+WIDTH, FEED_FORWARD, HEADS, VOCABULARY = 256, 512, 4, 96
 HEAD_DIM = WIDTH // HEADS
+EXPERTS, USED_EXPERTS = 4, 2
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3", "gemma3", "phi3", "qwen3moe", "olmoe")
+
+
+def kv_heads(arch: str) -> int:
+    """Two; as many as heads where the architecture knows nothing else."""
+    return HEADS if arch == "olmoe" else 2
 
 
 def random_tensors(arch: str, seed: int = 0) -> dict[str, F32]:
-    """The tensors of a model of one block: arch is "llama", "qwen2" or "qwen3"."""
+    """The tensors of a model of one block, of one of the ARCHITECTURES."""
     rng = np.random.default_rng(seed)
 
-    def matrix(rows: int, columns: int) -> F32:
-        drawn: F32 = (rng.standard_normal((rows, columns)) / np.sqrt(columns)).astype(np.float32)
+    def matrix(*shape: int) -> F32:
+        drawn: F32 = (rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
         return drawn
 
     def norm(size: int) -> F32:
         return rng.uniform(0.5, 1.5, size).astype(np.float32)
 
-    kv = KV_HEADS * HEAD_DIM
+    kv = kv_heads(arch) * HEAD_DIM
     tensors = {
         "token_embd.weight": matrix(VOCABULARY, WIDTH) * 16,
         "output.weight": matrix(VOCABULARY, WIDTH),
@@ -45,9 +52,22 @@ def random_tensors(arch: str, seed: int = 0) -> dict[str, F32]:
     if arch == "qwen2":
         for name, size in (("q", WIDTH), ("k", kv), ("v", kv)):
             tensors[f"blk.0.attn_{name}.bias"] = np.zeros(size, np.float32)
-    if arch == "qwen3":
+    if arch in ("qwen3", "gemma3", "qwen3moe", "olmoe"):
         for name in ("q", "k"):
-            tensors[f"blk.0.attn_{name}_norm.weight"] = norm(HEAD_DIM)
+            tensors[f"blk.0.attn_{name}_norm.weight"] = norm(WIDTH if arch == "olmoe" else HEAD_DIM)
+    if arch == "gemma3":
+        for name in ("attention", "ffw"):
+            tensors[f"blk.0.post_{name}_norm.weight"] = norm(WIDTH)
+    if arch == "phi3":
+        fused = {"attn_qkv": ("attn_q", "attn_k", "attn_v"), "ffn_up": ("ffn_gate", "ffn_up")}
+        for name, parts in fused.items():
+            rows = [tensors.pop(f"blk.0.{part}.weight") for part in parts]
+            tensors[f"blk.0.{name}.weight"] = np.concatenate(rows)
+    if arch in ("qwen3moe", "olmoe"):
+        for name in ("gate", "up", "down"):
+            rows, columns = tensors.pop(f"blk.0.ffn_{name}.weight").shape
+            tensors[f"blk.0.ffn_{name}_exps.weight"] = matrix(EXPERTS, rows, columns)
+        tensors["blk.0.ffn_gate_inp.weight"] = matrix(EXPERTS, WIDTH)
     return tensors
 
 
@@ -73,11 +93,15 @@ def write(
     writer.add_block_count(1)
     writer.add_feed_forward_length(FEED_FORWARD)
     writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
+    writer.add_head_count_kv(kv_heads(arch))
     writer.add_rope_dimension_count(HEAD_DIM)
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_vocab_size(VOCABULARY)
+    if arch in ("qwen3moe", "olmoe"):
+        writer.add_expert_count(EXPERTS)
+        writer.add_expert_used_count(USED_EXPERTS)
+        writer.add_expert_feed_forward_length(FEED_FORWARD)
     writer.add_tokenizer_model("no_vocab")
     for key, value in (text or {}).items():
         writer.add_string(key, value)

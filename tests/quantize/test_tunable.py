@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 from d2q_edge.codebooks import PAIR_TABLE, SCALAR_TABLE
 from d2q_edge.quantize import tunable
@@ -198,6 +199,23 @@ class TestNorm:
         found = tuned.tensors()
         torch.testing.assert_close(tuned(x), normed * found["weight"] + found["bias"])
         assert not any(value.requires_grad for value in found.values())
+
+    def test_a_norm_that_adds_to_its_weight(self) -> None:
+        """Gemma's multiplies by one plus its weight."""
+        norm = Gemma3RMSNorm(3, eps=0)
+        norm.weight = nn.Parameter(torch.tensor([1.0, -5.0, -0.5]))
+        tuned = TunableNorm(norm, None, biased=True, offset=1.0)
+        assert tuned.shift is not None
+        tuned.gain.data = torch.tensor([1.5, 1.0, 2.0])
+        tuned.shift.data = torch.tensor([0.25, 0.5, -1.0])
+        found = tuned.tensors()
+        # The weights of `test_by_hand`, less one.
+        torch.testing.assert_close(found["weight"], torch.tensor([2.0, -5.0, 0.0]))
+        torch.testing.assert_close(found["bias"], torch.tensor([0.5, 2.0, -0.5]))
+        x = torch.tensor([[1.0, -1.0, 1.0], [2.0, 1.0, 0.0]])
+        expected = tuned(x)
+        norm.weight = nn.Parameter(found["weight"])
+        torch.testing.assert_close(norm(x) + found["bias"], expected)
 
     def test_without_a_bias(self) -> None:
         tuned = TunableNorm(self.norm().requires_grad_(False), None, biased=False)

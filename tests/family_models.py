@@ -1,0 +1,118 @@
+"""Tiny random models of every family and its variants, built and saved by transformers itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.checkpoints import EXAMPLE
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "vocab_size": 4096,
+    "bos_token_id": 4093,
+    "eos_token_id": 4095,
+    "pad_token_id": 4093,
+}
+"""Widths that our blocks of 64 divide; the vocabulary is the example's tokenizer."""
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+GEMMA3: dict[str, Any] = {
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 7,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "query_pre_attn_scalar": 32,
+    "sliding_window": 64,
+    "tie_word_embeddings": True,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.7, 2.0, 2.5],
+    "long_factor": [1.0, 1.5, 2.0, 3.0, 5.0, 9.0],
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama2": {"model_type": "llama", "num_key_value_heads": 4},
+    "llama3": {"model_type": "llama", "rope_parameters": LLAMA3_ROPE},
+    "smollm2": {
+        "model_type": "llama",
+        "hidden_size": 192,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": True,
+    },
+    "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 32},
+    "mistral-window": {"model_type": "mistral", "sliding_window": 64},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3", "head_dim": 32},
+    "smollm3": {"model_type": "smollm3", "num_hidden_layers": 5, "tie_word_embeddings": True},
+    "gemma3": GEMMA3,
+    "gemma3-linear": {
+        **GEMMA3,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+        },
+    },
+    "phi3": {"model_type": "phi3", "num_key_value_heads": 4, "sliding_window": 64},
+    "phi4-mini": {
+        "model_type": "phi3",
+        "max_position_embeddings": 1024,
+        "original_max_position_embeddings": 256,
+        "rope_parameters": LONGROPE,
+        "partial_rotary_factor": 0.75,
+        "tie_word_embeddings": True,
+    },
+}
+"""By variant: what differs from SIZES."""
+
+
+def write_model(directory: Path, name: str, *, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
+    """Save a variant with seeded random weights, large enough that attention looks at few tokens, and a tokenizer."""
+    settings = {**SIZES, **MODELS[name], **changes}
+    config = AutoConfig.for_model(**settings)
+    model = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            values = torch.randn(parameter.shape, generator=generator)
+            if "norm" in parameter_name:
+                offset = 0 if config.model_type == "gemma3_text" else 1
+                parameter.copy_(offset + 0.3 * values)
+            elif parameter.dim() == 1 or "embed" in parameter_name:
+                parameter.copy_(0.5 * values)
+            else:
+                parameter.copy_(1.5 * values / parameter.shape[1] ** 0.5)
+    model.to(dtype).save_pretrained(directory)
+    if type(config)().tie_word_embeddings == config.tie_word_embeddings:
+        # What is the default needn't be in the file; Gemma's on the hub don't have it.
+        path = directory / "config.json"
+        entries = json.loads(path.read_text())
+        del entries["tie_word_embeddings"]
+        path.write_text(json.dumps(entries))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(EXAMPLE / file, directory)
+    if config.model_type == "phi3":
+        # llama.cpp's converter looks for a tokenizer.model unless the class is this one, Phi-4's.
+        path = directory / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "GPT2Tokenizer"}))
+    return directory

@@ -1,0 +1,163 @@
+"""Every family through the quantizing path: blocks, column scales, rotation, the file in llama.cpp, refinement."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from d2q_edge import convert as convert_module
+from d2q_edge.blocks import BlockRunner
+from d2q_edge.checkpoint import Checkpoint
+from d2q_edge.convert import Options, convert
+from d2q_edge.errors import D2QError
+from d2q_edge.families import Family, family_for
+from d2q_edge.gguf_reader import GGUFFile
+from d2q_edge.pipeline import COLUMN_SCALE, Method, _Driver
+from d2q_edge.plan import make_plan
+from d2q_edge.quantize.rotation import RotatedCheckpoint
+from d2q_edge.ranks import ALONE
+from d2q_edge.torch_evaluate import WholeModel
+from tests.family_models import MODELS, write_model
+from tests.test_family_exports import WINDOW_IGNORED, llama_logits
+
+CPU = torch.device("cpu")
+TOKENS = np.random.default_rng(5).integers(0, 4000, (2, 100))
+CONVERTED = ("llama3", "smollm2", "mistral", "qwen2", "smollm3", "gemma3", "phi3", "phi4-mini")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tests must not change them."""
+    directory = tmp_path_factory.mktemp("models")
+    return {name: write_model(directory / name / "tiny", name) for name in MODELS}
+
+
+def runner_for(model: Path) -> BlockRunner:
+    checkpoint = Checkpoint.open(model)
+    return BlockRunner(checkpoint, family_for(checkpoint.config), CPU)
+
+
+def log_probabilities(model: WholeModel, tokens: npt.NDArray[np.int64]) -> torch.Tensor:
+    with torch.inference_mode():
+        return model.log_probabilities(model.states(torch.from_numpy(tokens)))
+
+
+def divergence(expected: torch.Tensor, actual: torch.Tensor) -> float:
+    return float((expected.exp() * (expected - actual)).sum(-1).mean())
+
+
+def file_weights(path: Path, family: Family) -> dict[str, torch.Tensor]:
+    """A file's tensors by their names in the checkpoint, in its order of rows and with its meaning of norms."""
+    file = GGUFFile(path)
+    names = list(family.tensor_shapes())
+    weights = {}
+    for name in [*names, *(name.replace("norm.weight", "norm.bias") for name in names if name.endswith("norm.weight"))]:
+        if family.gguf_name(name) not in file.tensors:
+            continue
+        values = np.array(file.dequantize(family.gguf_name(name)), np.float32)
+        heads = {"q_proj": family.num_heads, "k_proj": family.num_kv_heads}.get(name.split(".")[-2])
+        if family.gguf_arch in ("llama", "smollm3") and heads is not None:
+            pairs = values.reshape(heads, family.head_dim // 2, 2, *values.shape[1:])
+            values = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
+        if family.gguf_arch == "gemma3" and name.endswith("norm.weight"):
+            values -= 1
+        weights[name] = torch.from_numpy(values)
+    return weights
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.inference_mode()
+def test_blocks_and_their_halves_are_the_model(models: dict[str, Path], name: str) -> None:
+    """In a context that is longer than the sliding windows."""
+    runner, tokens = runner_for(models[name]), torch.from_numpy(TOKENS)
+    model = AutoModelForCausalLM.from_pretrained(models[name], dtype=torch.float32).eval()
+    expected = model.model(tokens, use_cache=False).last_hidden_state
+    hidden = runner.embed(tokens)
+    for index in range(runner.family.num_layers):
+        block = runner.load(index)
+        residual = hidden
+        for half in runner.family.halves:
+            residual = runner.half_forward(block, half, residual)
+        hidden = runner.forward(block, hidden)
+        torch.testing.assert_close(residual, hidden, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(runner.final_norm()(hidden), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.inference_mode()
+def test_column_scales_leave_the_blocks_function_alone(models: dict[str, Path], name: str) -> None:
+    runner = runner_for(models[name])
+    types = make_plan(runner.family, 2).linears
+    driver = _Driver(runner, types, TOKENS, Method(), CPU, ALONE)
+    hidden = runner.embed(torch.from_numpy(TOKENS))
+    for index in (0, runner.family.num_layers - 1):
+        block, original = runner.load(index), runner.load(index)
+        expected = runner.forward(block, hidden)
+        changed = driver._scale_columns(block)
+        found = runner.forward(block, hidden)
+        assert float((found - expected).norm() / expected.norm()) < 3e-6
+        for stage in runner.family.stages:
+            assert changed[f"{stage.linears[0]}.{COLUMN_SCALE}"].std() > 0.02
+            for linear in stage.linears:
+                before, after = (part.get_submodule(linear).get_parameter("weight") for part in (original, block))
+                assert float((after / before - 1).abs().median()) > 0.01
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rotation_is_exact_or_refused(models: dict[str, Path], tmp_path: Path, name: str) -> None:
+    checkpoint = Checkpoint.open(models[name])
+    family = family_for(checkpoint.config)
+    if name.startswith("gemma3"):
+        with pytest.raises(D2QError, match=r"architecture gemma3 can't be rotated .*leave out --rotation on$"):
+            convert(models[name], tmp_path / "out.gguf", Options(rotation="on"))
+        return
+    rotated = RotatedCheckpoint(checkpoint, seed=0)
+    original = log_probabilities(WholeModel(checkpoint, family, {}, CPU), TOKENS)
+    found = log_probabilities(WholeModel(rotated, family_for(rotated.config), {}, CPU), TOKENS)
+    assert divergence(original, found) < 1e-5
+    name = f"{family.block_prefix(0)}{family.block_linears[0]}.weight"
+    assert not torch.allclose(rotated.tensor(name), checkpoint.tensor(name).float(), atol=0.1)
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_file_computes_what_torch_does(models: dict[str, Path], tmp_path: Path, name: str) -> None:
+    result = convert(models[name], tmp_path / "out.gguf", Options(calibration_tokens=1280, context=128))
+    checkpoint = Checkpoint.open(models[name])
+    family = family_for(checkpoint.config)
+    weights = file_weights(tmp_path / "out.gguf", family)
+    assert weights.keys() >= family.tensor_shapes().keys()
+    norms = [f"{family.block_prefix(index)}{family.halves[1].norm}" for index in range(family.num_layers)]
+    assert weights.keys() - family.tensor_shapes().keys() == {f"{norm}.bias" for norm in [*norms, family.final_norm]}
+    kinds = {info.type_name for info in GGUFFile(tmp_path / "out.gguf").tensors.values()}
+    assert "d2q2_64" in kinds
+    assert result.plan.linear_bits_per_weight == 2.5
+    tokens = TOKENS[:, :60] if name in WINDOW_IGNORED else TOKENS
+    original = log_probabilities(WholeModel(checkpoint, family, {}, CPU), tokens)
+    dequantized = log_probabilities(WholeModel(checkpoint, family, weights, CPU), tokens)
+    lost = divergence(original, dequantized)
+    assert lost > 0.01
+    for window, expected in zip(tokens, dequantized, strict=True):
+        found = torch.from_numpy(llama_logits(tmp_path / "out.gguf", window.astype(np.int32))).log_softmax(-1)
+        # llama.cpp rounds activations to 8 bits.
+        assert divergence(expected, found) < 0.01 * lost
+
+
+@pytest.mark.parametrize("name", ["gemma3", "phi4-mini"])
+def test_refinement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(convert_module, "REFINE_FACTOR", 1)
+    model = write_model(tmp_path / "tiny", name, num_hidden_layers=2, layer_types=None)
+    options = Options(calibration_tokens=2048, context=64, refine=True)
+    result = convert(model, tmp_path / "out.gguf", options)
+    assert result.refinement is not None
+    assert result.refinement.after < result.refinement.before
+    checkpoint = Checkpoint.open(model)
+    family = family_for(checkpoint.config)
+    weights = file_weights(tmp_path / "out.gguf", family)
+    dequantized = log_probabilities(WholeModel(checkpoint, family, weights, CPU), TOKENS[:1])[0]
+    found = torch.from_numpy(llama_logits(tmp_path / "out.gguf", TOKENS[0].astype(np.int32))).log_softmax(-1)
+    assert divergence(dequantized, found) < 0.01 * result.refinement.after

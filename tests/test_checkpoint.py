@@ -150,8 +150,9 @@ def write_weights(directory: Path, header: bytes, data: int = 64) -> None:
         b'{"a": {"dtype": "F32", "shape": [1, 1, 1, 1, 1, 1, 1, 1, 16], "data_offsets": [0, 64]}}',
         b'{"a": {"dtype": "F32", "shape": [' + b",".join([b"9" * 4000] * 200) + b'], "data_offsets": [0, 64]}}',
         b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 64]}}',
-        b'{"a": {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]}, "a": {}}',
-        b'{"a": {"dtype": "F32", "dtype": "F16", "shape": [16], "data_offsets": [0, 64]}}',
+        b'{"a": {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]},'
+        b' "a": {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]}}',
+        b'{"a": {"dtype": "F32", "dtype": "F32", "shape": [16], "data_offsets": [0, 64]}}',
         b"[" * 100_000,
         b"\xff\xfe",
     ],

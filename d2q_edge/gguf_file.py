@@ -12,6 +12,7 @@ import fcntl
 import math
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -227,15 +228,32 @@ def _make_writer(
     for tensor in tensors:
         # A float dtype keeps gguf-py from working the shape out of a type that it may not know.
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, _type_id(tensor.type))
-    add_metadata(writer)
+    with _strange_values():
+        add_metadata(writer)
     return writer
 
 
 def _write_header(writer: gguf.GGUFWriter, path: Path) -> None:
     """Everything before the tensors' data."""
-    writer.write_header_to_file(path)
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
+    with _strange_values():
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+
+
+@contextmanager
+def _strange_values() -> Iterator[None]:
+    """Say in one sentence what gguf-py makes of values that a stranger's model card or tokenizer brought along.
+
+    It checks some when they are added, and others when they are written.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError, OverflowError, struct.error) as error:
+        raise D2QError(
+            f"the model's metadata can't be written ({type(error).__name__}: {error}); a value in README.md, "
+            "generation_config.json or the tokenizer's files is of the wrong kind"
+        ) from error
 
 
 def _type_id(type_name: str) -> int:

@@ -157,7 +157,7 @@ class GGUFFile:
         self.version = version
         tensor_count, key_count = self._take("QQ")
         for _ in range(key_count):
-            key = self._string()
+            key = self._name()
             if key in self.kv:
                 raise self._malformed(f"the key {key} comes twice")
             (value_type,) = self._take("I")
@@ -168,7 +168,7 @@ class GGUFFile:
         found = []
         names = set()
         for _ in range(tensor_count):
-            name = self._string()
+            name = self._name()
             if name in names:
                 raise self._malformed(f"the tensor {name} comes twice")
             names.add(name)
@@ -210,7 +210,7 @@ class GGUFFile:
         if value_type in _SCALARS:
             return self._take(_SCALARS[value_type])[0]
         if value_type == _STRING:
-            return self._string(errors="replace")
+            return self._string()
         if value_type != _ARRAY:
             raise self._malformed(f"there is no value type {value_type}")
         item_type, count = self._take("IQ")
@@ -220,17 +220,21 @@ class GGUFFile:
             return list(self._take(f"{count}{_SCALARS[item_type]}"))
         if item_type != _STRING:
             raise self._malformed(f"an array holds items of type {item_type}")
-        return [self._string(errors="replace") for _ in range(count)]
+        return [self._string() for _ in range(count)]
 
-    def _string(self, errors: str = "strict") -> str:
+    def _name(self) -> str:
+        """Of a key or tensor: it ends up in messages, and so in terminals."""
+        name = self._string()
+        if not name.isprintable() or "\ufffd" in name:
+            raise self._malformed(f"a key or tensor has the name {name[:100]!r}")
+        return name
+
+    def _string(self) -> str:
         (length,) = self._take("Q")
         self._require(length)
         begin = self._position
         self._position += length
-        try:
-            return str(self._bytes[begin : begin + length], "utf-8", errors)
-        except UnicodeDecodeError:
-            raise self._malformed("a name isn't UTF-8") from None
+        return str(self._bytes[begin : begin + length], "utf-8", "replace")
 
     def _take(self, layout: str) -> tuple[Any, ...]:
         """Read the next values, little-endian and unpadded."""

@@ -1,13 +1,14 @@
 """A Hugging Face checkpoint on disk: config.json, and the weights in one safetensors file or in indexed shards.
 
 Everything that can be wrong with the files is found here and said in one sentence; tensors are read one at a time,
-when they are asked for. This module does not know what a tensor is for: model families say which tensors there must be
-(`families`), and the tokenizer files belong to `tokenizer`.
+when they are asked for. The files are strangers': a header must describe every byte of its file exactly once, an index
+must agree with its shards, and no symbolic link may lead out of the model's directory, because what it leads to would
+end up in a file that is meant to be given away. This module does not know what a tensor is for: model families say
+which tensors there must be (`families`), and the tokenizer files belong to `tokenizer`. hub.py knows Hugging Face ids.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import KeysView, Mapping
 from dataclasses import dataclass
@@ -18,9 +19,10 @@ import safetensors
 import torch
 
 from d2q_edge.errors import D2QError
+from d2q_edge.hub import INDEX_FILE, PICKLES, SINGLE_FILE, blob_directories, locate, weight_files
+from d2q_edge.json_files import parse_json
+from d2q_edge.json_files import read_json_object as read_json_object
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
@@ -30,6 +32,10 @@ DTYPES: dict[str, torch.dtype] = {"BF16": torch.bfloat16, "F16": torch.float16, 
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 # The safetensors format's own limit for its JSON header.
 MAX_HEADER_BYTES = 100_000_000
+# More dimensions than any tensor has, and longer names.
+MAX_DIMS, MAX_NAME = 8, 1000
+# The kinds of files that are read from a model's directory, here and in `tokenizer`, `convert` and `export`.
+_READ_SUFFIXES = (".json", ".safetensors", ".model", ".jinja", ".txt", ".md")
 
 
 @dataclass(frozen=True)
@@ -51,13 +57,17 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
-        """Read config.json and the headers of all weight files under `path`; no weights are loaded.
+        """Read config.json and the headers of all weight files of a model; no weights are loaded.
+
+        Args:
+            path: a directory, or a Hugging Face id (`hub.locate`).
 
         Raises:
-            D2QError: no such directory, config.json or weights missing or unreadable, `.bin` weights only, a shard
-                missing or truncated, index and shards in disagreement.
+            D2QError: no such directory, and no model of that id that can be fetched; config.json or weights missing or
+                unreadable, `.bin` weights only, a shard missing, truncated or with bytes that belong to no tensor or to
+                two, index and shards in disagreement, a symbolic link out of the directory.
         """
-        directory = Path(path).expanduser()
+        directory = locate(path)
         try:
             return cls._open(directory)
         except OSError as error:
@@ -69,13 +79,14 @@ class Checkpoint:
             if directory.exists():
                 raise D2QError(f"{directory} is not a directory; give the directory that holds config.json")
             raise D2QError(
-                f"there is no directory {directory}; models can't be named by their Hugging Face id yet, so download "
-                "the model first and give its directory"
+                f"there is no directory {directory}; give one that holds config.json, or a Hugging Face id like "
+                "Qwen/Qwen3-8B"
             )
         config_file = directory / "config.json"
         if not config_file.is_file():
             raise D2QError(f"{directory} has no config.json, so it isn't a Hugging Face model directory")
-        return cls(directory, read_json_object(config_file), _read_entries(directory))
+        _check_links(directory)
+        return cls(directory, read_json_object(config_file, strict=True), _read_entries(directory))
 
     @property
     def names(self) -> KeysView[str]:
@@ -166,23 +177,6 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     return all(bool(part.isfinite().all()) for part in tensor.reshape(-1).split(1 << 24))
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file whose top level is an object.
-
-    Raises:
-        D2QError: the file can't be read, isn't JSON, or isn't an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise D2QError(f"can't read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise D2QError(f"{path} isn't valid JSON ({error}); the download may be incomplete") from error
-    if not isinstance(value, dict):
-        raise D2QError(f"{path} must hold a JSON object, not a {type(value).__name__}")
-    return value
-
-
 def _read_entries(directory: Path) -> dict[str, _Entry]:
     """Find the weight files and read their headers. The index wins over a single file, as in llama.cpp's converter."""
     if (directory / INDEX_FILE).is_file():
@@ -191,7 +185,7 @@ def _read_entries(directory: Path) -> dict[str, _Entry]:
         return _read_header(directory / SINGLE_FILE)
     if any(directory.glob("model-*-of-*.safetensors")):
         raise D2QError(f"{directory} has safetensors shards but no {INDEX_FILE}; download the index too")
-    if any(any(directory.glob(pattern)) for pattern in ("*.bin", "*.pt", "*.pth")):
+    if any(file.suffix in PICKLES for file in directory.iterdir()):
         raise D2QError(
             f"{directory} holds its weights as PyTorch pickle files only, which can run any code when they are loaded; "
             "use or make a safetensors version"
@@ -202,16 +196,11 @@ def _read_entries(directory: Path) -> dict[str, _Entry]:
 def _read_shards(directory: Path) -> dict[str, _Entry]:
     """Read the headers of all shards that the index names, and check that index and shards agree exactly."""
     index = directory / INDEX_FILE
-    weight_map = read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise D2QError(f"{index} has no weight_map that says which tensor is in which file")
-    planned: dict[str, set[str]] = {}
+    files = weight_files(index)
+    weight_map = read_json_object(index, strict=True)["weight_map"]
+    planned: dict[str, set[str]] = {file: set() for file in files}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not file.endswith(".safetensors") or "/" in file or "\\" in file:
-            raise D2QError(
-                f"{index} places tensor {name} in {file!r}, which isn't the plain name of a .safetensors file"
-            )
-        planned.setdefault(file, set()).add(name)
+        planned[file].add(name)
     missing = sorted(file for file in planned if not (directory / file).is_file())
     if missing:
         raise D2QError(
@@ -230,42 +219,76 @@ def _read_shards(directory: Path) -> dict[str, _Entry]:
     return entries
 
 
+def _check_links(directory: Path) -> None:
+    """Refuse symbolic links that lead out of the directory; in the hub's cache all do, and must lead to its contents.
+
+    Raises:
+        D2QError: one does.
+    """
+    root = directory.resolve()
+    for file in sorted([*directory.iterdir(), *(directory / "additional_chat_templates").glob("*")]):
+        if file.suffix in _READ_SUFFIXES:
+            target = file.resolve()
+            if not any(target.is_relative_to(place) for place in (root, *blob_directories(directory))):
+                raise D2QError(
+                    f"{file} is a symbolic link to {target}, outside of the model's directory; copy the file there if "
+                    "you trust it"
+                )
+
+
 def _read_header(file: Path) -> dict[str, _Entry]:
     """Parse one safetensors header: u64 length, JSON {name: {dtype, shape, data_offsets}}; then comes the data."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            if size < 8 or length > size - 8:
                 raise D2QError(f"{file} is truncated or isn't a safetensors file; download it again")
-            header = json.loads(stream.read(length))
+            if length > MAX_HEADER_BYTES:
+                raise D2QError(f"{file} has a header of {length} bytes, more than the format allows")
+            header = parse_json(stream.read(length), strict=True)
     except OSError as error:
         raise D2QError(f"can't read {file}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise D2QError(f"{file} has a damaged header ({error}); download it again") from error
     if not isinstance(header, dict):
         raise D2QError(f"{file} has a damaged header; download it again")
     header.pop("__metadata__", None)
-    entries = {}
+    entries, extents = {}, []
     for name in sorted(header):
-        entry, end = _parse_entry(file, name, header[name])
-        if 8 + length + end > size:
-            raise D2QError(
-                f"{file} is truncated: it ends after {size} bytes, before the end of tensor {name}; download it again"
-            )
-        entries[name] = entry
+        if not name.isprintable() or len(name) > MAX_NAME:
+            raise D2QError(f"{file} holds a tensor named {name[:MAX_NAME]!r}, which no model has")
+        entries[name], begin, end = _parse_entry(file, name, header[name])
+        extents.append((begin, end, name))
+    _check_extents(file, sorted(extents), size - 8 - length)
     return entries
 
 
-def _parse_entry(file: Path, name: str, value: object) -> tuple[_Entry, int]:
-    """One tensor's header entry, and the end of its bytes relative to the start of the data."""
+def _check_extents(file: Path, extents: list[tuple[int, int, str]], size: int) -> None:
+    """The tensors must fill the data without gaps or overlaps, as the format says."""
+    position = 0
+    for begin, end, name in extents:
+        if end > size:
+            missing = end - size
+            raise D2QError(f"{file} is truncated: {missing} bytes of tensor {name} are missing; download it again")
+        if begin != position:
+            what = "overlaps another one" if begin < position else "has unused bytes before it"
+            raise D2QError(f"{file} is damaged: tensor {name} {what}; download it again")
+        position = end
+    if position != size:
+        raise D2QError(f"{file} is damaged: {size - position} bytes at its end belong to no tensor; download it again")
+
+
+def _parse_entry(file: Path, name: str, value: object) -> tuple[_Entry, int, int]:
+    """One tensor's header entry, and where its bytes begin and end in the data."""
     if isinstance(value, dict):
         dtype, shape, offsets = value.get("dtype"), _sizes(value.get("shape")), _sizes(value.get("data_offsets"))
-        if isinstance(dtype, str) and shape is not None and offsets is not None and len(offsets) == 2:
-            begin, end = offsets
+        if isinstance(dtype, str) and dtype.isidentifier() and shape is not None and offsets is not None:
             known = DTYPES.get(dtype)
-            if begin <= end and (known is None or end - begin == math.prod(shape) * known.itemsize):
-                return _Entry(file, dtype, shape), end
+            if len(offsets) == 2 and len(shape) <= MAX_DIMS:
+                begin, end = offsets
+                if begin <= end and (known is None or end - begin == math.prod(shape) * known.itemsize):
+                    return _Entry(file, dtype, shape), begin, end
     raise D2QError(f"{file} describes tensor {name} in a way that makes no sense; download it again")
 
 

@@ -72,6 +72,9 @@ def evaluate(
     """
     content = load_text(text, "evaluation")
     file = GGUFFile(path)
+    file.check_blocks()
+    if reference is not None:
+        GGUFFile(reference).check_blocks()
     with ExitStack() as stack:
         model = stack.enter_context(LlamaModel(path, context))
         base = stack.enter_context(LlamaModel(reference, context)) if reference is not None else None

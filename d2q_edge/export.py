@@ -20,6 +20,7 @@ from d2q_edge.checkpoint import IGNORED_SUFFIXES, Checkpoint
 from d2q_edge.errors import D2QError
 from d2q_edge.families import Family, family_for
 from d2q_edge.gguf_file import STOCK_TYPES, GGUFTensor, file_size, fitting_type, write_gguf
+from d2q_edge.hub import Repository, repository
 from d2q_edge.tokenizer import read_tokenizer
 
 _MIXTURES = {"f32": "ALL_F32", "q5_k": "MOSTLY_Q5_K_S", "q4_k": "MOSTLY_Q4_K_S"}
@@ -136,7 +137,7 @@ def _metadata_writer(
 
     def add_metadata(writer: gguf.GGUFWriter) -> None:
         writer.add_type(gguf.GGUFType.MODEL)
-        metadata = _general_metadata(checkpoint, writer.get_total_parameter_count())
+        metadata = _general_metadata(checkpoint, writer.get_total_parameter_count(), quantized=extra is not None)
         if extra is not None:
             metadata.quantized_by = f"d2q-edge {__version__}"
         metadata.set_gguf_meta_model(writer)
@@ -182,19 +183,24 @@ def export(model: str | Path, path: Path, type_name: str, *, force: bool = False
 def file_name(checkpoint: Checkpoint, family: Family, encoding: str) -> str:
     """A name for the output by GGUF's convention, BaseName-SizeLabel-FineTune-Version-Encoding.gguf."""
     total = sum(int(np.prod(shape)) for shape in family.tensor_shapes().values())
-    metadata = _general_metadata(checkpoint, (total, total, 0, 0))
+    metadata = _general_metadata(checkpoint, (total, total, 0, 0), quantized=False)
     name = gguf.naming_convention(
         metadata.name, metadata.basename, metadata.finetune, metadata.version, metadata.size_label, encoding
     )
     return f"{name}.gguf"
 
 
-def _general_metadata(checkpoint: Checkpoint, parameters: tuple[int, int, int, int]) -> gguf.Metadata:
+def _general_metadata(
+    checkpoint: Checkpoint, parameters: tuple[int, int, int, int], *, quantized: bool
+) -> gguf.Metadata:
     """What gguf-py gathers from model card, configs and directory name, completed by its converter's rules."""
     directory = checkpoint.directory.resolve()
     try:
         metadata = gguf.Metadata.load(model_path=directory, total_params=parameters[0])
         generation = gguf.Metadata.load_generation_config(directory)
+        source = repository(directory)
+        if source is not None:
+            _name_after(metadata, source, directory, parameters[0], quantized=quantized)
     except Exception as error:
         # The model card is free text by strangers, parsed as YAML; there is no one exception for what can be wrong.
         raise D2QError(
@@ -208,6 +214,24 @@ def _general_metadata(checkpoint: Checkpoint, parameters: tuple[int, int, int, i
     if metadata.size_label is None:
         metadata.size_label = gguf.size_label(*parameters)
     return metadata
+
+
+def _name_after(
+    metadata: gguf.Metadata, source: Repository, directory: Path, parameters: int, *, quantized: bool
+) -> None:
+    """Put a repository's id in the place of its directory's name, which is a commit in the hub's cache.
+
+    A quantized file's base model is the repository, whatever that one's own base is; so the hub shows it.
+    """
+    card = gguf.Metadata.load_model_card(directory)
+    if quantized:
+        card = {**card, "base_model": source.id}
+    known = gguf.Metadata.apply_metadata_heuristic(
+        gguf.Metadata(), card, {"_name_or_path": source.id}, total_params=parameters
+    )
+    for field in ("name", "organization", "basename", "finetune", "version", "size_label", "base_models"):
+        setattr(metadata, field, getattr(known, field))
+    metadata.source_repo_url = metadata.source_repo_url or source.url
 
 
 def _add_value(writer: gguf.GGUFWriter, key: str, value: Value) -> None:

@@ -28,13 +28,20 @@ def generate(path: Path, prompt: str, max_tokens: int, temperature: float, seed:
         D2QError: the runtime is not installed, the file can't be loaded, or the prompt is longer than its context.
     """
     api: Any = runtime.require()
-    keys = GGUFFile(path).kv
-    longest = keys.get(f"{keys.get('general.architecture')}.context_length", 0)
+    file = GGUFFile(path)
+    file.check_blocks()
+    longest = file.kv.get(f"{file.kv.get('general.architecture')}.context_length")
     # No token is shorter than a byte. The model's own context can be so long that its cache doesn't fit in memory.
     room = len(prompt.encode()) + max_tokens + SPARE_TOKENS
+    if type(longest) is int and longest > 0:
+        room = min(room, longest)
     try:
         model = api.Llama(
-            str(path), n_ctx=min(room, longest or room), n_threads=usable_cpus(), seed=seed, verbose=False
+            str(path),
+            n_ctx=room,
+            n_threads=usable_cpus(),
+            seed=seed,
+            verbose=False,
         )
     except ValueError as error:
         raise D2QError(f"llama.cpp can't load {path}: {error}") from error

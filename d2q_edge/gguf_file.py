@@ -8,22 +8,25 @@ also encodes the stock types, but for those of k_types.
 from __future__ import annotations
 
 import errno
+import fcntl
 import math
 import os
 import shutil
+import struct
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, BinaryIO
 
 import gguf
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from d2q_edge import k_types, tensor_types
+from d2q_edge import durable, k_types, tensor_types
 from d2q_edge.errors import D2QError
 
 STOCK_TYPES: dict[str, gguf.GGMLQuantizationType] = {
@@ -142,9 +145,8 @@ def check_output(path: Path, *, force: bool, size: int = 0) -> None:
             raise D2QError(f"the output directory {path.parent} doesn't exist; create it first")
         if path.exists() and not force:
             raise D2QError(f"{path} exists already; use --force to replace it")
-        partial = _partial_name(path)
-        partial.touch()
-        partial.unlink()
+        with _partial_file(path):
+            pass
         free = shutil.disk_usage(path.parent).free
     except OSError as error:
         raise _cannot_write(path, error) from error
@@ -191,27 +193,32 @@ def write_gguf(
     size = data_size(tensors)
     check_output(path, force=force, size=size)
     writer = _make_writer(arch, tensors, add_metadata)
-    partial = _partial_name(path)
     try:
-        _write_header(writer, partial)
-        # None: no bar where stderr isn't a terminal.
-        with tqdm(total=size, desc="Writing", unit="B", unit_scale=True, disable=None) as progress:
-            for tensor in tensors:
-                data = encode(tensor)
-                writer.write_tensor_data(data)
-                progress.update(data.nbytes)
-        for file in writer.fout:
-            file.flush()
-            os.fsync(file.fileno())
-        writer.close()
-        partial.replace(path)
+        with _partial_file(path) as partial:
+            try:
+                _write_header(writer, partial)
+                _write_data(writer.fout[0], tensors, size)
+                writer.close()
+                durable.replace(partial, path)
+            finally:
+                # After a failure, closing may fail too, because of what is still buffered; the first reason is the one.
+                with suppress(OSError):
+                    writer.close()
+        return path.stat().st_size
     except OSError as error:
         raise _cannot_write(path, error) from error
-    finally:
-        # After success the partial file has been renamed; after anything else, Ctrl-C included, it must go.
-        writer.close()
-        partial.unlink(missing_ok=True)
-    return path.stat().st_size
+
+
+def _write_data(file: BinaryIO, tensors: Sequence[GGUFTensor], size: int) -> None:
+    """The tensors' data, `size` bytes, behind the header. (gguf-py's way of doing it loses the reason of errors.)"""
+    file.write(bytes(-file.tell() % ALIGNMENT))
+    # None: no bar where stderr isn't a terminal.
+    with tqdm(total=size, desc="Writing", unit="B", unit_scale=True, disable=None) as progress:
+        for tensor in tensors:
+            data = np.ascontiguousarray(encode(tensor)).reshape(-1).view(np.uint8)
+            file.write(data.data)
+            file.write(bytes(-data.nbytes % ALIGNMENT))
+            progress.update(data.nbytes)
 
 
 def _make_writer(
@@ -221,15 +228,32 @@ def _make_writer(
     for tensor in tensors:
         # A float dtype keeps gguf-py from working the shape out of a type that it may not know.
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, _type_id(tensor.type))
-    add_metadata(writer)
+    with _strange_values():
+        add_metadata(writer)
     return writer
 
 
 def _write_header(writer: gguf.GGUFWriter, path: Path) -> None:
     """Everything before the tensors' data."""
-    writer.write_header_to_file(path)
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
+    with _strange_values():
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+
+
+@contextmanager
+def _strange_values() -> Iterator[None]:
+    """Say in one sentence what gguf-py makes of values that a stranger's model card or tokenizer brought along.
+
+    It checks some when they are added, and others when they are written.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError, OverflowError, struct.error) as error:
+        raise D2QError(
+            f"the model's metadata can't be written ({type(error).__name__}: {error}); a value in README.md, "
+            "generation_config.json or the tokenizer's files is of the wrong kind"
+        ) from error
 
 
 def _type_id(type_name: str) -> int:
@@ -237,11 +261,31 @@ def _type_id(type_name: str) -> int:
     return own.id if own is not None else int(STOCK_TYPES[type_name])
 
 
-def _partial_name(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+@contextmanager
+def _partial_file(path: Path) -> Iterator[Path]:
+    """An empty temporary file beside `path`, locked against other processes; removed if it is still there at the end.
+
+    One that a killed process left is taken over.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    handle = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise D2QError(f"another process is writing {path}; wait until it is done") from None
+        except OSError:
+            # Some network file systems can't lock.
+            pass
+        try:
+            yield partial
+        finally:
+            partial.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
 
 
 def _cannot_write(path: Path, error: OSError) -> D2QError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return D2QError(f"the disk is full: {path} could not be written; nothing was left behind")
+        return D2QError(f"the disk is full: {path} could not be written; free some space and run the same command")
     return D2QError(f"can't write {path}: {error.strerror or error}")

@@ -22,6 +22,11 @@ from d2q_edge.errors import D2QError
 
 VERSIONS = (2, 3)
 MAX_DIMS = 4
+# More items than any key's array has; they become Python objects, which take thirty times the file's memory.
+MAX_ITEMS = 1 << 22
+# A float16 whose exponent is all ones is NaN or infinite.
+_EXPONENT = 0x7C00
+_CHECKED_BLOCKS = 1 << 20
 # GGUF's value types: number -> struct format. Strings are 8, arrays are 9.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -81,6 +86,30 @@ class GGUFFile:
         elements = sum(info.elements for info in self.tensors.values())
         return 8 * sum(info.nbytes for info in self.tensors.values()) / elements if elements else 0.0
 
+    def check_blocks(self) -> None:
+        """Find out whether every block of our types has a finite scale; all their other bytes are valid whatever they
+        are.
+
+        llama.cpp would calculate on with NaN. This reads through the file once, at the speed of memory or of the disk;
+        whoever runs the model needs all of it in memory anyway.
+
+        Raises:
+            D2QError: a block's scale is NaN or infinite.
+        """
+        for info in self.tensors.values():
+            own = tensor_types.BY_ID.get(info.type_id)
+            if own is None:
+                continue
+            blocks = self.raw(info.name).reshape(-1, own.type_size)
+            for start in range(0, len(blocks), _CHECKED_BLOCKS):
+                scales = np.ascontiguousarray(blocks[start : start + _CHECKED_BLOCKS, :2]).view("<u2")
+                bad = (scales & _EXPONENT) == _EXPONENT
+                if bad.any():
+                    raise D2QError(
+                        f"{self.path} is damaged: the scale of block {start + int(bad.argmax())} of tensor {info.name} "
+                        "is NaN or infinite; convert or download it again"
+                    )
+
     def raw(self, name: str) -> npt.NDArray[np.uint8]:
         """A tensor's bytes, uint8 [nbytes], mapped from the file.
 
@@ -128,7 +157,7 @@ class GGUFFile:
         self.version = version
         tensor_count, key_count = self._take("QQ")
         for _ in range(key_count):
-            key = self._string()
+            key = self._name()
             if key in self.kv:
                 raise self._malformed(f"the key {key} comes twice")
             (value_type,) = self._take("I")
@@ -139,7 +168,7 @@ class GGUFFile:
         found = []
         names = set()
         for _ in range(tensor_count):
-            name = self._string()
+            name = self._name()
             if name in names:
                 raise self._malformed(f"the tensor {name} comes twice")
             names.add(name)
@@ -172,30 +201,40 @@ class GGUFFile:
             if start + offset + nbytes > self.size:
                 raise D2QError(f"{self.path} is truncated: it ends after {self.size} bytes, before tensor {name} does")
             self.tensors[name] = TensorInfo(name, shape, type_id, type_name, start + offset, nbytes)
+        extents = sorted((info.offset, info.offset + info.nbytes, info.name) for info in self.tensors.values())
+        for (_, end, name), (begin, _, other) in pairwise(extents):
+            if begin < end:
+                raise self._malformed(f"the tensors {name} and {other} overlap")
 
     def _value(self, value_type: int) -> Any:
         if value_type in _SCALARS:
             return self._take(_SCALARS[value_type])[0]
         if value_type == _STRING:
-            return self._string(errors="replace")
+            return self._string()
         if value_type != _ARRAY:
             raise self._malformed(f"there is no value type {value_type}")
         item_type, count = self._take("IQ")
+        if count > MAX_ITEMS:
+            raise self._malformed(f"an array has {count} items")
         if item_type in _SCALARS:
             return list(self._take(f"{count}{_SCALARS[item_type]}"))
         if item_type != _STRING:
             raise self._malformed(f"an array holds items of type {item_type}")
-        return [self._string(errors="replace") for _ in range(count)]
+        return [self._string() for _ in range(count)]
 
-    def _string(self, errors: str = "strict") -> str:
+    def _name(self) -> str:
+        """Of a key or tensor: it ends up in messages, and so in terminals."""
+        name = self._string()
+        if not name.isprintable() or "\ufffd" in name:
+            raise self._malformed(f"a key or tensor has the name {name[:100]!r}")
+        return name
+
+    def _string(self) -> str:
         (length,) = self._take("Q")
         self._require(length)
         begin = self._position
         self._position += length
-        try:
-            return str(self._bytes[begin : begin + length], "utf-8", errors)
-        except UnicodeDecodeError:
-            raise self._malformed("a name isn't UTF-8") from None
+        return str(self._bytes[begin : begin + length], "utf-8", "replace")
 
     def _take(self, layout: str) -> tuple[Any, ...]:
         """Read the next values, little-endian and unpadded."""

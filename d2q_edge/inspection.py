@@ -1,10 +1,10 @@
 """What a GGUF file holds: types, sizes, recipe. Works on stock files too, and needs no runtime."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from d2q_edge.gguf_reader import GGUFFile
+from d2q_edge.json_files import parse_json
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -16,9 +16,10 @@ def inspect(path: Path) -> dict[str, Any]:
         that d2q-edge didn't quantize).
 
     Raises:
-        D2QError: the file can't be read or is malformed.
+        D2QError: the file can't be read, is malformed, or has blocks of ours that can't be used.
     """
     file = GGUFFile(path)
+    file.check_blocks()
     types: dict[str, dict[str, int]] = {}
     for info in file.tensors.values():
         entry = types.setdefault(info.type_name, {"tensors": 0, "bytes": 0, "elements": 0})
@@ -57,7 +58,7 @@ def describe(facts: dict[str, Any]) -> str:
 
 def _parse(recipe: Any) -> dict[str, Any] | None:
     try:
-        parsed = json.loads(recipe)
-    except (TypeError, ValueError):
+        parsed = parse_json(recipe.encode())
+    except (AttributeError, ValueError):
         return None
     return parsed if isinstance(parsed, dict) else None

@@ -1,29 +1,37 @@
 """The directory beside the output that makes an interrupted conversion resumable.
 
-Knows how finished blocks are kept: one safetensors file per block, and another one once it is refined, each written
-under another name and then renamed, so that a file that is there is complete. Does not know what the bytes mean. A
-fingerprint of inputs and options guards against mixing the blocks of two different conversions.
+Knows how finished blocks are kept: one safetensors file per block, and another one once it is refined, each whole or
+not there (durable.py), with a checksum, so that a bit that flips later is noticed too. The finished output lies here
+as well until it is complete and takes its place. Does not know what the bytes mean. A fingerprint of inputs and options
+guards against mixing the blocks of two different conversions.
 """
 
+import hashlib
 import json
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
+from d2q_edge import durable
 from d2q_edge.errors import D2QError
 
 Packed = npt.NDArray[np.uint8]
 Tensor = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 """Packed weights, or floats."""
-OWN_FILE = re.compile(r"settings\.(json|partial)|(block|refined)-\d+\.(safetensors|partial)")
+OWN_FILE = re.compile(
+    r"settings\.(json|partial)|(block|refined)-\d+\.(safetensors|partial)|complete\.gguf|\.complete\.gguf\.partial"
+)
 """Names that may be in a work directory; one that holds anything else is never deleted."""
+_FINGERPRINT, _PUBLISHED = "conversion", "published"
+_CHECKSUM = "sha256"
 
 
 class WorkDir:
@@ -40,7 +48,8 @@ class WorkDir:
         Raises:
             D2QError: it holds blocks of another conversion (and not `force`), or somebody else's files.
         """
-        self.path = output.with_name(output.name + ".work")
+        self.output = output
+        self.path = _directory(output)
         self._settings = self.path / "settings.json"
         # As it will be read back: tuples become lists.
         self._fingerprint: dict[str, Any] = json.loads(json.dumps(fingerprint))
@@ -49,6 +58,11 @@ class WorkDir:
                 self._take_over(force)
         except (OSError, ValueError) as error:
             raise D2QError(f"can't use the work directory {self.path} ({error}); remove it") from error
+
+    @property
+    def complete(self) -> Path:
+        """Where the finished file is written; `publish` moves it to its place."""
+        return self.path / "complete.gguf"
 
     def has_block(self, index: int, *, refined: bool = False) -> bool:
         """Whether block `index` is finished, or its refined version."""
@@ -65,10 +79,16 @@ class WorkDir:
         Raises:
             D2QError: the file is damaged.
         """
+        file = self._file(index, refined)
         try:
-            return dict(load_file(self._file(index, refined)))
-        except (OSError, SafetensorError) as error:
-            raise D2QError(f"{self._file(index, refined)} is damaged ({error}); remove it and convert again") from error
+            with safe_open(file, framework="np") as stored:
+                tensors: dict[str, Any] = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+                expected = (stored.metadata() or {}).get(_CHECKSUM)
+            if _checksum(file, tensors) != expected:
+                raise ValueError("its checksum is wrong")
+        except (OSError, ValueError, SafetensorError) as error:
+            raise D2QError(f"{file} is damaged ({error}); remove it and convert again") from error
+        return tensors
 
     def write_block(self, index: int, tensors: Mapping[str, Tensor], *, refined: bool = False) -> None:
         """Keep the tensors of a block, or their refined version.
@@ -78,15 +98,37 @@ class WorkDir:
         """
         file = self._file(index, refined)
         partial = file.with_suffix(".partial")
+        arrays: dict[str, Any] = {name: np.ascontiguousarray(data) for name, data in tensors.items()}
         try:
             self._create()
-            save_file({name: np.ascontiguousarray(data) for name, data in tensors.items()}, partial)
-            partial.replace(file)
+            save_file(arrays, partial, metadata={_CHECKSUM: _checksum(file, arrays)})
+            durable.replace(partial, file)
         except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
             raise D2QError(f"can't write {file} ({error}); free some disk space and run the same command") from error
 
+    def publish(self) -> None:
+        """Move the complete file to its place.
+
+        Before that, the directory remembers which file it is: a process that is killed before `remove` is done would
+        find the output there otherwise, and have to refuse it as a stranger's.
+
+        Raises:
+            D2QError: it can't be moved.
+        """
+        try:
+            status = self.complete.stat()
+            self._write_settings({_PUBLISHED: [status.st_size, status.st_mtime_ns]})
+            durable.replace(self.complete, self.output)
+        except OSError as error:
+            raise D2QError(f"can't write {self.output}: {error.strerror or error}") from error
+
     def remove(self) -> None:
-        """Delete the directory with all blocks."""
+        """Delete the directory with all blocks; the settings last, so that what is left after a kill is known."""
+        with suppress(OSError):
+            for entry in self.path.iterdir():
+                if entry != self._settings:
+                    entry.unlink()
         shutil.rmtree(self.path, ignore_errors=True)
 
     def _take_over(self, force: bool) -> None:
@@ -94,9 +136,7 @@ class WorkDir:
         if foreign := [entry.name for entry in self.path.iterdir() if not OWN_FILE.fullmatch(entry.name)]:
             raise D2QError(f"{self.path} holds {foreign[0]}, which d2q-edge didn't put there; move it away")
         if self._settings.exists():
-            found = json.loads(self._settings.read_text(encoding="utf-8"))
-            if not isinstance(found, dict):
-                raise ValueError("settings.json doesn't hold an object")
+            found = _read_settings(self._settings)[_FINGERPRINT]
             if found == self._fingerprint:
                 return
             if not force:
@@ -106,15 +146,49 @@ class WorkDir:
                     f"{self.path} holds an unfinished conversion with another {changed}; repeat that one to finish "
                     "it, or use --force to start anew"
                 )
-        shutil.rmtree(self.path)
+        self.remove()
 
     def _create(self) -> None:
         if self._settings.exists():
             return
-        self.path.mkdir(exist_ok=True)
+        durable.make_directory(self.path)
+        self._write_settings({})
+
+    def _write_settings(self, more: Mapping[str, Any]) -> None:
         partial = self._settings.with_suffix(".partial")
-        partial.write_text(json.dumps(self._fingerprint, indent=1), encoding="utf-8")
-        partial.replace(self._settings)
+        partial.write_text(json.dumps({_FINGERPRINT: self._fingerprint, **more}, indent=1), encoding="utf-8")
+        durable.replace(partial, self._settings)
 
     def _file(self, index: int, refined: bool) -> Path:
         return self.path / f"{'refined' if refined else 'block'}-{index:04d}.safetensors"
+
+
+def was_published(output: Path) -> bool:
+    """Whether `output` is there, made by a conversion that was killed before it could remove its work directory."""
+    try:
+        status = output.stat()
+        published = _read_settings(_directory(output) / "settings.json").get(_PUBLISHED)
+    except (OSError, ValueError):
+        return False
+    return bool(published == [status.st_size, status.st_mtime_ns])
+
+
+def _directory(output: Path) -> Path:
+    return output.with_name(output.name + ".work")
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict) or not isinstance(found.get(_FINGERPRINT), dict):
+        raise ValueError(f"{path.name} doesn't hold the settings of a conversion")
+    return found
+
+
+def _checksum(file: Path, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over everything in a block file; its name too, because a block isn't another one."""
+    digest = hashlib.sha256(file.name.encode())
+    for name in sorted(tensors):
+        data = tensors[name]
+        digest.update(json.dumps([name, data.dtype.str, data.shape]).encode())
+        digest.update(data.data)
+    return digest.hexdigest()

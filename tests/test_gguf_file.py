@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from d2q_edge import gguf_file, tensor_types
+from d2q_edge import durable, gguf_file, tensor_types
 from d2q_edge.errors import D2QError
 from d2q_edge.gguf_file import (
     GGUFTensor,
@@ -165,7 +168,7 @@ def test_directory_that_is_not_writable(out: Path, monkeypatch: pytest.MonkeyPat
     def deny(*args: object, **kwargs: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(Path, "touch", deny)
+    monkeypatch.setattr(os, "open", deny)
     refused(out, "can't write .*model.gguf: Permission denied")
 
 
@@ -179,18 +182,69 @@ def test_too_little_space(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_output(out, force=False, size=data_size(GOOD))
 
 
-def test_disk_that_fills_up(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.mark.parametrize("size", [64, 1 << 20], ids=["in a buffer", "at once"])
+def test_disk_that_fills_up(out: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real one: every write to /dev/full fails as on a full disk, those of buffered bytes when they are flushed."""
+    out.write_text("precious")
+    monkeypatch.setattr(gguf_file, "check_output", lambda *_, **__: None)
+    (out.parent / ".model.gguf.partial").symlink_to("/dev/full")
+    values = np.zeros((1, size), np.float32)
+    refused(out, "the disk is full: .*model.gguf could not be written", [tensor("a", "f32", values)], force=True)
+    assert out.read_text() == "precious"
+    assert list(out.parent.iterdir()) == [out]
 
-    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
-    refused(out, "the disk is full: .* nothing was left behind")
+
+def test_file_that_grows_too_large(out: Path) -> None:
+    """For file systems, or limits, that know a largest file."""
+    script = """
+import resource, sys
+from pathlib import Path
+from tests import test_gguf_file
+resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
+test_gguf_file.refused(Path(sys.argv[1]), "can't write .*model.gguf: File too large")
+"""
+    root = Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-c", script, out], cwd=root, check=True)
+    assert list(out.parent.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_taken_over(out: Path) -> None:
+    left = out.parent / ".model.gguf.partial"
+    left.write_bytes(b"x" * 100_000)
+    check_output(out, force=False)
+    assert list(out.parent.iterdir()) == []
+    left.write_bytes(b"x" * 100_000)
+    size = write_gguf(out, "llama", GOOD, no_keys)
+    assert out.stat().st_size == size < 100_000
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_two_processes_do_not_write_the_same_file(out: Path) -> None:
+    def load() -> npt.NDArray[Any]:
+        refused(out, "another process is writing .*model.gguf")
+        with pytest.raises(D2QError, match="another process is writing"):
+            check_output(out, force=False)
+        return MATRIX
+
+    write_gguf(out, "llama", [GGUFTensor("a", (2, 64), "f32", load)], no_keys)
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_is_flushed_before_it_has_its_name(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def replace(partial: Path, path: Path) -> None:
+        sizes.append(partial.stat().st_size)
+        partial.replace(path)
+
+    monkeypatch.setattr(durable, "replace", replace)
+    assert sizes == [write_gguf(out, "llama", GOOD, no_keys)], "everything must be in the file by then"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, MemoryError])
 def test_nothing_is_left_of_an_interrupted_write(out: Path, error: type[BaseException]) -> None:
     def fail() -> npt.NDArray[Any]:
-        assert len(list(out.parent.iterdir())) == 1, "the partial file should exist by now"
+        assert [path.name for path in out.parent.iterdir()] == [".model.gguf.partial"]
         raise error
 
     tensors = [*GOOD, GGUFTensor("c.weight", (2, 64), "f32", fail)]

@@ -1,15 +1,18 @@
 """The work directory: what is kept, what is refused, and that a file that is there is complete."""
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.numpy
+from safetensors.numpy import save_file
 
-from d2q_edge import work_dir
+from d2q_edge import durable, work_dir
 from d2q_edge.errors import D2QError
-from d2q_edge.work_dir import WorkDir
+from d2q_edge.work_dir import WorkDir, was_published
 
 SETTINGS: dict[str, Any] = {"bits": 2, "files": [("a.safetensors", 10)], "recipe": {"seed": 0}}
 BLOCK = {
@@ -93,8 +96,145 @@ def test_damaged_block(output: Path, keep: int) -> None:
         work.read_block(3)
 
 
+def test_no_flipped_bit_goes_unnoticed(output: Path) -> None:
+    work = WorkDir(output, SETTINGS)
+    work.write_block(3, BLOCK)
+    file = work.path / "block-0003.safetensors"
+    good = file.read_bytes()
+    for position in range(len(good)):
+        for bit in (0, 5):
+            file.write_bytes(good[:position] + bytes([good[position] ^ 1 << bit]) + good[position + 1 :])
+            with pytest.raises(D2QError, match=r"block-0003.safetensors is damaged .*; remove it and convert again"):
+                work.read_block(3)
+
+
+def test_a_changed_type_is_noticed(output: Path) -> None:
+    work = WorkDir(output, SETTINGS)
+    work.write_block(0, BLOCK)
+    file = work.path / "block-0000.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"U8"', b'"I8"'))
+    with pytest.raises(D2QError, match="is damaged"):
+        work.read_block(0)
+
+
+def test_a_block_is_not_another_one(output: Path) -> None:
+    work = WorkDir(output, SETTINGS)
+    work.write_block(0, BLOCK)
+    shutil.copy(work.path / "block-0000.safetensors", work.path / "block-0001.safetensors")
+    shutil.copy(work.path / "block-0000.safetensors", work.path / "refined-0000.safetensors")
+    with pytest.raises(D2QError, match="is damaged"):
+        work.read_block(1)
+    with pytest.raises(D2QError, match="is damaged"):
+        work.read_block(0, refined=True)
+    save_file({"a": np.zeros(1, np.uint8)}, work.path / "block-0002.safetensors")
+    with pytest.raises(D2QError, match="is damaged"):
+        work.read_block(2)
+
+
+def test_everything_is_flushed_before_it_counts(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of what reaches the disk: content, then name, then the directory's entries."""
+    events: list[tuple[str, str]] = []
+    sync, rename = durable.sync, Path.replace
+
+    def note_flush(path: Path) -> None:
+        events.append(("flush", path.name))
+        sync(path)
+
+    def note_rename(path: Path, target: Path) -> None:
+        events.append(("rename", target.name))
+        rename(path, target)
+
+    monkeypatch.setattr(durable, "sync", note_flush)
+    monkeypatch.setattr(Path, "replace", note_rename)
+    work = WorkDir(output, SETTINGS)
+    work.write_block(0, BLOCK)
+    directory = work.path.name
+    expected = [("flush", output.parent.name)]
+    for partial, name in (("settings.partial", "settings.json"), ("block-0000.partial", "block-0000.safetensors")):
+        expected += [("flush", partial), ("rename", name), ("flush", directory)]
+    assert events == expected
+
+
+class TestPublishing:
+    def finish(self, output: Path) -> WorkDir:
+        work = WorkDir(output, SETTINGS)
+        work.write_block(0, BLOCK)
+        work.complete.write_bytes(b"the file")
+        return work
+
+    def test_moves_the_file(self, output: Path) -> None:
+        output.write_text("old")
+        work = self.finish(output)
+        assert not was_published(output)
+        work.publish()
+        assert output.read_bytes() == b"the file"
+        assert was_published(output)
+        assert not work.complete.exists()
+        work.remove()
+        assert not was_published(output)
+        assert list(output.parent.iterdir()) == [output]
+
+    def test_killed_while_removing(self, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whatever is left, the output is known to be this conversion's."""
+        unlink = Path.unlink
+        for allowed in (0, 1, 2):
+            work = self.finish(output)
+            work.write_block(1, BLOCK)
+            work.publish()
+            left = allowed
+
+            def counting(path: Path) -> None:
+                nonlocal left
+                if left == 0:
+                    raise KeyboardInterrupt
+                left -= 1
+                unlink(path)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(Path, "unlink", counting)
+                patch.setattr(shutil, "rmtree", interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    work.remove()
+            assert was_published(output)
+            again = WorkDir(output, SETTINGS)
+            assert again.finished == 2 - allowed
+            again.remove()
+            assert list(output.parent.iterdir()) == [output]
+
+    def test_a_killed_write_is_no_obstacle(self, output: Path) -> None:
+        work = self.finish(output)
+        (work.path / ".complete.gguf.partial").write_bytes(b"hal")
+        assert WorkDir(output, SETTINGS).finished == 1
+        work.publish()
+        work.remove()
+        assert list(output.parent.iterdir()) == [output]
+
+    def test_another_file_was_not_published(self, output: Path) -> None:
+        self.finish(output).publish()
+        os.utime(output, ns=(0, 0))
+        assert not was_published(output)
+
+    def test_work_of_an_earlier_run_says_nothing(self, output: Path) -> None:
+        output.write_text("old")
+        WorkDir(output, SETTINGS).write_block(0, BLOCK)
+        assert not was_published(output)
+        (output.parent / "out.gguf.work" / "settings.json").write_text("{")
+        assert not was_published(output)
+
+    def test_that_fails(self, output: Path) -> None:
+        work = self.finish(output)
+        output.mkdir()
+        with pytest.raises(D2QError, match=r"can't write .*out.gguf: Is a directory"):
+            work.publish()
+        assert work.complete.exists()
+
+
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_interrupted_write_leaves_no_block(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def half(_: object, path: Path) -> None:
+    def half(_: object, path: Path, metadata: object) -> None:
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
@@ -111,13 +251,15 @@ def test_interrupted_write_leaves_no_block(output: Path, monkeypatch: pytest.Mon
 
 
 def test_full_disk(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
+    def full(_: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     work = WorkDir(output, SETTINGS)
     monkeypatch.setattr(work_dir, "save_file", full)
     with pytest.raises(D2QError, match=r"can't write .*block-0000.safetensors .*No space left.*; free some disk space"):
         work.write_block(0, BLOCK)
+    assert [path.name for path in work.path.iterdir()] == ["settings.json"], "what is useless must not fill the disk"
 
 
 def test_missing_parent(tmp_path: Path) -> None:

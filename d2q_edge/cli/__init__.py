@@ -10,7 +10,7 @@ import click
 
 from d2q_edge import __version__
 from d2q_edge.cli import convert, evaluate, inspect, run, runtime
-from d2q_edge.errors import D2QError
+from d2q_edge.errors import D2QError, sentence
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -28,8 +28,7 @@ def main() -> None:
     try:
         sys.exit(cli(standalone_mode=False))
     except D2QError as error:
-        # Messages quote those of other libraries, which may have many lines.
-        click.echo("Error: " + " ".join(str(error).split()), err=True)
+        click.echo(f"Error: {sentence(error)}", err=True)
         sys.exit(1)
     except click.ClickException as error:
         error.show()

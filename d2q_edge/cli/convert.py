@@ -10,6 +10,7 @@ from d2q_edge.cli.common import PATH, is_first_process, wait_passively, write_js
 
 @click.command("convert")
 @click.argument("model", type=PATH)
+@click.option("--revision", help="Branch, tag or commit of a Hugging Face id.  [default: main]")
 @click.option("-o", "--output", type=PATH, help="The GGUF file to write.  [default: named after the model]")
 @click.option("--bits", type=float, help="2, 3, or a mean of 2.31 to 4.3 bits per weight.  [default: 2]")
 @click.option("--type", "stock_type", help="Write a stock type (f32, f16, bf16, q8_0, ...) instead of quantizing.")
@@ -40,7 +41,11 @@ from d2q_edge.cli.common import PATH, is_first_process, wait_passively, write_js
 @click.option("--force", is_flag=True, help="Replace an existing file, or unfinished work with other options.")
 @click.option("--report", type=PATH, help="Write what was measured to a JSON file.")
 def command(model: Path, output: Path | None, stock_type: str | None, **options: Any) -> None:
-    """Quantize the Hugging Face checkpoint in the directory MODEL into a GGUF file."""
+    """Quantize a Hugging Face checkpoint into a GGUF file.
+
+    MODEL is a directory, or an id like Qwen/Qwen3-8B, which is fetched into the cache of the Hugging Face hub. For
+    gated and private models, HF_TOKEN holds the token.
+    """
     wait_passively()
     from d2q_edge import export
     from d2q_edge.checkpoint import Checkpoint
@@ -48,6 +53,7 @@ def command(model: Path, output: Path | None, stock_type: str | None, **options:
     from d2q_edge.convert import convert as quantize
     from d2q_edge.families import family_for
     from d2q_edge.gguf_file import check_output
+    from d2q_edge.hub import locate
 
     bits, force, report = options["bits"], options["force"], options["report"]
     if stock_type is not None:
@@ -57,6 +63,7 @@ def command(model: Path, output: Path | None, stock_type: str | None, **options:
         if options["rotation"] == "on":
             raise click.UsageError("--type writes a stock file; it doesn't go with --rotation on")
     bits = 2 if bits is None else int(bits) if bits in (2, 3) else bits
+    model = locate(model, options["revision"])
     if output is None:
         checkpoint = Checkpoint.open(model)
         output = Path(export.file_name(checkpoint, family_for(checkpoint.config), stock_type or f"D2Q{bits:g}"))

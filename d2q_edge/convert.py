@@ -260,9 +260,7 @@ def load_tokenizer(checkpoint: Checkpoint, family: Family) -> tuple[Any, int | N
     except Exception as error:
         # Files by strangers, read by code that doesn't check them; there is no one exception for what can be wrong.
         raise D2QError(f"transformers can't load the tokenizer of {checkpoint.directory} ({error})") from error
-    # llama.cpp's rule for a file that doesn't say.
-    adds_bos = exported.add_special.get("bos", exported.pre == "llama-bpe")
-    return tokenizer, exported.special_ids.get("bos") if adds_bos else None
+    return tokenizer, exported.bos
 
 
 def _check_weights(checkpoint: Checkpoint, ranks: Ranks) -> None:

@@ -172,6 +172,7 @@ def write_gguf(
     add_metadata: Callable[[gguf.GGUFWriter], None],
     *,
     force: bool = False,
+    check: Callable[[Path], None] | None = None,
 ) -> int:
     """Write a GGUF: into a temporary file beside `path`, which takes its name only when it is complete.
 
@@ -181,6 +182,7 @@ def write_gguf(
         tensors: in the order of the file.
         add_metadata: called with a gguf-py writer that knows the tensors' shapes, to add all other keys.
         force: replace an existing file.
+        check: called with the complete file before it takes its name; raises where the file is no good.
 
     Returns:
         The file's size in bytes.
@@ -204,6 +206,8 @@ def write_gguf(
             file.flush()
             os.fsync(file.fileno())
         writer.close()
+        if check is not None:
+            check(partial)
         partial.replace(path)
     except OSError as error:
         raise _cannot_write(path, error) from error

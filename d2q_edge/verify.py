@@ -26,6 +26,8 @@ from d2q_edge.tokenizer import Tokenizer
 
 PROBE = Path(__file__).parent / "data" / "tokenizer_probe.json"
 _SPECIAL_SAMPLES, _VOCABULARY_SAMPLES, _WORDS_PER_TEXT = 64, 2000, 50
+# llama.cpp takes some texts for control tokens wherever a vocabulary has them, such as Qwen's ordinary "</s>".
+_LOOKS_SPECIAL = re.compile(r"\s*[<\[_].*[>\]]\s*")
 _GAPS = {
     "decomposed": "text that isn't in Unicode's composed form (NFC)",
     "marks": "words with combining marks",
@@ -111,18 +113,19 @@ def text_gaps(text: str) -> frozenset[str]:
 
 
 def _load_reference(directory: Path) -> _Reference | None:
-    """transformers' tokenizer, or SentencePiece's own where there is only a tokenizer.model; None without the latter.
+    """What tokenizer.json does in transformers, or a tokenizer.model alone in SentencePiece; None without the latter.
 
-    transformers guesses at what a tokenizer.model alone leaves open, differently from version to version.
+    Not AutoTokenizer: for some classes it keeps vocabulary and merges and makes up the rest (in 5.23 it forgets that
+    SmolLM2 splits digits), and it guesses at what a tokenizer.model alone leaves open.
 
     Raises:
         D2QError: transformers can't load it.
     """
     if (directory / "tokenizer.json").is_file():
-        from transformers import AutoTokenizer
+        from transformers import PreTrainedTokenizerFast
 
         try:
-            loaded: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            loaded: Any = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
         except Exception as error:
             # Files by strangers, read by code that doesn't check them; there is no one exception for what can be wrong.
             raise D2QError(f"transformers can't load the tokenizer of {directory} ({error})") from error
@@ -171,7 +174,10 @@ def _vocabulary(tokenizer: Tokenizer, reference: _Reference) -> Iterator[str]:
     """Texts made of an even sample of the normal tokens, apart from those that are only parts of characters."""
     normal = [i for i, kind in enumerate(tokenizer.types) if kind == gguf.TokenType.NORMAL]
     decoded = (reference.decode(token_id) for token_id in normal[:: len(normal) // _VOCABULARY_SAMPLES + 1])
-    words = [word for word in decoded if word and "\ufffd" not in word and not text_gaps(word) & tokenizer.gaps]
+    # Where tokenizer.json has no decoder, spaces are still spelled as in the vocabulary.
+    words = [word.replace("\u2581", " ") if tokenizer.model == "llama" else word for word in decoded]
+    words = [word for word in words if not _LOOKS_SPECIAL.fullmatch(word)]
+    words = [word for word in words if word and "\ufffd" not in word and not text_gaps(word) & tokenizer.gaps]
     for start in range(0, len(words), _WORDS_PER_TEXT):
         yield " ".join(words[start : start + _WORDS_PER_TEXT])
 

@@ -51,7 +51,7 @@ def build(files: Files) -> Tokenizer:
     vocab: dict[str, int] = files.content["model"]["vocab"] if files.content else {}
     added = added_tokens(files, vocab)
     ids: dict[str, int] = {}
-    prefix = _space_prefix(files, vocab) if files.content else True
+    prefix, gaps = _space_prefix(files, vocab) if files.content else (True, set())
     if files.sentencepiece.is_file():
         model = read_model(files.sentencepiece)
         if model.algorithm != "BPE" or model.space_suffix:
@@ -73,7 +73,8 @@ def build(files: Files) -> Tokenizer:
     setting = files.settings.get("add_prefix_space")
     setting = setting if isinstance(setting, bool) else None
     prefix = prefix if setting is None else setting
-    strips = any(token.strips for token in added.values())
+    if any(token.strips for token in added.values()):
+        gaps = gaps | {"special"}
     return Tokenizer(
         model="llama",
         pre="default",
@@ -86,13 +87,14 @@ def build(files: Files) -> Tokenizer:
         chat_template=read_chat_template(files.directory, files.settings),
         space_prefix_setting=setting,
         adds_space_prefix=prefix,
-        # llama.cpp puts the space also before a space, and after special tokens, where most tokenizers don't.
-        gaps=frozenset({"leading", "special"} if prefix else {"special"} if strips else ()),
+        gaps=frozenset(gaps),
     )
 
 
-def _space_prefix(files: Files, vocab: dict[str, int]) -> bool:
-    """Whether tokenizer.json puts a space before the text, which it does in the normalizer or in the pre-tokenizer.
+def _space_prefix(files: Files, vocab: dict[str, int]) -> tuple[bool, set[str]]:
+    """Whether tokenizer.json puts a space before the text, and where it doesn't although llama.cpp does.
+
+    It does so in the normalizer, just as llama.cpp, or in the pre-tokenizer, with exceptions.
 
     Raises:
         D2QError: it also does something else to the text.
@@ -118,10 +120,11 @@ def _space_prefix(files: Files, vocab: dict[str, int]) -> bool:
                 f"{files.json} splits text at spaces, which llama.cpp doesn't do for SentencePiece's BPE and which "
                 f"matters for tokens such as {joined!r}"
             )
-    schemes = [
-        step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never") for step in spaces
-    ]
-    return bool(prepends) or any(scheme != "never" for scheme in schemes)
+    old = ["always" if step.get("add_prefix_space", True) else "never" for step in spaces]
+    schemes = {step.get("prepend_scheme", default) for step, default in zip(spaces, old, strict=True)} - {"never"}
+    if prepends or not schemes:
+        return bool(prepends), set()
+    return True, {"leading", "special"} if "first" in schemes else {"leading"}
 
 
 def _check_same(files: Files, pieces: list[Piece], vocab: dict[str, int], added: dict[str, AddedToken]) -> None:
@@ -168,12 +171,12 @@ def _pieces(files: Files, vocab: dict[str, int], added: dict[str, AddedToken]) -
             )
         if pieces[token_id].text:
             raise D2QError(f"{files.json} gives the id {token_id} to both {pieces[token_id].text!r} and {text!r}")
-        if text == unknown:
+        if text in added:
+            pieces[token_id] = Piece(text, _ADDED_SCORE, added[text].type)
+        elif text == unknown:
             pieces[token_id] = Piece(text, 0.0, UNKNOWN)
         elif _BYTE_TOKEN.fullmatch(text):
             pieces[token_id] = Piece(text, 0.0, BYTE)
-        elif text in added:
-            pieces[token_id] = Piece(text, _ADDED_SCORE, added[text].type)
         else:
             pieces[token_id] = Piece(text, scores.setdefault(text, -float(len(scores))), NORMAL)
     _require_all_merges(files, pieces, vocab, set(merges))

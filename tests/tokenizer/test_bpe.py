@@ -24,9 +24,9 @@ def edit(directory: Path, change: Edit, file: str = "tokenizer.json") -> None:
     (directory / file).write_text(json.dumps(content), "utf-8")
 
 
-def read(directory: Path, vocab_size: int = 4100) -> Tokenizer:
+def read(directory: Path, vocab_size: int = 4100, pre_tokenizer: str | None = None) -> Tokenizer:
     config = json.loads((directory / "config.json").read_text())
-    return read_tokenizer(directory, config, vocab_size)
+    return read_tokenizer(directory, config, vocab_size, pre_tokenizer)
 
 
 def test_example_tokenizer() -> None:
@@ -193,19 +193,22 @@ def test_refused_tokenizers(make_checkpoint: Make, change: Edit, pattern: str) -
 def test_ignore_merges_matters_only_for_unreachable_tokens(make_checkpoint: Make) -> None:
     directory = make_checkpoint("llama")
     edit(directory, lambda content: content["model"].update(ignore_merges=False))
-    assert read(directory).pre == "llama-bpe"
+    assert read(directory).pre == "dbrx", "as llama-bpe, but for this"
+    assert read(directory, pre_tokenizer="llama-bpe").pre == "llama-bpe"
     edit(directory, lambda content: content["model"]["vocab"].update(qzqzq=4096))
+    assert read(directory).pre == "dbrx"
     with pytest.raises(D2QError, match=r"sets ignore_merges to false, unlike llama.cpp's llama-bpe.*'qzqzq'"):
-        read(directory)
+        read(directory, pre_tokenizer="llama-bpe")
     edit(directory, lambda content: content["model"].update(ignore_merges=True))
+    assert read(directory).pre == "llama-bpe"
     assert read(directory).tokens[4096] == "qzqzq"
 
 
 def test_missing_files(make_checkpoint: Make) -> None:
     directory = make_checkpoint()
     (directory / "tokenizer.json").unlink()
-    with pytest.raises(D2QError, match=r"no tokenizer.json"):
+    with pytest.raises(D2QError, match=r"no tokenizer.json or tokenizer.model"):
         read(directory)
-    (directory / "tokenizer.model").touch()
-    with pytest.raises(D2QError, match=r"SentencePiece tokenizer.model only"):
+    (directory / "tekken.json").touch()
+    with pytest.raises(D2QError, match=r"Mistral's tekken.json only"):
         read(directory)

@@ -115,20 +115,16 @@ def text_gaps(text: str) -> frozenset[str]:
 def _load_reference(directory: Path) -> _Reference | None:
     """What tokenizer.json does in transformers, or a tokenizer.model alone in SentencePiece; None without the latter.
 
-    Not AutoTokenizer: for some classes it keeps vocabulary and merges and makes up the rest (in 5.23 it forgets that
-    SmolLM2 splits digits), and it guesses at what a tokenizer.model alone leaves open.
+    transformers guesses at what a tokenizer.model alone leaves open.
 
     Raises:
         D2QError: transformers can't load it.
     """
     if (directory / "tokenizer.json").is_file():
-        from transformers import PreTrainedTokenizerFast
+        # Takes seconds to import, which a conversion without verification should not.
+        from d2q_edge.tokenizer.original import load_original
 
-        try:
-            loaded: Any = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
-        except Exception as error:
-            # Files by strangers, read by code that doesn't check them; there is no one exception for what can be wrong.
-            raise D2QError(f"transformers can't load the tokenizer of {directory} ({error})") from error
+        loaded: Any = load_original(directory)
         return _Reference(
             "transformers",
             lambda text: list(loaded.encode(text, verbose=False)),

@@ -42,10 +42,10 @@ def special_tokens(files: Files, *, bos_by_default: bool) -> tuple[dict[str, int
             add.setdefault(role, flag)
     if content and bos_by_default:
         add.setdefault("bos", False)
-    return _ids(files, texts), add
+    return _ids(files, texts, add), add
 
 
-def _ids(files: Files, texts: dict[str, str | None]) -> dict[str, int]:
+def _ids(files: Files, texts: dict[str, str | None], add: dict[str, bool]) -> dict[str, int]:
     ids = {token["content"]: token["id"] for token in files.content.get("added_tokens") or []}
     special: dict[str, int] = {}
     for role, text in texts.items():
@@ -55,6 +55,10 @@ def _ids(files: Files, texts: dict[str, str | None]) -> dict[str, int]:
         token_id = files.config.get(f"{role}_token_id")
         if type(token_id) is int and 0 <= token_id < files.vocab_size:
             special.setdefault(role, token_id)
+    for role, text in texts.items():
+        # What is added to every text must have an id; llama.cpp would take any.
+        if add.get(role) and text in ids:
+            special.setdefault(role, ids[text])
     return special
 
 

@@ -91,6 +91,7 @@ def sentencepiece_model(*, prefix: bool = True, symbols: tuple[str, ...] = (), a
         split_digits=True,
         character_coverage=0.98,
         user_defined_symbols=list(symbols),
+        hard_vocab_limit=algorithm == "bpe",
         minloglevel=3,
     )
     return model.getvalue()

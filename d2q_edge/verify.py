@@ -80,7 +80,7 @@ def verify(path: Path, directory: Path, tokenizer: Tokenizer, *, quiet: bool = F
     if reference is None:
         say(
             "the file's tokenizer was not compared with the model's: for a tokenizer.model without a tokenizer.json "
-            "that takes the package sentencepiece (pip install sentencepiece)"
+            "that takes SentencePiece (pip install 'd2q-edge[sentencepiece]')"
         )
         return
     known: set[str] = set()

@@ -111,7 +111,7 @@ def test_without_sentencepiece(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(runtime, "require", lambda: None)
     verify(tmp_path / "none.gguf", directory, tokenizer)
-    assert "takes the package sentencepiece (pip install sentencepiece)" in capsys.readouterr().err
+    assert "that takes SentencePiece (pip install 'd2q-edge[sentencepiece]')" in capsys.readouterr().err
 
 
 def test_model_alone_is_compared_with_sentencepiece(tmp_path: Path) -> None:

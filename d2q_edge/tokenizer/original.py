@@ -25,5 +25,5 @@ def load_original(directory: Path) -> Any:
         return kind.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         # Files by strangers, read by code that doesn't check them; there is no one exception for what can be wrong.
-        hint = "" if fast else "; with a tokenizer.model alone it needs the packages sentencepiece and protobuf"
+        hint = "" if fast else "; with a tokenizer.model alone it needs more: pip install 'd2q-edge[sentencepiece]'"
         raise D2QError(f"transformers can't load the tokenizer of {directory} ({error}){hint}") from error

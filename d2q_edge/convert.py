@@ -15,14 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from d2q_edge import __version__, codebooks
 from d2q_edge.blocks import BlockRunner
 from d2q_edge.calibration import Text, load_text, token_windows
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.errors import D2QError
-from d2q_edge.export import Value
+from d2q_edge.export import Value, check_tokenizer
 from d2q_edge.families import Family, family_for
 from d2q_edge.gguf_file import check_output
 from d2q_edge.memory import MemoryPlan, plan_memory
@@ -35,6 +34,7 @@ from d2q_edge.refinement import Refinement, refine, refined_norms
 from d2q_edge.report import Report
 from d2q_edge.sensitivity import choose_windows, measure
 from d2q_edge.tokenizer import read_tokenizer
+from d2q_edge.tokenizer.original import load_original
 from d2q_edge.work_dir import WorkDir
 
 FORMAT_VERSION = 1
@@ -63,6 +63,7 @@ class Options:
         embedding_type, head_type: stock types; None chooses.
         device: "auto", "cpu", "cuda" or "mps".
         memory_limit: bytes of the computer's memory that may be taken; None for what is free.
+        pre_tokenizer: llama.cpp's name for the way the tokenizer splits text; None finds it.
     """
 
     bits: float = 2
@@ -79,6 +80,7 @@ class Options:
     head_type: str | None = None
     device: str = "auto"
     memory_limit: int | None = None
+    pre_tokenizer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,13 @@ class Conversion:
 
 
 def convert(
-    model: str | Path, output: Path, options: Options, *, dry_run: bool = False, force: bool = False
+    model: str | Path,
+    output: Path,
+    options: Options,
+    *,
+    dry_run: bool = False,
+    force: bool = False,
+    verify: bool = True,
 ) -> Conversion:
     """Quantize a checkpoint directory into a GGUF of our tensor types.
 
@@ -148,6 +156,7 @@ def convert(
         options: see there.
         dry_run: stop after planning; nothing is written.
         force: replace an existing file, and unfinished work of another conversion.
+        verify: refuse a tokenizer that does something else in llama.cpp than in transformers (verify.py).
 
     Raises:
         D2QError: anything wrong with the checkpoint, the options, the text, the device or the output.
@@ -178,7 +187,7 @@ def convert(
     metadata = _metadata(plan, options, method, rotated, text, windows)
     norm_biases = refined_norms(family) if options.refine else corrected_norms(family, method)
     norm_biases = [] if windows is None else norm_biases
-    file = Output(checkpoint, family, plan, norm_biases, metadata, file_type)
+    file = Output(checkpoint, family, plan, norm_biases, metadata, file_type, options.pre_tokenizer)
     # Also finds out, before the long work, whether tokenizer and metadata can be exported.
     size = file.size()
     if ranks.is_first:
@@ -192,9 +201,11 @@ def convert(
     check_output(output, force=force, size=size)
     if windows is None or text is None or memory is None:
         if ranks.is_first:
-            file.write(output, RoundedContent(checkpoint, plan, ranks.device), force)
+            file.write(output, RoundedContent(checkpoint, plan, ranks.device), force, verify=verify)
         return Conversion(plan, size, Report())
 
+    if verify:
+        check_tokenizer(checkpoint, family, options.pre_tokenizer)
     if ranks.is_first:
         print(memory.describe(), file=sys.stderr)
         if windows.size + options.context <= options.calibration_tokens:
@@ -214,7 +225,7 @@ def convert(
         more = _calibration_windows(checkpoint, family, text, options, REFINE_FACTOR * options.calibration_tokens)
         refinement = refine(checkpoint, family, plan.linears, more, work, ranks.device)
     with report.timed("writing"):
-        file.write(output, QuantizedContent(checkpoint, family, work, refined=options.refine), force)
+        file.write(output, QuantizedContent(checkpoint, family, work, refined=options.refine), force, verify=verify)
     work.remove()
     ranks.wait()
     return Conversion(plan, output.stat().st_size, report, memory, refinement)
@@ -250,21 +261,14 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def load_tokenizer(checkpoint: Checkpoint, family: Family) -> tuple[Any, int | None]:
+def load_tokenizer(checkpoint: Checkpoint, family: Family, pre_tokenizer: str | None = None) -> tuple[Any, int | None]:
     """A checkpoint's tokenizer, of transformers, and the token that llama.cpp puts first, if it does.
 
     Raises:
         D2QError: the tokenizer can't be loaded, or can't be exported.
     """
-    exported = read_tokenizer(checkpoint.directory, checkpoint.config, family.vocab_size)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        # Files by strangers, read by code that doesn't check them; there is no one exception for what can be wrong.
-        raise D2QError(f"transformers can't load the tokenizer of {checkpoint.directory} ({error})") from error
-    # llama.cpp's rule for a file that doesn't say.
-    adds_bos = exported.add_special.get("bos", exported.pre == "llama-bpe")
-    return tokenizer, exported.special_ids.get("bos") if adds_bos else None
+    exported = read_tokenizer(checkpoint.directory, checkpoint.config, family.vocab_size, pre_tokenizer)
+    return load_original(checkpoint.directory), exported.bos
 
 
 def _check_weights(checkpoint: Checkpoint, ranks: Ranks) -> None:
@@ -281,7 +285,7 @@ def _check_weights(checkpoint: Checkpoint, ranks: Ranks) -> None:
 def _calibration_windows(
     checkpoint: Checkpoint, family: Family, text: Text, options: Options, tokens: int
 ) -> npt.NDArray[np.int64]:
-    tokenizer, bos = load_tokenizer(checkpoint, family)
+    tokenizer, bos = load_tokenizer(checkpoint, family, options.pre_tokenizer)
     return token_windows(tokenizer, text, tokens, options.context, options.seed, bos)
 
 

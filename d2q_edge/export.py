@@ -7,6 +7,7 @@ same list and replaces tensors in it. This module doesn't quantize to our types 
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from d2q_edge.errors import D2QError
 from d2q_edge.families import Family, family_for
 from d2q_edge.gguf_file import STOCK_TYPES, GGUFTensor, file_size, fitting_type, write_gguf
 from d2q_edge.hub import Repository, repository
-from d2q_edge.tokenizer import read_tokenizer
+from d2q_edge.tokenizer import Tokenizer, read_tokenizer
+from d2q_edge.verify import verify as verify_tokenizer
 
 _MIXTURES = {"f32": "ALL_F32", "q5_k": "MOSTLY_Q5_K_S", "q4_k": "MOSTLY_Q4_K_S"}
 FILE_TYPES: dict[str, int] = {
@@ -93,6 +95,8 @@ def write_model(
     file_type: int,
     extra: Mapping[str, Value] | None = None,
     force: bool = False,
+    pre_tokenizer: str | None = None,
+    verify: bool = True,
 ) -> int:
     """Write tensors with the model's metadata and tokenizer.
 
@@ -104,15 +108,36 @@ def write_model(
         file_type: general.file_type, llama.cpp's number for the mixture of types.
         extra: keys of our own ("d2q.*"). When given, the file also says that d2q-edge quantized it.
         force: replace an existing file.
+        pre_tokenizer: see `read_tokenizer`.
+        verify: keep the file only if llama.cpp tokenizes with it as transformers does with the model.
 
     Returns:
         The file's size in bytes.
 
     Raises:
-        D2QError: the tokenizer can't be exported, or the file can't be written.
+        D2QError: the tokenizer can't be exported or differs in llama.cpp, or the file can't be written.
     """
-    add_metadata = _metadata_writer(checkpoint, family, file_type, extra)
-    return write_gguf(path, family.gguf_arch, tensors, add_metadata, force=force)
+    tokenizer = read_tokenizer(checkpoint.directory, checkpoint.config, family.vocab_size, pre_tokenizer)
+    add_metadata = _metadata_writer(checkpoint, family, file_type, extra, tokenizer)
+
+    def check(file: Path) -> None:
+        verify_tokenizer(file, checkpoint.directory, tokenizer)
+
+    return write_gguf(path, family.gguf_arch, tensors, add_metadata, force=force, check=check if verify else None)
+
+
+def check_tokenizer(checkpoint: Checkpoint, family: Family, pre_tokenizer: str | None = None) -> None:
+    """Find out before the work what `write_model` would find out after it, with a file without tensors.
+
+    Raises:
+        D2QError: the tokenizer can't be exported, or differs in llama.cpp.
+    """
+    tokenizer = read_tokenizer(checkpoint.directory, checkpoint.config, family.vocab_size, pre_tokenizer)
+    add_metadata = _metadata_writer(checkpoint, family, 0, None, tokenizer)
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "vocabulary.gguf"
+        write_gguf(file, family.gguf_arch, [], add_metadata)
+        verify_tokenizer(file, checkpoint.directory, tokenizer, quiet=True)
 
 
 def model_size(
@@ -121,19 +146,24 @@ def model_size(
     tensors: Sequence[GGUFTensor],
     file_type: int,
     extra: Mapping[str, Value] | None = None,
+    pre_tokenizer: str | None = None,
 ) -> int:
     """Bytes of the file that `write_model` would write; no tensor is loaded.
 
     Raises:
         D2QError: the tokenizer or the metadata can't be exported.
     """
-    return file_size(family.gguf_arch, tensors, _metadata_writer(checkpoint, family, file_type, extra))
+    tokenizer = read_tokenizer(checkpoint.directory, checkpoint.config, family.vocab_size, pre_tokenizer)
+    return file_size(family.gguf_arch, tensors, _metadata_writer(checkpoint, family, file_type, extra, tokenizer))
 
 
 def _metadata_writer(
-    checkpoint: Checkpoint, family: Family, file_type: int, extra: Mapping[str, Value] | None
+    checkpoint: Checkpoint,
+    family: Family,
+    file_type: int,
+    extra: Mapping[str, Value] | None,
+    tokenizer: Tokenizer,
 ) -> Callable[[gguf.GGUFWriter], None]:
-    tokenizer = read_tokenizer(checkpoint.directory, checkpoint.config, family.vocab_size)
 
     def add_metadata(writer: gguf.GGUFWriter) -> None:
         writer.add_type(gguf.GGUFType.MODEL)
@@ -152,8 +182,23 @@ def _metadata_writer(
     return add_metadata
 
 
-def export(model: str | Path, path: Path, type_name: str, *, force: bool = False) -> int:
+def export(
+    model: str | Path,
+    path: Path,
+    type_name: str,
+    *,
+    force: bool = False,
+    pre_tokenizer: str | None = None,
+    verify: bool = True,
+) -> int:
     """Convert a checkpoint directory to a GGUF of a stock type: every matrix, embeddings and head included.
+
+    Args:
+        model: the directory.
+        path: the file to write.
+        type_name: one of STOCK_TYPES.
+        force: replace an existing file.
+        pre_tokenizer, verify: see `write_model`.
 
     Returns:
         The file's size in bytes.
@@ -177,7 +222,16 @@ def export(model: str | Path, path: Path, type_name: str, *, force: bool = False
             "block size",
             file=sys.stderr,
         )
-    return write_model(path, checkpoint, family, tensors, file_type=FILE_TYPES[type_name], force=force)
+    return write_model(
+        path,
+        checkpoint,
+        family,
+        tensors,
+        file_type=FILE_TYPES[type_name],
+        force=force,
+        pre_tokenizer=pre_tokenizer,
+        verify=verify,
+    )
 
 
 def file_name(checkpoint: Checkpoint, family: Family, encoding: str) -> str:

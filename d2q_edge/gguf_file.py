@@ -174,6 +174,7 @@ def write_gguf(
     add_metadata: Callable[[gguf.GGUFWriter], None],
     *,
     force: bool = False,
+    check: Callable[[Path], None] | None = None,
 ) -> int:
     """Write a GGUF: into a temporary file beside `path`, which takes its name only when it is complete.
 
@@ -183,6 +184,7 @@ def write_gguf(
         tensors: in the order of the file.
         add_metadata: called with a gguf-py writer that knows the tensors' shapes, to add all other keys.
         force: replace an existing file.
+        check: called with the complete file before it takes its name; raises where the file is no good.
 
     Returns:
         The file's size in bytes.
@@ -199,6 +201,8 @@ def write_gguf(
                 _write_header(writer, partial)
                 _write_data(writer.fout[0], tensors, size)
                 writer.close()
+                if check is not None:
+                    check(partial)
                 durable.replace(partial, path)
             finally:
                 # After a failure, closing may fail too, because of what is still buffered; the first reason is the one.

@@ -112,6 +112,7 @@ class Output:
         norm_biases: list[str],
         metadata: dict[str, Value],
         file_type: int,
+        pre_tokenizer: str | None = None,
     ) -> None:
         """Describe it.
 
@@ -120,20 +121,21 @@ class Output:
             norm_biases: names of the norms that have a bias in the file, without ".bias".
             metadata: keys of our own.
             file_type: general.file_type.
+            pre_tokenizer: see `read_tokenizer`.
         """
         self.checkpoint, self.family, self.plan, self.norm_biases = checkpoint, family, plan, norm_biases
-        self.metadata, self.file_type = metadata, file_type
+        self.metadata, self.file_type, self.pre_tokenizer = metadata, file_type, pre_tokenizer
 
     def size(self) -> int:
         """Bytes of the finished file."""
         tensors = self._tensors(PlannedContent())
-        return model_size(self.checkpoint, self.family, tensors, self.file_type, self.metadata)
+        return model_size(self.checkpoint, self.family, tensors, self.file_type, self.metadata, self.pre_tokenizer)
 
-    def write(self, path: Path, content: Content, force: bool) -> None:
+    def write(self, path: Path, content: Content, force: bool, *, verify: bool = True) -> None:
         """Write it.
 
         Raises:
-            D2QError: the file can't be written.
+            D2QError: the file can't be written, or (with `verify`) its tokenizer differs in llama.cpp.
         """
         write_model(
             path,
@@ -143,6 +145,8 @@ class Output:
             file_type=self.file_type,
             extra=self.metadata,
             force=force,
+            pre_tokenizer=self.pre_tokenizer,
+            verify=verify,
         )
 
     def _tensors(self, content: Content) -> list[GGUFTensor]:

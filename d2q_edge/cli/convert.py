@@ -37,6 +37,10 @@ from d2q_edge.cli.common import PATH, is_first_process, wait_passively, write_js
 @click.option(
     "--memory-limit", type=click.FloatRange(0.5), help="GiB of memory that may be taken.  [default: what is free]"
 )
+@click.option(
+    "--pre-tokenizer", metavar="NAME", help="llama.cpp's name for how the tokenizer splits text, where it isn't known."
+)
+@click.option("--no-verify", is_flag=True, help="Keep a file whose tokenizer differs from the model's in llama.cpp.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and the exact size; write nothing.")
 @click.option("--force", is_flag=True, help="Replace an existing file, or unfinished work with other options.")
 @click.option("--report", type=PATH, help="Write what was measured to a JSON file.")
@@ -68,7 +72,14 @@ def command(model: Path, output: Path | None, stock_type: str | None, **options:
         checkpoint = Checkpoint.open(model)
         output = Path(export.file_name(checkpoint, family_for(checkpoint.config), stock_type or f"D2Q{bits:g}"))
     if stock_type is not None:
-        size = export.export(model, output, stock_type.lower(), force=force)
+        size = export.export(
+            model,
+            output,
+            stock_type.lower(),
+            force=force,
+            pre_tokenizer=options["pre_tokenizer"],
+            verify=not options["no_verify"],
+        )
         click.echo(f"{output}: {size:,} bytes")
         return
     limit = options["memory_limit"]
@@ -90,13 +101,14 @@ def command(model: Path, output: Path | None, stock_type: str | None, **options:
                 "embedding_type",
                 "head_type",
                 "device",
+                "pre_tokenizer",
             )
         },
     )
     if report:
         # Better now than after the work.
         check_output(report, force=True)
-    result = quantize(model, output, chosen, dry_run=options["dry_run"], force=force)
+    result = quantize(model, output, chosen, dry_run=options["dry_run"], force=force, verify=not options["no_verify"])
     if not is_first_process():
         return
     if report:

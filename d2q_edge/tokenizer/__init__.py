@@ -1,0 +1,10 @@
+"""The tokenizer of a Hugging Face model, as a GGUF wants it.
+
+`reader` decides which kind a directory has; `bpe` and `sentencepiece` build the two kinds that llama.cpp has for the
+models of ours. Nothing here tokenizes text or looks at the model's weights; `d2q_edge.verify` compares the result.
+"""
+
+from d2q_edge.tokenizer.content import Tokenizer
+from d2q_edge.tokenizer.reader import read_tokenizer
+
+__all__ = ["Tokenizer", "read_tokenizer"]

@@ -1,0 +1,147 @@
+"""llama.cpp's pre-tokenizers: their names, and which structure in tokenizer.json each of them stands for.
+
+llama.cpp splits text with code of its own, chosen by name (llama-vocab.cpp). Its converter finds the name by the hash
+of what one text becomes, which knows published vocabularies only; here it is the structure that is compared, regex by
+regex, which also knows a vocabulary that was trained yesterday.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d2q_edge.errors import D2QError
+
+
+@dataclass(frozen=True)
+class PreTokenizer:
+    """One of llama.cpp's ways to split text.
+
+    Attributes:
+        name: tokenizer.ggml.pre.
+        ignores_merges: whether a whole word is looked up before anything is merged.
+        adds_bos: whether BOS is added in a file that doesn't say.
+        gaps: kinds of text that llama.cpp is known to split in another way than the regex does.
+    """
+
+    name: str
+    ignores_merges: bool = False
+    adds_bos: bool = False
+    gaps: frozenset[str] = frozenset()
+
+
+_LLAMA_3 = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano")
+# Its regex has "letters but a-z" where the original has upper case, and no combining marks.
+_ASCII_CASE = frozenset({"camel", "marks"})
+_SPECIAL = (
+    *(PreTokenizer(name, ignores_merges=True, adds_bos=True) for name in _LLAMA_3),
+    PreTokenizer("tekken", ignores_merges=True, adds_bos=True, gaps=_ASCII_CASE),
+    PreTokenizer("chameleon", adds_bos=True),
+    PreTokenizer("gemma4", adds_bos=True),
+    PreTokenizer("granite-embed-multi-311m", adds_bos=True),
+    *(PreTokenizer(name, ignores_merges=True) for name in ("minicpm5", "youtu", "glm4", "glm5")),
+    PreTokenizer("granite-embed-multi-97m", ignores_merges=True, gaps=_ASCII_CASE),
+    *(PreTokenizer(name, gaps=_ASCII_CASE) for name in ("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2")),
+)
+_PLAIN = (
+    "default deepseek-llm deepseek-coder deepseek-v3 spark2_5 falcon mpt starcoder gpt-2 phi-2 jina-es "
+    "jina-de gigachat jina-v2-es jina-v2-de a.x-4.0 mellum modern-bert jais-2 sarvam-moe jina-v1-en "
+    "jina-v2-code roberta-bpe whitespace refact command-r qwen2 deepseek-r1-qwen kormo f2llmv2 qwen35 "
+    "stablelm2 olmo dbrx smaug-bpe poro-chat chatglm-bpe viking jais smollm codeshell bloom gpt3-finnish "
+    "exaone exaone4 exaone-moe minerva-7b megrez tiny_aya cohere2moe superbpe trillion granite-docling "
+    "bailingmoe bailingmoe2 llada-moe seed-coder hunyuan hunyuan-dense hy_v4 joyai-llm kimi-k2 ufakzeka "
+    "grok-2 afmoe laguna solar-open mellum2"
+)
+BY_NAME: dict[str, PreTokenizer] = {
+    pre.name: pre for pre in (*_SPECIAL, *(PreTokenizer(name) for name in _PLAIN.split()))
+}
+"""Every name that this package's llama.cpp knows."""
+
+# What the regexes below share: words, and what is neither a word nor a number. Then those of gpt-4o and Tekken.
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+%s",
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*%s",
+)
+_CASED_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+REGEXES: dict[str, tuple[str, ...]] = {
+    _WORDS + r"\p{N}{1,3}" + _REST: ("llama-bpe", "dbrx"),
+    _WORDS + r"\p{N}" + _REST: ("qwen2",),
+    "|".join(_CASED) % ("", "") + r"|\p{N}" + _CASED_REST: ("tekken",),
+    "|".join(_CASED) % (_CONTRACTIONS + "?", _CONTRACTIONS + "?") + r"|\p{N}{1,3}" + _CASED_REST: ("gpt-4o",),
+}
+"""For each regex the names that stand for it, the usual one first; others look words up before merging, or don't."""
+
+_BYTES = {"type": "ByteLevel", "add_prefix_space": False}
+_GPT_2 = [{**_BYTES, "use_regex": True}]
+_DIGITS = [{"type": "Digits", "individual_digits": True}, *_GPT_2]
+
+
+def find(path: Path, content: dict[str, Any], *, ignore_merges: bool) -> PreTokenizer:
+    """Which of llama.cpp's pre-tokenizers splits as tokenizer.json's does.
+
+    Args:
+        path: of tokenizer.json, for messages.
+        content: its content.
+        ignore_merges: the model's setting, which decides between names for the same regex.
+
+    Raises:
+        D2QError: none does.
+    """
+    steps = _steps(content.get("pre_tokenizer"))
+    names: tuple[str, ...] = ()
+    if steps == _DIGITS:
+        names = ("smollm",)
+    elif steps == _GPT_2:
+        # GPT-2's own regex; the name says whose vocabulary it is, and GPT-NeoX's and OLMo's are the normalized ones.
+        names = ("olmo",) if content.get("normalizer") else ("gpt-2",)
+    elif len(steps) == 2 and steps[0].get("type") == "Split" and steps[1] == {**_BYTES, "use_regex": False}:
+        names = REGEXES.get(_regex(steps[0]) or "", ())
+    if not names:
+        regex = next((_regex(step) for step in steps if _regex(step) is not None), None)
+        quoted = json.dumps(content.get("pre_tokenizer"), ensure_ascii=False) if regex in (None, *REGEXES) else regex
+        known = ", ".join(dict.fromkeys([*(name for names in REGEXES.values() for name in names), *_STRUCTURES]))
+        raise D2QError(
+            f"{path} splits text in a way that isn't known (known: {known}): {quoted}; if you know which of "
+            "llama.cpp's pre-tokenizers it is, say --pre-tokenizer NAME"
+        )
+    choices = [BY_NAME[name] for name in names]
+    return next((choice for choice in choices if choice.ignores_merges == ignore_merges), choices[0])
+
+
+_STRUCTURES = ("smollm", "gpt-2", "olmo")
+
+
+def named(name: str) -> PreTokenizer:
+    """The pre-tokenizer of that name.
+
+    Raises:
+        D2QError: llama.cpp has none.
+    """
+    if name not in BY_NAME:
+        raise D2QError(f"llama.cpp has no pre-tokenizer {name!r}; it has {', '.join(sorted(BY_NAME))}")
+    return BY_NAME[name]
+
+
+def _steps(pre_tokenizer: Any) -> list[dict[str, Any]]:
+    """The steps of a pre-tokenizer, nested sequences unfolded, without what only concerns positions in the text."""
+    if not pre_tokenizer:
+        return []
+    if pre_tokenizer["type"] == "Sequence":
+        return [step for inner in pre_tokenizer["pretokenizers"] for step in _steps(inner)]
+    return [{key: value for key, value in pre_tokenizer.items() if key != "trim_offsets"}]
+
+
+def _regex(step: dict[str, Any]) -> str | None:
+    """The regex of a step that makes every match a piece. Ours match everything, so that nothing is ever removed."""
+    if step.get("type") != "Split":
+        return None
+    if (step.get("behavior"), step.get("invert")) not in (("Isolated", False), ("Removed", True)):
+        return None
+    regex = step["pattern"].get("Regex")
+    return regex if isinstance(regex, str) else None

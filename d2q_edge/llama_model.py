@@ -40,7 +40,7 @@ class LlamaModel:
         if not path.is_file():
             raise D2QError(f"there is no file {path}")
         api = self._api
-        log = _Log(api)
+        log = Log(api)
         api.llama_backend_init()
         self._model = api.llama_model_load_from_file(str(path).encode(), api.llama_model_default_params())
         if not self._model:
@@ -114,7 +114,7 @@ class LlamaModel:
             api.llama_batch_free(batch)
 
 
-class _Log:
+class Log:
     """Takes llama.cpp's log messages and remembers the errors."""
 
     _active: Any = None
@@ -129,8 +129,8 @@ class _Log:
                 self._errors.append(text.decode(errors="replace").strip())
 
         # llama.cpp keeps the pointer: the callback must outlive this object.
-        _Log._active = api.llama_log_callback(receive)
-        api.llama_log_set(_Log._active, ctypes.c_void_p(0))
+        Log._active = api.llama_log_callback(receive)
+        api.llama_log_set(Log._active, ctypes.c_void_p(0))
 
     @property
     def cause(self) -> str:

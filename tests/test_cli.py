@@ -309,7 +309,9 @@ class TestConvert:
 class TestEval:
     KEYS = (
         "perplexity", "perplexity_stderr", "reference_perplexity", "kl_divergence_mean", "kl_divergence_p99",
-        "top1_agreement", "chunks", "bytes", "bits_per_weight",
+        "top1_agreement", "chunks", "bytes", "bits_per_weight", "scored", "reference_perplexity_stderr",
+        "perplexity_ratio", "perplexity_ratio_stderr", "kl_divergence_stderr", "kl_divergence_median",
+        "kl_divergence_max", "kl_divergence_p99_interval", "top1_agreement_stderr",
     )  # fmt: skip
 
     def test_json(self, d2q: Call, example_files: ExampleFiles) -> None:
@@ -319,6 +321,8 @@ class TestEval:
         assert (result.code, result.err) == (0, "")
         values = json.loads(result.out)
         assert tuple(values) == self.KEYS
+        interval = values.pop("kl_divergence_p99_interval")
+        assert interval[0] <= values["kl_divergence_p99"] <= interval[1]
         assert all(isinstance(value, (int, float)) for value in values.values())
         assert 0 < values["kl_divergence_mean"] < 3
         assert values["chunks"] == 2
@@ -331,8 +335,7 @@ class TestEval:
         require_runtime()
         result = d2q("eval", example_files.f16, "--chunks", "1", "--context", "64")
         assert result.code == 0
-        names = [line.split()[0] for line in result.out.splitlines()]
-        assert names == ["perplexity", "perplexity_stderr", "chunks", "bytes", "bits_per_weight"]
+        assert [line.split()[0] for line in result.out.splitlines()] == ["perplexity", "in", "file"]
 
     def test_bad_requests(self, d2q: Call, example_files: ExampleFiles, tmp_path: Path) -> None:
         require_runtime()

@@ -130,7 +130,11 @@ def evaluate(
 
 
 def measure(
-    file: GGUFFile, model: LlamaModel, windows: npt.NDArray[np.int32], expected: Reference | None
+    file: GGUFFile,
+    model: LlamaModel,
+    windows: npt.NDArray[np.int32],
+    expected: Reference | None,
+    keep: Callable[[int, Logits], None] | None = None,
 ) -> Evaluation:
     """Score all chunks, with a progress bar.
 
@@ -139,6 +143,7 @@ def measure(
         model: the same, loaded.
         windows: int32 [chunks, context].
         expected: gives the reference's logits chunk by chunk; None without one.
+        keep: is handed the file's own logits chunk by chunk; they are valid until it returns.
 
     Raises:
         D2QError: llama.cpp fails.
@@ -146,7 +151,10 @@ def measure(
     measured = _Measured()
     progress = tqdm(windows, desc=f"Evaluating {file.path.name}", unit="chunk", disable=None)
     for index, tokens in enumerate(progress):
-        measured.add(model, tokens, expected(index) if expected else None)
+        logits = scored_logits(model, tokens)
+        measured.add(logits, tokens, expected(index) if expected else None)
+        if keep is not None:
+            keep(index, logits)
         progress.set_postfix(measured.state(), refresh=False)
     return measured.summary(len(windows), file.size, file.bits_per_weight)
 
@@ -214,10 +222,9 @@ class _Measured:
         self.divergences: list[Floats] = []
         self.agreements: list[npt.NDArray[np.bool_]] = []
 
-    def add(self, model: LlamaModel, tokens: npt.NDArray[np.int32], expected: Logits | None) -> None:
+    def add(self, logits: Logits, tokens: npt.NDArray[np.int32], expected: Logits | None) -> None:
         """Score the second half of one chunk."""
         targets = tokens[len(tokens) // 2 + 1 :]
-        logits = scored_logits(model, tokens)
         for start in range(0, len(targets), ROWS):
             some = slice(start, start + ROWS)
             chosen = np.arange(len(targets[some])), targets[some]

@@ -32,6 +32,8 @@ from d2q_edge.stock import make_stock_file
 
 REFERENCE, GIVEN, STOCK = "reference", "file", "stock"
 """What a row is."""
+SAME_SIZE = 1.005
+"""Files whose sizes differ by less than this factor are as large as each other."""
 
 
 @dataclass(frozen=True)
@@ -213,8 +215,8 @@ def _beats(one: Row, other: Row) -> bool:
     a, b = one.evaluation, other.evaluation
     if a.kl_divergence_mean is None or b.kl_divergence_mean is None:
         return False
-    no_worse = a.bytes <= b.bytes and a.kl_divergence_mean <= b.kl_divergence_mean
-    return no_worse and (a.bytes, a.kl_divergence_mean) != (b.bytes, b.kl_divergence_mean)
+    nearer, as_near = a.kl_divergence_mean < b.kl_divergence_mean, a.kl_divergence_mean == b.kl_divergence_mean
+    return (nearer and a.bytes <= SAME_SIZE * b.bytes) or (as_near and SAME_SIZE * a.bytes < b.bytes)
 
 
 def _names(paths: Sequence[Path]) -> dict[Path, str]:

@@ -23,12 +23,17 @@ def divergence_picture(comparison: Comparison) -> Picture:
     values = {row.name: max(row.evaluation.kl_divergence_mean or 0.0, floor) for row in rows}
 
     def draw(axes: Any, palette: Palette) -> None:
+        from matplotlib.ticker import FuncFormatter, LogLocator
+
         front = sorted(comparison.best(), key=lambda row: row.evaluation.bytes)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(10, (1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.minorticks_off()
         if len(front) > 1:
             axes.plot(
                 [row.evaluation.bytes for row in front], [values[row.name] for row in front],
-                color=palette.ink, linewidth=1, linestyle=":", zorder=1,
+                color=palette.ink, linewidth=1, linestyle=":", alpha=0.6, zorder=1,
             )  # fmt: skip
         for row in rows:
             half, center = 1.96 * (row.evaluation.kl_divergence_stderr or 0.0), values[row.name]
@@ -89,10 +94,10 @@ def _points(axes: Any, palette: Palette, rows: Sequence[Row], values: dict[str, 
     axes.margins(x=0.16, y=0.16)
     axes.set_xlabel("file size")
     axes.legend(loc="best")
-    _name_points(axes, rows, values)
+    _name_points(axes, palette, rows, values)
 
 
-def _name_points(axes: Any, rows: Sequence[Row], values: dict[str, float]) -> None:
+def _name_points(axes: Any, palette: Palette, rows: Sequence[Row], values: dict[str, float]) -> None:
     """Write names beside points, on whichever side keeps them apart from names and points that are there."""
     figure = axes.figure
     figure.draw_without_rendering()
@@ -117,7 +122,8 @@ def _name_points(axes: Any, rows: Sequence[Row], values: dict[str, float]) -> No
         taken.append(box)
         axes.annotate(
             text, (row.evaluation.bytes, values[row.name]), xytext=(dx, dy), textcoords="offset points",
-            ha=side, va="center", fontsize=9,
+            ha=side, va="center", fontsize=9, zorder=4,
+            bbox={"facecolor": palette.paper, "edgecolor": "none", "alpha": 0.75, "pad": 0.6},
         )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ layer_pictures.py.
 """
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from d2q_edge.errors import D2QError
 from d2q_edge.presentation import drawing
 from d2q_edge.presentation.file_pictures import divergence_picture, speed_picture
 from d2q_edge.presentation.layer_pictures import layer_pictures
-from d2q_edge.presentation.palette import NIGHT, PAPER, variables
+from d2q_edge.presentation.palette import NIGHT, PAPER, SERIES, variables
 
 PICTURES = (".png", ".svg")
 PAGES = (".html", ".htm")
+LAYERS = ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+"""In the order of the model; others come behind."""
 
 
 def check_target(path: Path) -> None:
@@ -72,7 +74,7 @@ def page(comparison: Comparison) -> str:
         speeds=any(row.speeds for row in comparison.rows),
         pictures=[_shown(picture, f"p{index}") for index, picture in enumerate(pictures) if picture],
         files=[_inside(row, index) for index, row in enumerate(comparison.rows) if row.kind == GIVEN],
-        allocations=[(row.name, _spans(row)) for row in comparison.rows if row.allocation and row.kind != REFERENCE],
+        allocations=_allocations([row for row in comparison.rows if row.allocation and row.kind != REFERENCE]),
         light=variables(PAPER),
         dark=variables(NIGHT),
         version=__version__,
@@ -105,16 +107,24 @@ def _shown(picture: drawing.Picture, name: str) -> dict[str, Any]:
     return {"title": picture.title, "svg": Markup(drawing.inline(picture, name))}
 
 
-def _spans(row: Row) -> dict[str, Any]:
-    """A file's types as a table: of every matrix the runs of blocks that have it in one type."""
-    blocks = sorted({block for types in row.allocation.values() for block in types})
-    layers = {}
-    for layer, types in row.allocation.items():
-        runs = []
-        for kind, run in groupby(blocks, key=lambda block, types=types: types.get(block, "")):  # type: ignore[misc]
-            numbers = list(run)
-            label = f"block {numbers[0]}" if len(numbers) == 1 else f"blocks {numbers[0]} to {numbers[-1]}"
-            runs.append({"type": kind, "columns": len(numbers), "label": label})
-        layers[layer] = runs
-    kinds = sorted({kind for types in row.allocation.values() for kind in types.values()})
-    return {"blocks": len(blocks), "layers": layers, "colours": {kind: index % 8 for index, kind in enumerate(kinds)}}
+def _allocations(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Where the bits of every file go, one colour for a type in all of them."""
+    kinds = sorted({kind for row in rows for types in row.allocation.values() for kind in types.values()})
+    colours = {kind: index % SERIES for index, kind in enumerate(kinds)}
+    found = []
+    for row in rows:
+        own = sorted({kind for types in row.allocation.values() for kind in types.values()})
+        layers = sorted(row.allocation, key=lambda layer: (LAYERS.index(layer) if layer in LAYERS else 99, layer))
+        spans = {layer: _spans(row.allocation[layer]) for layer in layers} if len(own) > 1 else {}
+        found.append({"name": row.name, "kinds": own, "layers": spans, "colours": colours})
+    return found
+
+
+def _spans(types: Mapping[int, str]) -> list[dict[str, Any]]:
+    """The runs of blocks that have a matrix in one type, or don't have it at all."""
+    runs = []
+    for kind, run in groupby(range(max(types) + 1), key=types.get):
+        numbers = list(run)
+        label = f"block {numbers[0]}" if len(numbers) == 1 else f"blocks {numbers[0]} to {numbers[-1]}"
+        runs.append({"type": kind or "", "columns": len(numbers), "label": label})
+    return runs

@@ -57,7 +57,9 @@ def save(pictures: list[Picture], path: Path) -> None:
             picture.draw(one, PAPER)
             one.set_title(picture.title, color=PAPER.ink, fontsize=10, loc="left")
         try:
-            figure.savefig(path, facecolor=PAPER.paper, dpi=RESOLUTION)
+            # Without the date, the same pictures give the same file.
+            dated = {"Date": None} if path.suffix.lower() == ".svg" else None
+            figure.savefig(path, facecolor=PAPER.paper, dpi=RESOLUTION, metadata=dated)
         except OSError as error:
             raise D2QError(f"can't write {path}: {error.strerror or error}") from error
 
@@ -76,7 +78,7 @@ def inline(picture: Picture, name: str) -> str:
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = file.getvalue()
     body = svg[svg.index(">", svg.index("<svg")) + 1 : svg.rindex("</svg>")]
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = re.sub(r"<(metadata|style)\b.*?</\1>", "", body, flags=re.DOTALL)
     body = re.sub(r'(\bid="|"#|url\(#)', rf"\g<1>{name}-", body)
     # Text keeps the page's font.
     body = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", body).replace("font-family: 'DejaVu Sans'", "")

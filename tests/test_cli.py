@@ -1,5 +1,6 @@
 """The command line's contract (DESIGN section 8): exit codes, one sentence per failure, JSON keys, help."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -18,13 +19,14 @@ from safetensors.torch import load_file, save_file
 from d2q_edge import __version__, cli, convert, pipeline, runtime
 from d2q_edge.errors import D2QError
 from d2q_edge.export import export
+from d2q_edge.llama_model import LlamaModel
 from tests.availability import require_runtime
 from tests.checkpoints import EXAMPLE
 from tests.conftest import ExampleFiles
 
 Make = Callable[..., Path]
 QUICK = ("--calibration-tokens", "512", "--context", "32")
-COMMANDS = ("convert", "eval", "inspect", "run", "runtime", "runtime install", "runtime info")
+COMMANDS = ("convert", "eval", "inspect", "compare", "run", "runtime", "runtime install", "runtime info")
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,8 @@ class TestBadOptions:
             ("convert", EXAMPLE, "--type", "f16", "--rotation", "on"),
             ("eval",),
             ("eval", "a.gguf", "--chunks", "0"),
+            ("compare",),
+            ("compare", "a.gguf", "b.gguf", "--rounds", "0"),
             ("run", "a.gguf"),
             ("runtime", "info", "--unknown"),
         ],
@@ -351,6 +355,35 @@ class TestEval:
         refused(d2q("eval", example_files.f16, "--text", "none.txt"), "can't read the text none.txt")
 
 
+class TestCompare:
+    OPTIONS = ("--chunks", "1", "--context", "64", "--no-speed")
+
+    def test_table_and_outputs(self, d2q: Call, example_files: ExampleFiles) -> None:
+        require_runtime()
+        result = d2q("compare", example_files.f16, example_files.d2q2, *self.OPTIONS, "-o", "r.html", "-o", "r.svg")
+        assert (result.code, result.err) == (0, "")
+        assert [line.split()[0] for line in result.out.splitlines()] == ["file", "f16", "d2q2", "*"]
+        assert sorted(path.name for path in Path.cwd().iterdir()) == ["r.html", "r.svg"]
+        assert "d2q2" in Path("r.html").read_text("utf-8")
+        values = json.loads(d2q("compare", example_files.f16, example_files.d2q2, *self.OPTIONS, "--json").out)
+        assert [row["name"] for row in values["files"]] == ["f16", "d2q2"]
+        assert values["files"][1]["kl_divergence_mean"] > 0
+
+    def test_bad_requests(self, d2q: Call, example_files: ExampleFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(LlamaModel, "__init__", None)
+        own = example_files.f16, example_files.d2q2
+        refused(d2q("compare", example_files.f16), "there is nothing to compare with the reference")
+        refused(d2q("compare", *own, "--with-stock", "D2Q2"), "D2Q2 isn't a stock type that can be made")
+        refused(d2q("compare", *own, "-o", "r.pdf"), "r.pdf should end in .html for a report, or in .png or .svg")
+        refused(d2q("compare", *own, "-o", "none/r.html"), "the output directory none doesn't exist")
+        refused(d2q("compare", *own, "--report", "none.json"), "can't read none.json")
+        find = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "jinja2" else find(name))
+        refused(
+            d2q("compare", *own, "-o", "r.html"), "reports and pictures need jinja2: pip install 'd2q-edge[report]'"
+        )
+
+
 class TestOtherCommands:
     def test_inspect(self, d2q: Call, example_files: ExampleFiles) -> None:
         facts = json.loads(d2q("inspect", example_files.d2q3, "--json").out)
@@ -416,6 +449,8 @@ class TestHelp:
             assert option in said["convert"]
         for option in ("--reference", "--text", "--chunks", "--context", "--json"):
             assert option in said["eval"]
+        for option in ("--with-stock", "--output", "--calibration", "--text", "--chunks", "--report", "--json"):
+            assert option in said["compare"]
         assert "--json" in said["inspect"]
         assert "--json" in said["runtime info"]
         assert "--tools" in said["runtime install"]

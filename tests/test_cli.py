@@ -1,5 +1,6 @@
 """The command line's contract (DESIGN section 8): exit codes, one sentence per failure, JSON keys, help."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -18,13 +19,14 @@ from safetensors.torch import load_file, save_file
 from d2q_edge import __version__, cli, convert, pipeline, runtime
 from d2q_edge.errors import D2QError
 from d2q_edge.export import export
+from d2q_edge.llama_model import LlamaModel
 from tests.availability import require_runtime
 from tests.checkpoints import EXAMPLE
 from tests.conftest import ExampleFiles
 
 Make = Callable[..., Path]
 QUICK = ("--calibration-tokens", "512", "--context", "32")
-COMMANDS = ("convert", "eval", "inspect", "run", "runtime", "runtime install", "runtime info")
+COMMANDS = ("convert", "eval", "inspect", "compare", "run", "runtime", "runtime install", "runtime info")
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,8 @@ class TestBadOptions:
             ("convert", EXAMPLE, "--type", "f16", "--rotation", "on"),
             ("eval",),
             ("eval", "a.gguf", "--chunks", "0"),
+            ("compare",),
+            ("compare", "a.gguf", "b.gguf", "--rounds", "0"),
             ("run", "a.gguf"),
             ("runtime", "info", "--unknown"),
         ],
@@ -309,7 +313,9 @@ class TestConvert:
 class TestEval:
     KEYS = (
         "perplexity", "perplexity_stderr", "reference_perplexity", "kl_divergence_mean", "kl_divergence_p99",
-        "top1_agreement", "chunks", "bytes", "bits_per_weight",
+        "top1_agreement", "chunks", "bytes", "bits_per_weight", "scored", "reference_perplexity_stderr",
+        "perplexity_ratio", "perplexity_ratio_stderr", "kl_divergence_stderr", "kl_divergence_median",
+        "kl_divergence_max", "kl_divergence_p99_interval", "top1_agreement_stderr",
     )  # fmt: skip
 
     def test_json(self, d2q: Call, example_files: ExampleFiles) -> None:
@@ -319,6 +325,8 @@ class TestEval:
         assert (result.code, result.err) == (0, "")
         values = json.loads(result.out)
         assert tuple(values) == self.KEYS
+        interval = values.pop("kl_divergence_p99_interval")
+        assert interval[0] <= values["kl_divergence_p99"] <= interval[1]
         assert all(isinstance(value, (int, float)) for value in values.values())
         assert 0 < values["kl_divergence_mean"] < 3
         assert values["chunks"] == 2
@@ -331,8 +339,7 @@ class TestEval:
         require_runtime()
         result = d2q("eval", example_files.f16, "--chunks", "1", "--context", "64")
         assert result.code == 0
-        names = [line.split()[0] for line in result.out.splitlines()]
-        assert names == ["perplexity", "perplexity_stderr", "chunks", "bytes", "bits_per_weight"]
+        assert [line.split()[0] for line in result.out.splitlines()] == ["perplexity", "in", "file"]
 
     def test_bad_requests(self, d2q: Call, example_files: ExampleFiles, tmp_path: Path) -> None:
         require_runtime()
@@ -346,6 +353,35 @@ class TestEval:
         refused(d2q("eval", tmp_path / "cut.gguf"), "is truncated")
         refused(d2q("eval", example_files.f16, "--text", tmp_path / "short.txt"), "less than one chunk of 512")
         refused(d2q("eval", example_files.f16, "--text", "none.txt"), "can't read the text none.txt")
+
+
+class TestCompare:
+    OPTIONS = ("--chunks", "1", "--context", "64", "--no-speed")
+
+    def test_table_and_outputs(self, d2q: Call, example_files: ExampleFiles) -> None:
+        require_runtime()
+        result = d2q("compare", example_files.f16, example_files.d2q2, *self.OPTIONS, "-o", "r.html", "-o", "r.svg")
+        assert (result.code, result.err) == (0, "")
+        assert [line.split()[0] for line in result.out.splitlines()] == ["file", "f16", "d2q2", "*"]
+        assert sorted(path.name for path in Path.cwd().iterdir()) == ["r.html", "r.svg"]
+        assert "d2q2" in Path("r.html").read_text("utf-8")
+        values = json.loads(d2q("compare", example_files.f16, example_files.d2q2, *self.OPTIONS, "--json").out)
+        assert [row["name"] for row in values["files"]] == ["f16", "d2q2"]
+        assert values["files"][1]["kl_divergence_mean"] > 0
+
+    def test_bad_requests(self, d2q: Call, example_files: ExampleFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(LlamaModel, "__init__", None)
+        own = example_files.f16, example_files.d2q2
+        refused(d2q("compare", example_files.f16), "there is nothing to compare with the reference")
+        refused(d2q("compare", *own, "--with-stock", "D2Q2"), "D2Q2 isn't a stock type that can be made")
+        refused(d2q("compare", *own, "-o", "r.pdf"), "r.pdf should end in .html for a report, or in .png or .svg")
+        refused(d2q("compare", *own, "-o", "none/r.html"), "the output directory none doesn't exist")
+        refused(d2q("compare", *own, "--report", "none.json"), "can't read none.json")
+        find = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "jinja2" else find(name))
+        refused(
+            d2q("compare", *own, "-o", "r.html"), "reports and pictures need jinja2: pip install 'd2q-edge[report]'"
+        )
 
 
 class TestOtherCommands:
@@ -413,6 +449,8 @@ class TestHelp:
             assert option in said["convert"]
         for option in ("--reference", "--text", "--chunks", "--context", "--json"):
             assert option in said["eval"]
+        for option in ("--with-stock", "--output", "--calibration", "--text", "--chunks", "--report", "--json"):
+            assert option in said["compare"]
         assert "--json" in said["inspect"]
         assert "--json" in said["runtime info"]
         assert "--tools" in said["runtime install"]

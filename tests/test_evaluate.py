@@ -19,7 +19,7 @@ from d2q_edge.calibration import BUILTIN, load_text
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.convert import Options, convert
 from d2q_edge.errors import D2QError
-from d2q_edge.evaluate import Evaluation, evaluate, log_softmax
+from d2q_edge.evaluate import Evaluation, evaluate, log_softmax, quantile_interval
 from d2q_edge.export import export
 from d2q_edge.families import family_for
 from d2q_edge.gguf_reader import GGUFFile
@@ -80,8 +80,11 @@ class TestAgainstTheTool:
         [
             (r"Mean PPL\(Q\)", "perplexity", 1e-3),
             (r"Mean PPL\(base\)", "reference_perplexity", 1e-3),
+            (r"Mean PPL\(Q\)/PPL\(base\)", "perplexity_ratio", 1e-3),
             (r"Mean    KLD", "kl_divergence_mean", 5e-3),
-            (r"99.0%   KLD", "kl_divergence_p99", 1e-2),
+            (r"99.0%   KLD", "kl_divergence_p99", 5e-3),
+            (r"Median  KLD", "kl_divergence_median", 5e-3),
+            (r"Maximum KLD", "kl_divergence_max", 5e-3),
         ],
     )
     def test_numbers(self, said: str, measured: Evaluation, label: str, field: str, tolerance: float) -> None:
@@ -89,10 +92,20 @@ class TestAgainstTheTool:
         assert found, said
         assert getattr(measured, field) == pytest.approx(float(found[1]), rel=tolerance)
 
-    def test_standard_error(self, said: str, measured: Evaluation) -> None:
-        found = re.search(r"Mean PPL\(Q\) *: *[\d.]+ ± *([\d.]+)", said)
+    @pytest.mark.parametrize(
+        ("label", "field", "unit"),
+        [
+            (r"Mean PPL\(Q\)", "perplexity_stderr", 1),
+            (r"Mean PPL\(base\)", "reference_perplexity_stderr", 1),
+            (r"Mean PPL\(Q\)/PPL\(base\)", "perplexity_ratio_stderr", 1),
+            (r"Mean    KLD", "kl_divergence_stderr", 1),
+            (r"Same top p", "top1_agreement_stderr", 100),
+        ],
+    )
+    def test_standard_errors(self, said: str, measured: Evaluation, label: str, field: str, unit: float) -> None:
+        found = re.search(label + r" *: *[\d.]+ ± *([\d.]+)", said)
         assert found, said
-        assert measured.perplexity_stderr == pytest.approx(float(found[1]), rel=1e-3)
+        assert getattr(measured, field) * unit == pytest.approx(float(found[1]), rel=5e-3)
 
     def test_agreement(self, said: str, measured: Evaluation) -> None:
         found = re.search(r"Same top p: *([\d.]+)", said)
@@ -189,8 +202,11 @@ def test_fields(measured: Evaluation, example_files: ExampleFiles) -> None:
     assert measured.bits_per_weight == pytest.approx(bits)
     assert list(measured.to_json()) == [
         "perplexity", "perplexity_stderr", "reference_perplexity", "kl_divergence_mean", "kl_divergence_p99",
-        "top1_agreement", "chunks", "bytes", "bits_per_weight",
+        "top1_agreement", "chunks", "bytes", "bits_per_weight", "scored", "reference_perplexity_stderr",
+        "perplexity_ratio", "perplexity_ratio_stderr", "kl_divergence_stderr", "kl_divergence_median",
+        "kl_divergence_max", "kl_divergence_p99_interval", "top1_agreement_stderr",
     ]  # fmt: skip
+    assert measured.scored == 255 * CHUNKS
 
 
 def test_three_bits_are_nearer_than_two(measured: Evaluation, example_files: ExampleFiles, text: Path) -> None:
@@ -216,7 +232,7 @@ def test_every_chunk_begins_with_bos(make_checkpoint: Make, tmp_path: Path) -> N
     export(make_checkpoint("llama"), tmp_path / "llama.gguf", "f16")
     text = load_text("builtin", "evaluation")
     with LlamaModel(tmp_path / "llama.gguf", 64) as model:
-        chunks = module._chunks(model, text, 64, 3)
+        chunks = module.cut(model, text, 64, 3)
         tokens = model.tokenize(text.content)[: 3 * 64].reshape(3, 64)
     assert chunks[:, 0].tolist() == [4093] * 3
     assert tokens[0, 0] == 4093 != tokens[1, 0]
@@ -239,6 +255,31 @@ def test_log_softmax() -> None:
     found = log_softmax(logits)
     assert found.dtype == np.float64
     np.testing.assert_allclose(found, expected.astype(np.float64), rtol=1e-12, atol=1e-12)
+
+
+def test_quantile_interval() -> None:
+    """The chance that the true quantile is inside, exactly: the ends' ranks against a binomial distribution."""
+    for count in (500, 2000, 20000):
+        low, high = quantile_interval(np.arange(count, dtype=np.float64), 0.99)
+        chances = [math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1) for k in range(count + 1)]
+        weights = [math.exp(c + k * math.log(0.99) + (count - k) * math.log(0.01)) for k, c in enumerate(chances)]
+        # The value of rank r is below the quantile exactly if at least r values are; ranks are one more than values.
+        assert 0.93 < sum(weights[int(low) + 1 : int(high) + 1]) < 0.98
+    assert quantile_interval(np.array([3.0, 1.0, 2.0]), 0.99) == (3, 3)
+    assert quantile_interval(np.array([3.0, 1.0, 2.0]), 0.5) == (1, 3)
+
+
+def test_description(measured: Evaluation) -> None:
+    lines = measured.describe().splitlines()
+    half = 1.96 * measured.perplexity_stderr
+    low, high = measured.perplexity - half, measured.perplexity + half
+    assert lines[0].split() == ["perplexity", f"{measured.perplexity:.4f}", f"({low:.4f}", "to", f"{high:.4f})"]
+    names = ["perplexity", "reference", "ratio", "KL", "99", "median", "top-1", "in", "file"]
+    assert [line.split()[0] for line in lines] == names
+    assert measured.kl_divergence_p99_interval is not None
+    low, high = measured.kl_divergence_p99_interval
+    assert low < (measured.kl_divergence_p99 or 0) < high
+    assert f"({low:.4f} to {high:.4f})" in lines[4]
 
 
 class TestErrors:

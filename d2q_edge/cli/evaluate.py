@@ -20,10 +20,5 @@ def command(file: Path, reference: Path | None, text: str, chunks: int | None, c
     wait_passively()
     from d2q_edge.evaluate import evaluate
 
-    result = evaluate(file, reference, text, chunks, context).to_json()
-    if as_json:
-        click.echo(json.dumps(result))
-        return
-    for name, value in result.items():
-        if value is not None:
-            click.echo(f"{name:22} {value:,.6g}" if isinstance(value, float) else f"{name:22} {value:,}")
+    result = evaluate(file, reference, text, chunks, context)
+    click.echo(json.dumps(result.to_json()) if as_json else result.describe())

@@ -12,7 +12,7 @@ from d2q_edge.cli.common import PATH
 @click.argument("file", type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(file: Path, as_json: bool) -> None:
-    """What a GGUF FILE holds: tensor types, sizes, recipe."""
+    """What a GGUF FILE holds: tensor types, sizes, recipe, norm biases; and whether it can be run here."""
     from d2q_edge import inspection
 
     facts = inspection.inspect(file)

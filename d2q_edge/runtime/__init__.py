@@ -5,6 +5,7 @@ Does not know how a model is loaded or measured (evaluate.py) and prints nothing
 """
 
 from d2q_edge.runtime.build import install
+from d2q_edge.runtime.following import follow_tool
 from d2q_edge.runtime.installed import TOOLS, RuntimeInfo, find_tool, info, require, run_tool
 
-__all__ = ["TOOLS", "RuntimeInfo", "find_tool", "info", "install", "require", "run_tool"]
+__all__ = ["TOOLS", "RuntimeInfo", "find_tool", "follow_tool", "info", "install", "require", "run_tool"]

@@ -116,6 +116,14 @@ def find_tool(name: str) -> Path:
     return path
 
 
+def tool_environment() -> dict[str, str]:
+    """Environment variables for a tool.
+
+    With passive waiting, which torch prefers on a busy machine, every barrier of llama.cpp's threads is a sleep.
+    """
+    return {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+
+
 def run_tool(name: str, *arguments: object) -> str:
     """What one of TOOLS prints on stdout, with `arguments` as words.
 
@@ -123,9 +131,7 @@ def run_tool(name: str, *arguments: object) -> str:
         D2QError: it has not been built, or it fails; the message ends with what it said.
     """
     command = [str(find_tool(name)), *map(str, arguments)]
-    # With passive waiting, which torch prefers on a busy machine, every barrier of llama.cpp's threads is a sleep.
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, env=tool_environment())
     if result.returncode:
         raise D2QError(f"{name} failed: {' '.join(command)}\n{result.stderr[-2000:]}")
     return result.stdout

@@ -1,0 +1,103 @@
+"""Stock files to compare with: llama.cpp's own types, made by its own tools with an importance matrix.
+
+Knows llama-imatrix and llama-quantize. The importance matrix, which takes longest and is small, is kept in the cache
+for the next time; the files are as large as models, and whoever asks for them says where they go.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+from d2q_edge.calibration import BUILTIN, Text, load_text
+from d2q_edge.errors import D2QError
+from d2q_edge.runtime import follow_tool, source
+from d2q_edge.runtime.machine import usable_cpus
+
+IMATRIX_CONTEXT = 512
+"""Tokens per chunk of the importance matrix; llama-imatrix's default."""
+PURE = ("--pure", "--token-embedding-type", "q8_0", "--output-tensor-type", "q8_0")
+TYPES = (
+    "Q2_K", "Q2_K_S", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_0", "Q4_1", "Q4_K_S", "Q4_K_M", "Q5_0", "Q5_1", "Q5_K_S",
+    "Q5_K_M", "Q6_K", "Q8_0", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_S",
+    "IQ3_M", "IQ4_NL", "IQ4_XS", "Q3_K", "Q4_K", "Q5_K",
+)  # fmt: skip
+"""What llama-quantize calls the mixtures that work for every model."""
+
+
+def parse_types(names: str) -> tuple[str, ...]:
+    """Names of stock types from a list separated by commas, each once, in capitals.
+
+    Raises:
+        D2QError: llama-quantize has no such type.
+    """
+    types = tuple(dict.fromkeys(name.strip().upper() for name in names.split(",") if name.strip()))
+    if unknown := [name for name in types if name not in TYPES]:
+        raise D2QError(f"{unknown[0]} isn't a stock type that can be made; there are {', '.join(TYPES)}")
+    return types
+
+
+def make_stock_file(
+    original: Path, type_name: str, target: Path, calibration: str = "builtin", *, pure: bool = False
+) -> None:
+    """Quantize with llama-quantize.
+
+    Args:
+        original: the GGUF file to quantize, of f16, bf16 or f32.
+        type_name: one of TYPES.
+        target: the file to write; replaced if it is there.
+        calibration: a text file, or "builtin", for the importance matrix.
+        pure: every matrix of the blocks in the named type, embeddings and head in q8_0; otherwise llama-quantize's
+            mixture of that name, which is what people publish.
+
+    Raises:
+        D2QError: the tools aren't built, or fail, or the text can't be read.
+    """
+    matrix = importance_matrix(original, calibration)
+    partial = target.with_name(target.name + ".partial")
+    try:
+        follow_tool(
+            "llama-quantize", *(PURE if pure else ()), "--imatrix", matrix, original, partial, type_name, usable_cpus(),
+            what=f"Making {type_name}", unit="tensor",
+        )  # fmt: skip
+        partial.replace(target)
+    except OSError as error:
+        raise D2QError(f"can't write {target}: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def importance_matrix(original: Path, calibration: str = "builtin") -> Path:
+    """The importance matrix of a file for a text, from the cache or made now by llama-imatrix.
+
+    Raises:
+        D2QError: the tool isn't built, or fails, or the text can't be read.
+    """
+    text = load_text(calibration, "calibration")
+    place = _cached(original, text)
+    if place.is_file():
+        return place
+    partial = place.with_name(f"partial-{place.name}")
+    path = BUILTIN["calibration"] if calibration == "builtin" else Path(calibration)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        follow_tool(
+            "llama-imatrix", "-m", original, "-f", path, "-o", partial, "-c", IMATRIX_CONTEXT, "-t", usable_cpus(),
+            what="Importance matrix", unit="chunk",
+        )  # fmt: skip
+        partial.replace(place)
+    except OSError as error:
+        raise D2QError(f"can't write {place}: {error.strerror or error}; set XDG_CACHE_HOME") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return place
+
+
+def _cached(original: Path, text: Text) -> Path:
+    """Where the importance matrix is kept: the name says what it was made from."""
+    try:
+        status = original.stat()
+    except OSError as error:
+        raise D2QError(f"can't read {original}: {error.strerror or error}") from error
+    made_from = [str(original.resolve()), status.st_size, status.st_mtime_ns, text.sha256, IMATRIX_CONTEXT]
+    name = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
+    return source.cache_directory().parent / "imatrix" / f"{original.stem}-{name}.gguf"

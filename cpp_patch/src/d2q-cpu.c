@@ -4,6 +4,7 @@
 #include "d2q-quants.h"
 
 #include "ggml-cpu-impl.h"
+#include "ggml-cpu/quants.h"
 #include "simd-mappings.h"
 
 #include <assert.h>
@@ -82,6 +83,10 @@ D2Q_DOT_Q8_0(d2q3_64)
 #if !defined(D2Q_X86) && !defined(D2Q_ARM)
 
 void d2q_cpu_init(void) {}
+
+void d2q_quantize_row_q8_K(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, int64_t k) {
+    quantize_row_q8_K(x, y, k);
+}
 
 D2Q_VEC_DOT(ggml_vec_dot_d2q2_q8_K)    { ggml_vec_dot_d2q2_q8_K_generic   (n, s, bs, vx, bx, vy, by, nrc); }
 D2Q_VEC_DOT(ggml_vec_dot_d2q3_q8_K)    { ggml_vec_dot_d2q3_q8_K_generic   (n, s, bs, vx, bx, vy, by, nrc); }

@@ -30,6 +30,9 @@ void quantize_row_d2q3_64(const float * GGML_RESTRICT x, void * GGML_RESTRICT y,
 #define D2Q_VEC_DOT(name) \
     void name(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc)
 
+// activations of d2q2, d2q3 and the K types; x86 and ARM have a faster one than ggml's
+void d2q_quantize_row_q8_K(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, int64_t k);
+
 D2Q_VEC_DOT(ggml_vec_dot_d2q2_q8_K);
 D2Q_VEC_DOT(ggml_vec_dot_d2q3_q8_K);
 D2Q_VEC_DOT(ggml_vec_dot_d2q2_64_q8_0);

@@ -1,5 +1,5 @@
 // Dot products of the d2q types for x86: AVX2, with AVX512-VNNI (256 bits wide) or AVX-VNNI where the target has it.
-#include "d2q-cpu.h"
+#include "d2q-x86.h"
 
 #if defined(D2Q_X86)
 
@@ -10,10 +10,8 @@
 
 #include <assert.h>
 
-// the tables with 64 added to every entry: the multiply-add instructions want one unsigned operand, and the sums of the
-// activations that Q8_K carries correct the offset
-D2Q_TABLE_ALIGN static uint8_t d2q_pair_table_u7[256][32]; // [codebook][component*16 + code]
-D2Q_TABLE_ALIGN static uint8_t d2q_scalar_table_u7[256][8];
+D2Q_TABLE_ALIGN uint8_t d2q_pair_table_u7[256][32];
+D2Q_TABLE_ALIGN uint8_t d2q_scalar_table_u7[256][8];
 
 void d2q_cpu_init(void) {
     for (int b = 0; b < 256; b++) {
@@ -22,36 +20,10 @@ void d2q_cpu_init(void) {
     }
 }
 
-static inline __m256i d2q_load(const void * p) {
-    return _mm256_loadu_si256((const __m256i *) p);
-}
-
-static inline __m256i d2q_load_both(const void * p) {
-    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) p));
-}
-
-// eight bytes, repeated: a scalar codebook, or the high bits of a block of 64
-static inline __m256i d2q_load_8(const void * p) {
-    int64_t v;
-    memcpy(&v, p, 8);
-    return _mm256_set1_epi64x(v);
-}
-
 static inline float d2q_sum(__m256 v) {
     __m128 r = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     r = _mm_add_ps(r, _mm_movehl_ps(r, r));
     return _mm_cvtss_f32(_mm_add_ss(r, _mm_movehdup_ps(r)));
-}
-
-// acc + u*s, u unsigned of 7 bits: two products are at most 2*127*128, so that int16 does not saturate
-static inline __m256i d2q_dot_add(__m256i acc, __m256i u, __m256i s) {
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    return _mm256_dpbusd_epi32(acc, u, s);
-#elif defined(__AVXVNNI__)
-    return _mm256_dpbusd_avx_epi32(acc, u, s);
-#else
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
-#endif
 }
 
 // signed entries times activations: Q8_0 has no sums to correct an offset with, so the sign moves to the activations

@@ -40,7 +40,7 @@ BUILD_OPTIONS = (
 )
 LIBRARIES = ("libllama.a", "libggml.a", "libggml-cpu.a", "libggml-base.a")
 """In the order in which the linker wants them."""
-KERNELS = ("d2q-cpu.c", "d2q-arm.c", "d2q-arm-gemm.c", "d2q-mul-mat.c")
+KERNELS = ("d2q-cpu.c", "d2q-q8.c", "d2q-arm.c", "d2q-arm-gemm.c", "d2q-mul-mat.c")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 // Checks the kernels of d2q-*.c as this compiler target has them, on rows that end where their memory ends: the dot
-// products, and the matrix multiplication where the target has one. test_sources.py compiles it with the kernels' own
+// products, the quantizer of activations, and the matrix multiplication where the target has one. test_sources.py compiles it with the kernels' own
 // sources for several targets, also under sanitizers. Two references: sums of integers made here from d2q-blocks.h,
 // which must come out exactly where all scales are +-1, and the portable dot products for everything else.
 
@@ -21,6 +21,9 @@ void ggml_critical_section_end(void) {}
 const struct ggml_type_traits_cpu * ggml_get_type_traits_cpu(enum ggml_type type) { (void) type; abort(); }
 size_t ggml_row_size(enum ggml_type type, int64_t n) { (void) type; (void) n; abort(); }
 bool ggml_is_contiguous(const struct ggml_tensor * tensor) { (void) tensor; abort(); }
+#if !defined(D2Q_X86) && !defined(D2Q_ARM)
+void quantize_row_q8_K(const float * x, void * y, int64_t k) { (void) x; (void) y; (void) k; abort(); }
+#endif
 
 typedef void (*dot_t)(int, float *, size_t, const void *, size_t, const void *, size_t, int);
 typedef void (*group_t)(const uint8_t *, int, int8_t *);
@@ -206,6 +209,51 @@ static int check_dot(const type_t * t, int blocks, int style) {
     return bad;
 }
 
+#if defined(D2Q_X86) || defined(D2Q_ARM)
+
+// activations of `blocks` blocks; the reference is ggml's, one number at a time
+static int check_quantizer(int blocks, int style) {
+    const int n = blocks*QK_K;
+    const guarded x = guard(sizeof(float)*(size_t) n), y = guard(sizeof(block_q8_K)*(size_t) blocks);
+    float * values = (float *) (void *) x.start;
+    for (int j = 0; j < n; j++) {
+        const float uniform = (float) (int32_t) (next() << 8)/(float) (1u << 31);
+        switch (style) {
+            case 0:  values[j] = uniform; break;
+            case 1:  values[j] = ldexpf(uniform, (int) (next()%60) - 30); break;
+            case 2:  values[j] = (float) (next()%255) - 127.0f + (next()%2 ? 0.5f : 0.0f); break; // halfway between two codes
+            case 3:  values[j] = (float) (next()%3) - 1.0f; break;                               // the largest with both signs
+            case 4:  values[j] = ldexpf(uniform, -118); break; // below, the scale is infinite
+            default: values[j] = next()%2 ? 0.0f : -0.0f;
+        }
+    }
+    memset(y.start, 0xFF, sizeof(block_q8_K)*(size_t) blocks);
+    d2q_quantize_row_q8_K(values, y.start, n);
+    int bad = 0;
+    for (int i = 0; i < blocks; i++, values += QK_K) {
+        const block_q8_K * b = (const block_q8_K *) (void *) y.start + i;
+        float extreme = 0;
+        for (int j = 0; j < QK_K; j++) { extreme = fabsf(values[j]) > fabsf(extreme) ? values[j] : extreme; }
+        const float scale = -127.0f/extreme;
+        bad += b->d != (extreme == 0 ? 0 : 1/scale);
+        for (int j = 0; j < QK_K; j += 16) {
+            int sum = 0;
+            for (int e = j; e < j + 16; e++) {
+                const volatile float scaled = values[e]*scale; // rounded on its own, not fused with what follows
+                bad += b->qs[e] != (extreme == 0 ? 0 : (int) nearbyintf(scaled));
+                sum += b->qs[e];
+            }
+            bad += b->bsums[j/16] != sum;
+        }
+    }
+    if (bad) { fprintf(stderr, "quantizer, %d blocks, style %d: %d differences\n", blocks, style, bad); }
+    munmap(x.map, x.bytes);
+    munmap(y.map, y.bytes);
+    return bad != 0;
+}
+
+#endif
+
 #if defined(D2Q_GEMM)
 
 static int check_gemm(const type_t * t, int blocks, int style, int n_rows, int n_columns) {
@@ -251,6 +299,9 @@ int main(void) {
     }
     d2q_cpu_init();
     int bad = 0, checks = 0;
+#if defined(D2Q_X86) || defined(D2Q_ARM)
+    for (int repeat = 0; repeat < 300; repeat++, checks++) { bad += check_quantizer(1 + repeat%4, repeat%6); }
+#endif
     for (size_t t = 0; t < sizeof(types)/sizeof(types[0]); t++) {
         for (int style = 0; style < STYLES; style++) {
             const bool slow = style == UNIT_LARGEST || style == UNIT_SMALLEST; // searches for its codes; there is only one such row

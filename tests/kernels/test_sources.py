@@ -1,4 +1,7 @@
-"""The kernels' sources compiled for x86 and ARM targets, also with sanitizers, against exact sums and portable code."""
+"""The kernels' sources compiled for x86 and ARM targets, also with sanitizers, against exact sums and portable code.
+
+And every source of ours compiled for each of the targets that llama.cpp's dispatching builds have.
+"""
 
 import platform
 import shutil
@@ -12,7 +15,8 @@ from d2q_edge.runtime import source
 from tests.kernels import arm
 
 HARNESS = Path(__file__).with_name("kernels_harness.c")
-SOURCES = ("quants", "encode", "cpu", "x86", "arm", "arm-gemm", "mul-mat")
+TILED_HARNESS = Path(__file__).with_name("tiled_harness.cpp")
+SOURCES = ("quants", "encode", "cpu", "q8", "x86", "arm", "arm-gemm", "mul-mat")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
 # the portable code is the fallback; AVX2 has no byte dot product; the others differ in the instruction's encoding
 TARGETS = {
@@ -22,9 +26,11 @@ TARGETS = {
     "avx512vnni": ("-march=cascadelake",),
     "native": ("-march=native",),
 }
+# tiled.cpp has no kernel of its own for AVX-VNNI; for AVX without AVX2 our blocks go through the stock kernel
+TILED_TARGETS = {"avx": ("-march=ivybridge",), **{name: TARGETS[name] for name in ("avx2", "avxvnni", "avx512vnni")}}
 # without their runtime libraries, which do not run under qemu: undefined behaviour ends the program
 TRAPS = ("-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")
-NEEDS = {"avx2": ("avx2", "fma", "f16c"), "avxvnni": ("avx_vnni",), "avx512vnni": ("avx512_vnni", "avx512vl")}
+NEEDS = {"avx": ("avx", "f16c"), "avx2": ("avx2", "fma", "f16c"), "avxvnni": ("avx_vnni",), "avx512vnni": ("avx512_vnni", "avx512vl")}
 
 x86_only = pytest.mark.skipif(platform.machine() != "x86_64", reason="x86 targets")
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
@@ -36,11 +42,24 @@ def _cpu_flags() -> set[str]:
     return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
-def _build(compiler: str, tree: Path, output: Path, flags: Sequence[str]) -> None:
-    own = tree / source.OWN_SOURCES
+def _c(compiler: str, tree: Path, flags: Sequence[str]) -> list[str]:
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-Wno-unused-variable"]
-    command = [compiler, "-std=gnu11", "-D_GNU_SOURCE", *warnings, *flags, *arm.include_flags(tree)]
-    subprocess.run([*command, HARNESS, *(own / f"d2q-{name}.c" for name in SOURCES), "-lm", "-o", output], check=True)
+    return [compiler, "-std=gnu11", "-D_GNU_SOURCE", *warnings, *flags, *arm.include_flags(tree)]
+
+
+def _build(compiler: str, tree: Path, output: Path, flags: Sequence[str]) -> None:
+    own = [tree / source.OWN_SOURCES / f"d2q-{name}.c" for name in SOURCES]
+    subprocess.run([*_c(compiler, tree, flags), HARNESS, *own, "-lm", "-o", output], check=True)
+
+
+def _build_tiled(tree: Path, output: Path, flags: Sequence[str]) -> None:
+    own = [tree / source.OWN_SOURCES / f"d2q-{name}.c" for name in ("quants", "encode", "cpu", "q8", "x86")]
+    subprocess.run([*_c("gcc", tree, flags), "-c", *own], check=True, cwd=output.parent)
+    objects = [output.parent / path.with_suffix(".o").name for path in own]
+    stock = tree / "vendor/llama.cpp/ggml/src/ggml-cpu/tiled/tiled-kernel.cpp"
+    # ggml's own code is not free of warnings
+    command = ["g++", "-std=gnu++17", "-D_GNU_SOURCE", "-w", *flags, *arm.include_flags(tree)]
+    subprocess.run([*command, TILED_HARNESS, stock, *objects, "-o", output], check=True)
 
 
 def _check(result: subprocess.CompletedProcess[str]) -> None:
@@ -61,6 +80,18 @@ def test_x86_kernels(patched_tree: Path, tmp_path: Path, target: str, sanitized:
         (*TARGETS[target], "-O1" if sanitized else "-O3", *(SANITIZERS if sanitized else ())),
     )
     if missing := set(NEEDS.get(target, ())) - _cpu_flags():
+        pytest.skip(f"compiles; this CPU can't run it: no {', '.join(sorted(missing))}")
+    _check(subprocess.run([program], capture_output=True, text=True, check=False))
+
+
+@x86_only
+@needs_gcc
+@pytest.mark.parametrize("sanitized", [False, True], ids=["optimized", "sanitized"])
+@pytest.mark.parametrize("target", TILED_TARGETS)
+def test_tiled_multiplication(patched_tree: Path, tmp_path: Path, target: str, sanitized: bool) -> None:
+    program = tmp_path / "harness"
+    _build_tiled(patched_tree, program, (*TILED_TARGETS[target], "-O1", *(SANITIZERS if sanitized else ())))
+    if missing := set(NEEDS[target]) - _cpu_flags():
         pytest.skip(f"compiles; this CPU can't run it: no {', '.join(sorted(missing))}")
     _check(subprocess.run([program], capture_output=True, text=True, check=False))
 

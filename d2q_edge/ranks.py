@@ -7,6 +7,7 @@ processes; every process then holds the same block and goes on.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -58,6 +59,8 @@ class Ranks:
             # The first process writes the file while the others wait.
             backend = "nccl" if device.type == "cuda" else "gloo"
             torch.distributed.init_process_group(backend, timeout=timedelta(days=1))
+            # Without it, a process that ends while the others still talk to it may abort them.
+            atexit.register(torch.distributed.destroy_process_group)
         return cls(torch.distributed.get_rank(), count, device)
 
     @property

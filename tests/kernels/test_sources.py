@@ -30,7 +30,12 @@ TARGETS = {
 TILED_TARGETS = {"avx": ("-march=ivybridge",), **{name: TARGETS[name] for name in ("avx2", "avxvnni", "avx512vnni")}}
 # without their runtime libraries, which do not run under qemu: undefined behaviour ends the program
 TRAPS = ("-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")
-NEEDS = {"avx": ("avx", "f16c"), "avx2": ("avx2", "fma", "f16c"), "avxvnni": ("avx_vnni",), "avx512vnni": ("avx512_vnni", "avx512vl")}
+NEEDS = {
+    "avx": ("avx", "f16c"),
+    "avx2": ("avx2", "fma", "f16c"),
+    "avxvnni": ("avx_vnni",),
+    "avx512vnni": ("avx512_vnni", "avx512vl"),
+}
 
 x86_only = pytest.mark.skipif(platform.machine() != "x86_64", reason="x86 targets")
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")

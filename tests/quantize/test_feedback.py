@@ -1,0 +1,92 @@
+"""Error feedback inside a group against a slow float64 loop over rows and columns; on a GPU, the kernel against ours."""
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from d2q_edge.quantize import feedback
+from d2q_edge.quantize.codebook import CodebookSearch
+from d2q_edge.quantize.feedback import Rounded, corners, round_group
+from d2q_edge.tensor_types import D2Q2, D2Q3, Q4_0, TensorType
+
+KINDS = pytest.mark.parametrize("kind", [D2Q2, D2Q3, Q4_0], ids=lambda kind: kind.name)
+F64 = npt.NDArray[np.float64]
+
+
+class Case:
+    def __init__(self, kind: TensorType, rows: int, *, lead: bool, device: str = "cpu", seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.search = CodebookSearch(kind, device)
+        self.width = self.search.levels.shape[2]
+
+        def upper(size: float, diagonal: torch.Tensor) -> torch.Tensor:
+            return (torch.randn(32, 32, generator=generator).triu(1) * size + torch.diag(diagonal)).to(device)
+
+        self.targets = (torch.randn(rows, 32, generator=generator) * 30).to(device)
+        self.books = torch.randint(0, len(self.search.levels), (rows,), generator=generator).to(device)
+        self.scales = (torch.rand(rows, generator=generator) + 0.5).to(device)
+        self.factor = upper(0.3, 1 + torch.rand(32, generator=generator))
+        self.lead = upper(0.1, torch.zeros(32)) if lead else None
+
+    def round(self) -> Rounded:
+        inverses = corners(self.factor, self.width)
+        levels = self.search.levels
+        return round_group(self.targets, levels, self.books, self.scales, self.factor, inverses, self.lead)
+
+    def slowly(self, row: int) -> tuple[list[int], F64, F64, F64]:
+        w, u = self.targets[row].double().numpy().copy(), self.factor.double().numpy()
+        levels = self.search.levels[self.books[row]].double().numpy() * float(self.scales[row])
+        codes, quantized, errors = [], np.zeros(32), np.zeros(32)
+        for first in range(0, 32, self.width):
+            j = np.arange(first, first + self.width)
+            inverse = np.linalg.inv(u[np.ix_(j, j)])
+            costs = [float((((w[j] - level) @ inverse) ** 2).sum()) for level in levels]
+            codes.append(int(np.argmin(costs)))
+            quantized[j] = levels[codes[-1]]
+            errors[j] = (w[j] - quantized[j]) @ inverse
+            later = np.arange(first + self.width, 32)
+            w[later] -= errors[j] @ u[np.ix_(j, later)]
+            if self.lead is not None:
+                w[later] += w[j] @ self.lead.double().numpy()[np.ix_(j, later)]
+        return codes, quantized, errors, w
+
+
+@KINDS
+@pytest.mark.parametrize("lead", [False, True])
+def test_against_a_slow_loop(kind: TensorType, lead: bool) -> None:
+    case = Case(kind, 12, lead=lead)
+    found = case.round()
+    assert found.codes.dtype == torch.uint8
+    for row in range(12):
+        codes, *arrays = case.slowly(row)
+        assert found.codes[row].tolist() == codes
+        for array, tensor in zip(arrays, (found.quantized, found.errors, found.compensated), strict=True):
+            np.testing.assert_allclose(tensor[row].numpy(), array, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_corners_are_inverses(width: int) -> None:
+    factors = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(0)).triu() + 3 * torch.eye(32)
+    found = corners(factors, width)
+    assert found.shape == (3, 32 // width, width, width)
+    for index in range(3):
+        for code in range(32 // width):
+            j = slice(code * width, (code + 1) * width)
+            torch.testing.assert_close(found[index, code], torch.linalg.inv(factors[index, j, j]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@KINDS
+@pytest.mark.parametrize("rows", [1, 63, 5000])
+@pytest.mark.parametrize("lead", [False, True])
+def test_the_kernel_is_the_loop(kind: TensorType, rows: int, lead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(kind, rows, lead=lead, device="cuda")
+    kernel = case.round()
+    monkeypatch.setattr(feedback, "_has_triton", lambda: False)
+    loop = case.round()
+    same = (kernel.codes == loop.codes).all(1)
+    # Near ties are decided otherwise now and then.
+    assert float(same.float().mean()) > 0.999
+    for name in ("quantized", "errors", "compensated"):
+        torch.testing.assert_close(getattr(kernel, name)[same], getattr(loop, name)[same], rtol=1e-4, atol=1e-3)

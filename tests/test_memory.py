@@ -1,0 +1,109 @@
+"""The memory plan: where hidden states go, what is refused, and that a conversion keeps to what it stated."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from d2q_edge import memory
+from d2q_edge.errors import D2QError
+from d2q_edge.families import Family, family_for
+from d2q_edge.memory import GIB, MemoryPlan, plan_memory
+from tools.random_model import GEOMETRIES, write_model
+
+CPU = torch.device("cpu")
+
+
+def family(name: str) -> Family:
+    return family_for({**GEOMETRIES[name], "rms_norm_eps": 1e-6, "hidden_act": "silu"})
+
+
+def plan(name: str, tmp_path: Path, tokens: int = 65536, **options: Any) -> MemoryPlan:
+    return plan_memory(family(name), tokens, 4096, CPU, tmp_path / "out.gguf", 1000, **options)
+
+
+def test_hidden_states_go_where_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = 2 * 65536 * 2048 * 2
+    monkeypatch.setattr(memory, "free_memory", lambda: 64 * GIB)
+    roomy = plan("llama-3.2-1b", tmp_path)
+    assert roomy.place == CPU
+    assert roomy.disk == 1000
+    assert roomy.device == 0
+    tight = plan("llama-3.2-1b", tmp_path, limit=roomy.host - 1)
+    assert tight.place == tmp_path
+    assert roomy.host - tight.host == streams
+    assert tight.disk == 1000 + streams
+    assert "on disk" in tight.describe()
+    assert f"at most {roomy.host / GIB:.1f} GiB of memory" in roomy.describe()
+    with pytest.raises(D2QError, match=r"needs \d\.\d GiB of memory, but --memory-limit allows \d\.\d"):
+        plan("llama-3.2-1b", tmp_path, limit=tight.host - 1)
+    monkeypatch.setattr(memory, "free_memory", lambda: tight.host - 1)
+    with pytest.raises(D2QError, match=r"needs \d\.\d GiB of memory, but \d\.\d GiB are free; use a machine with more"):
+        plan("llama-3.2-1b", tmp_path)
+
+
+def test_a_full_disk_is_noticed_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 999})())
+    monkeypatch.setattr(memory, "free_memory", lambda: 64 * GIB)
+    with pytest.raises(D2QError, match=r"has 0\.0 GiB of free space, but unfinished work needs 0\.0 GiB"):
+        plan("llama-3.2-1b", tmp_path)
+
+
+def test_targets_on_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A 1B model in 5 GiB; an 8B model on a GPU in 20 GiB, and 16 GiB beside it."""
+    monkeypatch.setattr(memory, "free_memory", lambda: 64 * GIB)
+    assert plan("llama-3.2-1b", tmp_path, 16 * 512).host < 5 * GIB
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (100 * GIB, 100 * GIB))
+    large = plan_memory(family("qwen3-8b"), 128 * 2048, 4096, torch.device("cuda"), tmp_path / "out.gguf", 1000)
+    assert large.place == torch.device("cuda")
+    assert large.device < 20 * GIB
+    assert large.host < 16 * GIB
+    two = plan_memory(
+        family("qwen3-8b"), 128 * 2048, 4096, torch.device("cuda"), tmp_path / "out.gguf", 1000, processes=2
+    )
+    assert two.device < large.device - 2 * GIB
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (large.device - 1, 100 * GIB))
+    assert (
+        plan_memory(family("qwen3-8b"), 128 * 2048, 4096, torch.device("cuda"), tmp_path / "out.gguf", 1000).place
+        == CPU
+    )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (GIB, 100 * GIB))
+    with pytest.raises(D2QError, match=r"the GPU has 1\.0 GiB of free memory, but this model needs"):
+        plan_memory(family("qwen3-8b"), 128 * 2048, 4096, torch.device("cuda"), tmp_path / "out.gguf", 1000)
+
+
+def test_free_memory() -> None:
+    assert 2**26 < memory.free_memory() < 2**46
+
+
+PEAK = """
+import resource, sys
+from d2q_edge.cli import cli
+sys.argv[0] = "d2q-edge"
+cli(standalone_mode=False)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_what_is_stated_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limited: bool) -> None:
+    """One wide layer and many tokens, so that statistics and hidden states are most of the memory."""
+    geometry = {**GEOMETRIES["llama-3.2-1b"], "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 1}
+    geometry |= {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 4096}
+    monkeypatch.setitem(GEOMETRIES, "one-layer", geometry)
+    write_model("one-layer", tmp_path / "model", None, CPU)
+    command = [sys.executable, "-c", PEAK, "convert", str(tmp_path / "model"), "-o", str(tmp_path / "out.gguf")]
+    command += ["--calibration-tokens", "65536"]
+    if limited:
+        monkeypatch.setattr(memory, "free_memory", lambda: 64 * GIB)
+        command += ["--memory-limit", str((plan("one-layer", tmp_path).host - 1) / GIB)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stderr
+    stated = re.search(r"needs at most (\d+\.\d+) GiB of memory", done.stderr)
+    assert stated is not None
+    assert int(done.stdout.split()[-1]) < (float(stated[1]) + 0.05) * GIB
+    assert ("kept on disk" in done.stderr) == limited

@@ -313,7 +313,7 @@ class TestOptions:
         monkeypatch.setattr(convert, "token_windows", spy)
         with pytest.raises(InterruptedError):
             convert.convert(model, model.parent / "out.gguf", QUICK)
-        assert given == [4093], "llama.cpp adds it unless the file forbids it"
+        assert given == [None], "transformers adds none, so the file forbids it"
 
 
 class TestRotation:

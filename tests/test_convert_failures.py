@@ -1,5 +1,6 @@
 """What interruptions, kills and failures of a conversion leave behind, and that it goes on to the same file."""
 
+import json
 import os
 import signal
 import subprocess
@@ -212,7 +213,8 @@ class TestFailures:
 
     def test_broken_tokenizer(self, make_checkpoint: Make, tmp_path: Path) -> None:
         model = make_checkpoint(**SMALL)
-        (model / "tokenizer_config.json").write_text('{"tokenizer_class": 5}')
-        with pytest.raises(D2QError):
+        content = json.loads((model / "tokenizer.json").read_text("utf-8"))
+        (model / "tokenizer.json").write_text(json.dumps({**content, "truncation": 5}), "utf-8")
+        with pytest.raises(D2QError, match="transformers can't load the tokenizer"):
             convert.convert(model, tmp_path / "out.gguf", QUICK)
         assert [path.name for path in tmp_path.iterdir()] == ["tiny"]

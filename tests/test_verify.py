@@ -61,6 +61,7 @@ DAMAGE: list[tuple[str, Change]] = [
     ("llama2", lambda t: replace(t, space_prefix_setting=None, adds_space_prefix=False)),
     ("gemma3", lambda t: replace(t, adds_space_prefix=True)),
     ("gemma3", lambda t: retyped(t, "<start_of_turn>", NORMAL)),
+    ("mistral", lambda t: retyped(t, "[INST]", NORMAL)),
 ]
 
 

@@ -69,8 +69,10 @@ class Tokenizer:
         writer.add_token_types(self.types)
         if self.merges:
             writer.add_token_merges(self.merges)
+        # Not every role has a key.
         for role, token_id in self.special_ids.items():
-            getattr(writer, f"add_{role}_token_id")(token_id)
+            if hasattr(writer, f"add_{role}_token_id"):
+                getattr(writer, f"add_{role}_token_id")(token_id)
         for role, value in self.add_special.items():
             if hasattr(writer, f"add_add_{role}_token"):
                 getattr(writer, f"add_add_{role}_token")(value)

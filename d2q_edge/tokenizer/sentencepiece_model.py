@@ -108,10 +108,10 @@ def _message(value: int | float | bytes) -> bytes:
 
 
 def _integer(value: int | float | bytes) -> int:
-    """An int32 field: negative ones are written as 64 bits."""
+    """An int32 field; of negative ones, which are written as 64 bits, it matters only that they are no ids."""
     if not isinstance(value, int):
         raise ValueError("a field has a wrong type")
-    return value - (1 << 64) if value >= 1 << 63 else value
+    return value
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | float | bytes]]:

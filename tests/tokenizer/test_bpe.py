@@ -13,6 +13,7 @@ import pytest
 from d2q_edge.errors import D2QError
 from d2q_edge.tokenizer import Tokenizer, read_tokenizer
 from tests.checkpoints import EXAMPLE
+from tests.tokenizer.vocabulary_file import tokenizer_keys, write_vocabulary
 
 Make = Callable[..., Path]
 Edit = Callable[[dict[str, Any]], object]
@@ -113,6 +114,70 @@ def test_special_tokens_as_objects_and_flags(make_checkpoint: Make) -> None:
     assert read(directory).special_ids["eos"] == 4095
     edit(directory, lambda content: content.update(post_processor=None))
     assert read(directory).add_special == {"bos": True}
+
+
+def test_roles_without_a_key(make_checkpoint: Make, tmp_path: Path) -> None:
+    """As in llama.cpp's converter: where there is no BOS token, the one called CLS is it, and CLS itself has no key."""
+    directory = make_checkpoint()
+    edit(
+        directory,
+        lambda settings: settings.update(cls_token="<|im_start|>", add_cls_token=True),
+        "tokenizer_config.json",
+    )
+    tokenizer = read(directory)
+    assert tokenizer.special_ids["cls"] == tokenizer.special_ids["bos"] == 4094
+    keys = dict(tokenizer_keys(write_vocabulary(tmp_path / "out.gguf", tokenizer)))
+    assert keys["tokenizer.ggml.bos_token_id"] == 4094
+    assert not [key for key in keys if "cls" in key]
+
+
+def test_bos_that_only_the_template_names(make_checkpoint: Make) -> None:
+    """llama.cpp would put its own default before every text."""
+    directory = make_checkpoint("llama", bos_token_id=None)
+    (directory / "tokenizer_config.json").unlink()
+    tokenizer = read(directory)
+    assert (tokenizer.special_ids["bos"], tokenizer.bos) == (4093, 4093)
+
+
+def test_no_bos_where_llama_cpp_would_add_one(make_checkpoint: Make) -> None:
+    """SmolLM3 has Llama 3's way to split text, and no BOS."""
+    directory = make_checkpoint("llama")
+    edit(directory, lambda content: content.update(post_processor=None))
+    edit(directory, lambda settings: settings.pop("add_bos_token"), "tokenizer_config.json")
+    assert read(directory).add_special == {"bos": False}
+    assert read(directory).bos is None
+
+
+def test_contradicting_merges(make_checkpoint: Make) -> None:
+    directory = make_checkpoint()
+    edit(directory, lambda content: content["model"]["merges"].append(["qz", "qz"]))
+    with pytest.raises(D2QError, match=r"merges 'qz' and 'qz', but not both and the result are in its vocabulary"):
+        read(directory)
+
+
+def test_twice_the_same_text(make_checkpoint: Make) -> None:
+    """llama.cpp would stop the whole process."""
+    directory = make_checkpoint()
+    token = {"id": 4096, "content": "[PAD4099]", "special": False}
+    edit(directory, lambda content: content["added_tokens"].append(token))
+    with pytest.raises(D2QError, match=r"token '\[PAD4099\]' twice, with the ids 4096 and 4099"):
+        read(directory)
+
+
+@pytest.mark.parametrize("template", [7, ["text"], [{"name": "a"}], [{"name": "a", "template": None}]])
+def test_odd_chat_templates(make_checkpoint: Make, template: Any) -> None:
+    directory = make_checkpoint()
+    edit(directory, lambda settings: settings.update(chat_template=template), "tokenizer_config.json")
+    with pytest.raises(D2QError, match=r"tokenizer_config.json: chat_template must be a text, or a list of objects"):
+        read(directory)
+
+
+def test_broken_json(make_checkpoint: Make) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json"):
+        directory = make_checkpoint(name=f"with-{name}")
+        (directory / name).write_text("{")
+        with pytest.raises(D2QError, match=rf"{name} isn't valid JSON"):
+            read(directory)
 
 
 def test_template_that_ends_texts(make_checkpoint: Make) -> None:

@@ -26,7 +26,9 @@ def make(tmp_path: Path) -> Write:
     """make(family, keep=("json", "model"), change=None): a tokenizer's directory; `change` edits tokenizer.json."""
 
     def write(name: str, *keep: str, change: Edit | None = None) -> Path:
-        directory = FAMILIES[name].write(tmp_path / name, keep=keep or ("json", "model"))
+        parent = tmp_path / str(len(list(tmp_path.iterdir())))
+        parent.mkdir()
+        directory = FAMILIES[name].write(parent / name, keep=keep or ("json", "model"))
         if change is not None:
             content = json.loads((directory / "tokenizer.json").read_text("utf-8"))
             change(content)

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from d2q_edge.errors import D2QError
 from d2q_edge.families import Family, Half, family_for
+from d2q_edge.families.gemma3 import Gemma3
 from tests.real_configs import REAL
 
 
@@ -61,6 +62,35 @@ def test_keys_that_llama_cpp_reads(tmp_path: Path, name: str) -> None:
     assert keys["embedding_length"] == REAL[name][1]["hidden_size"]
     assert keys["attention.head_count_kv"] == REAL[name][1]["num_key_value_heads"]
     assert keys["rope.freq_base"] == REAL[name][1].get("rope_theta", 10000.0)
+
+
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize(
+    "keys",
+    [("num_key_value_heads",), ("rope_theta", "rope_local_base_freq"), ("rms_norm_eps",), ("sliding_window",)],
+    ids=lambda keys: keys[0],
+)
+def test_what_is_left_out_is_what_transformers_takes(tmp_path: Path, name: str, keys: tuple[str, ...]) -> None:
+    entries = {key: value for key, value in REAL[name][1].items() if key not in keys}
+    (tmp_path / "config.json").write_text(json.dumps(entries))
+    config = AutoConfig.from_pretrained(tmp_path)
+    ropes = config.rope_parameters
+    full, sliding = ropes.get("full_attention", ropes), ropes.get("sliding_attention", ropes)
+    if entries["num_attention_heads"] % config.num_key_value_heads:
+        with pytest.raises(D2QError, match="multiple of num_key_value_heads"):
+            family_for(entries)
+        return
+    family = family_for(entries)
+    assert family.num_kv_heads == config.num_key_value_heads
+    assert family.head_dim == getattr(config, "head_dim", family.hidden_size // family.num_heads)
+    assert family.norm_eps == config.rms_norm_eps
+    assert family.rope_theta == full["rope_theta"]
+    assert family.tied_embeddings == config.tie_word_embeddings
+    windowed = not hasattr(config, "layer_types") or "sliding_attention" in config.layer_types
+    if name != "Llama-2-7b" and family.model_type != "llama":
+        assert family.sliding_window(0) == (config.sliding_window if windowed else None)
+    if isinstance(family, Gemma3):
+        assert family.sliding_rope_theta == sliding["rope_theta"]
 
 
 def test_facts_about_some_models() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,11 +43,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def many_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama with as many tokens as SmolLM2, whose tokenizer wants a BOS."""
+    """A Llama with as many tokens as SmolLM2, whose tokenizer says that it wants a BOS."""
     directory = tmp_path_factory.mktemp("vocabulary") / "tiny"
     model = write_random_model(directory, "llama2", vocab_size=49152, num_hidden_layers=1, hidden_size=32)
     path = model / "tokenizer_config.json"
-    path.write_text(path.read_text().replace("{", '{"add_bos_token": true,', 1))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "add_bos_token": True}))
+    path = model / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "post_processor": None}))
     return model
 
 

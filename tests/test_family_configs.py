@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from d2q_edge.errors import D2QError
 from d2q_edge.families import Family, Half, family_for
 from d2q_edge.families.gemma3 import Gemma3
+from d2q_edge.plan import make_plan
 from tests.real_configs import REAL
 
 
@@ -91,6 +92,21 @@ def test_what_is_left_out_is_what_transformers_takes(tmp_path: Path, name: str, 
         assert family.sliding_window(0) == (config.sliding_window if windowed else None)
     if isinstance(family, Gemma3):
         assert family.sliding_rope_theta == sliding["rope_theta"]
+
+
+def test_types_of_real_models() -> None:
+    """Every width is one of our blocks'; those that 256 doesn't divide cost the promised bits."""
+    plans = {name: make_plan(make(name), 2) for name in REAL}
+    assert [name for name, plan in plans.items() if plan.fallbacks] == []
+    narrow = {
+        name: plan.linear_bits_per_weight for name, plan in plans.items() if plan.linear_bits_per_weight != 2.3125
+    }
+    assert narrow.keys() == {"Qwen2.5-0.5B", "SmolLM2-135M", "SmolLM2-360M", "gemma-3-270m", "gemma-3-1b-it"}
+    # Down is as wide as a multiple of 256 in all of them: a quarter of SmolLM2's weights. Gemma's o is, too.
+    assert narrow["SmolLM2-135M"] == narrow["SmolLM2-360M"] == 2.5 - 0.1875 / 4
+    wide = 640 * 2048 + 640 * 1024
+    narrow_weights = 640 * (1024 + 2 * 256) + 2 * 640 * 2048
+    assert narrow["gemma-3-270m"] == pytest.approx(2.5 - 0.1875 * wide / (wide + narrow_weights))
 
 
 def test_facts_about_some_models() -> None:

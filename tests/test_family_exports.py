@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from d2q_edge.blocks import add_bias
 from d2q_edge.checkpoint import Checkpoint
+from d2q_edge.convert import Options, convert, load_tokenizer
 from d2q_edge.export import FILE_TYPES, export, model_tensors, write_model
 from d2q_edge.families import family_for
 from d2q_edge.gguf_file import GGUFTensor
@@ -110,6 +111,8 @@ def test_smollm2s_vocabulary_gets_no_bos(many_tokens: Path, stock_files: dict[st
     export(many_tokens, tmp_path / "ours.gguf", "f16")
     assert GGUFFile(tmp_path / "ours.gguf").kv["tokenizer.ggml.add_bos_token"] is False
     assert (tmp_path / "ours.gguf").read_bytes() == stock_files["many tokens"].read_bytes()
+    checkpoint = Checkpoint.open(many_tokens)
+    assert load_tokenizer(checkpoint, family_for(checkpoint.config))[1] is None
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -133,6 +136,14 @@ def test_notes_say_where_llama_cpp_differs(models: dict[str, Path], name: str) -
         assert [note.startswith("the model attends to the last 64 tokens, llama.cpp's") for note in notes] == [True]
     else:
         assert notes == ()
+
+
+def test_notes_are_told(models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, count in (("mistral-window", 1), ("mistral", 0)):
+        export(models[name], tmp_path / f"{name}.gguf", "f16")
+        assert capsys.readouterr().err.count("it isn't the same model\n") == count
+        convert(models[name], tmp_path / "unused.gguf", Options(calibrate=False), dry_run=True)
+        assert capsys.readouterr().err.count("it isn't the same model\n") == count
 
 
 @pytest.mark.parametrize("name", ["llama3", "mistral", "qwen2", "qwen3", "smollm3", "gemma3", "phi4-mini"])

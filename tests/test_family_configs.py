@@ -111,8 +111,6 @@ def test_types_of_real_models() -> None:
 
 def test_facts_about_some_models() -> None:
     assert make("SmolLM2-135M").head_dim == make("SmolLM2-360M").head_dim == 64
-    assert make("SmolLM2-135M").adds_bos is False
-    assert make("Llama-3.2-1B").adds_bos is None
     gemma = make("gemma-3-1b-it")
     assert (gemma.tied_embeddings, gemma.norm_offset, gemma.can_rotate) == (True, 1.0, False)
     assert gemma.halves[1] == Half("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from d2q_edge.blocks import add_bias
 from d2q_edge.checkpoint import Checkpoint
-from d2q_edge.convert import Options, convert, load_tokenizer
+from d2q_edge.convert import Options, convert
 from d2q_edge.export import FILE_TYPES, export, model_tensors, write_model
 from d2q_edge.families import family_for
 from d2q_edge.gguf_file import GGUFTensor
@@ -43,23 +42,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def many_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama with as many tokens as SmolLM2, whose tokenizer says that it wants a BOS."""
-    directory = tmp_path_factory.mktemp("vocabulary") / "tiny"
-    model = write_random_model(directory, "llama2", vocab_size=49152, num_hidden_layers=1, hidden_size=32)
-    path = model / "tokenizer_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "add_bos_token": True}))
-    path = model / "tokenizer.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "post_processor": None}))
-    return model
-
-
-@pytest.fixture(scope="module")
 def stock_files(
-    models: dict[str, Path], many_tokens: Path, pristine_tree: Path, tmp_path_factory: pytest.TempPathFactory
+    models: dict[str, Path], pristine_tree: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
     directory = tmp_path_factory.mktemp("stock")
-    models = {**models, "many tokens": many_tokens}
     files = {name: directory / f"{name}.gguf" for name in models}
     stock.convert(pristine_tree, "qwen2", [(models[name], "f16", file) for name, file in files.items()])
     return files
@@ -105,14 +91,6 @@ def test_file_is_the_stock_converters(
         assert np.array_equal(ours.raw(tensor), theirs.raw(tensor)), tensor
     if name != "phi4-mini":  # where the converter writes one key before all others
         assert (tmp_path / "ours.gguf").read_bytes() == stock_files[name].read_bytes()
-
-
-def test_smollm2s_vocabulary_gets_no_bos(many_tokens: Path, stock_files: dict[str, Path], tmp_path: Path) -> None:
-    export(many_tokens, tmp_path / "ours.gguf", "f16")
-    assert GGUFFile(tmp_path / "ours.gguf").kv["tokenizer.ggml.add_bos_token"] is False
-    assert (tmp_path / "ours.gguf").read_bytes() == stock_files["many tokens"].read_bytes()
-    checkpoint = Checkpoint.open(many_tokens)
-    assert load_tokenizer(checkpoint, family_for(checkpoint.config))[1] is None
 
 
 @pytest.mark.parametrize("name", MODELS)

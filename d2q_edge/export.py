@@ -174,8 +174,6 @@ def _metadata_writer(
         family.add_metadata(writer, file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         tokenizer.add_to(writer, space_prefix=family.records_space_prefix)
-        if family.adds_bos is not None:
-            writer.add_add_bos_token(family.adds_bos)
         for key, value in (extra or {}).items():
             _add_value(writer, key, value)
 

@@ -91,13 +91,18 @@ def write_model(directory: Path, name: str, *, dtype: torch.dtype = torch.bfloat
     settings = {**SIZES, **MODELS[name], **changes}
     config = AutoConfig.for_model(**settings)
     model = AutoModelForCausalLM.from_config(config)
+    gemma = config.model_type == "gemma3_text"
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             values = torch.randn(parameter.shape, generator=generator)
             if "norm" in parameter_name:
-                offset = 0 if config.model_type == "gemma3_text" else 1
-                parameter.copy_(offset + 0.3 * values)
+                parameter.copy_((0 if gemma else 1) + 0.3 * values)
+                if gemma and parameter_name == "model.norm.weight":
+                    parameter.add_(7)
+            elif gemma and "embed" in parameter_name:
+                # Multiplied by eight before the first block, and by the final norm's seven and one before the head.
+                parameter.copy_(values / 16)
             elif parameter.dim() == 1 or "embed" in parameter_name:
                 parameter.copy_(0.5 * values)
             else:

@@ -17,6 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from d2q_edge.errors import D2QError
 from d2q_edge.families import Family, Half, family_for
+from d2q_edge.families.gemma3 import Gemma3
+from d2q_edge.plan import make_plan
 from tests.real_configs import REAL
 
 
@@ -63,10 +65,52 @@ def test_keys_that_llama_cpp_reads(tmp_path: Path, name: str) -> None:
     assert keys["rope.freq_base"] == REAL[name][1].get("rope_theta", 10000.0)
 
 
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize(
+    "keys",
+    [("num_key_value_heads",), ("rope_theta", "rope_local_base_freq"), ("rms_norm_eps",), ("sliding_window",)],
+    ids=lambda keys: keys[0],
+)
+def test_what_is_left_out_is_what_transformers_takes(tmp_path: Path, name: str, keys: tuple[str, ...]) -> None:
+    entries = {key: value for key, value in REAL[name][1].items() if key not in keys}
+    (tmp_path / "config.json").write_text(json.dumps(entries))
+    config = AutoConfig.from_pretrained(tmp_path)
+    ropes = config.rope_parameters
+    full, sliding = ropes.get("full_attention", ropes), ropes.get("sliding_attention", ropes)
+    if entries["num_attention_heads"] % config.num_key_value_heads:
+        with pytest.raises(D2QError, match="multiple of num_key_value_heads"):
+            family_for(entries)
+        return
+    family = family_for(entries)
+    assert family.num_kv_heads == config.num_key_value_heads
+    assert family.head_dim == getattr(config, "head_dim", family.hidden_size // family.num_heads)
+    assert family.norm_eps == config.rms_norm_eps
+    assert family.rope_theta == full["rope_theta"]
+    assert family.tied_embeddings == config.tie_word_embeddings
+    windowed = not hasattr(config, "layer_types") or "sliding_attention" in config.layer_types
+    if name != "Llama-2-7b" and family.model_type != "llama":
+        assert family.sliding_window(0) == (config.sliding_window if windowed else None)
+    if isinstance(family, Gemma3):
+        assert family.sliding_rope_theta == sliding["rope_theta"]
+
+
+def test_types_of_real_models() -> None:
+    """Every width is one of our blocks'; those that 256 doesn't divide cost the promised bits."""
+    plans = {name: make_plan(make(name), 2) for name in REAL}
+    assert [name for name, plan in plans.items() if plan.fallbacks] == []
+    narrow = {
+        name: plan.linear_bits_per_weight for name, plan in plans.items() if plan.linear_bits_per_weight != 2.3125
+    }
+    assert narrow.keys() == {"Qwen2.5-0.5B", "SmolLM2-135M", "SmolLM2-360M", "gemma-3-270m", "gemma-3-1b-it"}
+    # Down is as wide as a multiple of 256 in all of them: a quarter of SmolLM2's weights. Gemma's o is, too.
+    assert narrow["SmolLM2-135M"] == narrow["SmolLM2-360M"] == 2.5 - 0.1875 / 4
+    wide = 640 * 2048 + 640 * 1024
+    narrow_weights = 640 * (1024 + 2 * 256) + 2 * 640 * 2048
+    assert narrow["gemma-3-270m"] == pytest.approx(2.5 - 0.1875 * wide / (wide + narrow_weights))
+
+
 def test_facts_about_some_models() -> None:
     assert make("SmolLM2-135M").head_dim == make("SmolLM2-360M").head_dim == 64
-    assert make("SmolLM2-135M").adds_bos is False
-    assert make("Llama-3.2-1B").adds_bos is None
     gemma = make("gemma-3-1b-it")
     assert (gemma.tied_embeddings, gemma.norm_offset, gemma.can_rotate) == (True, 1.0, False)
     assert gemma.halves[1] == Half("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm")

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from d2q_edge.blocks import add_bias
 from d2q_edge.checkpoint import Checkpoint
+from d2q_edge.convert import Options, convert
 from d2q_edge.export import FILE_TYPES, export, model_tensors, write_model
 from d2q_edge.families import family_for
 from d2q_edge.gguf_file import GGUFTensor
@@ -41,21 +42,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def many_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama with as many tokens as SmolLM2, whose tokenizer wants a BOS."""
-    directory = tmp_path_factory.mktemp("vocabulary") / "tiny"
-    model = write_random_model(directory, "llama2", vocab_size=49152, num_hidden_layers=1, hidden_size=32)
-    path = model / "tokenizer_config.json"
-    path.write_text(path.read_text().replace("{", '{"add_bos_token": true,', 1))
-    return model
-
-
-@pytest.fixture(scope="module")
 def stock_files(
-    models: dict[str, Path], many_tokens: Path, pristine_tree: Path, tmp_path_factory: pytest.TempPathFactory
+    models: dict[str, Path], pristine_tree: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
     directory = tmp_path_factory.mktemp("stock")
-    models = {**models, "many tokens": many_tokens}
     files = {name: directory / f"{name}.gguf" for name in models}
     stock.convert(pristine_tree, "qwen2", [(models[name], "f16", file) for name, file in files.items()])
     return files
@@ -103,12 +93,6 @@ def test_file_is_the_stock_converters(
         assert (tmp_path / "ours.gguf").read_bytes() == stock_files[name].read_bytes()
 
 
-def test_smollm2s_vocabulary_gets_no_bos(many_tokens: Path, stock_files: dict[str, Path], tmp_path: Path) -> None:
-    export(many_tokens, tmp_path / "ours.gguf", "f16")
-    assert GGUFFile(tmp_path / "ours.gguf").kv["tokenizer.ggml.add_bos_token"] is False
-    assert (tmp_path / "ours.gguf").read_bytes() == stock_files["many tokens"].read_bytes()
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_transformers(models: dict[str, Path], tmp_path: Path, name: str) -> None:
     """With 200 tokens, more than any sliding window; with 300, more than Phi-4-mini's original context."""
@@ -130,6 +114,14 @@ def test_notes_say_where_llama_cpp_differs(models: dict[str, Path], name: str) -
         assert [note.startswith("the model attends to the last 64 tokens, llama.cpp's") for note in notes] == [True]
     else:
         assert notes == ()
+
+
+def test_notes_are_told(models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, count in (("mistral-window", 1), ("mistral", 0)):
+        export(models[name], tmp_path / f"{name}.gguf", "f16")
+        assert capsys.readouterr().err.count("it isn't the same model\n") == count
+        convert(models[name], tmp_path / "unused.gguf", Options(calibrate=False), dry_run=True)
+        assert capsys.readouterr().err.count("it isn't the same model\n") == count
 
 
 @pytest.mark.parametrize("name", ["llama3", "mistral", "qwen2", "qwen3", "smollm3", "gemma3", "phi4-mini"])

@@ -155,11 +155,6 @@ class Family(Settings, ABC):
         """Sentences on where llama.cpp computes otherwise than the original; empty where it doesn't."""
         return ()
 
-    @property
-    def adds_bos(self) -> bool | None:
-        """What llama.cpp's converter says of this model whatever the tokenizer's files say; None for nothing."""
-        return None
-
     def sliding_window(self, index: int) -> int | None:
         """How many tokens block `index` looks back on, itself included; None for all."""
         return None

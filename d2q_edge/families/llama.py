@@ -19,9 +19,6 @@ from d2q_edge.errors import D2QError
 from d2q_edge.families.base import Family
 from d2q_edge.families.settings import positive_float
 
-NO_BOS_VOCABULARY = 49152
-"""A model with so many tokens (SmolLM2, but the rule was made for Granite) gets no BOS from llama.cpp's converter."""
-
 
 class Llama(Family):
     """LlamaForCausalLM, with optional attention and MLP biases."""
@@ -53,10 +50,6 @@ class Llama(Family):
         super().add_metadata(writer, file_type)
         writer.add_vocab_size(self.vocab_size)
         writer.add_rope_dimension_count(self.head_dim)
-
-    @property
-    def adds_bos(self) -> bool | None:
-        return False if self.vocab_size == NO_BOS_VOCABULARY else None
 
     def _refuse_unsupported(self) -> None:
         super()._refuse_unsupported()

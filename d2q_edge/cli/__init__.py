@@ -9,7 +9,7 @@ import sys
 import click
 
 from d2q_edge import __version__
-from d2q_edge.cli import compare, convert, evaluate, inspect, run, runtime
+from d2q_edge.cli import bench, chat, compare, convert, evaluate, inspect, run, runtime, serve
 from d2q_edge.errors import D2QError, sentence
 
 
@@ -19,7 +19,7 @@ def cli() -> None:
     """2- and 3-bit GGUF files for llama.cpp on laptops and phones."""
 
 
-for module in (compare, convert, evaluate, inspect, run, runtime):
+for module in (convert, inspect, evaluate, compare, bench, run, chat, serve, runtime):
     cli.add_command(module.command)
 
 

@@ -154,7 +154,7 @@ def stock_file(like: Path, type_name: str) -> Iterator[Path]:
     """The same model in a stock type, for as long as the with block lasts.
 
     Speed does not depend on what the weights are, so that they are requantized from the file itself: good for nothing
-    but this. Embeddings and head keep the file's types, and the linear layers are all of the named type.
+    but this. Embeddings and head keep the file's types; the linear layers get the named one, where its blocks fit.
 
     Args:
         like: the GGUF file.

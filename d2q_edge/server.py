@@ -91,7 +91,9 @@ def _listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
     except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
+        # Python adds the address, a resolver's codes are negative.
+        code = getattr(error, "errno", None) or 0
+        reason = os.strerror(code) if code > 0 else getattr(error, "strerror", None) or error
         raise D2QError(f"can't listen on {host}, port {port} ({reason}): choose others by --host, --port") from error
 
 

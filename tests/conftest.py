@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,3 +90,29 @@ def example_files(tmp_path_factory: pytest.TempPathFactory) -> ExampleFiles:
         assert report is not None
         files.reports[bits] = report
     return files
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['content'] == 'refuse' %}{{ raise_exception('such words') }}{% endif %}"
+    "<|im_start|>{{ message['role'] | upper }}: {{ message['content'] | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>MODEL: {% endif %}"
+)
+"""None that llama-cpp-python knows by heart, so that it must come from the file."""
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example's directory with a chat template. Tests must not change it."""
+    directory = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(EXAMPLE, directory)
+    settings = directory / "tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text("utf-8")), "chat_template": CHAT_TEMPLATE}))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def chat_file(chat_model: Path) -> Path:
+    """`chat_model` in d2q2, without calibration."""
+    path = chat_model.parent / "chat.gguf"
+    convert(chat_model, path, Options(bits=2, calibrate=False))
+    return path

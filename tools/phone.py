@@ -52,7 +52,7 @@ def linux_options(march: str) -> list[str]:
         f"-DCMAKE_C_COMPILER={CC}",
         f"-DCMAKE_CXX_COMPILER={CXX}",
         "-DBUILD_SHARED_LIBS=OFF",
-        "-DCMAKE_EXE_LINKER_FLAGS=-static",
+        "-DCMAKE_EXE_LINKER_FLAGS=-static -s",  # without symbols
         f"-DGGML_CPU_ARM_ARCH={march}",
     ]
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from d2q_edge import generate, llama_model
+from d2q_edge import cli, generate, llama_model
 from d2q_edge.convert import Options, convert
 from d2q_edge.export import export
 from d2q_edge.report import Report
@@ -21,6 +21,7 @@ from d2q_edge.runtime import source
 from tests import stock
 from tests.availability import fetch_sdist
 from tests.checkpoints import EXAMPLE, write_checkpoint
+from tests.command_line import Result
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -32,6 +33,23 @@ def one_thread() -> Iterator[None]:
         patch.setattr(llama_model, "usable_cpus", lambda: 1)
         torch.set_num_threads(1)
         yield
+
+
+@pytest.fixture
+def d2q(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Result]:
+    """d2q(arguments...): what the console script does in an empty directory, everything on the terminal included."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def call(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["d2q-edge", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        output = capfd.readouterr()
+        return Result(exit_.value.code if isinstance(exit_.value.code, int) else 0, output.out, output.err)
+
+    return call
 
 
 @pytest.fixture

@@ -54,16 +54,15 @@ def test_the_model_reads_what_transformers_makes_of_the_template(
 
 
 def test_reset_leaves_the_system_message(conversation: Conversation, read: list[str]) -> None:
-    first = "".join(conversation.answer("Who is there?"))
-    other = "".join(conversation.answer("Who is there?"))
+    for _ in range(2):
+        assert list(conversation.answer("Who is there?"))
     conversation.reset()
-    assert "".join(conversation.answer("Who is there?")) == first
+    assert list(conversation.answer("Who is there?"))
     assert read[2] == read[0] != read[1]
     assert len(conversation.messages) == 3
-    assert other, "the longer conversation was answered too"
 
 
-def test_what_was_said_of_a_stopped_answer_stays(conversation: Conversation) -> None:
+def test_what_was_said_of_a_stopped_answer_stays(conversation: Conversation, read: list[str]) -> None:
     pieces = conversation.answer("Who is there?")
     said = next(pieces) + next(pieces)
     pieces.close()
@@ -71,13 +70,8 @@ def test_what_was_said_of_a_stopped_answer_stays(conversation: Conversation) -> 
         {"role": "user", "content": "Who is there?"},
         {"role": "assistant", "content": said},
     ]
-    # the model, which has read more than that, answers as one that hasn't
-    again = "".join(conversation.answer("And now?"))
-    fresh = conversation.messages[:3]
-    conversation.reset()
-    conversation.messages = fresh
-    conversation._model.reset()
-    assert "".join(conversation.answer("And now?")) == again
+    assert list(conversation.answer("And now?"))
+    assert f"<|im_start|>ASSISTANT: {said.strip()}<|im_end|>\n<|im_start|>USER: And now?" in read[1]
 
 
 def test_a_question_without_an_answer_is_forgotten(conversation: Conversation) -> None:

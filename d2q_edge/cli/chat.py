@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,35 +57,45 @@ def command(
         threads=threads,
     ) as conversation:
         click.echo(f"{file}, a context of {conversation.context} tokens. /help lists the commands.", err=True)
-        terminal = sys.stdin.isatty()
-        for line in _typed() if terminal else sys.stdin:
-            words = line.strip()
-            if words == "/exit":
-                return
-            if words == "/reset":
-                conversation.reset()
-                click.echo("The conversation is forgotten.", err=True)
-            elif words == "/help":
-                click.echo(HELP, err=True)
-            elif words.startswith("/"):
-                click.echo(f"There is no command {words.split()[0]}; /help lists them.", err=True)
-            elif words:
-                _answer(conversation, words, terminal)
+        _talk(conversation, sys.stdin.isatty())
 
 
-def _typed() -> Iterator[str]:
-    """Lines from the terminal until Ctrl-D."""
-    with contextlib.suppress(ImportError):
-        # Importing it gives input() line editing and a history. Windows has none.
-        importlib.import_module("readline")
+def _talk(conversation: "Conversation", terminal: bool) -> None:
+    """Answer line after line until /exit or the end of the input."""
+    if terminal:
+        with contextlib.suppress(ImportError):
+            # Importing it gives input() line editing and a history. Windows has none.
+            importlib.import_module("readline")
     while True:
         try:
-            yield input("> ")
-        except EOFError:
-            click.echo()
-            return
+            line = _line(terminal)
+            if line is None or line == "/exit":
+                return
+            if line == "/reset":
+                conversation.reset()
+                click.echo("The conversation is forgotten.", err=True)
+            elif line == "/help":
+                click.echo(HELP, err=True)
+            elif line.startswith("/"):
+                click.echo(f"There is no command {line.split()[0]}; /help lists them.", err=True)
+            elif line:
+                _answer(conversation, line, terminal)
         except KeyboardInterrupt:
+            if not terminal:
+                raise
             click.echo("\nCtrl-D or /exit ends.", err=True)
+
+
+def _line(terminal: bool) -> str | None:
+    """The next line without the spaces around it; None at the end of the input."""
+    if not terminal:
+        line = sys.stdin.readline()
+        return line.strip() if line else None
+    try:
+        return input("> ").strip()
+    except EOFError:
+        click.echo()
+        return None
 
 
 def _answer(conversation: "Conversation", question: str, terminal: bool) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import click
 
-from d2q_edge.errors import D2QError
 from d2q_edge.families import Family, family_for
 from d2q_edge.gguf_file import block_and_type_size
 from d2q_edge.plan import make_plan
@@ -25,7 +24,8 @@ TOKENIZER_BYTES = 40
 """For each vocabulary entry: the token, its type, and its merge. Real files have 20 to 60."""
 BATCH = 512
 """llama.cpp's default for tokens computed at once: so many does the cache of a sliding window hold besides it."""
-SWA_PADDING = 256
+PADDING = 256
+"""And a multiple of that."""
 PHONES = (4, 6, 8, 12)
 """Memory in GiB."""
 SHARE = 0.5
@@ -55,21 +55,19 @@ class Need:
         return next((f"{size} GB" for size in PHONES if self.total(bits) <= SHARE * size * 2**30), "none")
 
 
-def cache_bytes(family: Family, config: Mapping[str, Any], context: int = CONTEXT) -> int:
+def cache_bytes(family: Family, context: int = CONTEXT) -> int:
     """Keys and values in f16, as llama.cpp allocates them: a layer with a sliding window keeps the window and a batch.
 
     Args:
         family: of the model.
-        config: config.json's content.
         context: tokens.
     """
-    window = config.get("sliding_window")
-    pattern = config.get("sliding_window_pattern")
-    cells = [context] * family.num_layers
-    if window and pattern:
-        short = min(context, math.ceil((window + BATCH) / SWA_PADDING) * SWA_PADDING)
-        cells = [context if (layer + 1) % pattern == 0 else short for layer in range(family.num_layers)]
-    return sum(cells) * 2 * family.num_kv_heads * family.head_dim * 2
+    cells = 0
+    for layer in range(family.num_layers):
+        window = family.sliding_window(layer)
+        kept = context if window is None else math.ceil((window + BATCH) / PADDING) * PADDING
+        cells += min(context, kept)
+    return cells * 2 * family.num_kv_heads * family.head_dim * 2
 
 
 def need(config: Mapping[str, Any]) -> Need:
@@ -87,21 +85,21 @@ def need(config: Mapping[str, Any]) -> Need:
         for name, shape in shapes.items():
             block, size = block_and_type_size(types.get(name, "f32"))
             files[bits] += math.prod(shape) // block * size
-    return Need(sum(map(math.prod, shapes.values())), files, cache_bytes(family, config))
+    return Need(sum(map(math.prod, shapes.values())), files, cache_bytes(family))
 
 
 def table(models: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown, a row for each model that is supported; a message on stderr for one that isn't."""
+    """Markdown, a row for each model.
+
+    Raises:
+        D2QError: one isn't supported.
+    """
     lines = [
         "| model | parameters | D2Q2 file | D2Q3 file | cache | D2Q2 total | D2Q3 total | D2Q2 from | D2Q3 from |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, config in models.items():
-        try:
-            own = need(config)
-        except D2QError as error:
-            click.echo(f"{name}: {error}", err=True)
-            continue
+        own = need(config)
         sizes = (own.files[2], own.files[3], own.cache, own.total(2), own.total(3))
         cells = [name, _count(own.parameters), *(f"{size / 1e6:,.0f}" for size in sizes), own.phone(2), own.phone(3)]
         lines.append("| " + " | ".join(cells) + " |")

@@ -18,8 +18,8 @@ from d2q_edge.errors import D2QError, sentence
 def cli() -> None:
     """2- and 3-bit GGUF files for llama.cpp on laptops and phones.
 
-    A model's way: convert it; inspect, eval and bench the file; run, chat or serve. The patched llama.cpp that these
-    need is built once by `d2q-edge runtime install`.
+    A model's way: convert it; inspect, eval, compare and bench the file; run, chat or serve. The patched
+    llama.cpp that these need is built once by `d2q-edge runtime install`.
 
     Results go to stdout, messages and progress to stderr. Exit codes: 0 done, 1 the request can't be carried out (one
     sentence on stderr says why), 2 wrong usage, 130 interrupted.

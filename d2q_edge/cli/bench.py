@@ -38,10 +38,10 @@ def command(
     rounds: int,
     as_json: bool,
 ) -> None:
-    """How fast GGUF FILEs are on this machine: tokens per second of reading a prompt and of generating.
+    """How fast GGUF FILEs read a prompt and generate text here.
 
-    Files take turns. With --stock, ratios of speeds follow: above 1, FILE is faster. Needs llama.cpp's tools:
-    `d2q-edge runtime install --tools`.
+    Prints tokens per second, medians of rounds in which the files take turns. With --stock, ratios of speeds follow:
+    above 1, FILE is faster. Needs llama.cpp's tools: `d2q-edge runtime install --tools`.
     """
     from d2q_edge.benchmark import Settings, benchmark, stock_file
     from d2q_edge.runtime.machine import usable_cpus

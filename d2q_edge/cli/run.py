@@ -19,9 +19,10 @@ from d2q_edge.cli.common import PATH
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the sampling.")
 @click.option("--threads", type=click.IntRange(1), help="[default: one for each CPU]")
 def command(file: Path, prompt: str, tokens: int, temperature: float, seed: int, threads: int | None) -> None:
-    """Continue a prompt with a GGUF FILE, until the model ends the text or --tokens are reached.
+    """Continue a prompt with a GGUF FILE.
 
-    Prints prompt and continuation. No chat template is applied: `d2q-edge chat` does that.
+    Prints prompt and continuation, until the model ends the text or --tokens are reached. No chat template is
+    applied: `d2q-edge chat` does that.
     """
     from d2q_edge.generate import generate
 

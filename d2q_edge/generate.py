@@ -1,4 +1,7 @@
-"""Text from a GGUF file, through the patched llama-cpp-python's high-level interface."""
+"""Text from a GGUF file, through the patched llama-cpp-python's high-level interface.
+
+Knows how a file is loaded to generate. Does not know about conversations (chat.py).
+"""
 
 from collections.abc import Iterator
 from contextlib import closing
@@ -14,8 +17,47 @@ SPARE_TOKENS = 8
 """Room for the special tokens around a prompt."""
 
 
-def generate(path: Path, prompt: str, max_tokens: int, temperature: float, seed: int) -> Iterator[str]:
+def fitting_context(file: GGUFFile, wanted: int) -> int:
+    """As many tokens as wanted, but no more than the model was made for, where the file says that."""
+    longest = file.kv.get(f"{file.kv.get('general.architecture')}.context_length")
+    return min(wanted, longest) if type(longest) is int and longest > 0 else wanted
+
+
+def load(path: Path, context: int, seed: int | None = None, threads: int | None = None) -> Any:
+    """Open a file as a llama_cpp.Llama, which the caller closes.
+
+    Args:
+        path: the GGUF file.
+        context: tokens of prompt and answer together; what the model was made for is the limit.
+        seed: of the sampling; None takes another one every time.
+        threads: None takes as many as there are CPUs for this process.
+
+    Raises:
+        D2QError: the runtime is not installed, or the file can't be loaded.
+    """
+    api: Any = runtime.require()
+    file = GGUFFile(path)
+    file.check_blocks()
+    try:
+        return api.Llama(
+            str(path),
+            n_ctx=fitting_context(file, context),
+            n_threads=threads or usable_cpus(),
+            n_threads_batch=threads or usable_cpus(),
+            seed=api.LLAMA_DEFAULT_SEED if seed is None else seed,
+            verbose=False,
+        )
+    except Exception as error:
+        # Besides llama.cpp's ValueError, whatever a chat template by strangers makes of jinja2's parser.
+        raise D2QError(f"llama.cpp can't load {path}: {error}") from error
+
+
+def generate(
+    path: Path, prompt: str, max_tokens: int, temperature: float, seed: int, threads: int | None = None
+) -> Iterator[str]:
     """Continue a prompt. The model is loaded at once; the iterator yields pieces of text as they come.
+
+    It ends where the model ends the text, or after `max_tokens`.
 
     Args:
         path: the GGUF file.
@@ -23,28 +65,13 @@ def generate(path: Path, prompt: str, max_tokens: int, temperature: float, seed:
         max_tokens: to generate at most.
         temperature: 0 takes the likeliest token every time.
         seed: of the sampling.
+        threads: None takes as many as there are CPUs for this process.
 
     Raises:
         D2QError: the runtime is not installed, the file can't be loaded, or the prompt is longer than its context.
     """
-    api: Any = runtime.require()
-    file = GGUFFile(path)
-    file.check_blocks()
-    longest = file.kv.get(f"{file.kv.get('general.architecture')}.context_length")
     # No token is shorter than a byte. The model's own context can be so long that its cache doesn't fit in memory.
-    room = len(prompt.encode()) + max_tokens + SPARE_TOKENS
-    if type(longest) is int and longest > 0:
-        room = min(room, longest)
-    try:
-        model = api.Llama(
-            str(path),
-            n_ctx=room,
-            n_threads=usable_cpus(),
-            seed=seed,
-            verbose=False,
-        )
-    except ValueError as error:
-        raise D2QError(f"llama.cpp can't load {path}: {error}") from error
+    model = load(path, len(prompt.encode()) + max_tokens + SPARE_TOKENS, seed, threads)
     return _pieces(model, prompt, max_tokens, temperature)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from d2q_edge import generate, llama_model
+from d2q_edge import cli, generate, llama_model
 from d2q_edge.convert import Options, convert
 from d2q_edge.export import export
 from d2q_edge.report import Report
@@ -18,6 +21,7 @@ from d2q_edge.runtime import source
 from tests import stock
 from tests.availability import fetch_sdist
 from tests.checkpoints import EXAMPLE, write_checkpoint
+from tests.command_line import Result
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -29,6 +33,23 @@ def one_thread() -> Iterator[None]:
         patch.setattr(llama_model, "usable_cpus", lambda: 1)
         torch.set_num_threads(1)
         yield
+
+
+@pytest.fixture
+def d2q(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Result]:
+    """d2q(arguments...): what the console script does in an empty directory, everything on the terminal included."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def call(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["d2q-edge", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        output = capfd.readouterr()
+        return Result(exit_.value.code if isinstance(exit_.value.code, int) else 0, output.out, output.err)
+
+    return call
 
 
 @pytest.fixture
@@ -87,3 +108,29 @@ def example_files(tmp_path_factory: pytest.TempPathFactory) -> ExampleFiles:
         assert report is not None
         files.reports[bits] = report
     return files
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['content'] == 'refuse' %}{{ raise_exception('such words') }}{% endif %}"
+    "<|im_start|>{{ message['role'] | upper }}: {{ message['content'] | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>MODEL: {% endif %}"
+)
+"""None that llama-cpp-python knows by heart, so that it must come from the file."""
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example's directory with a chat template. Tests must not change it."""
+    directory = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(EXAMPLE, directory)
+    settings = directory / "tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text("utf-8")), "chat_template": CHAT_TEMPLATE}))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def chat_file(chat_model: Path) -> Path:
+    """`chat_model` in d2q2, without calibration."""
+    path = chat_model.parent / "chat.gguf"
+    convert(chat_model, path, Options(bits=2, calibrate=False))
+    return path

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from d2q_edge import benchmark
+from d2q_edge.benchmark import Settings
 from d2q_edge.errors import D2QError
 from d2q_edge.gguf_reader import GGUFFile
 from tests.availability import require_tool
 from tools import bench_model
-from tools.bench_model import Settings, Shape
+from tools.bench_model import Shape
 
 TINY = Shape(layers=1, width=256, feed_forward=512)
 
@@ -48,7 +50,7 @@ def test_variants_run_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
         ]
         return json.dumps(times)
 
-    monkeypatch.setattr(bench_model, "run_tool", llama_bench)
+    monkeypatch.setattr(benchmark, "run_tool", llama_bench)
     times = bench_model.measure({name: Path(name) for name in ("d2q2", "q2_K", "q3_K")}, Settings(rounds=2))
     assert calls == 2 * [("d2q2", "1"), ("q2_K", "1"), ("q2_K", "0"), ("q3_K", "1")]
     assert set(times) == {"prompt-1", "prompt-2", "generation-1", "generation-2"}

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,56 +15,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from d2q_edge import __version__, cli, convert, pipeline, runtime
+from d2q_edge import __version__, convert, pipeline, runtime
 from d2q_edge.errors import D2QError
 from d2q_edge.export import export
 from d2q_edge.llama_model import LlamaModel
 from tests.availability import require_runtime
 from tests.checkpoints import EXAMPLE
+from tests.command_line import Call, refused
 from tests.conftest import ExampleFiles
 
 Make = Callable[..., Path]
 QUICK = ("--calibration-tokens", "512", "--context", "32")
-COMMANDS = ("convert", "eval", "inspect", "compare", "run", "runtime", "runtime install", "runtime info")
-
-
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def d2q(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Result]:
-    """d2q(arguments...): what the console script does in an empty directory, everything on the terminal included."""
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-
-    def call(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["d2q-edge", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        output = capfd.readouterr()
-        return Result(exit_.value.code if isinstance(exit_.value.code, int) else 0, output.out, output.err)
-
-    return call
-
-
-Call = Callable[..., Result]
-
-
-def refused(result: Result, *fragments: str) -> None:
-    """Exit code 1, nothing on stdout, one sentence on stderr, nothing in the current directory."""
-    assert result.code == 1, result
-    assert result.out == ""
-    lines = result.err.splitlines()
-    assert len(lines) == 1, result.err
-    assert lines[0].startswith("Error: ")
-    for fragment in fragments:
-        assert fragment in lines[0]
-    assert list(Path.cwd().iterdir()) == []
+COMMANDS = (
+    "convert", "inspect", "eval", "compare", "bench", "run", "chat", "serve", "runtime", "runtime install",
+    "runtime info",
+)  # fmt: skip
 
 
 class TestBadModels:
@@ -437,7 +401,9 @@ class TestHelp:
         results = [d2q(*command.split(), flag) for flag in ("--help", "-h")]
         assert results[0] == results[1]
         assert (results[0].code, results[0].err) == (0, "")
-        assert max(map(len, results[0].out.splitlines())) <= 100
+        lines = results[0].out.splitlines()
+        assert max(map(len, lines)) <= 100
+        assert len(lines) <= 40, "a screen"
 
     def test_mentions_every_option_of_the_contract(self, d2q: Call) -> None:
         said = {command: d2q(*command.split(), "--help").out for command in COMMANDS}

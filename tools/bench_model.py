@@ -16,7 +16,7 @@ import json
 import shutil
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -28,6 +28,7 @@ import torch
 from safetensors.torch import save_file
 
 from d2q_edge import codebooks, tensor_types
+from d2q_edge.benchmark import Settings, run_rounds
 from d2q_edge.calibration import BUILTIN
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.convert import FILE_TYPES
@@ -46,7 +47,6 @@ STOCK = ("q2_K", "iq2_xs", "q3_K", "q4_K", "q4_0")
 REPACKED = ("q2_K", "q4_K", "q4_0")
 """Those that llama.cpp has interleaved forms of."""
 ENCODED_ROWS = 16
-PROMPT, GENERATION = "prompt", "generation"
 
 Variant = tuple[str, bool]
 """A type, and whether llama.cpp may repack it."""
@@ -74,16 +74,6 @@ class Shape:
             "num_attention_heads": self.width // 128,
             "num_key_value_heads": self.width // 256,
         }
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is measured: prompt length, generated tokens, numbers of threads, rounds."""
-
-    prompt: int = 512
-    generation: int = 64
-    threads: tuple[int, ...] = (1, 2)
-    rounds: int = 5
 
 
 class _RepeatedRows:
@@ -152,19 +142,12 @@ def make_files(model: Path, out: Path) -> dict[str, Path]:
 
 def measure(files: dict[str, Path], settings: Settings) -> Times:
     """Run llama-bench on every variant in turn."""
-    threads = ",".join(map(str, settings.threads))
-    options = ("-p", settings.prompt, "-n", settings.generation, "-t", threads, "-r", 1, "-o", "json")
-    times: Times = {}
-    for _ in range(settings.rounds):
-        for name, path in files.items():
-            for repack in (True, False) if name in REPACKED else (True,):
-                for run in json.loads(run_tool("llama-bench", "-m", path, "--repack", int(repack), *options)):
-                    phase = f"{PROMPT if run['n_prompt'] else GENERATION}-{run['n_threads']}"
-                    rounds = times.setdefault(phase, [{}])
-                    if (name, repack) in rounds[-1]:
-                        rounds.append({})
-                    rounds[-1][name, repack] = run["avg_ns"] / 1e9
-    return times
+    runs: dict[Variant, Sequence[object]] = {
+        (name, repack): ("-m", path, "--repack", int(repack))
+        for name, path in files.items()
+        for repack in ((True, False) if name in REPACKED else (True,))
+    }
+    return run_rounds(runs, settings)
 
 
 def ratios(rounds: list[dict[Variant, float]]) -> dict[str, float]:
@@ -185,12 +168,11 @@ def ratios(rounds: list[dict[Variant, float]]) -> dict[str, float]:
 def table(times: Times, settings: Settings) -> str:
     """Tokens per second, then ratios of times, a column for each phase and number of threads."""
     phases = sorted(times)
-    tokens = {phase: settings.prompt if phase.startswith(PROMPT) else settings.generation for phase in phases}
     lines = [f"{'tokens/s':18}" + "".join(f"{phase:>14}" for phase in phases)]
     for name, repack in times[phases[0]][0]:
         label = f"{name}, as it is" if not repack else f"{name}, repacked" if name in REPACKED else name
         medians = (statistics.median(seen[name, repack] for seen in times[phase]) for phase in phases)
-        speeds = (tokens[phase] / median for phase, median in zip(phases, medians, strict=True))
+        speeds = (settings.tokens(phase) / median for phase, median in zip(phases, medians, strict=True))
         lines.append(f"{label:18}" + "".join(f"{speed:14.1f}" for speed in speeds))
     lines += ["", f"{'ratio of times':18}" + "".join(f"{phase:>14}" for phase in phases)]
     columns = [ratios(times[phase]) for phase in phases]

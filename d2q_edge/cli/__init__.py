@@ -9,17 +9,24 @@ import sys
 import click
 
 from d2q_edge import __version__
-from d2q_edge.cli import compare, convert, evaluate, inspect, run, runtime
+from d2q_edge.cli import bench, chat, compare, convert, evaluate, inspect, run, runtime, serve
 from d2q_edge.errors import D2QError, sentence
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="d2q-edge")
 def cli() -> None:
-    """2- and 3-bit GGUF files for llama.cpp on laptops and phones."""
+    """2- and 3-bit GGUF files for llama.cpp on laptops and phones.
+
+    A model's way: convert it; inspect, eval, compare and bench the file; run, chat or serve. The patched
+    llama.cpp that these need is built once by `d2q-edge runtime install`.
+
+    Results go to stdout, messages and progress to stderr. Exit codes: 0 done, 1 the request can't be carried out (one
+    sentence on stderr says why), 2 wrong usage, 130 interrupted.
+    """
 
 
-for module in (compare, convert, evaluate, inspect, run, runtime):
+for module in (convert, inspect, evaluate, compare, bench, run, chat, serve, runtime):
     cli.add_command(module.command)
 
 

@@ -13,13 +13,20 @@ from d2q_edge.cli.common import PATH
 @click.option(
     "-n", "--tokens", type=click.IntRange(1), default=128, show_default=True, help="Generate at most that many."
 )
-@click.option("--temperature", type=click.FloatRange(0), default=0.8, show_default=True)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-def command(file: Path, prompt: str, tokens: int, temperature: float, seed: int) -> None:
-    """Continue a prompt with a GGUF FILE."""
+@click.option(
+    "--temperature", type=click.FloatRange(0), default=0.8, show_default=True, help="0: always the likeliest token."
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the sampling.")
+@click.option("--threads", type=click.IntRange(1), help="[default: one for each CPU]")
+def command(file: Path, prompt: str, tokens: int, temperature: float, seed: int, threads: int | None) -> None:
+    """Continue a prompt with a GGUF FILE.
+
+    Prints prompt and continuation, until the model ends the text or --tokens are reached. No chat template is
+    applied: `d2q-edge chat` does that.
+    """
     from d2q_edge.generate import generate
 
-    pieces = generate(file, prompt, tokens, temperature, seed)
+    pieces = generate(file, prompt, tokens, temperature, seed, threads)
     click.echo(prompt, nl=False)
     for piece in pieces:
         click.echo(piece, nl=False)

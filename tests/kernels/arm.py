@@ -14,30 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from d2q_edge.runtime import source
-from d2q_edge.runtime.machine import usable_cpus
-from d2q_edge.runtime.process import run_logged
 from tests.availability import unavailable
+from tools import phone
 
-CC, CXX = "aarch64-linux-gnu-gcc", "aarch64-linux-gnu-g++"
+CC, CXX = phone.CC, phone.CXX
 BUILD_OPTIONS = (
-    "-DCMAKE_BUILD_TYPE=Release",
-    "-DCMAKE_SYSTEM_NAME=Linux",
-    "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
-    f"-DCMAKE_C_COMPILER={CC}",
-    f"-DCMAKE_CXX_COMPILER={CXX}",
+    *phone.linux_options("armv8-a"),
     "-DCMAKE_CXX_FLAGS_RELEASE=-O1 -DNDEBUG",  # most of the code runs once; compiling it is what takes time
-    "-DBUILD_SHARED_LIBS=OFF",
-    "-DGGML_NATIVE=OFF",
-    "-DGGML_CPU_ARM_ARCH=armv8-a",
-    "-DGGML_OPENMP=OFF",
-    "-DGGML_LLAMAFILE=OFF",
-    "-DLLAMA_OPENSSL=OFF",
-    "-DLLAMA_BUILD_COMMON=OFF",
-    "-DLLAMA_BUILD_EXAMPLES=OFF",
-    "-DLLAMA_BUILD_SERVER=OFF",
-    "-DLLAMA_BUILD_TESTS=OFF",
-    "-DLLAMA_BUILD_TOOLS=OFF",
 )
+PROGRAM = "llama-simple"
+"""Of llama.cpp's own programs the smallest; it needs no more than LIBRARIES."""
 LIBRARIES = ("libllama.a", "libggml.a", "libggml-cpu.a", "libggml-base.a")
 """In the order in which the linker wants them."""
 KERNELS = ("d2q-cpu.c", "d2q-q8.c", "d2q-arm.c", "d2q-arm-gemm.c", "d2q-mul-mat.c")
@@ -80,29 +66,27 @@ def include_flags(tree: Path) -> list[str]:
     return [f"-I{root / folder}" for folder in folders]
 
 
-def _library(tree: Path) -> Path:
-    """The folder with LIBRARIES, from the cache or built from the patched tree."""
-    key = hashlib.sha256(repr(BUILD_OPTIONS).encode()).hexdigest()[:8]
+def build(tree: Path) -> Path:
+    """The folder with LIBRARIES and PROGRAM, from the cache or built by tools/phone.py from the patched tree."""
+    qemu()
+    key = hashlib.sha256(repr((BUILD_OPTIONS, PROGRAM)).encode()).hexdigest()[:8]
     target = source.cache_directory() / f"{source.patch_hash()}-aarch64-{key}"
-    if all((target / name).is_file() for name in LIBRARIES):
+    if all((target / name).is_file() for name in (*LIBRARIES, PROGRAM)):
         return target
     target.mkdir(parents=True, exist_ok=True)
     log = target / "build.log"
     with tempfile.TemporaryDirectory(dir=target) as work:
-        generator = ("-G", "Ninja") if shutil.which("ninja") else ()
-        configure = ["cmake", *generator, "-S", tree / "vendor/llama.cpp", "-B", work, *BUILD_OPTIONS]
-        run_logged(configure, log, "configuring llama.cpp for ARM failed")
-        build = ["cmake", "--build", work, "--parallel", str(usable_cpus()), "--target", "llama"]
-        run_logged(build, log, "building llama.cpp for ARM failed")
+        phone.configure(tree, Path(work), BUILD_OPTIONS, log)
+        phone.compile_programs(Path(work), [PROGRAM], log)
         for name in LIBRARIES:
             next(Path(work).rglob(name)).replace(target / name)
+        phone.collect(Path(work), [PROGRAM], target)
     return target
 
 
 def link(tree: Path, program: Path, target: Target, folder: Path) -> Path:
     """Compile the C or C++ source `program` and our kernels for `target`, link them with llama.cpp; the executable."""
-    qemu()
-    library = _library(tree)
+    library = build(tree)
     flags = ["-O2", f"-march={target.march}", *include_flags(tree)]
     objects = []
     for path in (program, *(tree / source.OWN_SOURCES / name for name in KERNELS)):

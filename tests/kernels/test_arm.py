@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from d2q_edge.calibration import BUILTIN
+from d2q_edge.generate import generate
 from d2q_edge.runtime.installed import library_directory
 from tests.conftest import ExampleFiles
 from tests.kernels import arm
@@ -100,3 +101,14 @@ def test_model_says_the_same_as_here(
             assert lead < 0.2
             break
     assert here.tokens[:4] == there.tokens[:4]
+
+
+def test_program_for_the_phone_writes_the_same_text(example_files: ExampleFiles, patched_tree: Path) -> None:
+    """tools/phone.py's build of llama.cpp for Linux, with a program that llama.cpp brings."""
+    program = arm.build(patched_tree) / arm.PROGRAM
+    prompt = "The old man looked out over the"
+    emulated = arm.run(program, arm.TARGETS["armv8.0"].cpu, ["-m", example_files.d2q3, "-n", "6", prompt])
+    assert emulated.returncode == 0, emulated.stderr
+    # all but the last words, where the two stop after a different number of tokens
+    here = prompt + "".join(generate(example_files.d2q3, prompt, 4, temperature=0, seed=0))
+    assert emulated.stdout.strip().startswith(here)

@@ -1,0 +1,56 @@
+"""`d2q-edge bench`."""
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+
+import click
+
+from d2q_edge.cli.common import PATH
+
+
+def _numbers(_context: click.Context, _option: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """Numbers of threads, separated by commas; each once."""
+    if value is None:
+        return None
+    words = value.split(",")
+    if not all(word.isdecimal() and int(word) for word in words):
+        raise click.BadParameter(f"{value!r} isn't a number of threads, or several separated by commas")
+    return tuple(dict.fromkeys(map(int, words)))
+
+
+@click.command("bench")
+@click.argument("files", metavar="FILE...", type=PATH, nargs=-1, required=True)
+@click.option(
+    "--threads", metavar="N,N,...", callback=_numbers, help="Numbers of threads.  [default: one for each CPU]"
+)
+@click.option("--stock", help="Compare with this file, or with a stock type such as Q2_K, made of the first FILE.")
+@click.option("--prompt", type=click.IntRange(1), default=512, show_default=True, help="Tokens of the prompt.")
+@click.option("--generation", type=click.IntRange(1), default=64, show_default=True, help="Tokens to generate.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="The median of them counts.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(
+    files: tuple[Path, ...],
+    threads: tuple[int, ...] | None,
+    stock: str | None,
+    prompt: int,
+    generation: int,
+    rounds: int,
+    as_json: bool,
+) -> None:
+    """How fast GGUF FILEs read a prompt and generate text here.
+
+    Prints tokens per second, medians of rounds in which the files take turns. With --stock, ratios of speeds follow:
+    above 1, FILE is faster. Needs llama.cpp's tools: `d2q-edge runtime install --tools`.
+    """
+    from d2q_edge.benchmark import Settings, benchmark, stock_file
+    from d2q_edge.runtime.machine import usable_cpus
+
+    settings = Settings(prompt, generation, threads or (usable_cpus(),), rounds)
+    with ExitStack() as stack:
+        other = None
+        if stock is not None:
+            is_file = Path(stock).is_file() or stock.endswith(".gguf")
+            other = Path(stock) if is_file else stack.enter_context(stock_file(files[0], stock))
+        result = benchmark({str(path): path for path in files}, settings, other)
+    click.echo(json.dumps(result.to_json()) if as_json else result.describe(stock))

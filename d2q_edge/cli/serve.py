@@ -1,0 +1,29 @@
+"""`d2q-edge serve`."""
+
+from pathlib import Path
+
+import click
+
+from d2q_edge.cli.common import PATH
+
+
+@click.command("serve")
+@click.argument("file", type=PATH)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address; 0.0.0.0 lets other machines in.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--context", type=click.IntRange(64), default=4096, show_default=True, help="Tokens of one conversation.")
+@click.option("--api-key", envvar="D2Q_API_KEY", help="Key that clients must send; or in $D2Q_API_KEY.")
+@click.option("--threads", type=click.IntRange(1), help="[default: one for each CPU]")
+def command(file: Path, host: str, port: int, context: int, api_key: str | None, threads: int | None) -> None:
+    """Serve a GGUF FILE through OpenAI's HTTP interface.
+
+    Clients take http://HOST:PORT/v1 as base URL: /v1/chat/completions, /v1/completions, /v1/models; /docs describes
+    them. One request is answered at a time. Needs the extra packages: pip install 'd2q-edge[serve]'. Example:
+
+    \b
+      curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+        -d '{"messages": [{"role": "user", "content": "Hello!"}]}'
+    """
+    from d2q_edge.server import serve
+
+    serve(file, host, port, context=context, api_key=api_key, threads=threads)

@@ -1,0 +1,120 @@
+"""How much memory common models need on a phone, from their shapes alone: the table in docs/phone.md.
+
+Types are those that `d2q-edge convert --bits 2` and `3` choose, so that the sizes are what `--dry-run` prints; only the
+tokenizer's part is an estimate. phone_models.json has, of each model's public config.json, the settings that decide
+sizes. Knows nothing of weights.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from d2q_edge.families import Family, family_for
+from d2q_edge.gguf_file import block_and_type_size
+from d2q_edge.plan import make_plan
+
+MODELS = Path(__file__).with_name("phone_models.json")
+CONTEXT = 4096
+TOKENIZER_BYTES = 40
+"""For each vocabulary entry: the token, its type, and its merge. Real files have 20 to 60."""
+BATCH = 512
+"""llama.cpp's default for tokens computed at once: so many does the cache of a sliding window hold besides it."""
+PADDING = 256
+"""And a multiple of that."""
+PHONES = (4, 6, 8, 12)
+"""Memory in GiB."""
+SHARE = 0.5
+"""Of a phone's memory that one app can hope for: a rule of thumb. Android and iOS stop apps that take much more."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes.
+
+    Attributes:
+        parameters: number of weights.
+        files: the file, by --bits.
+        cache: keys and values of CONTEXT tokens in f16.
+    """
+
+    parameters: int
+    files: Mapping[int, int]
+    cache: int
+
+    def total(self, bits: int) -> int:
+        """File and cache: what must be in memory, besides buffers that depend on the batch."""
+        return self.files[bits] + self.cache
+
+    def phone(self, bits: int) -> str:
+        """The smallest phone whose share the total fits into."""
+        return next((f"{size} GB" for size in PHONES if self.total(bits) <= SHARE * size * 2**30), "none")
+
+
+def cache_bytes(family: Family, context: int = CONTEXT) -> int:
+    """Keys and values in f16, as llama.cpp allocates them: a layer with a sliding window keeps the window and a batch.
+
+    Args:
+        family: of the model.
+        context: tokens.
+    """
+    cells = 0
+    for layer in range(family.num_layers):
+        window = family.sliding_window(layer)
+        kept = context if window is None else math.ceil((window + BATCH) / PADDING) * PADDING
+        cells += min(context, kept)
+    return cells * 2 * family.num_kv_heads * family.head_dim * 2
+
+
+def need(config: Mapping[str, Any]) -> Need:
+    """Of one model.
+
+    Raises:
+        D2QError: the model isn't supported.
+    """
+    family = family_for(config)
+    shapes = family.tensor_shapes()
+    files = {}
+    for bits in (2, 3):
+        types = make_plan(family, bits).types
+        files[bits] = TOKENIZER_BYTES * family.vocab_size
+        for name, shape in shapes.items():
+            block, size = block_and_type_size(types.get(name, "f32"))
+            files[bits] += math.prod(shape) // block * size
+    return Need(sum(map(math.prod, shapes.values())), files, cache_bytes(family))
+
+
+def table(models: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown, a row for each model.
+
+    Raises:
+        D2QError: one isn't supported.
+    """
+    lines = [
+        "| model | parameters | D2Q2 file | D2Q3 file | cache | D2Q2 total | D2Q3 total | D2Q2 from | D2Q3 from |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, config in models.items():
+        own = need(config)
+        sizes = (own.files[2], own.files[3], own.cache, own.total(2), own.total(3))
+        cells = [name, _count(own.parameters), *(f"{size / 1e6:,.0f}" for size in sizes), own.phone(2), own.phone(3)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e6:,.0f} M" if parameters < 1e9 else f"{parameters / 1e9:.2f} B"
+
+
+@click.command()
+def main() -> None:
+    """Print the table in docs/phone.md: megabytes, and the smallest phone that has room."""
+    click.echo(table(json.loads(MODELS.read_text("utf-8"))))
+
+
+if __name__ == "__main__":
+    main()

@@ -79,10 +79,17 @@ class StoppedAt(WorkDir):
 
     last = 1
 
-    def write_block(self, index: int, tensors: Mapping[str, Tensor], *, refined: bool = False) -> None:
+    def write_block(
+        self,
+        index: int,
+        tensors: Mapping[str, Tensor],
+        *,
+        refined: bool = False,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
         if index == self.last:
             raise KeyboardInterrupt
-        super().write_block(index, tensors, refined=refined)
+        super().write_block(index, tensors, refined=refined, facts=facts)
 
 
 def all_of(stream: streams.Stream) -> torch.Tensor:

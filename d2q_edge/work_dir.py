@@ -31,8 +31,8 @@ OWN_FILE = re.compile(
 )
 """Names that may be in a work directory; one that holds anything else is never deleted."""
 _FINGERPRINT, _PUBLISHED = "conversion", "published"
-_CHECKSUM = "sha256"
-_FACTS = "facts"
+_BESIDE = "d2q"
+"""A block file's metadata: its checksum and its facts, under one name, because safetensors keeps no order of names."""
 
 
 class WorkDir:
@@ -109,7 +109,7 @@ class WorkDir:
         try:
             self._create()
             text = json.dumps(facts or {})
-            save_file(arrays, partial, metadata={_CHECKSUM: _checksum(file, arrays, text), _FACTS: text})
+            save_file(arrays, partial, metadata={_BESIDE: json.dumps([_checksum(file, arrays, text), text])})
             durable.replace(partial, file)
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
@@ -144,12 +144,11 @@ class WorkDir:
         try:
             with safe_open(file, framework="np") as stored:
                 tensors: dict[str, Any] = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-                metadata = stored.metadata() or {}
-            facts = metadata.get(_FACTS, "")
-            if _checksum(file, tensors, facts) != metadata.get(_CHECKSUM):
+                expected, facts = json.loads((stored.metadata() or {}).get(_BESIDE, '["", ""]'))
+            if _checksum(file, tensors, facts) != expected:
                 raise ValueError("its checksum is wrong")
             return tensors, json.loads(facts)
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, TypeError, ValueError, SafetensorError) as error:
             raise D2QError(f"{file} is damaged ({error}); remove it and convert again") from error
 
     def _take_over(self, force: bool) -> None:

@@ -49,10 +49,25 @@ def load_text(where: str, builtin: str) -> Text:
     return Text(content, source, hashlib.sha256(content.encode()).hexdigest())
 
 
+HELD_BACK = 4096
+"""Tokens that a conversion's result is measured on, where the text has more than are calibrated on."""
+
+
 def token_windows(
     tokenizer: Any, text: Text, tokens: int, context: int, seed: int, bos: int | None
 ) -> npt.NDArray[np.int64]:
-    """Cut a text into windows of `context` tokens and take as many as make up `tokens`.
+    """Cut a text into windows of `context` tokens and take as many as make up `tokens`; see `split_windows`.
+
+    Returns:
+        int64 [windows, context].
+    """
+    return split_windows(tokenizer, text, tokens, context, seed, bos)[0]
+
+
+def split_windows(
+    tokenizer: Any, text: Text, tokens: int, context: int, seed: int, bos: int | None
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Cut a text into windows of `context` tokens and take as many as make up `tokens`, and a few others.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -63,7 +78,8 @@ def token_windows(
         bos: token that the model expects first; it replaces the first token of every window, as in llama-perplexity.
 
     Returns:
-        int64 [windows, context].
+        Windows to calibrate on, int64 [windows, context], and windows of at most HELD_BACK tokens that are not among
+        them, spread over the rest of the text, in the same form.
 
     Raises:
         D2QError: the text is shorter than one window.
@@ -77,9 +93,11 @@ def token_windows(
         )
     windows = ids[: available * context].reshape(available, context).copy()
     wanted = max(1, tokens // context)
-    if wanted < available:
-        chosen = np.random.default_rng(seed).choice(available, size=wanted, replace=False)
-        windows = windows[np.sort(chosen)]
     if bos is not None:
         windows[:, 0] = bos
-    return windows
+    if wanted >= available:
+        return windows, windows[:0]
+    chosen = np.random.default_rng(seed).choice(available, size=wanted, replace=False)
+    others = np.setdiff1d(np.arange(available), chosen)
+    spread = np.linspace(0, len(others) - 1, min(max(1, HELD_BACK // context), len(others))).round().astype(np.int64)
+    return windows[np.sort(chosen)], windows[others[spread]]

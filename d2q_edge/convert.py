@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from d2q_edge import __version__, codebooks
 from d2q_edge.blocks import BlockRunner
-from d2q_edge.calibration import Text, load_text, token_windows
+from d2q_edge.calibration import Text, load_text, split_windows
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.errors import D2QError
 from d2q_edge.export import Value, check_tokenizer
@@ -102,14 +102,16 @@ class Conversion:
     refinement: Refinement | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for json.dump: bytes, bits per weight, the type of every matrix, and what was measured."""
+        """Plain values for json.dump: bytes, bits per weight, the type of every matrix, and what was measured.
+
+        layer_errors, column_scales, norm_shifts, held_back, seconds: see report.Report. refinement: see there.
+        """
         return {
             "bytes": self.size,
             "bits_per_weight": self.plan.bits_per_weight,
             "linear_bits_per_weight": self.plan.linear_bits_per_weight,
             "types": dict(self.plan.types),
-            "layer_errors": self.report.layer_errors if self.report else {},
-            "seconds": dict(self.report.seconds) if self.report else {},
+            **(self.report or Report()).to_json(),
             "refinement": asdict(self.refinement) if self.refinement else None,
         }
 
@@ -129,11 +131,18 @@ class Conversion:
             ]
         if self.report and self.report.seconds:
             lines.append("time: " + ", ".join(f"{phase} {spent:.1f} s" for phase, spent in self.report.seconds.items()))
+        if found := self.report.held_back if self.report else None:
+            lines.append(
+                f"KL divergence on {found.tokens:,} tokens of held-back calibration text: {found.kl_divergence:.4f} "
+                f"± {found.kl_divergence_stderr:.4f} (estimate, with embeddings and head unrounded)"
+            )
         if self.refinement:
             lines.append(
                 f"refinement: KL divergence on held-back calibration text {self.refinement.before:.4f}, "
                 f"then {self.refinement.after:.4f}" + ("" if self.refinement.codes else "; no memory to tune codes")
             )
+        if self.report:
+            lines.append(f"run it: d2q-edge chat {output}, or d2q-edge run {output} -p PROMPT")
         return "\n".join(lines)
 
 
@@ -173,9 +182,9 @@ def convert(
     if options.refine and not options.calibrate:
         raise D2QError("--refine tunes the model on calibration text; leave out --no-calibration")
     text = load_text(options.calibration, "calibration") if options.calibrate else None
-    windows = None
+    windows = held_back = None
     if text is not None:
-        windows = _calibration_windows(checkpoint, family, text, options, options.calibration_tokens)
+        windows, held_back = _calibration_windows(checkpoint, family, text, options, options.calibration_tokens)
     sensitivity = None
     if is_mixed(options.bits):
         if not dry_run:
@@ -193,9 +202,9 @@ def convert(
     if ranks.is_first:
         _say_notes(plan, family, options)
     memory = None
-    if windows is not None:
-        limit, disk = options.memory_limit, plan.linear_bytes
-        memory = plan_memory(family, windows.size, BATCH_TOKENS, ranks.device, output, disk, limit, ranks.count)
+    if windows is not None and held_back is not None:
+        tokens, limit, disk = windows.size + held_back.size, options.memory_limit, plan.linear_bytes
+        memory = plan_memory(family, tokens, BATCH_TOKENS, ranks.device, output, disk, limit, ranks.count)
     if dry_run:
         return Conversion(plan, size, None, memory)
     check_output(output, force=force, size=size)
@@ -216,13 +225,15 @@ def convert(
     if work.finished and ranks.is_first:
         print(f"going on after {work.finished} finished blocks in {work.path}", file=sys.stderr)
     runner = BlockRunner(checkpoint, family, ranks.device)
-    report = quantize_blocks(runner, plan.linears, windows, work, method, place=memory.place, ranks=ranks)
+    report = quantize_blocks(
+        runner, plan.linears, windows, work, method, held_back=held_back, place=memory.place, ranks=ranks
+    )
     if not ranks.is_first:
         ranks.wait()
         return Conversion(plan, size, report, memory)
     refinement = None
     if options.refine and not work.has_block(family.num_layers, refined=True):
-        more = _calibration_windows(checkpoint, family, text, options, REFINE_FACTOR * options.calibration_tokens)
+        more, _ = _calibration_windows(checkpoint, family, text, options, REFINE_FACTOR * options.calibration_tokens)
         refinement = refine(checkpoint, family, plan.linears, more, work, ranks.device)
     with report.timed("writing"):
         file.write(output, QuantizedContent(checkpoint, family, work, refined=options.refine), force, verify=verify)
@@ -284,9 +295,9 @@ def _check_weights(checkpoint: Checkpoint, ranks: Ranks) -> None:
 
 def _calibration_windows(
     checkpoint: Checkpoint, family: Family, text: Text, options: Options, tokens: int
-) -> npt.NDArray[np.int64]:
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     tokenizer, bos = load_tokenizer(checkpoint, family, options.pre_tokenizer)
-    return token_windows(tokenizer, text, tokens, options.context, options.seed, bos)
+    return split_windows(tokenizer, text, tokens, options.context, options.seed, bos)
 
 
 def _metadata(

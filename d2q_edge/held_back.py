@@ -5,14 +5,22 @@ become logits here: KL divergence and agreement of the most likely token, at the
 llama-perplexity's protocol. The embeddings and the head are the original's on both sides, which the file's are not
 quite; what the estimate is for is the blocks, and it costs a few passes instead of a second run over the model.
 
-Knows logits, a part of the vocabulary at a time: all of them would not fit beside a large model. Does not know blocks.
+Logits are made a part of the vocabulary at a time: all of them would not fit beside a large model. Does not know how a
+block is quantized.
 """
 
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from torch import nn
+
+from d2q_edge.blocks import BlockRunner
+from d2q_edge.ranks import Ranks
+from d2q_edge.streams import Place, Stream
 
 PART = 8192
 """Rows of the head at a time."""
@@ -36,10 +44,54 @@ class HeldBack:
 
     @staticmethod
     def of(divergences: torch.Tensor, agreements: torch.Tensor) -> "HeldBack":
-        """Summarize: float64 [tokens] and bool [tokens]."""
+        """Summarize: float64 [tokens], and as many zeros and ones."""
         count = len(divergences)
         spread = float(divergences.std(correction=0)) / math.sqrt(max(1, count - 1))
         return HeldBack(count, float(divergences.mean()), spread, float(agreements.double().mean()))
+
+
+class HeldBackStreams:
+    """The hidden states of the held-back windows in both models, between two blocks."""
+
+    def __init__(
+        self, runner: BlockRunner, windows: npt.NDArray[np.int64], batch_tokens: int, place: Place, ranks: Ranks
+    ) -> None:
+        """Embed the windows, int64 [windows, context]; `place` is where they are kept, see streams.py."""
+        self.runner, self.ranks, self._shape = runner, ranks, windows.shape
+        batches = torch.from_numpy(windows).split(max(1, batch_tokens // windows.shape[1]))
+        self.own = ranks.own(len(batches))
+        shape = windows.shape[1], runner.family.hidden_size
+        self._sizes = [len(part) for part in batches]
+        self.original, self.quantized = (Stream(self._sizes, shape, runner.device, place) for _ in range(2))
+        for index, hidden in zip(self.own, runner.embed_all([batches[index] for index in self.own]), strict=True):
+            self.original[index] = self.quantized[index] = hidden
+
+    def move(self, teacher: nn.Module, student: nn.Module) -> None:
+        """Past a block: the original and the quantized one."""
+        for stream, block in ((self.original, teacher), (self.quantized, student)):
+            for index in self.own:
+                for half in self.runner.family.halves:
+                    stream[index] = self.runner.half_forward(block, half, stream[index])
+
+    def measure(self, bias: torch.Tensor) -> HeldBack:
+        """The distance of both behind the last block.
+
+        Args:
+            bias: of the final norm, or zero; float32 [hidden] or [1], as it is without the head's column scales.
+        """
+        family, norm = self.runner.family, self.runner.final_norm()
+        head = self.runner.checkpoint.tensor(f"{family.embedding if family.tied_embeddings else family.head}.weight")
+        bias = bias.to(self.runner.device)
+        # Every process has its part of the tokens; added up, they are all there.
+        per_window = self._shape[1] - self._shape[1] // 2
+        divergences, agreements = torch.zeros(2, sum(self._sizes) * per_window, dtype=torch.float64)
+        for index in self.own:
+            start = sum(self._sizes[:index]) * per_window
+            part = slice(start, start + self._sizes[index] * per_window)
+            teacher, student = scored(norm(self.original[index])), scored(norm(self.quantized[index]) + bias)
+            divergences[part], agreements[part] = compare_logits(teacher, student, head_parts(head))
+        self.ranks.sum([divergences, agreements])
+        return HeldBack.of(divergences, agreements)
 
 
 def scored(hidden: torch.Tensor) -> torch.Tensor:

@@ -127,9 +127,7 @@ def _block_bits(facts: Mapping[str, Any]) -> float:
 
 def _runtime(path: Path, own: list[str]) -> list[str]:
     kinds = " and ".join(own)
-    refuse = (
-        f"It has tensors of the types {kinds}, which stock llama.cpp, and programs that contain it, refuse to load. "
-    )
+    refuse = f"It has tensors of our types ({kinds}), which stock llama.cpp and programs built on it refuse to load. "
     return [
         "## How to run it",
         "",
@@ -152,7 +150,8 @@ def _measured(report: Mapping[str, Any], path: Path) -> list[str]:
     if held_back:
         lines += [
             f"KL divergence of its predictions from the original's on {held_back['tokens']:,} tokens of calibration "
-            f"text that were held back: **{held_back['kl_divergence']:.4f}** ± {held_back['kl_divergence_stderr']:.4f} nats "
+            f"text that were held back: **{held_back['kl_divergence']:.4f}** "
+            f"± {held_back['kl_divergence_stderr']:.4f} nats "
             f"per token; the most likely token is the same in {held_back['top1_agreement']:.1%} of them. (Estimated "
             "while converting, with embeddings and head unrounded.)",
             "",

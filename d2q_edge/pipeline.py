@@ -14,19 +14,20 @@ Knows the order of the steps. The steps themselves are in quantize/. Rotation ha
 weights that BlockRunner loads. Refinement comes after: it needs all blocks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from d2q_edge import tensor_types
 from d2q_edge.blocks import BlockRunner
 from d2q_edge.errors import D2QError
 from d2q_edge.families import Family, Half, Stage
+from d2q_edge.held_back import HeldBackStreams
+from d2q_edge.progress import Progress
 from d2q_edge.quantize.dac import MeanShift
 from d2q_edge.quantize.descent import ROUNDS
 from d2q_edge.quantize.dsq import InputEnergy, absorb, column_scales, weight_energy
@@ -79,6 +80,7 @@ def quantize_blocks(
     work: WorkDir,
     method: Method = Method(),
     *,
+    held_back: npt.NDArray[np.int64] | None = None,
     place: Place | None = None,
     ranks: Ranks = ALONE,
 ) -> Report:
@@ -94,36 +96,48 @@ def quantize_blocks(
         windows: calibration tokens [windows, context].
         work: keeps finished blocks; those that it has already are not quantized again.
         method: what is done.
+        held_back: more windows, which change nothing; the result is measured on them.
         place: where the hidden states are kept (streams.py); None is the computer's memory.
         ranks: the processes that share the work; all of them call this.
 
     Raises:
         D2QError: a weight or an activation is NaN or infinite, or a block can't be saved.
     """
-    blocks = runner.family.num_layers
+    family, blocks = runner.family, runner.family.num_layers
     # Asked once, before the first process writes anything.
     finished = [work.has_block(index) for index in range(blocks + 1)]
     ranks.wait()
-    quiet = None if ranks.is_first else True
+    place = place or torch.device("cpu")
     with (
-        tqdm(total=blocks, desc="Quantizing", unit="block", disable=quiet) as progress,
+        Progress(family, types, quiet=not ranks.is_first) as progress,
         torch.inference_mode(),
         matmul_precision("high"),
     ):
-        driver = _Driver(runner, types, windows, method, place or torch.device("cpu"), ranks)
+        beside = None
+        if held_back is not None and len(held_back):
+            beside = HeldBackStreams(runner, held_back, BATCH_TOKENS, place, ranks)
+        driver = _Driver(runner, types, windows, method, place, ranks, beside, progress.layer)
+        report = driver.report
         for index in range(blocks):
             if finished[index]:
                 driver.replay(index, work.read_block(index))
+                report.recall(work.read_facts(index))
+                progress.skip_block(index)
             else:
                 result = driver.quantize(index)
                 if ranks.is_first:
-                    work.write_block(index, result)
-                progress.set_postfix(driver.report.mean_error(runner.family.block_prefix(index)))
-            progress.update()
-        if not finished[blocks]:
+                    work.write_block(index, result, facts=report.kept(family.block_prefix(index)))
+        if finished[blocks]:
+            result = work.read_block(blocks)
+            report.recall(work.read_facts(blocks))
+        else:
             result = driver.finish()
             if ranks.is_first:
-                work.write_block(blocks, result)
+                work.write_block(blocks, result, facts=report.kept(family.final_norm, family.head))
+        if beside is not None:
+            bias = result.get(f"{family.final_norm}.bias", np.zeros(1, np.float32))
+            scales = result.get(f"{family.head}.{COLUMN_SCALE}", np.ones(1, np.float32))
+            report.held_back = beside.measure(torch.from_numpy(bias / scales))
     ranks.wait()
     return driver.report
 
@@ -139,7 +153,10 @@ class _Driver:
         method: Method,
         place: Place,
         ranks: Ranks,
+        held_back: HeldBackStreams | None = None,
+        say: Callable[[str, float], None] = lambda *_: None,
     ) -> None:
+        self.held_back, self.say = held_back, say
         self.runner, self.family, self.types, self.method, self.ranks = runner, runner.family, types, method, ranks
         self.report = Report(runner.device)
         self.solver = StageSolver(runner.device, method.alpha, method.rounds, ranks)
@@ -156,7 +173,7 @@ class _Driver:
         """Quantize one block and move both streams past it; returns its new tensors by full name."""
         prefix = self.family.block_prefix(index)
         teacher = self.runner.load(index)
-        result: dict[str, Tensor] = self._scale_columns(teacher) if self.method.dsq else {}
+        result: dict[str, Tensor] = self._scale_columns(teacher, prefix) if self.method.dsq else {}
         student = self.runner.share(teacher)
         for number, half in enumerate(self.family.halves):
             stages = [stage for stage in self.family.stages if self.family.half_of(stage) == half]
@@ -168,6 +185,7 @@ class _Driver:
             for norm, shift in self._move(prefix, teacher, student, half, following).items():
                 self.runner.add_norm_bias(student, norm, shift)
                 result[f"{norm}.bias"] = _array(shift)
+        self._move_held_back(teacher, student)
         return {f"{prefix}{name}": data for name, data in result.items()}
 
     def replay(self, index: int, result: Mapping[str, Tensor]) -> None:
@@ -191,6 +209,12 @@ class _Driver:
             for batch in self.own:
                 self.original[batch] = self.runner.half_forward(teacher, half, self.original[batch])
                 self.quantized[batch] = self.runner.half_forward(student, half, self.quantized[batch])
+        self._move_held_back(teacher, student)
+
+    def _move_held_back(self, teacher: nn.Module, student: nn.Module) -> None:
+        if self.held_back is not None:
+            with self.report.timed("held-back text"):
+                self.held_back.move(teacher, student)
 
     def finish(self) -> dict[str, Tensor]:
         """The final norm's new weight and bias, and the head's column scale, by full name."""
@@ -211,8 +235,10 @@ class _Driver:
             scales = column_scales(weights, energy.conditional())
             result[f"{name}.weight"] = _array(self._scaled_norm(norm, scales))
             result[f"{self.family.head}.{COLUMN_SCALE}"] = _array(scales)
+            self.report.add_scales(self.family.head, scales)
         if self.method.dac:
             self.ranks.sum([shift.moments])
+            self.report.add_shift(name, shift.facts())
             if (bias := shift.bias()) is not None:
                 result[f"{name}.bias"] = _array(bias.to(scales) * scales)
         return result
@@ -260,6 +286,7 @@ class _Driver:
                     _set(layers[name], "weight", weights)
                     result[name] = data
                     self.report.layer_errors[prefix + name] = error
+                    self.say(prefix + name, error)
         return result
 
     def _move(
@@ -283,10 +310,12 @@ class _Driver:
             finite &= moved.isfinite().all()
         _check_finite(finite, "quantized", f"{prefix}{half.module}")
         self.ranks.sum([shift.moments for shift in shifts.values()])
+        for name, shift in shifts.items():
+            self.report.add_shift(prefix + name, shift.facts())
         found = {name: shift.bias() for name, shift in shifts.items()}
         return {name: bias.to(self.runner.device) for name, bias in found.items() if bias is not None}
 
-    def _scale_columns(self, block: nn.Module) -> dict[str, Tensor]:
+    def _scale_columns(self, block: nn.Module, prefix: str = "") -> dict[str, Tensor]:
         """Give all stages of a block column scales, from the original stream.
 
         Returns what changed and won't be quantized, by name in the block.
@@ -307,6 +336,7 @@ class _Driver:
             with self.report.timed("statistics"):
                 weights = weight_energy([block.get_submodule(each) for each in stage.linears])
                 scales = column_scales(weights, energy.conditional(), self._rows(stage))
+            self.report.add_scales(prefix + name, scales)
             changed |= {f"{name}.{COLUMN_SCALE}": _array(scales), **self._absorb(block, stage, scales)}
         return changed
 

@@ -31,7 +31,8 @@ OWN_FILE = re.compile(
 )
 """Names that may be in a work directory; one that holds anything else is never deleted."""
 _FINGERPRINT, _PUBLISHED = "conversion", "published"
-_CHECKSUM = "sha256"
+_BESIDE = "d2q"
+"""A block file's metadata: its checksum and its facts, under one name, because safetensors keeps no order of names."""
 
 
 class WorkDir:
@@ -79,19 +80,25 @@ class WorkDir:
         Raises:
             D2QError: the file is damaged.
         """
-        file = self._file(index, refined)
-        try:
-            with safe_open(file, framework="np") as stored:
-                tensors: dict[str, Any] = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-                expected = (stored.metadata() or {}).get(_CHECKSUM)
-            if _checksum(file, tensors) != expected:
-                raise ValueError("its checksum is wrong")
-        except (OSError, ValueError, SafetensorError) as error:
-            raise D2QError(f"{file} is damaged ({error}); remove it and convert again") from error
-        return tensors
+        return self._read(self._file(index, refined))[0]
 
-    def write_block(self, index: int, tensors: Mapping[str, Tensor], *, refined: bool = False) -> None:
-        """Keep the tensors of a block, or their refined version.
+    def read_facts(self, index: int) -> dict[str, Any]:
+        """What was kept beside the tensors of a finished block.
+
+        Raises:
+            D2QError: the file is damaged.
+        """
+        return self._read(self._file(index, False))[1]
+
+    def write_block(
+        self,
+        index: int,
+        tensors: Mapping[str, Tensor],
+        *,
+        refined: bool = False,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Keep the tensors of a block, or their refined version, and facts about it, which are JSON values.
 
         Raises:
             D2QError: the disk is full or not writable.
@@ -101,7 +108,8 @@ class WorkDir:
         arrays: dict[str, Any] = {name: np.ascontiguousarray(data) for name, data in tensors.items()}
         try:
             self._create()
-            save_file(arrays, partial, metadata={_CHECKSUM: _checksum(file, arrays)})
+            text = json.dumps(facts or {})
+            save_file(arrays, partial, metadata={_BESIDE: json.dumps([_checksum(file, arrays, text), text])})
             durable.replace(partial, file)
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
@@ -130,6 +138,18 @@ class WorkDir:
                 if entry != self._settings:
                     entry.unlink()
         shutil.rmtree(self.path, ignore_errors=True)
+
+    def _read(self, file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """A block's tensors and facts."""
+        try:
+            with safe_open(file, framework="np") as stored:
+                tensors: dict[str, Any] = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+                expected, facts = json.loads((stored.metadata() or {}).get(_BESIDE, '["", ""]'))
+            if _checksum(file, tensors, facts) != expected:
+                raise ValueError("its checksum is wrong")
+            return tensors, json.loads(facts)
+        except (OSError, TypeError, ValueError, SafetensorError) as error:
+            raise D2QError(f"{file} is damaged ({error}); remove it and convert again") from error
 
     def _take_over(self, force: bool) -> None:
         """Keep the directory if its blocks are of this conversion; else delete it, or refuse to."""
@@ -184,9 +204,9 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return found
 
 
-def _checksum(file: Path, tensors: Mapping[str, Tensor]) -> str:
+def _checksum(file: Path, tensors: Mapping[str, Tensor], facts: str) -> str:
     """SHA-256 over everything in a block file; its name too, because a block isn't another one."""
-    digest = hashlib.sha256(file.name.encode())
+    digest = hashlib.sha256(json.dumps([file.name, facts]).encode())
     for name in sorted(tensors):
         data = tensors[name]
         digest.update(json.dumps([name, data.dtype.str, data.shape]).encode())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from d2q_edge.calibration import BUILTIN, Text, load_text, token_windows
+from d2q_edge.calibration import BUILTIN, HELD_BACK, Text, load_text, split_windows, token_windows
 from d2q_edge.errors import D2QError
 from tests.checkpoints import EXAMPLE
 
@@ -120,3 +120,27 @@ class TestWindows:
     def test_text_shorter_than_a_window(self) -> None:
         with pytest.raises(D2QError, match="the calibration text has 9 tokens, less than one window of 10"):
             windows("abcdefghi", 300)
+
+
+class TestHeldBack:
+    def split(self, text: str, tokens: int, **options: Any) -> tuple[Any, Any]:
+        settings = {"context": 512, "seed": 0, "bos": None, **options}
+        return split_windows(
+            Letters(), Text(text, "", ""), tokens, settings["context"], settings["seed"], settings["bos"]
+        )
+
+    def test_is_not_calibrated_on(self) -> None:
+        text = "".join(chr(32 + index) for index in range(512 * 40))
+        chosen, held = self.split(text, 512 * 25, bos=7)
+        assert np.array_equal(chosen, windows(text, 512 * 25, context=512, bos=7))
+        assert held.shape == (HELD_BACK // 512, 512)
+        assert set(chosen[:, 0]) == set(held[:, 0]) == {7}
+        assert not set(chosen[:, 1]) & set(held[:, 1])
+        assert list(held[:, 1]) == sorted(set(held[:, 1]))
+        assert held[-1, 1] - held[0, 1] > 512 * 20, "from everywhere in the text"
+
+    def test_takes_what_is_left(self) -> None:
+        text = "x" * (512 * 40)
+        assert [len(self.split(text, 512 * count)[1]) for count in (1, 32, 33, 38, 39, 40, 99)] == [8, 8, 7, 2, 1, 0, 0]
+        assert self.split(text, 64, context=64)[1].shape == (HELD_BACK // 64, 64)
+        assert self.split(text, 8192, context=8192)[1].shape == (1, 8192)

@@ -198,7 +198,8 @@ class TestConvert:
         assert {path.name for path in Path.cwd().iterdir()} == {"out.gguf", "report.json"}
         report = json.loads(Path("report.json").read_text())
         assert report.keys() == {
-            "bytes", "bits_per_weight", "linear_bits_per_weight", "types", "layer_errors", "seconds", "refinement",
+            "bytes", "bits_per_weight", "linear_bits_per_weight", "types", "layer_errors", "column_scales", "norm_shifts",
+            "held_back", "seconds", "refinement",
         }  # fmt: skip
         assert report["bytes"] == size
         assert report["linear_bits_per_weight"] == 2.5
@@ -259,11 +260,15 @@ class TestConvert:
     def test_interrupted(self, d2q: Call, make_checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
         model = make_checkpoint(hidden_size=64, intermediate_size=128)
 
-        def interrupt(*_: object) -> None:
-            raise KeyboardInterrupt
+        go_on = pipeline._Driver.quantize
+
+        def interrupt(driver: pipeline._Driver, index: int) -> object:
+            if index == 1:
+                raise KeyboardInterrupt
+            return go_on(driver, index)
 
         with monkeypatch.context() as patch:
-            patch.setattr(pipeline._Driver, "mean_error", interrupt)
+            patch.setattr(pipeline._Driver, "quantize", interrupt)
             result = d2q("convert", model, "-o", "out.gguf", *QUICK)
         assert (result.code, result.out) == (130, "")
         assert result.err.strip() == "Interrupted. A conversion goes on where it stopped when the command is repeated."

@@ -310,7 +310,7 @@ class TestOptions:
             given.append(args[5])
             raise InterruptedError
 
-        monkeypatch.setattr(convert, "token_windows", spy)
+        monkeypatch.setattr(convert, "split_windows", spy)
         with pytest.raises(InterruptedError):
             convert.convert(model, model.parent / "out.gguf", QUICK)
         assert given == [None], "transformers adds none, so the file forbids it"

@@ -41,7 +41,9 @@ def test_the_second_half_is_scored() -> None:
 
 
 def test_summary() -> None:
-    found = HeldBack.of(torch.tensor([0.1, 0.2, 0.6], dtype=torch.float64), torch.tensor([True, False, True]))
+    found = HeldBack.of(
+        torch.tensor([0.1, 0.2, 0.6], dtype=torch.float64), torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
+    )
     assert found.tokens == 3
     assert [found.kl_divergence, found.top1_agreement] == pytest.approx([0.3, 2 / 3])
     assert found.kl_divergence_stderr == pytest.approx(math.sqrt((0.04 + 0.01 + 0.09) / 3 / 2))

@@ -288,3 +288,16 @@ def test_leftovers_of_a_crash_at_the_start(output: Path) -> None:
     path.mkdir()
     (path / "settings.partial").write_text("{")
     assert WorkDir(output, SETTINGS).finished == 0
+
+
+def test_facts_are_kept_with_a_block(output: Path) -> None:
+    work = WorkDir(output, SETTINGS)
+    work.write_block(0, BLOCK, facts={"errors": {"a": 0.25}, "none": None})
+    work.write_block(1, BLOCK)
+    again = WorkDir(output, SETTINGS)
+    assert again.read_facts(0) == {"errors": {"a": 0.25}, "none": None}
+    assert again.read_facts(1) == {}
+    assert again.read_block(0).keys() == BLOCK.keys()
+    (work.path / "block-0000.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(D2QError, match="is damaged"):
+        again.read_facts(0)

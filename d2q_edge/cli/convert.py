@@ -44,6 +44,7 @@ from d2q_edge.cli.common import PATH, is_first_process, wait_passively, write_js
 @click.option("--dry-run", is_flag=True, help="Print the plan and the exact size; write nothing.")
 @click.option("--force", is_flag=True, help="Replace an existing file, or unfinished work with other options.")
 @click.option("--report", type=PATH, help="Write what was measured to a JSON file.")
+@click.option("--model-card", is_flag=True, help="Write README.md beside the file, as GGUF repositories have it.")
 def command(model: Path, output: Path | None, stock_type: str | None, **options: Any) -> None:
     """Quantize a Hugging Face checkpoint into a GGUF file.
 
@@ -58,10 +59,12 @@ def command(model: Path, output: Path | None, stock_type: str | None, **options:
     from d2q_edge.families import family_for
     from d2q_edge.gguf_file import check_output
     from d2q_edge.hub import locate
+    from d2q_edge.model_card import check_card, write_card
 
-    bits, force, report = options["bits"], options["force"], options["report"]
+    bits, force, report, card = options["bits"], options["force"], options["report"], options["model_card"]
     if stock_type is not None:
-        for option in ("bits", "no_calibration", "embedding_type", "head_type", "refine", "dry_run", "report"):
+        ours = "bits", "no_calibration", "embedding_type", "head_type", "refine", "dry_run", "report", "model_card"
+        for option in ours:
             if options[option]:
                 raise click.UsageError(f"--type writes a stock file; it doesn't go with --{option.replace('_', '-')}")
         if options["rotation"] == "on":
@@ -108,9 +111,13 @@ def command(model: Path, output: Path | None, stock_type: str | None, **options:
     if report:
         # Better now than after the work.
         check_output(report, force=True)
+    if card:
+        check_card(output, force=force)
     result = quantize(model, output, chosen, dry_run=options["dry_run"], force=force, verify=not options["no_verify"])
     if not is_first_process():
         return
     if report:
         write_json(report, result.to_json())
+    if card and not options["dry_run"]:
+        write_card(output, result.to_json())
     click.echo(result.describe(output))

@@ -91,7 +91,7 @@ def _lines(title: str, label: str, description: str, lines: Lines) -> Picture | 
         return None
 
     def draw(axes: Any, palette: Palette) -> None:
-        from matplotlib.ticker import MaxNLocator
+        from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
         for index, (kind, line) in enumerate(lines.items()):
             axes.plot(
@@ -100,6 +100,9 @@ def _lines(title: str, label: str, description: str, lines: Lines) -> Picture | 
             )  # fmt: skip
         if min(every) > 0 and max(every) > 8 * min(every):
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(10, (1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.minorticks_off()
         elif min(every) >= 0:
             axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

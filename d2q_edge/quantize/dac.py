@@ -9,6 +9,8 @@ own, so that part of the windows is held back: a channel is corrected only if th
 squared error smaller on them, and a norm only if the channels together gain more than MINIMUM_GAIN.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 HELD_BACK = 4
@@ -17,6 +19,28 @@ SIGNAL = 1e-3
 """A channel's shift mu is signal where mu^2 / (mu^2 + sigma^2) is above this; sigma over tokens."""
 MINIMUM_GAIN = 1e-3
 """Smallest relative reduction of the squared error on the held-back batches that makes a bias worth its bytes."""
+
+
+@dataclass(frozen=True)
+class ShiftFacts:
+    """What was found out about one norm.
+
+    Attributes:
+        applied: whether the norm gets a bias.
+        norm: length of the mean shift, over all channels and batches.
+        relative_norm: the same relative to the norm's output (root of the mean squared length over tokens).
+        signal_to_noise: squared length of the mean shift over the variance of the shift between tokens.
+        gain: by how much a bias in the chosen channels makes the squared error on the held-back batches smaller,
+            relative to it.
+        channels: that were chosen.
+    """
+
+    applied: bool
+    norm: float
+    relative_norm: float
+    signal_to_noise: float
+    gain: float
+    channels: int
 
 
 class MeanShift:
@@ -30,19 +54,43 @@ class MeanShift:
             batches: how many there are in all. With fewer than two nothing can be held back, and nothing is corrected.
         """
         self._batches = batches
-        self.moments = torch.zeros(2, 3, channels, dtype=torch.float64)
+        self.moments = torch.zeros(2, 4, channels, dtype=torch.float64)
         """Of the batches that fit and of those that are held back; sums, so that those of several processes add up."""
 
     def add_batch(self, index: int, teacher: torch.Tensor, student: torch.Tensor) -> None:
         """Add batch number `index`: float32 [..., channels] of the same tokens."""
         held = index == self._batches - 1 if self._batches < HELD_BACK else index % HELD_BACK == HELD_BACK - 1
-        self.moments[int(held)] += _moments((teacher - student).flatten(0, -2))
+        self.moments[int(held)] += _moments((teacher - student).flatten(0, -2), teacher.flatten(0, -2))
 
     def bias(self) -> torch.Tensor | None:
         """float32 [channels], on the CPU, zero in channels that stay as they are; None where the norm is better left
         alone."""
-        if self._batches < 2:
+        chosen, gain = self._choice()
+        if not gain > MINIMUM_GAIN:
             return None
+        every = self.moments.sum(0)
+        return torch.where(chosen, every[1] / every[0], 0.0).float()
+
+    def facts(self) -> ShiftFacts:
+        """What people may want to know about it."""
+        chosen, gain = self._choice()
+        count, total, square, energy = self.moments.sum(0)
+        shift = total / count
+        signal, noise = float(shift.square().sum()), float((square / count - shift.square()).sum())
+        output = float((energy / count).sum())
+        return ShiftFacts(
+            applied=gain > MINIMUM_GAIN,
+            norm=signal**0.5,
+            relative_norm=(signal / output) ** 0.5 if output > 0 else 0.0,
+            signal_to_noise=signal / noise if noise > 0 else 0.0,
+            gain=gain,
+            channels=int(chosen.sum()),
+        )
+
+    def _choice(self) -> tuple[torch.Tensor, float]:
+        """Channels that are corrected, bool [channels], and what they gain together on the held-back batches."""
+        if self._batches < 2:
+            return torch.zeros(self.moments.shape[2], dtype=torch.bool), 0.0
         fitted, checked = self.moments
         shift, square = fitted[1] / fitted[0], fitted[2] / fitted[0]
         shift_there, square_there = checked[1] / checked[0], checked[2] / checked[0]
@@ -50,13 +98,12 @@ class MeanShift:
         gain = shift * (2 * shift_there - shift)
         chosen = (gain > 0) & (shift.square() > SIGNAL * square)
         total = float(torch.where(chosen, gain, 0.0).sum() / square_there.sum())
-        if not total > MINIMUM_GAIN:
-            return None
-        every = self.moments.sum(0)
-        return torch.where(chosen, every[1] / every[0], 0.0).float()
+        # Without any error there is nothing to gain, and no number either.
+        return chosen, total if total == total else 0.0
 
 
-def _moments(difference: torch.Tensor) -> torch.Tensor:
-    """Count, sum and sum of squares over the tokens of a batch: float64 [3, channels], on the CPU."""
+def _moments(difference: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Over a batch: count, sum, sum of squares, teacher's sum of squares; float64 [4, channels], on the CPU."""
     count = torch.full_like(difference[0], len(difference))
-    return torch.stack([count, difference.sum(0), difference.square().sum(0)]).cpu().double()
+    sums = difference.sum(0), difference.square().sum(0), teacher.square().sum(0)
+    return torch.stack([count, *sums]).cpu().double()

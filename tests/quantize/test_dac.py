@@ -156,3 +156,35 @@ def test_one_batch_is_not_enough() -> None:
 def test_equal_streams() -> None:
     _, student = streams(4, {})
     assert mean_shift(student, student) is None
+
+
+@pytest.mark.parametrize("shifts", [SHIFTED, {5: 0.5}, {}], ids=["three", "one", "none"])
+def test_facts(shifts: dict[int, float]) -> None:
+    """Against the definitions, in float64, over all tokens at once."""
+    teacher, student = streams(8, shifts)
+    measured = MeanShift(CHANNELS, len(teacher))
+    for index, (wanted, reached) in enumerate(zip(teacher, student, strict=True)):
+        measured.add_batch(index, wanted, reached)
+    facts, bias = measured.facts(), measured.bias()
+    difference = (torch.cat(teacher).double() - torch.cat(student).double()).numpy()
+    mean = difference.mean(0)
+    assert facts.norm == pytest.approx(np.linalg.norm(mean), rel=1e-4)
+    assert facts.signal_to_noise == pytest.approx((mean**2).sum() / difference.var(0).sum(), rel=1e-4)
+    length = math.sqrt((torch.cat(teacher).double() ** 2).sum(1).mean())
+    assert facts.relative_norm == pytest.approx(np.linalg.norm(mean) / length, rel=1e-4)
+    assert facts.applied == (bias is not None) == bool(shifts)
+    if bias is not None:
+        assert facts.channels == int((bias != 0).sum())
+        held = np.concatenate([(teacher[index] - student[index]).double().numpy() for index in held_back(8)])
+        fitted = [(teacher[index] - student[index]).double().numpy() for index in range(8) if index not in held_back(8)]
+        shift = np.where(bias.numpy() != 0, np.concatenate(fitted).mean(0), 0)
+        gain = 1 - ((held - shift) ** 2).sum() / (held**2).sum()
+        assert facts.gain == pytest.approx(gain, rel=1e-4)
+
+
+def test_facts_without_any_error() -> None:
+    measured = MeanShift(CHANNELS, 4)
+    for index in range(4):
+        measured.add_batch(index, torch.ones(3, CHANNELS), torch.ones(3, CHANNELS))
+    assert measured.bias() is None
+    assert (measured.facts().applied, measured.facts().gain, measured.facts().signal_to_noise) == (False, 0, 0)

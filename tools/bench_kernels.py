@@ -23,6 +23,7 @@ SOURCES = (
     "ggml-cpu/quants.c",
     "ggml-cpu/arch/x86/quants.c",
     "d2q/d2q-cpu.c",
+    "d2q/d2q-q8.c",
     "d2q/d2q-x86.c",
     "d2q/d2q-quants.c",
     "d2q/d2q-encode.c",

@@ -31,7 +31,12 @@ TARGETS = {
 TILED_TARGETS = {"avx": ("-march=ivybridge",), **{name: TARGETS[name] for name in ("avx2", "avxvnni", "avx512vnni")}}
 # without their runtime libraries, which do not run under qemu: undefined behaviour ends the program
 TRAPS = ("-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")
-NEEDS = {"avx": ("avx", "f16c"), "avx2": ("avx2", "fma", "f16c"), "avxvnni": ("avx_vnni",), "avx512vnni": ("avx512_vnni", "avx512vl")}
+NEEDS = {
+    "avx": ("avx", "f16c"),
+    "avx2": ("avx2", "fma", "f16c"),
+    "avxvnni": ("avx_vnni",),
+    "avx512vnni": ("avx512_vnni", "avx512vl"),
+}
 
 # the compiler's option for a feature in ggml's list of CPU backends, where it is not the feature's name
 OPTIONS = {

@@ -147,7 +147,7 @@ def test_every_cpu_backend_of_a_dispatching_build_compiles(patched_tree: Path, t
         for name in features.split():
             flags += OPTIONS.get(name, ("-m" + name.lower().replace("_", ""),))
         subprocess.run([*_c("gcc", patched_tree, flags), "-S", *own], check=True, cwd=tmp_path)
-        command = ["g++", "-std=gnu++17", "-w", *flags, *arm.include_flags(patched_tree), "-S", use]
+        command = ["g++", "-std=gnu++17", "-w", *flags, *arm.include_flags(patched_tree), "-S", str(use)]
         subprocess.run(command, check=True, cwd=tmp_path)
 
 

@@ -73,6 +73,18 @@ def test_table() -> None:
     assert lines[-10].split() == ["d2q2/q2_K", "0.500", "0.500"]
 
 
+def test_markdown_has_the_faster_form_of_each_type() -> None:
+    rounds = [_round(q4_K=8.0), _round(q4_K=8.0, d2q2=0.5), _round(q4_K=8.0, d2q2=3.0)]
+    lines = bench_model.markdown(
+        {"prompt-1": [_round()], "generation-2": rounds}, Settings(prompt=512, generation=64)
+    ).splitlines()
+    assert lines[:2] == ["| tokens/s | generation, 2 threads | prompt, 1 thread |", "|---|---|---|"]
+    assert lines[2] == "| d2q2 | 64.0 | 512.0 |"
+    assert "| Q2_K | 32.0 | 256.0 |" in lines
+    assert "| Q4_K | 16.0 | 256.0 |" in lines, "as it is 4 s, repacked 8 s and 2 s"
+    assert len(lines) == 2 + len(bench_model.STOCK) + len(bench_model.OURS)
+
+
 def test_generated_widths_fit_blocks(tmp_path: Path) -> None:
     with pytest.raises(D2QError, match="multiples of 256"):
         bench_model.generate_checkpoint(tmp_path / "model", Shape(1, 256, 500))

@@ -2,7 +2,8 @@
 
 Compiles ggml's own kernels and ours from the patched source (tools/bench_kernels.c) for the instruction sets of this
 machine: AVX2 only, and native. Prints a table, or with --json a map from instruction set to `type/stock_type` to the
-median ratio of their times over rounds and widths; below 1 ours is faster. x86 only for now.
+median ratio of their times over rounds and widths; below 1 ours is faster. --markdown prints the same ratios as the
+README's table. x86 only for now.
 """
 
 import json
@@ -23,6 +24,7 @@ SOURCES = (
     "ggml-cpu/quants.c",
     "ggml-cpu/arch/x86/quants.c",
     "d2q/d2q-cpu.c",
+    "d2q/d2q-q8.c",
     "d2q/d2q-x86.c",
     "d2q/d2q-quants.c",
     "d2q/d2q-encode.c",
@@ -80,12 +82,22 @@ def print_table(target: str, columns: int, times: Times) -> None:
         click.echo(f"  {label}: {pairs}")
 
 
+def markdown(result: dict[str, dict[str, float]]) -> str:
+    """The ratios as the README has them: a row for each pair of types, a column for each instruction set."""
+    lines = [f"| time of a dot product | {' | '.join(result)} |", "|---" * (1 + len(result)) + "|"]
+    for ours, stock in PAIRS:
+        values = " | ".join(f"{seen[f'{ours}/{stock}']:.2f}" for seen in result.values())
+        lines.append(f"| {ours} / {stock.upper()} | {values} |")
+    return "\n".join(lines)
+
+
 @click.command()
 @click.option("--columns", multiple=True, type=int, default=(4096, 14336), show_default=True)
 @click.option("--rounds", default=21, show_default=True)
 @click.option("--stream-mb", default=64, show_default=True, help="Megabytes of rows of each type to stream.")
 @click.option("--json", "as_json", is_flag=True, help="Ratios of cached rows, all widths together.")
-def main(columns: tuple[int, ...], rounds: int, stream_mb: int, as_json: bool) -> None:
+@click.option("--markdown", "as_markdown", is_flag=True, help="The same ratios as a Markdown table.")
+def main(columns: tuple[int, ...], rounds: int, stream_mb: int, as_json: bool, as_markdown: bool) -> None:
     """Time our dot products against stock ones on this machine."""
     result: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as work:
@@ -97,11 +109,13 @@ def main(columns: tuple[int, ...], rounds: int, stream_mb: int, as_json: bool) -
             runs = []
             for width in columns:
                 runs.append(run_bench(program, width, rounds, stream_mb * 1_000_000))
-                if not as_json:
+                if not (as_json or as_markdown):
                     print_table(name, width, runs[-1])
             result[name] = ratios(runs, 0)
     if as_json:
         click.echo(json.dumps(result, indent=2))
+    elif as_markdown:
+        click.echo(markdown(result))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ files a few rows of each layer are encoded and repeated: the search for all of t
 Types run in turn, for several rounds, so that a busy moment hits all of them alike. Stock types that llama.cpp can
 repack when it loads them are measured in both forms, and the better one counts. Prints tokens per second and ratios of
 times (below 1 ours is faster), or with --json a map from phase and threads, as "prompt-1" or "generation-2", to
-`type/stock_type` to the median ratio of the rounds. Needs the runtime's tools: `d2q-edge runtime install --tools`.
+`type/stock_type` to the median ratio of the rounds. --markdown prints the README's table of tokens per second. Needs
+the runtime's tools: `d2q-edge runtime install --tools`.
 """
 
 import contextlib
@@ -165,15 +166,42 @@ def ratios(rounds: list[dict[Variant, float]]) -> dict[str, float]:
     return result
 
 
+def speeds(times: Times, settings: Settings) -> dict[Variant, dict[str, float]]:
+    """Tokens per second of every variant by phase, from the median of the rounds."""
+    phases = sorted(times)
+    tokens = {phase: settings.prompt if phase.startswith(PROMPT) else settings.generation for phase in phases}
+    return {
+        variant: {phase: tokens[phase] / statistics.median(seen[variant] for seen in times[phase]) for phase in phases}
+        for variant in times[phases[0]][0]
+    }
+
+
+def markdown(times: Times, settings: Settings) -> str:
+    """Tokens per second as the README has them: a row for each type, of one in two forms the faster of each column."""
+    phases = sorted(times, key=lambda phase: (phase.startswith(PROMPT), phase))
+    heads = [f"{phase}, {count} thread{'s' * (count != '1')}" for phase, count in (p.split("-") for p in phases)]
+    lines = [f"| tokens/s | {' | '.join(heads)} |", "|---" * (1 + len(phases)) + "|"]
+    measured = speeds(times, settings)
+    for name in dict.fromkeys(name for name, _ in measured):
+        forms = [seen for variant, seen in measured.items() if variant[0] == name]
+        best = (max(seen[phase] for seen in forms) for phase in phases)
+        lines.append(f"| {name if name in OURS else name.upper()} | {' | '.join(f'{speed:.1f}' for speed in best)} |")
+    return "\n".join(lines)
+
+
 def table(times: Times, settings: Settings) -> str:
     """Tokens per second, then ratios of times, a column for each phase and number of threads."""
     phases = sorted(times)
     lines = [f"{'tokens/s':18}" + "".join(f"{phase:>14}" for phase in phases)]
-    for name, repack in times[phases[0]][0]:
+    for (name, repack), measured in speeds(times, settings).items():
         label = f"{name}, as it is" if not repack else f"{name}, repacked" if name in REPACKED else name
+<<<<<<< HEAD
         medians = (statistics.median(seen[name, repack] for seen in times[phase]) for phase in phases)
         speeds = (settings.tokens(phase) / median for phase, median in zip(phases, medians, strict=True))
         lines.append(f"{label:18}" + "".join(f"{speed:14.1f}" for speed in speeds))
+=======
+        lines.append(f"{label:18}" + "".join(f"{measured[phase]:14.1f}" for phase in phases))
+>>>>>>> kernels
     lines += ["", f"{'ratio of times':18}" + "".join(f"{phase:>14}" for phase in phases)]
     columns = [ratios(times[phase]) for phase in phases]
     lines += [f"{pair:18}" + "".join(f"{column[pair]:14.3f}" for column in columns) for pair in columns[0]]
@@ -211,6 +239,7 @@ def prepared(model: Path | None, shape: Shape, keep: Path | None) -> Iterator[di
 @click.option("--rounds", type=click.IntRange(1), default=Settings.rounds, show_default=True)
 @click.option("--keep", type=click.Path(path_type=Path), help="Keep the files there, and use them in a later run.")
 @click.option("--json", "as_json", is_flag=True, help="Only the ratios, as JSON.")
+@click.option("--markdown", "as_markdown", is_flag=True, help="Only the README's table of tokens per second.")
 def main(
     model: Path | None,
     layers: int,
@@ -222,6 +251,7 @@ def main(
     rounds: int,
     keep: Path | None,
     as_json: bool,
+    as_markdown: bool,
 ) -> None:
     """Time models of our types against stock ones on this machine."""
     settings = Settings(prompt, generation, threads, rounds)
@@ -233,7 +263,7 @@ def main(
     if as_json:
         click.echo(json.dumps({phase: ratios(rounds) for phase, rounds in sorted(times.items())}, indent=2))
     else:
-        click.echo(table(times, settings))
+        click.echo(markdown(times, settings) if as_markdown else table(times, settings))
 
 
 if __name__ == "__main__":

@@ -51,6 +51,11 @@ D2Q_VEC_DOT(ggml_vec_dot_d2q3_64_q8_0_generic);
 // whether this target has such a multiplication for the type
 bool d2q_has_gemm(enum ggml_type type);
 
+// Rows and columns of the shares that threads take of a multiplication; `stock` is what ggml takes. For one column those
+// are 64 rows, 38 KB of d2q2 in 2048 columns: the next share is elsewhere, and two threads lose a sixth of their time at the
+// beginnings. Four shares for each thread are what repack.cpp makes, too.
+int d2q_chunk_size(enum ggml_type type, int64_t n_rows, int64_t n_columns, int n_threads, int stock);
+
 // results[c][r] = row r times column c; n weights in a row, `stride` bytes from one row to the next, at most
 // D2Q_GEMM_PANEL columns. Only where the target has it.
 void d2q_gemm(enum ggml_type type, int n, const void * rows, size_t stride, int64_t n_rows, const void * const * columns, float * const * results, int n_columns);

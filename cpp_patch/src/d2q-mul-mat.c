@@ -1,15 +1,29 @@
-// Where ggml's matrix multiplications take the d2q types' own path: from a thread's share of the work to d2q_gemm.
+// Where ggml's matrix multiplications treat the d2q types their own way: the size of the shares that threads take one after
+// the other, and from such a share to d2q_gemm.
 #include "d2q-cpu.h"
 
 #include "ggml-cpu.h"
 
+static bool is_d2q(enum ggml_type type) {
+    return type == GGML_TYPE_D2Q2 || type == GGML_TYPE_D2Q3 || type == GGML_TYPE_D2Q2_64 || type == GGML_TYPE_D2Q3_64;
+}
+
 bool d2q_has_gemm(enum ggml_type type) {
 #if defined(D2Q_GEMM)
-    return type == GGML_TYPE_D2Q2 || type == GGML_TYPE_D2Q3 || type == GGML_TYPE_D2Q2_64 || type == GGML_TYPE_D2Q3_64;
+    return is_d2q(type);
 #else
     GGML_UNUSED(type);
     return false;
 #endif
+}
+
+int d2q_chunk_size(enum ggml_type type, int64_t n_rows, int64_t n_columns, int n_threads, int stock) {
+    if (is_d2q(type) && (n_rows == 1 || n_columns == 1)) {
+        const int64_t all = n_rows > n_columns ? n_rows : n_columns, shares = 4*(int64_t) n_threads;
+        const int size = (int) ((all + shares - 1)/shares);
+        return size > stock ? size : stock;
+    }
+    return d2q_has_gemm(type) ? D2Q_GEMM_PANEL : stock;
 }
 
 #if defined(D2Q_GEMM)

@@ -31,6 +31,13 @@ static inline __m256i d2q_dot_signed(__m256i w, __m256i q8) {
     return d2q_dot_add(_mm256_setzero_si256(), _mm256_sign_epi8(w, w), _mm256_sign_epi8(q8, w));
 }
 
+// acc + d*(p0*y[0].d + p1*y[1].d): each scale comes from memory into all lanes, which is cheaper than their products would be
+static inline __m256 d2q_add_block(__m256 acc, ggml_half d, __m256i p0, __m256i p1, const block_q8_0 * y) {
+    __m256 sum = _mm256_mul_ps(_mm256_cvtepi32_ps(p0), _mm256_set1_ps(GGML_CPU_FP16_TO_FP32(y[0].d)));
+    sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(p1), _mm256_set1_ps(GGML_CPU_FP16_TO_FP32(y[1].d)), sum);
+    return _mm256_fmadd_ps(sum, _mm256_set1_ps(GGML_CPU_FP16_TO_FP32(d)), acc);
+}
+
 // what the offset of 64 in the table adds to a block: 64 times the activations, from their sums of 16
 static inline __m256i d2q_offset(const block_q8_K * y) {
     return _mm256_slli_epi32(_mm256_madd_epi16(d2q_load(y->bsums), _mm256_set1_epi16(1)), 6);
@@ -99,17 +106,15 @@ D2Q_VEC_DOT(ggml_vec_dot_d2q2_64_q8_0) {
     const block_q8_0    * GGML_RESTRICT y = vy;
     const __m256i nibble = _mm256_set1_epi8(15);
 
-    __m256 acc0 = _mm256_setzero_ps(), acc1 = acc0;
+    __m256 acc = _mm256_setzero_ps();
     for (int i = 0; i < n/QK_D2Q_64; i++, y += 2) {
-        const float d = GGML_CPU_FP16_TO_FP32(x[i].d);
         const __m256i q  = d2q_load_both(x[i].qs);
         const __m256i w0 = _mm256_shuffle_epi8(d2q_load(d2q_pair_table[x[i].cb[0]]), _mm256_and_si256(q, nibble));
         const __m256i w1 = _mm256_shuffle_epi8(d2q_load(d2q_pair_table[x[i].cb[1]]), _mm256_and_si256(_mm256_srli_epi16(q, 4), nibble));
         const __m256i p0 = d2q_dot_signed(w0, d2q_load(y[0].qs)), p1 = d2q_dot_signed(w1, d2q_load(y[1].qs));
-        acc0 = _mm256_fmadd_ps(_mm256_set1_ps(d*GGML_CPU_FP16_TO_FP32(y[0].d)), _mm256_cvtepi32_ps(p0), acc0);
-        acc1 = _mm256_fmadd_ps(_mm256_set1_ps(d*GGML_CPU_FP16_TO_FP32(y[1].d)), _mm256_cvtepi32_ps(p1), acc1);
+        acc = d2q_add_block(acc, x[i].d, p0, p1, y);
     }
-    *s = d2q_sum(_mm256_add_ps(acc0, acc1));
+    *s = d2q_sum(acc);
 }
 
 D2Q_VEC_DOT(ggml_vec_dot_d2q3_64_q8_0) {
@@ -120,9 +125,8 @@ D2Q_VEC_DOT(ggml_vec_dot_d2q3_64_q8_0) {
     const __m256i low2 = _mm256_set1_epi8(0x33), bit2 = _mm256_set1_epi8(0x44);
     const __m256i second_half = _mm256_setr_epi64x(0, 0, 2, 2), quarters = _mm256_setr_epi64x(0, 1, 2, 3);
 
-    __m256 acc0 = _mm256_setzero_ps(), acc1 = acc0;
+    __m256 acc = _mm256_setzero_ps();
     for (int i = 0; i < n/QK_D2Q_64; i++, y += 2) {
-        const float d = GGML_CPU_FP16_TO_FP32(x[i].d);
         // shifts cross byte borders; the masks drop what they bring in
         const __m256i q = _mm256_srlv_epi64(d2q_load_both(x[i].qs), second_half);
         const __m256i h = _mm256_srlv_epi64(d2q_load_8(x[i].qh), quarters);
@@ -132,10 +136,9 @@ D2Q_VEC_DOT(ggml_vec_dot_d2q3_64_q8_0) {
         const __m256i w0 = _mm256_shuffle_epi8(d2q_load_8(d2q_scalar_table[x[i].cb[0]]), c0);
         const __m256i w1 = _mm256_shuffle_epi8(d2q_load_8(d2q_scalar_table[x[i].cb[1]]), c1);
         const __m256i p0 = d2q_dot_signed(w0, d2q_load(y[0].qs)), p1 = d2q_dot_signed(w1, d2q_load(y[1].qs));
-        acc0 = _mm256_fmadd_ps(_mm256_set1_ps(d*GGML_CPU_FP16_TO_FP32(y[0].d)), _mm256_cvtepi32_ps(p0), acc0);
-        acc1 = _mm256_fmadd_ps(_mm256_set1_ps(d*GGML_CPU_FP16_TO_FP32(y[1].d)), _mm256_cvtepi32_ps(p1), acc1);
+        acc = d2q_add_block(acc, x[i].d, p0, p1, y);
     }
-    *s = d2q_sum(_mm256_add_ps(acc0, acc1));
+    *s = d2q_sum(acc);
 }
 
 #endif

@@ -323,6 +323,14 @@ int main(void) {
 #endif
         ) { bad++; }
     }
+    // one column: four shares for each thread, none smaller than ggml's; other types and several columns: as ggml has it
+    const bool shares = d2q_chunk_size(GGML_TYPE_D2Q3_64, 5632, 1, 2, 64) == 704 && d2q_chunk_size(GGML_TYPE_D2Q2, 1, 4097, 1, 64) == 1025
+        && d2q_chunk_size(GGML_TYPE_D2Q2, 100, 1, 8, 64) == 64 && d2q_chunk_size(GGML_TYPE_Q2_K, 5632, 1, 2, 64) == 64
+        && d2q_chunk_size(GGML_TYPE_D2Q2, 5632, 8, 2, 16) == (d2q_has_gemm(GGML_TYPE_D2Q2) ? D2Q_GEMM_PANEL : 16);
+    if (!shares) {
+        fprintf(stderr, "sizes of shares\n");
+        bad++;
+    }
     printf("%d checks, %d bad\n", checks, bad);
     return bad != 0;
 }

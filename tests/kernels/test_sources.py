@@ -4,6 +4,7 @@ And every source of ours compiled for each of the targets that llama.cpp's dispa
 """
 
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -36,6 +37,23 @@ NEEDS = {
     "avxvnni": ("avx_vnni",),
     "avx512vnni": ("avx512_vnni", "avx512vl"),
 }
+
+# the compiler's option for a feature in ggml's list of CPU backends, where it is not the feature's name
+OPTIONS = {
+    "SSE42": ("-msse4.2",),
+    "AVX512": ("-mavx512f", "-mavx512cd", "-mavx512vl", "-mavx512dq", "-mavx512bw"),
+    "AMX_TILE": ("-mamx-tile",),
+    "AMX_INT8": ("-mamx-int8",),
+}
+# what tiled.cpp uses of d2q-tiled.h
+TILED_USE = """
+#include "d2q/d2q-tiled.h"
+void use(const block_d2q2 * a, const block_d2q3 * b, tiled_tile_src0 * t, tiled_tile_src1 * u, float * out) {
+    tiled_unpack_src0(a, 1, 16, t, 1);
+    tiled_unpack_src0(b, 1, 16, t, 1);
+    tiled_run_microtile<D2Q_TILED_ARGUMENTS>(*t, *u, 0, 0, 1, 0, out, TILED_TILE_ROWS);
+}
+"""
 
 x86_only = pytest.mark.skipif(platform.machine() != "x86_64", reason="x86 targets")
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
@@ -91,8 +109,10 @@ def test_x86_kernels(patched_tree: Path, tmp_path: Path, target: str, sanitized:
 
 @x86_only
 @needs_gcc
-@pytest.mark.parametrize("sanitized", [False, True], ids=["optimized", "sanitized"])
-@pytest.mark.parametrize("target", TILED_TARGETS)
+@pytest.mark.parametrize(
+    ("target", "sanitized"),
+    [*((name, False) for name in TILED_TARGETS), ("avx2", True), ("avx512vnni", True)],  # tiled.cpp takes its time
+)
 def test_tiled_multiplication(patched_tree: Path, tmp_path: Path, target: str, sanitized: bool) -> None:
     program = tmp_path / "harness"
     _build_tiled(patched_tree, program, (*TILED_TARGETS[target], "-O1", *(SANITIZERS if sanitized else ())))
@@ -109,6 +129,26 @@ def test_arm_kernels(patched_tree: Path, tmp_path: Path, name: str, sanitized: b
     optimization = ("-O1", *TRAPS) if sanitized else ("-O3",)
     _build(arm.CC, patched_tree, program, ("-static", f"-march={target.march}", *optimization))
     _check(arm.run(program, target.cpu))
+
+
+@x86_only
+@needs_gcc
+def test_every_cpu_backend_of_a_dispatching_build_compiles(patched_tree: Path, tmp_path: Path) -> None:
+    """GGML_CPU_ALL_VARIANTS, our sources only: the whole build takes half an hour on two cores."""
+    cmake = (patched_tree / "vendor/llama.cpp/ggml/src/CMakeLists.txt").read_text()
+    x86 = cmake[cmake.index('GGML_SYSTEM_ARCH STREQUAL "x86"') :].split("elseif(GGML_SYSTEM_ARCH STREQUAL", 1)[0]
+    variants = dict(re.findall(r"^\s*ggml_add_cpu_backend_variant\((\w+)([^)]*)\)", x86, re.MULTILINE))
+    assert {"x64", "ivybridge", "haswell", "skylakex", "zen4", "alderlake", "sapphirerapids"} <= set(variants)
+    own = [patched_tree / source.OWN_SOURCES / f"d2q-{name}.c" for name in ("cpu", "q8", "x86", "mul-mat")]
+    use = tmp_path / "use.cpp"
+    use.write_text(TILED_USE)
+    for features in variants.values():
+        flags = ["-O0", "-march=x86-64"]
+        for name in features.split():
+            flags += OPTIONS.get(name, ("-m" + name.lower().replace("_", ""),))
+        subprocess.run([*_c("gcc", patched_tree, flags), "-S", *own], check=True, cwd=tmp_path)
+        command = ["g++", "-std=gnu++17", "-w", *flags, *arm.include_flags(patched_tree), "-S", str(use)]
+        subprocess.run(command, check=True, cwd=tmp_path)
 
 
 def test_every_source_is_compiled(patched_tree: Path) -> None:

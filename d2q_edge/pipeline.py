@@ -156,7 +156,7 @@ class _Driver:
         """Quantize one block and move both streams past it; returns its new tensors by full name."""
         prefix = self.family.block_prefix(index)
         teacher = self.runner.load(index)
-        result: dict[str, Tensor] = self._scale_columns(teacher) if self.method.dsq else {}
+        result: dict[str, Tensor] = self._scale_columns(prefix, teacher) if self.method.dsq else {}
         student = self.runner.share(teacher)
         for number, half in enumerate(self.family.halves):
             stages = [stage for stage in self.family.stages if self.family.half_of(stage) == half]
@@ -238,6 +238,7 @@ class _Driver:
                 statistics.add_batch(reached, wanted)
         _check_finite(finite, "original", f"{prefix}{layer}")
         self.ranks.sum(statistics.sums)
+        _check_sums(statistics.sums, f"{prefix}{layer}")
         return statistics
 
     def _quantize_stage(
@@ -286,7 +287,7 @@ class _Driver:
         found = {name: shift.bias() for name, shift in shifts.items()}
         return {name: bias.to(self.runner.device) for name, bias in found.items() if bias is not None}
 
-    def _scale_columns(self, block: nn.Module) -> dict[str, Tensor]:
+    def _scale_columns(self, prefix: str, block: nn.Module) -> dict[str, Tensor]:
         """Give all stages of a block column scales, from the original stream.
 
         Returns what changed and won't be quantized, by name in the block.
@@ -304,6 +305,7 @@ class _Driver:
         for name, stage in stages.items():
             energy = energies.pop(name)
             self.ranks.sum(energy.sums)
+            _check_sums(energy.sums, f"{prefix}{name}")
             with self.report.timed("statistics"):
                 weights = weight_energy([block.get_submodule(each) for each in stage.linears])
                 scales = column_scales(weights, energy.conditional(), self._rows(stage))
@@ -346,6 +348,15 @@ class _Driver:
 def _check_finite(finite: torch.Tensor, which: str, name: str) -> None:
     if not bool(finite):
         raise D2QError(f"the activations of the {which} model are NaN or infinite behind {name}")
+
+
+def _check_sums(sums: list[torch.Tensor], name: str) -> None:
+    """Numbers may be finite whose squares aren't."""
+    if not all(bool(each.isfinite().all()) for each in sums):
+        raise D2QError(
+            f"the inputs of {name} are too large to calculate with; the checkpoint may be damaged, or not a language "
+            "model's"
+        )
 
 
 def _set(module: nn.Module, parameter: str, values: torch.Tensor) -> None:

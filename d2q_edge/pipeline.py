@@ -156,7 +156,7 @@ class _Driver:
         """Quantize one block and move both streams past it; returns its new tensors by full name."""
         prefix = self.family.block_prefix(index)
         teacher = self.runner.load(index)
-        result: dict[str, Tensor] = self._scale_columns(prefix, teacher) if self.method.dsq else {}
+        result: dict[str, Tensor] = self._scale_columns(teacher, prefix) if self.method.dsq else {}
         student = self.runner.share(teacher)
         for number, half in enumerate(self.family.halves):
             stages = [stage for stage in self.family.stages if self.family.half_of(stage) == half]
@@ -287,7 +287,7 @@ class _Driver:
         found = {name: shift.bias() for name, shift in shifts.items()}
         return {name: bias.to(self.runner.device) for name, bias in found.items() if bias is not None}
 
-    def _scale_columns(self, prefix: str, block: nn.Module) -> dict[str, Tensor]:
+    def _scale_columns(self, block: nn.Module, prefix: str = "") -> dict[str, Tensor]:
         """Give all stages of a block column scales, from the original stream.
 
         Returns what changed and won't be quantized, by name in the block.

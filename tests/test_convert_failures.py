@@ -248,7 +248,7 @@ class TestFailures:
 
     def test_broken_tokenizer(self, make_checkpoint: Make, tmp_path: Path) -> None:
         model = make_checkpoint(**SMALL)
-        (model / "tokenizer_config.json").write_text('{"tokenizer_class": 5}')
+        (model / "tokenizer.json").write_text('{"model": 5}')
         with pytest.raises(D2QError):
             convert.convert(model, tmp_path / "out.gguf", QUICK)
         assert [path.name for path in tmp_path.iterdir()] == ["tiny"]

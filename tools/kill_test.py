@@ -97,6 +97,13 @@ class Killer:
             D2QError: it fails, or its file differs, or something else is left.
         """
         before = self._state()
+        work = self.directory / "out.gguf.work"
+        if self.output.exists() and not (work / "settings.json").exists():
+            # It was done; at most its empty directory was still there.
+            if work.exists():
+                work.rmdir()
+            self._compare(before)
+            return
         status = self._wait(self._start(lambda: None))
         if status != 0:
             raise D2QError(f"after a kill that left {before}, the conversion ended with status {status}")

@@ -20,8 +20,7 @@ import torch
 
 from d2q_edge.errors import D2QError
 from d2q_edge.hub import INDEX_FILE, PICKLES, SINGLE_FILE, blob_directories, locate, weight_files
-from d2q_edge.json_files import parse_json
-from d2q_edge.json_files import read_json_object as read_json_object
+from d2q_edge.json_files import parse_json, read_json_object
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"

@@ -35,7 +35,7 @@ from d2q_edge.report import Report
 from d2q_edge.sensitivity import choose_windows, measure
 from d2q_edge.tokenizer import read_tokenizer
 from d2q_edge.tokenizer.original import load_original
-from d2q_edge.work_dir import WorkDir
+from d2q_edge.work_dir import WorkDir, was_published
 
 FORMAT_VERSION = 1
 """Value of d2q.version: the layout of the blocks and the meaning of the d2q.* keys."""
@@ -155,12 +155,12 @@ def convert(
     force: bool = False,
     verify: bool = True,
 ) -> Conversion:
-    """Quantize a checkpoint directory into a GGUF of our tensor types.
+    """Quantize a checkpoint into a GGUF of our tensor types.
 
     Interrupted work stays in OUTPUT.work, and the same call goes on from there.
 
     Args:
-        model: a Hugging Face model directory.
+        model: a Hugging Face model directory, or an id of the hub.
         output: the file to write.
         options: see there.
         dry_run: stop after planning; nothing is written.
@@ -187,8 +187,8 @@ def convert(
         windows, held_back = _calibration_windows(checkpoint, family, text, options, options.calibration_tokens)
     sensitivity = None
     if is_mixed(options.bits):
-        if not dry_run:
-            check_output(output, force=force)
+        if not dry_run and not was_published(output):
+            ranks.in_turn(lambda: check_output(output, force=force))
         sensitivity = _sensitivity(checkpoint, family, options, windows, ranks)
     plan = make_plan(family, options.bits, *tables, sensitivity)
     file_type = FILE_TYPES[plan.nearest_bits if is_mixed(options.bits) else int(options.bits)]
@@ -207,7 +207,8 @@ def convert(
         memory = plan_memory(family, tokens, BATCH_TOKENS, ranks.device, output, disk, limit, ranks.count)
     if dry_run:
         return Conversion(plan, size, None, memory)
-    check_output(output, force=force, size=size)
+    if not was_published(output):
+        ranks.in_turn(lambda: check_output(output, force=force, size=size))
     if windows is None or text is None or memory is None:
         if ranks.is_first:
             file.write(output, RoundedContent(checkpoint, plan, ranks.device), force, verify=verify)
@@ -222,6 +223,12 @@ def convert(
     _check_weights(source, ranks)
     fingerprint = _fingerprint(checkpoint, plan, file.metadata, windows, ranks)
     work = ranks.in_turn(lambda: WorkDir(output, fingerprint, force=force and ranks.is_first))
+    if was_published(output):
+        # Killed at the very end: there is nothing left to do but tidying up.
+        ranks.wait()
+        if ranks.is_first:
+            work.remove()
+        return Conversion(plan, size, Report(), memory)
     if work.finished and ranks.is_first:
         print(f"going on after {work.finished} finished blocks in {work.path}", file=sys.stderr)
     runner = BlockRunner(checkpoint, family, ranks.device)
@@ -236,7 +243,9 @@ def convert(
         more, _ = _calibration_windows(checkpoint, family, text, options, REFINE_FACTOR * options.calibration_tokens)
         refinement = refine(checkpoint, family, plan.linears, more, work, ranks.device)
     with report.timed("writing"):
-        file.write(output, QuantizedContent(checkpoint, family, work, refined=options.refine), force, verify=verify)
+        content = QuantizedContent(checkpoint, family, work, refined=options.refine)
+        file.write(work.complete, content, force=True, verify=verify)
+        work.publish()
     work.remove()
     ranks.wait()
     return Conversion(plan, output.stat().st_size, report, memory, refinement)

@@ -264,6 +264,7 @@ class _Driver:
                 statistics.add_batch(reached, wanted)
         _check_finite(finite, "original", f"{prefix}{layer}")
         self.ranks.sum(statistics.sums)
+        _check_sums(statistics.sums, f"{prefix}{layer}")
         return statistics
 
     def _quantize_stage(
@@ -333,6 +334,8 @@ class _Driver:
         for name, stage in stages.items():
             energy = energies.pop(name)
             self.ranks.sum(energy.sums)
+            _check_finite(energy.gram.diagonal().isfinite().all(), "original", f"{prefix}{name}", "before")
+            _check_sums(energy.sums, f"{prefix}{name}")
             with self.report.timed("statistics"):
                 weights = weight_energy([block.get_submodule(each) for each in stage.linears])
                 scales = column_scales(weights, energy.conditional(), self._rows(stage))
@@ -373,9 +376,18 @@ class _Driver:
         return torch.from_numpy(data.astype(np.float32, copy=False))
 
 
-def _check_finite(finite: torch.Tensor, which: str, name: str) -> None:
+def _check_finite(finite: torch.Tensor, which: str, name: str, where: str = "behind") -> None:
     if not bool(finite):
-        raise D2QError(f"the activations of the {which} model are NaN or infinite behind {name}")
+        raise D2QError(f"the activations of the {which} model are NaN or infinite {where} {name}")
+
+
+def _check_sums(sums: list[torch.Tensor], name: str) -> None:
+    """Numbers may be finite whose squares aren't."""
+    if not all(bool(each.isfinite().all()) for each in sums):
+        raise D2QError(
+            f"the inputs of {name} are too large to calculate with; the checkpoint may be damaged, or not a language "
+            "model's"
+        )
 
 
 def _set(module: nn.Module, parameter: str, values: torch.Tensor) -> None:

@@ -10,13 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from d2q_edge import convert, gguf_file, pipeline
+from d2q_edge import convert, gguf_file, stage_solver
 from d2q_edge.convert import Options
 from d2q_edge.errors import D2QError
+from d2q_edge.gguf_reader import GGUFFile
 from tests.checkpoints import write_checkpoint
 from tests.interruption import interrupt_after
 
@@ -38,8 +40,8 @@ class TestInterruptions:
     @pytest.mark.parametrize(
         ("place", "function", "calls", "left"),
         [
-            (pipeline, "quantize_layer", 2, []),
-            (pipeline, "quantize_layer", 9, ["out.gguf.work"]),
+            (stage_solver, "quantize_layer", 2, []),
+            (stage_solver, "quantize_layer", 9, ["out.gguf.work"]),
             (gguf_file, "encode", 7, ["out.gguf.work"]),
         ],
         ids=["first block", "third block", "writing"],
@@ -74,10 +76,10 @@ class TestInterruptions:
         output = tmp_path / "out.gguf"
         for calls, finished in ((9, None), (0, 2)):
             with pytest.MonkeyPatch.context() as patch:
-                interrupt_after(patch, pipeline, "quantize_layer", calls)
+                interrupt_after(patch, stage_solver, "quantize_layer", calls)
                 with pytest.raises(KeyboardInterrupt):
                     convert.convert(whole[0], output, QUICK)
-            said = capsys.readouterr().err
+            said = capsys.readouterr().err.partition("\n")[2]
             assert said == (f"going on after {finished} finished blocks in {output}.work\n" if finished else "")
 
     @pytest.mark.parametrize(
@@ -121,7 +123,7 @@ class TestInterruptions:
     def stop(self, model: Path, output: Path) -> None:
         """Interrupt a conversion in its third block."""
         with pytest.MonkeyPatch.context() as patch:
-            interrupt_after(patch, pipeline, "quantize_layer", 9)
+            interrupt_after(patch, stage_solver, "quantize_layer", 9)
             with pytest.raises(KeyboardInterrupt):
                 convert.convert(model, output, QUICK)
 
@@ -174,7 +176,7 @@ class TestFailures:
         tensors = load_file(model / "model.safetensors")
         tensors[name].view(-1)[5] = torch.nan
         save_file(tensors, model / "model.safetensors")
-        monkeypatch.setattr(pipeline, "quantize_layer", None)  # found before any work
+        monkeypatch.setattr(stage_solver, "quantize_layer", None)  # found before any work
         with pytest.raises(D2QError, match=rf"tensor {name} in .* contains NaN"):
             convert.convert(model, tmp_path / "out.gguf", Options(**{**vars(QUICK), "calibrate": calibrate}))
         assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
@@ -185,9 +187,43 @@ class TestFailures:
         for layer in ("up", "down"):
             tensors[f"model.layers.0.mlp.{layer}_proj.weight"] *= 1e25
         save_file(tensors, model / "model.safetensors")
-        with pytest.raises(D2QError, match="the original model are NaN or infinite after block 0"):
+        with pytest.raises(D2QError, match=r"the inputs of model.layers.0.mlp.down_proj are too large"):
             convert.convert(model, tmp_path / "out.gguf", QUICK)
         assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+    @pytest.mark.parametrize("rotation", ["on", "off"])
+    def test_activations_that_do_not_vary(self, make_checkpoint: Make, tmp_path: Path, rotation: str) -> None:
+        """Every token has the same embedding, and the first Hessian rank one."""
+        model, output = self.with_embeddings(make_checkpoint, 0.02), tmp_path / "out.gguf"
+        convert.convert(model, output, Options(**{**vars(QUICK), "rotation": rotation}))
+        file = GGUFFile(output)
+        for name in file.tensors:
+            assert np.isfinite(file.dequantize(name)).all(), name
+
+    def test_activations_that_are_zero(self, make_checkpoint: Make, tmp_path: Path) -> None:
+        model = self.with_embeddings(make_checkpoint, 0.0)
+        with pytest.raises(D2QError, match="statistics of a layer can't be factored; use more or more varied"):
+            convert.convert(model, tmp_path / "out.gguf", QUICK)
+        assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+    def with_embeddings(self, make_checkpoint: Make, value: float) -> Path:
+        """A model whose tokens all have one embedding, of one value."""
+        model = make_checkpoint(**SMALL)
+        tensors = load_file(model / "model.safetensors")
+        tensors["model.embed_tokens.weight"].fill_(value)
+        save_file(tensors, model / "model.safetensors")
+        return model
+
+    def test_activations_that_overflow(self, make_checkpoint: Make, tmp_path: Path) -> None:
+        """Beyond float32, not only beyond its squares."""
+        model = make_checkpoint(**SMALL, dtype=torch.float32)
+        tensors = load_file(model / "model.safetensors")
+        for layer in ("gate", "up", "down"):
+            tensors[f"model.layers.1.mlp.{layer}_proj.weight"] *= 1e19
+        save_file(tensors, model / "model.safetensors")
+        with pytest.raises(D2QError, match=r"too large to calculate with|are NaN or infinite behind model.layers.1"):
+            convert.convert(model, tmp_path / "out.gguf", QUICK)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf.work", "tiny"]
 
     def test_existing_output(self, make_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "out.gguf").write_text("old")

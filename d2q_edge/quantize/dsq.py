@@ -21,6 +21,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from d2q_edge.errors import D2QError
+
 BALANCE = 0.5
 """Share of the weights in the scale, the rest is the input's."""
 DAMPING = 0.01
@@ -80,6 +82,9 @@ class InputEnergy:
 
         Returns:
             1 / inv(H)_jj, float32 [columns]; zero where the input is always zero.
+
+        Raises:
+            D2QError: H can't be factored even in double precision with strong damping.
         """
         energy = self.gram.diagonal() / self.tokens
         # Channels of unit energy: the inverse is then as well conditioned as it can be.
@@ -90,7 +95,14 @@ class InputEnergy:
         correlation.diagonal().fill_(1 + DAMPING)
         factor, failed = torch.linalg.cholesky_ex(correlation)
         if failed:
-            factor = torch.linalg.cholesky(correlation.cpu().double())
+            # Rounding in the sums has made it indefinite, by less than that.
+            correlation = correlation.cpu().double()
+            correlation.diagonal().add_(9 * DAMPING)
+            factor, failed = torch.linalg.cholesky_ex(correlation)
+        if failed:
+            raise D2QError(
+                "the calibration statistics of a layer can't be factored; use more or more varied --calibration text"
+            )
         # With C = L L^T the diagonal of inv(C) is that of inv(L)^T inv(L).
         identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
         inverse = torch.linalg.solve_triangular(factor, identity, upper=False)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from d2q_edge.checkpoint import read_json_object
 from d2q_edge.errors import D2QError
+from d2q_edge.json_files import read_json_object
 
 
 def read_chat_template(directory: Path, settings: dict[str, Any]) -> str | list[dict[str, str]] | None:

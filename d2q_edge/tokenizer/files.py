@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d2q_edge.checkpoint import read_json_object
 from d2q_edge.errors import D2QError
+from d2q_edge.json_files import read_json_object
 
 
 @dataclass(frozen=True)

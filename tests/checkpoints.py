@@ -60,8 +60,8 @@ def write_checkpoint(
 ) -> None:
     """Write a checkpoint with seeded random weights (norms near one) into a new directory.
 
-    `family` is a key of FAMILY_CONFIG or EXPERTS_CONFIG; `config` overrides config.json's entries. With several shards there is an
-    index. The tokenizer is the example's, with 4096 tokens.
+    `family` is a key of FAMILY_CONFIG or EXPERTS_CONFIG; `config` overrides config.json's entries. With several shards
+    there is an index. The tokenizer is the example's, with 4096 tokens.
     """
     directory.mkdir()
     settings = {**BASE_CONFIG, **(FAMILY_CONFIG | EXPERTS_CONFIG)[family], **config}

@@ -79,6 +79,7 @@ class _Rounding:
         self._packed: dict[str, tensor_types.U8] = {}
 
     def __call__(self, name: str, kind: str, weights: torch.Tensor) -> torch.Tensor:
+        """The rounded weight called `name`, in type `kind`."""
         own = tensor_types.BY_NAME[kind]
         if name not in self._packed:
             self._packed[name] = round_layer(weights, self._searches[kind]).pack(own)
@@ -92,27 +93,26 @@ def _run(
     states = {"": runner.embed(torch.from_numpy(windows))}
     for index in range(runner.family.num_layers):
         block = runner.load(index)
-        prefix = runner.family.block_prefix(index)
-        variants = {}
-        for name, kind in rounding.types.items():
-            if runner.family.block_of(name) != index:
-                continue
-            parts = runner.family.stacks.get(name, (name,))
-            layers = {part: block.get_submodule(part[len(prefix) :].removesuffix(".weight")) for part in parts}
-            originals = {part: layer.weight for part, layer in layers.items()}
-            for part, layer in layers.items():
-                original = originals[part]
-                if not isinstance(original, nn.Parameter):
-                    raise TypeError(f"{part} has no weight")
-                layer.weight = nn.Parameter(rounding(part, kind, original), requires_grad=False)
-            variants[name] = _forward(runner, block, states[""])
-            for part, layer in layers.items():
-                layer.weight = originals[part]
+        variants = {
+            name: _forward(runner, _rounded(runner, block, name, rounding), states[""])
+            for name in rounding.types
+            if runner.family.block_of(name) == index
+        }
         for name, hidden in states.items():
             states[name] = _forward(runner, block, hidden)
         states.update(variants)
         progress.update()
     return states
+
+
+def _rounded(runner: BlockRunner, block: nn.Module, name: str, rounding: _Rounding) -> nn.Module:
+    """The block with one layer, or one stack of them, rounded."""
+    variant = runner.share(block)
+    for part in runner.family.stacks.get(name, (name,)):
+        layer = variant.get_submodule(runner.family.inner_name(part).removesuffix(".weight"))
+        weight = rounding(part, rounding.types[name], layer.get_parameter("weight"))
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+    return variant
 
 
 def _forward(runner: BlockRunner, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:

@@ -182,6 +182,13 @@ class Family(Settings, ABC):
         match = re.fullmatch(re.escape(self.block_prefix(0)).replace("0", r"(\d+)", 1) + ".*", name)
         return int(match[1]) if match else None
 
+    def inner_name(self, name: str) -> str:
+        """A name inside of a block, relative to it."""
+        index = self.block_of(name)
+        if index is None:
+            raise ValueError(f"{name} isn't inside of a block")
+        return name.removeprefix(self.block_prefix(index))
+
     def linear_weights(self) -> list[str]:
         """The weight tensors of every block's linear layers, by full name, in forward order."""
         return [
@@ -226,10 +233,8 @@ class Family(Settings, ABC):
 
     def is_router(self, hf_name: str) -> bool:
         """Whether a tensor is a router's weight, which stays f32 whatever the file's type."""
-        index = self.block_of(hf_name)
-        return index is not None and hf_name[len(self.block_prefix(index)) :].removesuffix(".weight") in (
-            self.block_routers()
-        )
+        inside = self.block_of(hf_name) is not None
+        return inside and self.inner_name(hf_name).removesuffix(".weight") in self.block_routers()
 
     @property
     def stacks(self) -> Mapping[str, tuple[str, ...]]:

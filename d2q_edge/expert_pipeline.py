@@ -17,8 +17,8 @@ from torch import nn
 
 from d2q_edge.blocks import BlockRunner
 from d2q_edge.experts import Expert
-from d2q_edge.families import Half, Stage
-from d2q_edge.families.experts import ROUTER, expert_linears
+from d2q_edge.families import Family, Half, Stage
+from d2q_edge.families.experts import EXPERTS, ROUTER, expert_linears
 from d2q_edge.quantize.gptaq import InputStatistics
 from d2q_edge.quantize.routing import MINIMUM_SHARE, top_up
 from d2q_edge.ranks import Ranks
@@ -68,7 +68,7 @@ class ExpertStages:
     def quantize(self, quantize_stage: QuantizeStage) -> dict[str, Tensor]:
         """Quantize all experts; returns the new tensors by name in the block."""
         result: dict[str, Tensor] = {}
-        for group in self._groups():
+        for group in _groups(self.family):
             names = {number: expert_linears(number) for number in group}
             statistics = self._statistics(group, self.family.hidden_size, lambda _, inputs: inputs)
             for number, (gate, up, _) in names.items():
@@ -95,14 +95,6 @@ class ExpertStages:
         self.ranks.sum([probabilities, routed])
         tokens = top_up(probabilities, routed.bool(), MINIMUM_SHARE * self.family.hidden_size)
         return {index: batch for index, batch in enumerate(tokens.split(sizes)) if index in self.own}
-
-    def _groups(self) -> list[list[int]]:
-        """The experts' numbers, in groups whose statistics fit into MEMORY."""
-        _, _, down = expert_linears(0)
-        columns = max(self.family.hidden_size, self.family.linear_shape(down)[1])
-        size = max(1, MEMORY // (2 * 4 * columns**2))
-        numbers = list(range(self.family.num_experts))
-        return [numbers[start : start + size] for start in range(0, len(numbers), size)]
 
     def _statistics(
         self, group: list[int], columns: int, inputs_of: Callable[[Expert, torch.Tensor], torch.Tensor]
@@ -131,8 +123,31 @@ class ExpertStages:
         return inputs.flatten(0, -2)
 
 
+def statistics_bytes(family: Family) -> int:
+    """What the statistics of a group of experts take; zero without experts."""
+    return max(len(group) for group in _groups(family)) * _expert_bytes(family) if family.num_experts else 0
+
+
+def routing_bytes(family: Family, tokens: int) -> int:
+    """What it takes, on the computer, to find out the experts' tokens among so many."""
+    # Probabilities and routes as float32; routes and choices as bool, twice while they are made.
+    return tokens * family.num_experts * (2 * 4 + 4)
+
+
+def _groups(family: Family) -> list[list[int]]:
+    """The experts' numbers, in groups whose statistics fit into MEMORY."""
+    size = max(1, MEMORY // _expert_bytes(family))
+    return [list(range(family.num_experts))[start : start + size] for start in range(0, family.num_experts, size)]
+
+
+def _expert_bytes(family: Family) -> int:
+    """What the statistics of one expert's layers take: two matrices, float32."""
+    columns = max(family.linear_shape(layer)[1] for layer in expert_linears(0))
+    return 2 * 4 * columns**2
+
+
 def _expert(block: nn.Module, number: int) -> Expert:
-    expert = block.get_submodule(f"mlp.experts.{number}")
+    expert = block.get_submodule(f"{EXPERTS}{number}")
     if not isinstance(expert, Expert):
         raise TypeError(f"expert {number} is a {type(expert).__name__}")
     return expert

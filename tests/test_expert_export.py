@@ -132,20 +132,21 @@ def test_logits_like_transformers(make_checkpoint: Make, tmp_path: Path, family:
 
 
 @pytest.mark.parametrize(
-    ("family", "options"),
+    ("family", "config"),
     [
-        ("qwen3moe", {"hidden_size": 256, "moe_intermediate_size": 256}),
+        ("qwen3moe", {"hidden_size": 256, "moe_intermediate_size": 256, "num_experts": 4}),
         ("olmoe", {"hidden_size": 128, "intermediate_size": 64}),
     ],
     ids=["blocks of 256", "blocks of 64"],
 )
 @torch.inference_mode()
-def test_rounded_files(make_checkpoint: Make, tmp_path: Path, family: str, options: dict[str, Any]) -> None:
+def test_rounded_files(make_checkpoint: Make, tmp_path: Path, family: str, config: dict[str, Any]) -> None:
     """Without calibration: every expert is where it belongs, and llama.cpp computes with it what torch does."""
     require_runtime()
-    model, out = make_checkpoint(family, dtype=torch.float32, **options), tmp_path / "out.gguf"
-    planned = convert(model, out, Options(calibrate=False), dry_run=True)
-    done = convert(model, out, Options(calibrate=False))
+    model, out = make_checkpoint(family, dtype=torch.float32, **config), tmp_path / "out.gguf"
+    options = Options(calibrate=False, embedding_type="q8_0", head_type="q8_0")
+    planned = convert(model, out, options, dry_run=True)
+    done = convert(model, out, options)
     assert planned.size == done.size == out.stat().st_size
     file, checkpoint = GGUFFile(out), Checkpoint.open(model)
     bound = family_for(checkpoint.config)

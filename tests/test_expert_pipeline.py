@@ -18,9 +18,11 @@ from d2q_edge.blocks import BlockRunner
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.convert import Options, convert
 from d2q_edge.errors import D2QError
+from d2q_edge.expert_pipeline import statistics_bytes
 from d2q_edge.families import family_for
 from d2q_edge.families.experts import expert_linears
 from d2q_edge.gguf_reader import GGUFFile
+from d2q_edge.memory import plan_memory
 from d2q_edge.pipeline import COLUMN_SCALE, Method, quantize_blocks
 from d2q_edge.plan import make_plan
 from d2q_edge.quantize.dsq import InputEnergy, column_scales
@@ -32,8 +34,10 @@ from d2q_edge.stage_solver import StageSolver
 from d2q_edge.torch_evaluate import WholeModel
 from d2q_edge.work_dir import WorkDir
 from tests.availability import require_runtime
+from tests.checkpoints import BASE_CONFIG, FAMILY_CONFIG
 from tests.quantize.test_routing import slow as slow_top_up
 from tests.test_expert_export import file_logits, log_probabilities
+from tests.test_expert_families import REAL
 from tests.test_pipeline import StoppedAt, blocks
 
 Make = Callable[..., Path]
@@ -316,6 +320,18 @@ def test_calibrated_files(make_checkpoint: Make, tmp_path: Path, family: str, op
     # llama.cpp rounds activations to 8 bits; a token may take another expert for that, hence the median.
     assert divergences.median() < 5e-4
     assert (expected.exp() * (expected - original)).sum(-1).median() > 20 * divergences.median()
+
+
+def test_memory_of_a_real_model(tmp_path: Path) -> None:
+    """Counted by hand, for 65536 tokens: what must be there at least, and not much more."""
+    family = family_for(REAL["Qwen3-30B-A3B"])
+    plan = plan_memory(family, 65536, 4096, CPU, tmp_path / "out.gguf", 0, limit=2**36)
+    block = 4 * (128 * 3 * 2048 * 768 + 128 * 2048 + 2 * 2048 * 4096 + 2 * 2048 * 512 + 2 * 2048 + 2 * 128)
+    group, energies, streams = 2**30, 4 * 128 * 768**2, 2 * 2 * 65536 * 2048
+    least = 2 * block + group + streams + energies
+    assert least < plan.host < 1.5 * least + 2 * 2**30
+    assert statistics_bytes(family) == 32 * 2 * 4 * 2048**2 == group
+    assert statistics_bytes(family_for(BASE_CONFIG | FAMILY_CONFIG["qwen3"])) == 0
 
 
 def test_refinement_is_refused(make_checkpoint: Make, tmp_path: Path) -> None:

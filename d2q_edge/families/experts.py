@@ -19,6 +19,8 @@ from d2q_edge.families.base import Family, Stage
 
 ROUTER = "mlp.gate"
 """The router's name in its block."""
+EXPERTS = "mlp.experts."
+"""What the names of experts' layers in their block begin with."""
 NORM = "post_attention_layernorm"
 """The norm that router and experts read."""
 # llama.cpp's own limit.
@@ -69,7 +71,7 @@ class MixtureOfExperts(Family):
 
     def linear_shape(self, linear: str) -> tuple[int, int]:
         kind = linear.rpartition(".")[2]
-        if not linear.startswith("mlp.experts."):
+        if not linear.startswith(EXPERTS):
             return super().linear_shape(linear)
         wide = self.expert_width, self.hidden_size
         return wide[::-1] if kind == "down_proj" else wide
@@ -107,5 +109,5 @@ class MixtureOfExperts(Family):
 
 def expert_linears(number: int) -> tuple[str, str, str]:
     """The names of an expert's layers in its block: gate, up, down."""
-    gate, up, down = (f"mlp.experts.{number}.{part}_proj" for part in ("gate", "up", "down"))
+    gate, up, down = (f"{EXPERTS}{number}.{part}_proj" for part in ("gate", "up", "down"))
     return gate, up, down

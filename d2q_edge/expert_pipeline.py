@@ -106,13 +106,11 @@ class ExpertStages:
             with self.report.timed("forward"):
                 wanted = self._inputs(self.teacher, self.original[index])
                 reached = self._inputs(self.student, self.quantized[index])
-            for number in group:
-                tokens = self.tokens[index][:, number].to(device)
-                with self.report.timed("forward"):
-                    ours = inputs_of(_expert(self.student, number), reached[tokens])
-                    theirs = inputs_of(_expert(self.teacher, number), wanted[tokens])
-                with self.report.timed("statistics"):
-                    found[number].add_batch(ours, theirs)
+                tokens = self.tokens[index][:, group].to(device)
+            with self.report.timed("statistics"):
+                for number, own in zip(group, tokens.unbind(1), strict=True):
+                    ours = inputs_of(_expert(self.student, number), reached[own])
+                    found[number].add_batch(ours, inputs_of(_expert(self.teacher, number), wanted[own]))
         for number in group:
             self.ranks.sum(found[number].sums)
         return found

@@ -143,6 +143,30 @@ def test_statistics_are_those_of_the_formulas(
     assert {taken > own for own, taken in counts} == {True, False}, "some experts have tokens enough, some haven't"
 
 
+@pytest.mark.parametrize("family", ["qwen3moe", "olmoe"])
+@torch.inference_mode()
+def test_streams_are_the_two_models(
+    make_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """With everything that is done to a block, also the bias of the norm that router and experts read."""
+    setup = Setup(make_checkpoint(family, dtype=torch.float32, **FEW))
+    monkeypatch.setattr(pipeline, "BATCH_TOKENS", 80)
+    monkeypatch.setattr(streams, "DTYPE", torch.float32)
+    runner = BlockRunner(setup.checkpoint, setup.family, CPU)
+    driver = pipeline._Driver(runner, setup.types, WINDOWS, Method(), CPU, ALONE)
+    work = WorkDir(tmp_path / "out.gguf", {})
+    for index in range(2):
+        work.write_block(index, driver.quantize(index))
+    quantized = setup.tensors(work)
+    assert "model.layers.1.mlp.gate.weight" in quantized
+    assert any(name.endswith("post_attention_layernorm.bias") for name in quantized)
+    for tensors, stream in (({}, driver.original), (quantized, driver.quantized)):
+        expected = WholeModel(setup.checkpoint, setup.family, tensors, CPU).states(torch.from_numpy(WINDOWS))
+        found = runner.final_norm()(torch.cat([stream[index] for index in range(len(stream))]))
+        # Here and there a token is so undecided that another expert gets it.
+        assert ((found - expected).abs().amax(-1) < 1e-3).float().mean() > 0.99
+
+
 def test_groups_change_nothing(make_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setup = Setup(make_checkpoint("olmoe", intermediate_size=64, **FEW))
     works = [WorkDir(tmp_path / name, {}) for name in "ab"]

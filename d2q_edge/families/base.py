@@ -6,6 +6,7 @@ shapes and rows: it does not read weights, and it knows nothing about quantizati
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC
 from collections.abc import Iterable, Mapping

@@ -95,8 +95,7 @@ class MixtureOfExperts(Family):
             raise D2QError(
                 f"config.json speaks of {self.num_layers} blocks of {self.num_experts} experts, more than any model has"
             )
-        if self._flag("attention_bias"):
-            raise D2QError(f"config.json: attention_bias is set, which isn't supported for {self.gguf_arch}")
+        self._refuse_flags(("attention_bias",), f"llama.cpp's {self.gguf_arch} has no bias on the output layer")
         if self._flag("norm_topk_prob") != self.renormalizes:
             raise D2QError(
                 f"config.json: norm_topk_prob is {str(not self.renormalizes).lower()}, but llama.cpp's "

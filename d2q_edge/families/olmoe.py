@@ -10,7 +10,9 @@ class Olmoe(MixtureOfExperts):
     """OlmoeForCausalLM."""
 
     architectures = ("OlmoeForCausalLM",)
+    model_type = "olmoe"
     gguf_arch = "olmoe"
+    default_norm_eps = 1e-5
 
     @property
     def renormalizes(self) -> bool:
@@ -36,5 +38,4 @@ class Olmoe(MixtureOfExperts):
                 f"({self.hidden_size}), but the model has {self.num_heads} query heads and {self.num_kv_heads} "
                 f"key-value heads of {self.head_dim}"
             )
-        if self.tied_embeddings:
-            raise D2QError("config.json: tie_word_embeddings is set, but llama.cpp's olmoe needs a head of its own")
+        self._refuse_flags(("tie_word_embeddings",), "llama.cpp's olmoe needs a head of its own")

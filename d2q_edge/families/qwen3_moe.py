@@ -12,7 +12,9 @@ class Qwen3Moe(MixtureOfExperts):
     """Qwen3MoeForCausalLM."""
 
     architectures = ("Qwen3MoeForCausalLM",)
+    model_type = "qwen3_moe"
     gguf_arch = "qwen3moe"
+    default_kv_heads = 4
 
     @property
     def renormalizes(self) -> bool:

@@ -16,6 +16,7 @@ from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.experts import Expert, Experts, separate_experts
 from d2q_edge.families import family_for
 from d2q_edge.torch_evaluate import WholeModel
+from tests.family_models import EXPERT_MODELS, write_model
 
 Make = Callable[..., Path]
 MODELS: list[tuple[str, dict[str, Any]]] = [
@@ -50,6 +51,20 @@ def test_models_are_those_of_transformers(make_checkpoint: Make, family: str, op
     for index in range(2):
         hidden = runner.forward(runner.load(index), hidden)
     torch.testing.assert_close(runner.final_norm()(hidden), model.states(TOKENS), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", EXPERT_MODELS)
+@torch.inference_mode()
+def test_checkpoints_as_transformers_saves_them(tmp_path: Path, name: str) -> None:
+    """It fuses experts in memory only, but has other names for some settings than the hub's files."""
+    path = write_model(tmp_path / "tiny", name)
+    checkpoint = Checkpoint.open(path)
+    family = family_for(checkpoint.config)
+    checkpoint.check(family.tensor_shapes())
+    assert family.num_experts == 4
+    model = WholeModel(checkpoint, family, {}, torch.device("cpu"))
+    found = model.log_probabilities(model.states(TOKENS))
+    torch.testing.assert_close(found, whole_model(path)(TOKENS).logits.log_softmax(-1), rtol=1e-4, atol=1e-4)
 
 
 @torch.inference_mode()

@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.errors import D2QError
+from d2q_edge.experts import separate_experts
 from d2q_edge.families import Family, Half, Stage
 
 
@@ -46,6 +47,7 @@ class BlockRunner:
             config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True, trust_remote_code=False)
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, attn_implementation=_attention(device))
+            separate_experts(model)
         except Exception as error:
             # There is no one exception for what can be wrong in a stranger's config.
             raise D2QError(f"transformers can't build the model of {checkpoint.directory} ({error})") from error

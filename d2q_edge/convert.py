@@ -181,6 +181,8 @@ def convert(
     check_request(family, options.bits, *tables)
     if options.refine and not options.calibrate:
         raise D2QError("--refine tunes the model on calibration text; leave out --no-calibration")
+    if options.refine and family.num_experts:
+        raise D2QError("--refine can't tune a mixture of experts; leave it out")
     text = load_text(options.calibration, "calibration") if options.calibrate else None
     windows = held_back = None
     if text is not None:

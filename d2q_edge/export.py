@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,13 @@ Value = str | int | float | bool | Sequence[str] | Sequence[int] | Sequence[floa
 def float_tensor(family: Family, hf_name: str, type_name: str, load: Callable[[], npt.NDArray[Any]]) -> GGUFTensor:
     """A tensor to be encoded in a stock type when it is written.
 
-    Norms and biases, one-dimensional as they are, become f32, and a matrix whose width doesn't fit the type's blocks
-    another one (`fitting_type`), as in llama.cpp's converter. `load` returns floats in the checkpoint's row order.
+    Norms and biases, one-dimensional as they are, and routers become f32, and a matrix whose width doesn't fit the
+    type's blocks another one (`fitting_type`), as in llama.cpp's converter. `load` returns floats in the checkpoint's
+    row order.
     """
     name = family.gguf_name(hf_name)
     shape = family.tensor_shapes()[hf_name]
-    is_matrix = len(shape) >= 2 and name.endswith(".weight")
+    is_matrix = len(shape) >= 2 and name.endswith(".weight") and not family.is_router(hf_name)
     type_name = fitting_type(type_name, shape[-1]) if is_matrix else "f32"
     return GGUFTensor(
         name, shape, type_name, lambda: family.export_rows(hf_name, family.export_values(hf_name, load()))
@@ -77,13 +79,32 @@ def model_tensors(
     def constant(array: npt.NDArray[Any]) -> Callable[[], npt.NDArray[Any]]:
         return lambda: array
 
-    tensors = [GGUFTensor(name, array.shape, "f32", constant(array)) for name, array in family.extra_tensors().items()]
+    extra = [GGUFTensor(name, array.shape, "f32", constant(array)) for name, array in family.extra_tensors().items()]
+    tensors = {}
     for name in checkpoint.names:
         if name in replacements:
-            tensors.append(replacements[name])
+            tensors[name] = replacements[name]
         elif not name.endswith(IGNORED_SUFFIXES) and not (family.tied_embeddings and name == f"{family.head}.weight"):
-            tensors.append(float_tensor(family, name, type_name, reader(name)))
-    return tensors
+            tensors[name] = float_tensor(family, name, type_name, reader(name))
+    return [*extra, *_stack(family, tensors)]
+
+
+def _stack(family: Family, tensors: Mapping[str, GGUFTensor]) -> list[GGUFTensor]:
+    """Put stacks together, all of a block where the last of their parts is, as llama.cpp's converter does."""
+    missing = Counter(family.block_of(part) for parts in family.stacks.values() for part in parts)
+    parts_of_stacks = {part for parts in family.stacks.values() for part in parts}
+    result = []
+    for name, tensor in tensors.items():
+        if name not in parts_of_stacks:
+            result.append(tensor)
+            continue
+        block = family.block_of(name)
+        missing[block] -= 1
+        if not missing[block]:
+            for stack, parts in family.stacks.items():
+                if family.block_of(stack) == block:
+                    result.append(GGUFTensor.stack(family.gguf_name(stack), [tensors[part] for part in parts]))
+    return result
 
 
 def write_model(
@@ -212,8 +233,9 @@ def export(
     for note in family.notes:
         print(note, file=sys.stderr)
     tensors = model_tensors(checkpoint, family, type_name)
-    matrices = [tensor for tensor in tensors if len(tensor.shape) == 2]
-    if others := [tensor for tensor in matrices if tensor.type != type_name]:
+    matrices = [tensor for tensor in tensors if len(tensor.shape) >= 2]
+    routers = {family.gguf_name(name) for name in family.tensor_shapes() if family.is_router(name)}
+    if others := [tensor for tensor in matrices if tensor.type != type_name and tensor.name not in routers]:
         kinds = ", ".join(sorted({tensor.type for tensor in others}))
         print(
             f"{len(others)} of {len(matrices)} matrices become {kinds}: their width isn't a multiple of {type_name}'s "
@@ -234,8 +256,7 @@ def export(
 
 def file_name(checkpoint: Checkpoint, family: Family, encoding: str) -> str:
     """A name for the output by GGUF's convention, BaseName-SizeLabel-FineTune-Version-Encoding.gguf."""
-    total = sum(int(np.prod(shape)) for shape in family.tensor_shapes().values())
-    metadata = _general_metadata(checkpoint, (total, total, 0, 0), quantized=False)
+    metadata = _general_metadata(checkpoint, family.parameters(), quantized=False)
     name = gguf.naming_convention(
         metadata.name, metadata.basename, metadata.finetune, metadata.version, metadata.size_label, encoding
     )

@@ -46,13 +46,28 @@ class GGUFTensor:
 
     `shape` is in numpy's order, (rows, columns) for a matrix. `load` is called once, when it is the tensor's turn, and
     returns either floats of that shape, which are then encoded (stock types only), or the encoded bytes: uint8
-    [rows, bytes per row].
+    [rows, bytes per row]. A stack has `parts`, which are loaded and written one after the other.
     """
 
     name: str
     shape: tuple[int, ...]
     type: str
     load: Callable[[], npt.NDArray[Any]]
+    parts: tuple[GGUFTensor, ...] = ()
+
+    @classmethod
+    def stack(cls, name: str, parts: Sequence[GGUFTensor]) -> GGUFTensor:
+        """A tensor [parts, *shape] of tensors of one shape and type; their own names don't matter.
+
+        Raises:
+            ValueError: shapes or types differ, or there are no parts.
+        """
+        kinds = {(part.shape, part.type) for part in parts}
+        if len(kinds) != 1:
+            raise ValueError(f"{name}: the parts of a stack must be of one shape and type, not {sorted(kinds)}")
+        ((shape, kind),) = kinds
+        whole = (len(parts), *shape)
+        return cls(name, whole, kind, lambda: np.stack([part.load() for part in parts]), tuple(parts))
 
     @property
     def nbytes(self) -> int:
@@ -219,10 +234,11 @@ def _write_data(file: BinaryIO, tensors: Sequence[GGUFTensor], size: int) -> Non
     # None: no bar where stderr isn't a terminal.
     with tqdm(total=size, desc="Writing", unit="B", unit_scale=True, disable=None) as progress:
         for tensor in tensors:
-            data = np.ascontiguousarray(encode(tensor)).reshape(-1).view(np.uint8)
-            file.write(data.data)
-            file.write(bytes(-data.nbytes % ALIGNMENT))
-            progress.update(data.nbytes)
+            for part in tensor.parts or (tensor,):
+                data = np.ascontiguousarray(encode(part)).reshape(-1).view(np.uint8)
+                file.write(data.data)
+                progress.update(data.nbytes)
+            file.write(bytes(-tensor.nbytes % ALIGNMENT))
 
 
 def _make_writer(

@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 
 from d2q_edge.errors import D2QError
+from d2q_edge.expert_pipeline import routing_bytes, statistics_bytes
 from d2q_edge.families import Family
+from d2q_edge.families.experts import EXPERTS
 from d2q_edge.streams import DTYPE, Place
 
 GIB = 2**30
@@ -93,10 +95,11 @@ def plan_memory(
     writing = 10 * max(_elements(family, f"{name}.weight") for name in (family.embedding, family.head))
     free = free_memory() // processes if limit is None else limit // processes
     on_device = 0
-    host = PROGRAM
+    routing = routing_bytes(family, tokens)
+    host = PROGRAM + routing
     place: Place = torch.device("cpu")
     if device.type == "cuda":
-        host, available = CUDA_PROGRAM, torch.cuda.mem_get_info(device)[0]
+        host, available = CUDA_PROGRAM + routing, torch.cuda.mem_get_info(device)[0]
         on_device = working
         if working + streams <= available:
             place, on_device = device, working + streams
@@ -139,11 +142,14 @@ def _working(family: Family, batch_tokens: int, processes: int, search: int) -> 
     for stage in family.stages:
         shapes = [family.linear_shape(name) for name in stage.linears]
         columns, rows = shapes[0][1], sum(shape[0] for shape in shapes)
+        if stage.norm is not None and stage.linears[0].startswith(EXPERTS):
+            # One expert's gate and up at a time.
+            rows //= family.num_experts
         squares += columns**2
         solving = max(solving, SQUARES * columns**2 + MATRICES * rows * columns // processes)
     batch = batch_tokens * (HIDDEN * family.hidden_size + INNER * family.intermediate_size)
     blocks = 2 * _largest_block(family)
-    return blocks + FLOAT * max(solving, squares + batch) + search
+    return blocks + FLOAT * max(solving, squares + batch) + search + statistics_bytes(family)
 
 
 def _largest_block(family: Family) -> int:

@@ -150,9 +150,9 @@ class Output:
         )
 
     def _tensors(self, content: Content) -> list[GGUFTensor]:
-        replacements = {}
+        replacements, types = {}, self.plan.types
         for name in self.family.tensor_shapes():
-            kind = self.plan.types.get(name, "f32")
+            kind = types.get(name, "f32")
             if kind in tensor_types.BY_NAME and name in self.plan.linears:
                 replacements[name] = packed_tensor(self.family, name, kind, partial(content.packed, name))
             else:

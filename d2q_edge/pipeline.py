@@ -3,9 +3,9 @@
 For every block, in order: load it (the teacher); give its layers column scales (DSQ), which leave its function alone;
 quantize a copy of it (the student). That goes stage by stage (layers that share an input, see families/): the teacher's
 inputs come from the original stream and the student's from the quantized one, so that every layer is quantized for what
-the quantized layers before it really put out. Behind each half of the block both streams move on, and the mean shift of
-the next norm is corrected (DAC). A finished block is on disk (work_dir.py) before the next one starts. After the last
-block come the final norm and the head.
+the quantized layers before it really put out (experts: expert_pipeline.py). Behind each half of the block both streams
+move on, and the mean shift of the next norm is corrected (DAC). A finished block is on disk (work_dir.py) before the
+next one starts. After the last block come the final norm and the head.
 
 Everything passes through in batches: what stays in memory is the two streams (streams.py), one block twice, and the
 statistics of one stage. Several processes take turns with the batches and share the rows of a matrix (ranks.py).
@@ -16,6 +16,7 @@ weights that BlockRunner loads. Refinement comes after: it needs all blocks.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,9 @@ from torch import nn
 from d2q_edge import tensor_types
 from d2q_edge.blocks import BlockRunner
 from d2q_edge.errors import D2QError
+from d2q_edge.expert_pipeline import ExpertStages
 from d2q_edge.families import Family, Half, Stage
+from d2q_edge.families.experts import expert_linears
 from d2q_edge.held_back import HeldBackStreams
 from d2q_edge.progress import Progress
 from d2q_edge.quantize.dac import MeanShift
@@ -176,11 +179,10 @@ class _Driver:
         result: dict[str, Tensor] = self._scale_columns(teacher, prefix) if self.method.dsq else {}
         student = self.runner.share(teacher)
         for number, half in enumerate(self.family.halves):
-            stages = [stage for stage in self.family.stages if self.family.half_of(stage) == half]
-            for stage in stages:
-                statistics = self._statistics(prefix, teacher, student, stage, half if stage is stages[-1] else None)
-                result |= self._quantize_stage(prefix, student, stage, statistics)
-                del statistics
+            if self._has_experts(half):
+                result |= self._quantize_experts(prefix, teacher, student, half)
+            else:
+                result |= self._quantize_half(prefix, teacher, student, half)
             following = self.family.halves[number + 1 :][:1]
             for norm, shift in self._move(prefix, teacher, student, half, following).items():
                 self.runner.add_norm_bias(student, norm, shift)
@@ -242,6 +244,31 @@ class _Driver:
             if (bias := shift.bias()) is not None:
                 result[f"{name}.bias"] = _array(bias.to(scales) * scales)
         return result
+
+    def _quantize_half(self, prefix: str, teacher: nn.Module, student: nn.Module, half: Half) -> dict[str, Tensor]:
+        """Quantize the layers of one half, and move the original stream past it."""
+        result: dict[str, Tensor] = {}
+        stages = [stage for stage in self.family.stages if self.family.half_of(stage) == half]
+        for stage in stages:
+            statistics = self._statistics(prefix, teacher, student, stage, half if stage is stages[-1] else None)
+            result |= self._quantize_stage(prefix, student, stage, statistics)
+        return result
+
+    def _quantize_experts(self, prefix: str, teacher: nn.Module, student: nn.Module, half: Half) -> dict[str, Tensor]:
+        """The same of a half with experts."""
+        streams = self.original, self.quantized
+        experts = ExpertStages(self.runner, teacher, student, half, streams, self.ranks, self.report)
+        result = experts.quantize(partial(self._quantize_stage, prefix, student))
+        finite = torch.ones((), dtype=torch.bool, device=self.runner.device)
+        for index in self.own:
+            with self.report.timed("forward"):
+                self.original[index] = moved = self.runner.half_forward(teacher, half, self.original[index])
+            finite &= moved.isfinite().all()
+        _check_finite(finite, "original", f"{prefix}{half.module}")
+        return result
+
+    def _has_experts(self, half: Half) -> bool:
+        return any(router.startswith(f"{half.module}.") for router in self.family.block_routers())
 
     def _statistics(
         self, prefix: str, teacher: nn.Module, student: nn.Module, stage: Stage, half: Half | None
@@ -322,38 +349,57 @@ class _Driver:
         Returns what changed and won't be quantized, by name in the block.
         """
         stages = {stage.linears[0]: stage for stage in self.family.stages if stage.norm or stage.source}
+        # Experts see their own tokens only, which the router sees all of.
+        watched = {(self._routers(stage) or (name,))[0]: name for name, stage in stages.items()}
         energies = {name: InputEnergy(self.family.linear_shape(name)[1], self.runner.device) for name in stages}
         for index in self.own:
-            if index % ENERGY_SHARE == 0:
+            if index % ENERGY_SHARE == 0 or self.family.num_experts:
                 with self.report.timed("forward"):
-                    seen, _ = self.runner.trace(block, tuple(stages), self.original[index])
+                    seen, _ = self.runner.trace(block, tuple(watched), self.original[index])
                 with self.report.timed("statistics"):
-                    for name, inputs in seen.items():
-                        energies[name].add_batch(inputs)
+                    for layer, inputs in seen.items():
+                        energies[watched[layer]].add_batch(inputs)
+        for energy in energies.values():
+            self.ranks.sum(energy.sums)
         changed: dict[str, Tensor] = {}
         for name, stage in stages.items():
-            energy = energies.pop(name)
-            self.ranks.sum(energy.sums)
-            _check_finite(energy.gram.diagonal().isfinite().all(), "original", f"{prefix}{name}", "before")
-            _check_sums(energy.sums, f"{prefix}{name}")
+            _check_sums(energies[name].sums, f"{prefix}{name}")
             with self.report.timed("statistics"):
-                weights = weight_energy([block.get_submodule(each) for each in stage.linears])
-                scales = column_scales(weights, energy.conditional(), self._rows(stage))
+                layers = [block.get_submodule(each) for each in stage.linears]
+                weights = weight_energy(layers, self._shares(stage, energies))
+                scales = column_scales(weights, energies[name].conditional(), self._rows(stage))
             self.report.add_scales(prefix + name, scales)
             changed |= {f"{name}.{COLUMN_SCALE}": _array(scales), **self._absorb(block, stage, scales)}
         return changed
 
+    def _shares(self, stage: Stage, energies: Mapping[str, InputEnergy]) -> list[torch.Tensor] | None:
+        """The part of the tokens that each layer of a stage sees; None where they see all."""
+        if not self._routers(stage):
+            return None
+        every = energies[stage.linears[0]].tokens
+        downs = [expert_linears(number)[2] for number in range(self.family.num_experts)]
+        return [energies[down].tokens / every for down in downs for _ in ("gate", "up")]
+
+    def _routers(self, stage: Stage) -> tuple[str, ...]:
+        """The routers that read what a stage's layers read."""
+        readers = self.family.residual_readers
+        return tuple(router for router in self.family.block_routers() if readers[router] == stage.norm)
+
     def _absorb(self, block: nn.Module, stage: Stage, scales: torch.Tensor) -> dict[str, Tensor]:
-        """Scale a stage's columns and what makes them; returns what of the latter won't be quantized."""
-        layers = [block.get_submodule(name) for name in stage.linears]
+        """Scale a stage's columns and what makes them; returns what of the latter, and of routers, isn't quantized."""
+        routers = self._routers(stage)
+        layers = [block.get_submodule(name) for name in (*stage.linears, *routers)]
         maker = stage.norm or stage.source
         if maker is None:
             raise ValueError(f"nothing absorbs column scales of {stage.linears[0]}")
         module = block.get_submodule(maker)
         absorb(layers, module, scales, self._rows(stage), self.family.norm_offset if stage.norm else 0.0)
         kept = ("weight", "bias") if stage.norm else ("bias",)
-        return {
+        changed = {
             f"{maker}.{name}": _array(values) for name, values in module.named_parameters(recurse=False) if name in kept
+        }
+        return changed | {
+            f"{name}.weight": _array(block.get_submodule(name).get_parameter("weight")) for name in routers
         }
 
     def _scaled_norm(self, norm: nn.Module, scales: torch.Tensor) -> torch.Tensor:

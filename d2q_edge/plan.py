@@ -105,9 +105,18 @@ def is_mixed(bits: float) -> bool:
 
 
 def rounding_types(family: Family) -> dict[str, str]:
-    """The linear layers' weights among whose types a mixture chooses, each with its smallest type."""
-    widths = {name: family.tensor_shapes()[name][1] for name in family.linear_weights()}
+    """The linear layers' weights among whose types a mixture chooses, each with its smallest type; of a stack, whose
+    parts are of one type, its name."""
+    widths = {name: family.tensor_shapes()[parts[0]][1] for name, parts in choosable(family).items()}
     return {name: _choices(width)[0] for name, width in widths.items() if len(_choices(width)) > 1}
+
+
+def choosable(family: Family) -> dict[str, tuple[str, ...]]:
+    """What can have a type of its own: weights of linear layers and stacks of them, in forward order, with the
+    checkpoint's names of what belongs to it."""
+    stack_of = {part: stack for stack, parts in family.stacks.items() for part in parts}
+    names = dict.fromkeys(stack_of.get(name, name) for name in family.linear_weights())
+    return {name: family.stacks.get(name, (name,)) for name in names}
 
 
 def check_request(family: Family, bits: float, embedding_type: str | None = None, head_type: str | None = None) -> None:
@@ -151,7 +160,7 @@ def make_plan(
         bits: of the linear layers of the blocks: 2 or 3, or what they may have per weight on average.
         embedding_type: stock type of the embeddings (and of the head, where they are tied); None chooses by `bits`.
         head_type: stock type of the head; only where it is a tensor of its own. None chooses.
-        sensitivity: for a mixture: what rounding each of `rounding_types` costs, in any unit.
+        sensitivity: for a mixture: what rounding each of `rounding_types`, layer or stack, costs, in any unit.
 
     Raises:
         D2QError: a type isn't a stock type that can be written, the head has no type of its own, or the layers can't
@@ -168,7 +177,7 @@ def make_plan(
     elif sensitivity is None:
         raise ValueError("a mixture needs the layers' sensitivity")
     else:
-        linears = _mixture({name: shapes[name] for name in names}, bits, sensitivity)
+        linears = _mixture(family, bits, sensitivity)
     default = _below(HEAD_TYPES if family.tied_embeddings else EMBEDDING_TYPES, bits)
     tables = {embedding: fitting_type(embedding_type or default, shapes[embedding][1])}
     if not family.tied_embeddings:
@@ -191,16 +200,23 @@ def _choices(width: int) -> tuple[str, ...]:
     return (fitting_type(FALLBACK, width),)
 
 
-def _mixture(shapes: Mapping[str, tuple[int, ...]], bits: float, sensitivity: Mapping[str, float]) -> dict[str, str]:
+def _mixture(family: Family, bits: float, sensitivity: Mapping[str, float]) -> dict[str, str]:
     """The types of all linear layers that promise the least sum of divergences."""
     items: list[Sequence[Choice]] = []
-    for name, shape in shapes.items():
-        kinds = _choices(shape[1])
+    shapes, groups = family.tensor_shapes(), choosable(family)
+    for name, parts in groups.items():
+        size, kinds = len(parts) * math.prod(shapes[parts[0]]), _choices(shapes[parts[0]][1])
         # A layer without a choice costs what it costs.
         unit = sensitivity.get(name, 0.0) / SQUARED_ERROR.get(kinds[0], 1.0)
-        items.append([Choice(round(math.prod(shape) * _bits(k)), unit * SQUARED_ERROR.get(k, 0.0)) for k in kinds])
-    taken = allocate(items, _budget(bits, sum(math.prod(shape) for shape in shapes.values())))
-    return {name: _choices(shape[1])[index] for (name, shape), index in zip(shapes.items(), taken, strict=True)}
+        items.append([Choice(round(size * _bits(k)), unit * SQUARED_ERROR.get(k, 0.0)) for k in kinds])
+    names = family.linear_weights()
+    taken = allocate(items, _budget(bits, sum(math.prod(shapes[name]) for name in names)))
+    types = {
+        part: _choices(shapes[part][1])[index]
+        for parts, index in zip(groups.values(), taken, strict=True)
+        for part in parts
+    }
+    return {name: types[name] for name in names}
 
 
 def _budget(bits: float, weights: int) -> int:

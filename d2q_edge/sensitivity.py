@@ -1,8 +1,8 @@
 """How much the model suffers from each linear layer's rounding, measured.
 
-For every layer: KL divergence of the next-token probabilities from the original model's, on a few calibration windows,
-when the weight of that layer alone is rounded to nearest in a given tensor type. Errors of different layers add up well
-where they are small, so that these numbers can be compared and summed (allocation.py).
+For every layer, or stack of experts: KL divergence of the next-token probabilities from the original model's, on a few
+calibration windows, when its weight alone is rounded to nearest in a given tensor type. Errors of different layers add
+up well where they are small, so that these numbers can be compared and summed (allocation.py).
 
 Only the blocks from the changed one on are run, and every block is loaded once per pass: all variants of the hidden
 states, one for each layer that is already behind, go through it together. As many windows make up a pass as fit into
@@ -43,7 +43,8 @@ def measure(runner: BlockRunner, types: Mapping[str, str], windows: npt.NDArray[
 
     Args:
         runner: of the model.
-        types: full name of a linear layer's weight to the type that it is rounded to; one of tensor_types.BY_NAME.
+        types: full name of a linear layer's weight, or of a stack of them, to the type that it is rounded to; one of
+            tensor_types.BY_NAME.
         windows: token ids [windows, context].
 
     Returns:
@@ -77,8 +78,8 @@ class _Rounding:
         self._searches = {kind: CodebookSearch(tensor_types.BY_NAME[kind], device) for kind in {*types.values()}}
         self._packed: dict[str, tensor_types.U8] = {}
 
-    def __call__(self, name: str, weights: torch.Tensor) -> torch.Tensor:
-        kind = self.types[name]
+    def __call__(self, name: str, kind: str, weights: torch.Tensor) -> torch.Tensor:
+        """The rounded weight called `name`, in type `kind`."""
         own = tensor_types.BY_NAME[kind]
         if name not in self._packed:
             self._packed[name] = round_layer(weights, self._searches[kind]).pack(own)
@@ -92,23 +93,26 @@ def _run(
     states = {"": runner.embed(torch.from_numpy(windows))}
     for index in range(runner.family.num_layers):
         block = runner.load(index)
-        prefix = runner.family.block_prefix(index)
-        variants = {}
-        for linear in runner.family.block_linears:
-            name = f"{prefix}{linear}.weight"
-            if name in rounding.types:
-                layer = block.get_submodule(linear)
-                original = layer.weight
-                if not isinstance(original, nn.Parameter):
-                    raise TypeError(f"{name} has no weight")
-                layer.weight = nn.Parameter(rounding(name, original), requires_grad=False)
-                variants[name] = _forward(runner, block, states[""])
-                layer.weight = original
+        variants = {
+            name: _forward(runner, _rounded(runner, block, name, rounding), states[""])
+            for name in rounding.types
+            if runner.family.block_of(name) == index
+        }
         for name, hidden in states.items():
             states[name] = _forward(runner, block, hidden)
         states.update(variants)
         progress.update()
     return states
+
+
+def _rounded(runner: BlockRunner, block: nn.Module, name: str, rounding: _Rounding) -> nn.Module:
+    """The block with one layer, or one stack of them, rounded."""
+    variant = runner.share(block)
+    for part in runner.family.stacks.get(name, (name,)):
+        layer = variant.get_submodule(runner.family.inner_name(part).removesuffix(".weight"))
+        weight = rounding(part, rounding.types[name], layer.get_parameter("weight"))
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+    return variant
 
 
 def _forward(runner: BlockRunner, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:

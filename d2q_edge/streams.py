@@ -52,6 +52,10 @@ class Stream:
     def __len__(self) -> int:
         return len(self._windows)
 
+    def tokens(self, index: int) -> int:
+        """How many tokens batch `index` has."""
+        return self._windows[index] * self._shape[0]
+
     def __getitem__(self, index: int) -> torch.Tensor:
         if isinstance(self._place, Path):
             buffer = bytearray(self._bytes[index])

@@ -20,6 +20,7 @@ from d2q_edge.blocks import add_bias
 from d2q_edge.calibration import Text
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.errors import D2QError
+from d2q_edge.experts import separate_experts
 from d2q_edge.families import Family
 
 BATCH_TOKENS = 4096
@@ -71,6 +72,7 @@ class WholeModel:
         config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        separate_experts(model)
         tensors = {
             name: (weights[name] if name in weights else checkpoint.tensor(name)).to(device, torch.float32)
             for name in family.tensor_shapes()

@@ -35,6 +35,24 @@ FAMILY_CONFIG: dict[str, dict[str, Any]] = {
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 32},
 }
+EXPERTS_CONFIG: dict[str, dict[str, Any]] = {
+    "qwen3moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "head_dim": 32,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    "olmoe": {
+        "architectures": ["OlmoeForCausalLM"],
+        "model_type": "olmoe",
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "num_key_value_heads": 4,
+    },
+}
 
 
 def write_checkpoint(
@@ -42,11 +60,11 @@ def write_checkpoint(
 ) -> None:
     """Write a checkpoint with seeded random weights (norms near one) into a new directory.
 
-    `family` is "llama", "qwen2" or "qwen3"; `config` overrides config.json's entries. With several shards there is an
-    index. The tokenizer is the example's, with 4096 tokens.
+    `family` is a key of FAMILY_CONFIG or EXPERTS_CONFIG; `config` overrides config.json's entries. With several shards
+    there is an index. The tokenizer is the example's, with 4096 tokens.
     """
     directory.mkdir()
-    settings = {**BASE_CONFIG, **FAMILY_CONFIG[family], **config}
+    settings = {**BASE_CONFIG, **(FAMILY_CONFIG | EXPERTS_CONFIG)[family], **config}
     (directory / "config.json").write_text(json.dumps(settings))
     generator = torch.Generator().manual_seed(0)
     tensors = {}

@@ -84,11 +84,23 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 """By variant: what differs from SIZES."""
+EXPERT_MODELS: dict[str, dict[str, Any]] = {
+    "qwen3moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 32,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "olmoe": {"model_type": "olmoe", "num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2},
+}
+"""The same of those with experts, a token of which may take another one for the smallest reason."""
 
 
 def write_model(directory: Path, name: str, *, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
     """Save a variant with seeded random weights, large enough that attention looks at few tokens, and a tokenizer."""
-    settings = {**SIZES, **MODELS[name], **changes}
+    settings = {**SIZES, **(MODELS | EXPERT_MODELS)[name], **changes}
     config = AutoConfig.for_model(**settings)
     model = AutoModelForCausalLM.from_config(config)
     gemma = config.model_type == "gemma3_text"

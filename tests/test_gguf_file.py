@@ -134,6 +134,26 @@ def test_q8_0_by_hand() -> None:
     assert encode(tensor("x", "q8_0", values)).tobytes() == struct.pack("<e32b", 1.0, 127, -64, 1, *[0] * 29)
 
 
+def test_a_stack_is_its_parts_without_gaps(out: Path) -> None:
+    """Parts of 20 and of 34 bytes, and a tensor behind them at the next multiple of 32."""
+    packed = np.random.default_rng(0).integers(0, 256, (3, 1, 20), np.uint8)
+    parts = [tensor(str(part[0, 0]), "d2q2_64", part, (1, 64)) for part in packed]
+    values = np.arange(96, dtype=np.float32).reshape(3, 1, 32)
+    floats = [tensor("", "q8_0", part) for part in values]
+    stacks = [GGUFTensor.stack("own.weight", parts), GGUFTensor.stack("stock.weight", floats)]
+    size = write_gguf(out, "llama", [*stacks, tensor("last", "f32", np.ones(8, np.float32))], no_keys)
+    content = out.read_bytes()
+    stock = encode(tensor("", "q8_0", values.reshape(3, 32))).tobytes()
+    data = packed.tobytes() + bytes(4) + stock + bytes(26) + np.ones(8, np.float32).tobytes()
+    assert len(data) == 64 + 128 + 32 == data_size([*stacks, tensor("last", "f32", np.ones(8, np.float32))])
+    assert content[-len(data) :] == data
+    assert (len(content) - len(data)) % 32 == 0
+    assert size == len(content)
+    assert struct.pack("<IQQQIQ", 3, 64, 1, 3, tensor_types.D2Q2_64.id, 0) in content
+    assert struct.pack("<IQQQIQ", 3, 32, 1, 3, 8, 64) in content
+    assert encode(stacks[0]).tobytes() == packed.tobytes()
+
+
 def test_existing_file_needs_force(out: Path) -> None:
     out.write_text("precious")
     refused(out, "exists already; use --force")

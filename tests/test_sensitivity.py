@@ -18,6 +18,7 @@ from d2q_edge.quantize.codebook import CodebookSearch
 from d2q_edge.quantize.rtn import round_layer
 from d2q_edge.sensitivity import choose_windows, measure
 from d2q_edge.tensor_types import BY_NAME
+from d2q_edge.torch_evaluate import WholeModel
 
 WINDOWS = np.random.default_rng(0).integers(0, 4000, (3, 16))
 
@@ -99,3 +100,27 @@ def test_windows_are_spread_over_the_text() -> None:
     assert choose_windows(windows, 3)[:, 0].tolist() == [0, 20, 38]
     np.testing.assert_array_equal(choose_windows(windows, 30), windows)
     assert len(choose_windows(windows)) == sensitivity.WINDOWS
+
+
+@torch.inference_mode()
+def test_a_stack_of_experts_is_rounded_as_a_whole(make_checkpoint: Callable[..., Path]) -> None:
+    model = make_checkpoint("qwen3moe", num_experts=4)
+    runner = runner_of(model)
+    types = rounding_types(runner.family)
+    assert len(types) == 2 * 7
+    found = measure(runner, types, WINDOWS)
+    original = runner.checkpoint.tensor
+    tokens = torch.from_numpy(WINDOWS)
+    for index, part in ((0, "up_proj"), (1, "down_proj")):
+        names = [f"model.layers.{index}.mlp.experts.{number}.{part}.weight" for number in range(4)]
+        stack = f"model.layers.{index}.mlp.experts.{part}.weight"
+        search = CodebookSearch(BY_NAME[types[stack]])
+        rounded = {name: round_layer(original(name).float(), search).weights for name in names}
+        expected, other = (
+            whole.log_probabilities(whole.states(tokens)).double()
+            for whole in (
+                WholeModel(runner.checkpoint, runner.family, weights, torch.device("cpu")) for weights in ({}, rounded)
+            )
+        )
+        divergence = float((expected.exp() * (expected - other)).sum(-1).mean())
+        assert found[stack] == pytest.approx(divergence, rel=5e-3), stack

@@ -195,13 +195,7 @@ def table(times: Times, settings: Settings) -> str:
     lines = [f"{'tokens/s':18}" + "".join(f"{phase:>14}" for phase in phases)]
     for (name, repack), measured in speeds(times, settings).items():
         label = f"{name}, as it is" if not repack else f"{name}, repacked" if name in REPACKED else name
-<<<<<<< HEAD
-        medians = (statistics.median(seen[name, repack] for seen in times[phase]) for phase in phases)
-        speeds = (settings.tokens(phase) / median for phase, median in zip(phases, medians, strict=True))
-        lines.append(f"{label:18}" + "".join(f"{speed:14.1f}" for speed in speeds))
-=======
         lines.append(f"{label:18}" + "".join(f"{measured[phase]:14.1f}" for phase in phases))
->>>>>>> kernels
     lines += ["", f"{'ratio of times':18}" + "".join(f"{phase:>14}" for phase in phases)]
     columns = [ratios(times[phase]) for phase in phases]
     lines += [f"{pair:18}" + "".join(f"{column[pair]:14.3f}" for column in columns) for pair in columns[0]]

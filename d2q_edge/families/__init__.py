@@ -13,14 +13,16 @@ from d2q_edge.families.base import Family, Half, Stage
 from d2q_edge.families.gemma3 import Gemma3
 from d2q_edge.families.llama import Llama
 from d2q_edge.families.mistral import Mistral
+from d2q_edge.families.olmoe import Olmoe
 from d2q_edge.families.phi3 import Phi3
 from d2q_edge.families.qwen2 import Qwen2
 from d2q_edge.families.qwen3 import Qwen3
+from d2q_edge.families.qwen3_moe import Qwen3Moe
 from d2q_edge.families.smollm3 import SmolLM3
 
 __all__ = ["FAMILIES", "Family", "Half", "Stage", "family_for"]
 
-FAMILIES: tuple[type[Family], ...] = (Llama, Mistral, Qwen2, Qwen3, SmolLM3, Gemma3, Phi3)
+FAMILIES: tuple[type[Family], ...] = (Llama, Mistral, Qwen2, Qwen3, SmolLM3, Gemma3, Phi3, Qwen3Moe, Olmoe)
 
 
 def family_for(config: Mapping[str, Any]) -> Family:

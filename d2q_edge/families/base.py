@@ -6,6 +6,7 @@ shapes and rows: it does not read weights, and it knows nothing about quantizati
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC
 from collections.abc import Iterable, Mapping
@@ -82,7 +83,12 @@ class Family(Settings, ABC):
     """None: as many as there are heads."""
     tied_by_default: ClassVar[bool] = False
 
-    stages: ClassVar[tuple[Stage, ...]] = (
+    num_experts: int = 0
+    """Experts of every block; 0 where it has an ordinary mlp."""
+    experts_per_token: int = 0
+    """How many of them a token goes through."""
+
+    stages: tuple[Stage, ...] = (
         Stage("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
         Stage(None, ("self_attn.o_proj",), source="self_attn.v_proj"),
         Stage("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
@@ -172,6 +178,13 @@ class Family(Settings, ABC):
         match = re.fullmatch(re.escape(self.block_prefix(0)).replace("0", r"(\d+)", 1) + ".*", name)
         return int(match[1]) if match else None
 
+    def inner_name(self, name: str) -> str:
+        """A name inside of a block, relative to it."""
+        index = self.block_of(name)
+        if index is None:
+            raise ValueError(f"{name} isn't inside of a block")
+        return name.removeprefix(self.block_prefix(index))
+
     def linear_weights(self) -> list[str]:
         """The weight tensors of every block's linear layers, by full name, in forward order."""
         return [
@@ -210,6 +223,35 @@ class Family(Settings, ABC):
         names = [name for half in self.halves for name in (half.norm, half.output_norm) if name is not None]
         return dict.fromkeys(names, self.hidden_size)
 
+    def block_routers(self) -> dict[str, tuple[int, int]]:
+        """The block's routers, which choose experts, and the shapes of their weights, named as in `block_norms`."""
+        return {}
+
+    def is_router(self, hf_name: str) -> bool:
+        """Whether a tensor is a router's weight, which stays f32 whatever the file's type."""
+        inside = self.block_of(hf_name) is not None
+        return inside and self.inner_name(hf_name).removesuffix(".weight") in self.block_routers()
+
+    @property
+    def stacks(self) -> Mapping[str, tuple[str, ...]]:
+        """Weights that the file holds as one tensor [parts, out, in]: its name and its parts', in the file's order.
+
+        The stack's own name is one that `gguf_name` knows; the checkpoint has the parts only. All parts must be of one
+        type.
+        """
+        return {}
+
+    def parameters(self) -> tuple[int, int, int, int]:
+        """Number of weights: all, those outside stacks, those of one part of every stack, and the parts of a stack.
+
+        From these gguf-py makes a size label.
+        """
+        sizes = {name: math.prod(shape) for name, shape in self.tensor_shapes().items()}
+        stacked = sum(sizes[part] for parts in self.stacks.values() for part in parts)
+        one_part = sum(sizes[parts[0]] for parts in self.stacks.values())
+        total = sum(sizes.values())
+        return total, total - stacked, one_part, self.num_experts
+
     def tensor_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Name and shape of every tensor that the checkpoint must have, and there are no others."""
         return self._tensor_shapes
@@ -225,6 +267,8 @@ class Family(Settings, ABC):
                 shapes[f"{prefix}{linear}.bias"] = self.linear_shape(linear)[:1]
             for norm, width in self.block_norms().items():
                 shapes[f"{prefix}{norm}.weight"] = (width,)
+            for router, shape in self.block_routers().items():
+                shapes[f"{prefix}{router}.weight"] = shape
         shapes[f"{self.final_norm}.weight"] = (self.hidden_size,)
         if not self.tied_embeddings:
             shapes[f"{self.head}.weight"] = (self.vocab_size, self.hidden_size)
@@ -274,6 +318,9 @@ class Family(Settings, ABC):
         writer.add_head_count_kv(self.num_kv_heads)
         self._add_rope(writer)
         writer.add_layer_norm_rms_eps(self.norm_eps)
+        if self.num_experts:
+            writer.add_expert_count(self.num_experts)
+            writer.add_expert_used_count(self.experts_per_token)
         if self._writes_head_dim():
             writer.add_key_length(self.head_dim)
             writer.add_value_length(self.head_dim)

@@ -86,10 +86,12 @@ class InputEnergy:
         Raises:
             D2QError: H can't be factored even in double precision with strong damping.
         """
-        energy = self.gram.diagonal() / self.tokens
+        # An expert may have seen no tokens.
+        tokens = self.tokens.clamp(min=1)
+        energy = self.gram.diagonal() / tokens
         # Channels of unit energy: the inverse is then as well conditioned as it can be.
         deviation = torch.where(energy > 0, energy, 1.0).sqrt()
-        correlation = self.gram / self.tokens
+        correlation = self.gram / tokens
         correlation /= deviation
         correlation /= deviation[:, None]
         correlation.diagonal().fill_(1 + DAMPING)
@@ -110,9 +112,17 @@ class InputEnergy:
         return energy / explained
 
 
-def weight_energy(layers: Sequence[nn.Module]) -> torch.Tensor:
-    """Sum of the squared weights of each input column, over all layers: float32 [columns]."""
-    return torch.stack([_tensor(layer.weight).square().sum(0) for layer in layers]).sum(0)
+def weight_energy(layers: Sequence[nn.Module], shares: Sequence[torch.Tensor] | None = None) -> torch.Tensor:
+    """Sum of the squared weights of each input column, over all layers: float32 [columns].
+
+    Args:
+        layers: linear layers that share an input.
+        shares: the part of the tokens that each layer sees, by which its errors count; None where all see all tokens.
+    """
+    energies = [_tensor(layer.weight).square().sum(0) for layer in layers]
+    if shares is not None:
+        energies = [energy * share for energy, share in zip(energies, shares, strict=True)]
+    return torch.stack(energies).sum(0)
 
 
 def absorb(

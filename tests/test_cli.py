@@ -198,8 +198,8 @@ class TestConvert:
         assert {path.name for path in Path.cwd().iterdir()} == {"out.gguf", "report.json"}
         report = json.loads(Path("report.json").read_text())
         assert report.keys() == {
-            "bytes", "bits_per_weight", "linear_bits_per_weight", "types", "layer_errors", "column_scales", "norm_shifts",
-            "held_back", "seconds", "refinement",
+            "bytes", "bits_per_weight", "linear_bits_per_weight", "types", "layer_errors", "column_scales",
+            "norm_shifts", "held_back", "seconds", "refinement",
         }  # fmt: skip
         assert report["bytes"] == size
         assert report["linear_bits_per_weight"] == 2.5

@@ -1,6 +1,7 @@
 """The memory plan: where hidden states go, what is refused, and that a conversion keeps to what it stated."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +48,7 @@ def test_hidden_states_go_where_there_is_room(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_full_disk_is_noticed_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 999})())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 999})())
     monkeypatch.setattr(memory, "free_memory", lambda: 64 * GIB)
     with pytest.raises(D2QError, match=r"has 0\.0 GiB of free space, but unfinished work needs 0\.0 GiB"):
         plan("llama-3.2-1b", tmp_path)

@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import save_file
 
 from d2q_edge import codebooks, tensor_types
-from d2q_edge.benchmark import Settings, run_rounds
+from d2q_edge.benchmark import PROMPT, Settings, run_rounds
 from d2q_edge.calibration import BUILTIN
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.convert import FILE_TYPES
@@ -169,11 +169,11 @@ def ratios(rounds: list[dict[Variant, float]]) -> dict[str, float]:
 def speeds(times: Times, settings: Settings) -> dict[Variant, dict[str, float]]:
     """Tokens per second of every variant by phase, from the median of the rounds."""
     phases = sorted(times)
-    tokens = {phase: settings.prompt if phase.startswith(PROMPT) else settings.generation for phase in phases}
-    return {
-        variant: {phase: tokens[phase] / statistics.median(seen[variant] for seen in times[phase]) for phase in phases}
-        for variant in times[phases[0]][0]
-    }
+
+    def speed(variant: Variant, phase: str) -> float:
+        return settings.tokens(phase) / statistics.median(seen[variant] for seen in times[phase])
+
+    return {variant: {phase: speed(variant, phase) for phase in phases} for variant in times[phases[0]][0]}
 
 
 def markdown(times: Times, settings: Settings) -> str:

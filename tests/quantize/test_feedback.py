@@ -1,4 +1,4 @@
-"""Error feedback inside a group against a slow float64 loop over rows and columns; on a GPU, the kernel against ours."""
+"""Error feedback inside a group against a slow float64 loop over rows and columns; on a GPU, the kernel."""
 
 import numpy as np
 import numpy.typing as npt

@@ -171,6 +171,9 @@ def convert(
         D2QError: anything wrong with the checkpoint, the options, the text, the device or the output.
     """
     ranks = Ranks.join(choose_device(options.device))
+    if not dry_run and not was_published(output):
+        # Before anything that takes time; its size is checked when it is known.
+        ranks.in_turn(lambda: check_output(output, force=force))
     source = Checkpoint.open(model)
     family = family_for(source.config)
     source.check(family.tensor_shapes())
@@ -189,8 +192,6 @@ def convert(
         windows, held_back = _calibration_windows(checkpoint, family, text, options, options.calibration_tokens)
     sensitivity = None
     if is_mixed(options.bits):
-        if not dry_run and not was_published(output):
-            ranks.in_turn(lambda: check_output(output, force=force))
         sensitivity = _sensitivity(checkpoint, family, options, windows, ranks)
     plan = make_plan(family, options.bits, *tables, sensitivity)
     file_type = FILE_TYPES[plan.nearest_bits if is_mixed(options.bits) else int(options.bits)]

@@ -174,11 +174,17 @@ def check_output(path: Path, *, force: bool, size: int = 0) -> None:
 def file_size(arch: str, tensors: Sequence[GGUFTensor], add_metadata: Callable[[gguf.GGUFWriter], None]) -> int:
     """Bytes of the file that `write_gguf` would write; the header is written for trial, no tensor is loaded."""
     writer = _make_writer(arch, tensors, add_metadata)
-    with tempfile.TemporaryDirectory() as directory:
-        header = Path(directory) / "header.gguf"
-        _write_header(writer, header)
-        writer.close()
-        start = -(-header.stat().st_size // ALIGNMENT) * ALIGNMENT
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            header = Path(directory) / "header.gguf"
+            _write_header(writer, header)
+            writer.close()
+            start = -(-header.stat().st_size // ALIGNMENT) * ALIGNMENT
+    except OSError as error:
+        raise _cannot_write(Path(tempfile.gettempdir()), error) from error
+    finally:
+        with suppress(OSError):
+            writer.close()
     return start + data_size(tensors)
 
 

@@ -97,17 +97,22 @@ class Killer:
             D2QError: it fails, or its file differs, or something else is left.
         """
         before = self._state()
-        work = self.directory / "out.gguf.work"
-        if self.output.exists() and not (work / "settings.json").exists():
-            # It was done; at most its empty directory was still there.
-            if work.exists():
-                work.rmdir()
+        if self.is_done():
             self._compare(before)
             return
         status = self._wait(self._start(lambda: None))
         if status != 0:
             raise D2QError(f"after a kill that left {before}, the conversion ended with status {status}")
         self._compare(before)
+
+    def is_done(self) -> bool:
+        """Whether the last run was killed when it had nothing more to do; at most its empty directory is left then."""
+        work = self.directory / "out.gguf.work"
+        if not self.output.exists() or (work / "settings.json").exists():
+            return False
+        if work.exists():
+            work.rmdir()
+        return True
 
     def check_finished(self) -> None:
         """The same for a run that was done before it could be killed."""
@@ -203,7 +208,7 @@ def run(model: Path, options: Options, kills: int, seed: int) -> dict[str, int]:
                     killer.check_finished()
                     continue
                 progress.update(1)
-                if killer.rng.random() < 0.5:
+                if killer.rng.random() < 0.5 or killer.is_done():
                     killer.finish()
         if any(killer.directory.iterdir()):
             killer.finish()

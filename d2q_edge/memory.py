@@ -127,10 +127,12 @@ def plan_memory(
             + "; use a machine with more, or --no-calibration"
         )
     disk = packed + (streams * processes if isinstance(place, Path) else 0)
-    available = shutil.disk_usage(output.absolute().parent).free
+    # A plan may be asked for before there is a directory.
+    beside = next(parent for parent in output.absolute().parents if parent.exists())
+    available = shutil.disk_usage(beside).free
     if available < disk:
         raise D2QError(
-            f"{output.absolute().parent} has {available / GIB:.1f} GiB of free space, but unfinished work needs "
+            f"{beside} has {available / GIB:.1f} GiB of free space, but unfinished work needs "
             f"{disk / GIB:.1f} GiB; free some, or write the output to another disk"
         )
     return MemoryPlan(place, peak * processes, on_device, disk)

@@ -96,7 +96,7 @@ def _work(target: Target, seeds: range, directory: Path, progress: mmap.mmap, wr
         os.dup2(silence, 1)
         os.dup2(silence, 2)
         torch.set_num_threads(1)
-        with _little_memory(), os.fdopen(writer, "w", encoding="utf-8", errors="replace") as report:
+        with _little_memory(), os.fdopen(writer, "w", buffering=1, encoding="utf-8", errors="replace") as report:
             for seed in seeds:
                 progress[:] = struct.pack("<q", seed)
                 if what := run_case(target, seed, directory):

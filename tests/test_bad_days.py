@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from d2q_edge import cli, convert, gguf_file, pipeline, stage_solver, work_dir
+from d2q_edge import cli, convert, durable, gguf_file, pipeline, stage_solver, work_dir
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.gguf_reader import GGUFFile, TensorInfo
 from d2q_edge.work_dir import WorkDir
@@ -81,7 +81,7 @@ class TestDisk:
         [
             (work_dir, "save_file", "No space left on device.*free some disk space and run the same command"),
             (gguf_file, "encode", "the disk is full: .* free some space and run the same command"),
-            (gguf_file.durable, "replace", "No space left on device|the disk is full"),
+            (durable, "replace", "No space left on device|the disk is full"),
         ],
         ids=["block", "output", "rename"],
     )

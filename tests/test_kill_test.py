@@ -45,5 +45,5 @@ def test_a_command_that_does_not_go_on_is_noticed(tmp_path: Path, monkeypatch: p
         (output.parent / "y").rmdir()
 
     monkeypatch.setattr(kill_test, "convert", once)
-    with pytest.raises(D2QError, match="ended with status 1|a finished conversion leaves y"):
+    with pytest.raises(D2QError, match=r"ended with status 1|a finished conversion leaves y"):
         kill_test.run(tmp_path, QUICK, kills=20, seed=0)

@@ -271,10 +271,12 @@ class TestConvert:
             patch.setattr(pipeline._Driver, "quantize", interrupt)
             result = d2q("convert", model, "-o", "out.gguf", *QUICK)
         assert (result.code, result.out) == (130, "")
-        assert result.err.strip() == "Interrupted. A conversion goes on where it stopped when the command is repeated."
+        said = "Interrupted. A conversion goes on where it stopped when the command is repeated."
+        assert result.err.splitlines()[-1] == said
         assert [path.name for path in Path.cwd().iterdir()] == ["out.gguf.work"]
         again = d2q("convert", model, "-o", "out.gguf", *QUICK)
-        assert (again.code, again.err) == (0, "going on after 1 finished blocks in out.gguf.work\n")
+        assert again.code == 0
+        assert "going on after 1 finished blocks in out.gguf.work" in again.err.splitlines()
         refused_other = d2q("convert", model, "-o", "out.gguf", *QUICK, "--seed", "1")
         assert refused_other.code == 1
 

@@ -47,3 +47,11 @@ def test_summary() -> None:
     assert found.tokens == 3
     assert [found.kl_divergence, found.top1_agreement] == pytest.approx([0.3, 2 / 3])
     assert found.kl_divergence_stderr == pytest.approx(math.sqrt((0.04 + 0.01 + 0.09) / 3 / 2))
+
+
+def test_tokens_of_different_parts_are_different(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(held_back, "PART", 7)
+    head = torch.eye(20)
+    teacher, student = torch.zeros(2, 1, 20)
+    teacher[0, 3] = student[0, 3 + 7] = 9.0
+    assert not bool(compare_logits(teacher, student, head_parts(head))[1])

@@ -298,6 +298,8 @@ def test_facts_are_kept_with_a_block(output: Path) -> None:
     assert again.read_facts(0) == {"errors": {"a": 0.25}, "none": None}
     assert again.read_facts(1) == {}
     assert again.read_block(0).keys() == BLOCK.keys()
-    (work.path / "block-0000.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(D2QError, match="is damaged"):
-        again.read_facts(0)
+    file = work.path / "block-0000.safetensors"
+    for content in (file.read_bytes().replace(b"errors", b"arrows"), b"nonsense"):
+        file.write_bytes(content)
+        with pytest.raises(D2QError, match="is damaged"):
+            again.read_facts(0)

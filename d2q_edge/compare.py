@@ -22,7 +22,7 @@ from d2q_edge.benchmark import Settings as Rounds
 from d2q_edge.calibration import load_text
 from d2q_edge.conversion_report import find_report
 from d2q_edge.errors import D2QError
-from d2q_edge.evaluate import Evaluation
+from d2q_edge.evaluation import Evaluation
 from d2q_edge.gguf_reader import GGUFFile
 from d2q_edge.inspection import allocation
 from d2q_edge.reference import reference

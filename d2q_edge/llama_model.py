@@ -1,6 +1,6 @@
 """One GGUF file loaded in the patched llama-cpp-python: tokens in, logits out.
 
-Knows llama_cpp's low-level calls. Does not know what is measured with them (evaluate.py). llama.cpp's log is kept off
+Knows llama_cpp's low-level calls. Does not know what is measured with them (evaluation.py). llama.cpp's log is kept off
 the terminal; its errors become the message when a file can't be loaded.
 """
 

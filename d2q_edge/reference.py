@@ -2,7 +2,7 @@
 
 Two large models at a time don't fit into every memory; one model and a file do, and the original runs once, not once
 per file. Log-probabilities are kept in half precision: that changes a KL divergence by about 1e-6. Knows where and how
-they are kept; evaluate.py makes and uses them.
+they are kept; evaluation.py makes and uses them.
 """
 
 import shutil
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from d2q_edge.calibration import Text
 from d2q_edge.errors import D2QError
-from d2q_edge.evaluate import Evaluation, Logits, check_same_tokens, cut, log_softmax, measure
+from d2q_edge.evaluation import Evaluation, Logits, check_same_tokens, cut, log_softmax, measure
 from d2q_edge.gguf_reader import GGUFFile
 from d2q_edge.llama_model import LlamaModel
 

@@ -1,8 +1,8 @@
 """Perplexity and KL divergence of dequantized weights in torch, without a file and without the runtime.
 
 Knows how to build a checkpoint as one transformers model in float32 with some of its weights replaced, and how to
-compare it with the original by llama-perplexity's protocol, as evaluate.py does for files: chunks of equal length, the
-tokens of the second half scored. Does not know where the weights come from.
+compare it with the original by llama-perplexity's protocol, as evaluation.py does for files: chunks of equal length,
+the tokens of the second half scored. Does not know where the weights come from.
 """
 
 import math

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from d2q_edge import cli, generate, llama_model
-from d2q_edge.convert import Options, convert
+from d2q_edge.conversion import Options, convert
 from d2q_edge.export import export
 from d2q_edge.report import Report
 from d2q_edge.runtime import source

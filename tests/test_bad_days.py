@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from d2q_edge import cli, convert, durable, gguf_file, pipeline, stage_solver, work_dir
+from d2q_edge import cli, conversion, durable, gguf_file, pipeline, stage_solver, work_dir
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.gguf_reader import GGUFFile, TensorInfo
 from d2q_edge.work_dir import WorkDir
@@ -67,7 +67,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected(model: Path) -> bytes:
     """The file of an undisturbed conversion."""
-    convert.convert(model, model.parent / "out.gguf", convert.Options(calibration_tokens=512, context=32))
+    conversion.convert(model, model.parent / "out.gguf", conversion.Options(calibration_tokens=512, context=32))
     return (model.parent / "out.gguf").read_bytes()
 
 
@@ -134,7 +134,7 @@ class TestInterrupted:
         ("place", "name", "calls"),
         [
             (Checkpoint, "tensor", 1),
-            (convert, "token_windows", 0),
+            (conversion, "token_windows", 0),
             (stage_solver, "quantize_layer", 2),
             (stage_solver, "quantize_layer", 7),
             (pipeline, "_set", 5),

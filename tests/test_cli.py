@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from d2q_edge import __version__, convert, pipeline, runtime
+from d2q_edge import __version__, conversion, pipeline, runtime
 from d2q_edge.errors import D2QError
 from d2q_edge.export import export
 from d2q_edge.llama_model import LlamaModel
@@ -120,7 +120,7 @@ class TestBadOutputs:
         assert output.read_bytes()[:4] == b"GGUF"
 
     def test_unwritable_report_is_found_first(self, d2q: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(convert, "convert", None)
+        monkeypatch.setattr(conversion, "convert", None)
         refused(d2q("convert", EXAMPLE, "-o", "out.gguf", "--report", "none/r.json"), "none doesn't exist")
 
 

@@ -13,7 +13,7 @@ from d2q_edge import benchmark, compare, reference, runtime
 from d2q_edge.calibration import load_text
 from d2q_edge.compare import GIVEN, REFERENCE, STOCK, Comparison, Settings, size_text
 from d2q_edge.errors import D2QError
-from d2q_edge.evaluate import evaluate, log_softmax, scored_logits
+from d2q_edge.evaluation import evaluate, log_softmax, scored_logits
 from d2q_edge.export import export
 from d2q_edge.llama_model import LlamaModel
 from tests.availability import require_runtime, require_tool

@@ -1,6 +1,6 @@
 """The demo's table; the demo itself is a command that CI runs."""
 
-from d2q_edge.evaluate import Evaluation
+from d2q_edge.evaluation import Evaluation
 from tools import demo
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from d2q_edge import tensor_types
 from d2q_edge.checkpoint import Checkpoint, _Entry
-from d2q_edge.convert import Options, convert
+from d2q_edge.conversion import Options, convert
 from d2q_edge.export import export, file_name, model_tensors
 from d2q_edge.families import family_for
 from d2q_edge.gguf_file import GGUFTensor, block_and_type_size, data_size

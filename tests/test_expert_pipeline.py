@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from d2q_edge import expert_pipeline, pipeline, streams, tensor_types
 from d2q_edge.blocks import BlockRunner
 from d2q_edge.checkpoint import Checkpoint
-from d2q_edge.convert import Options, convert
+from d2q_edge.conversion import Options, convert
 from d2q_edge.errors import D2QError
 from d2q_edge.expert_pipeline import statistics_bytes
 from d2q_edge.families import family_for

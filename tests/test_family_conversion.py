@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from d2q_edge import convert as convert_module
+from d2q_edge import conversion as convert_module
 from d2q_edge.blocks import BlockRunner
 from d2q_edge.checkpoint import Checkpoint
-from d2q_edge.convert import Options, convert
+from d2q_edge.conversion import Options, convert
 from d2q_edge.errors import D2QError
 from d2q_edge.families import Family, family_for
 from d2q_edge.gguf_reader import GGUFFile

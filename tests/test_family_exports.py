@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from d2q_edge.blocks import add_bias
 from d2q_edge.checkpoint import Checkpoint
-from d2q_edge.convert import Options, convert
+from d2q_edge.conversion import Options, convert
 from d2q_edge.export import FILE_TYPES, export, model_tensors, write_model
 from d2q_edge.families import family_for
 from d2q_edge.gguf_file import GGUFTensor

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from d2q_edge.convert import Options
+from d2q_edge.conversion import Options
 from d2q_edge.errors import D2QError
 from tests.checkpoints import write_checkpoint
 from tools import kill_test

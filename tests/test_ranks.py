@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2q_edge.convert import Options, convert
+from d2q_edge.conversion import Options, convert
 from d2q_edge.gguf_reader import GGUFFile
 from d2q_edge.ranks import ALONE, Ranks
 from tests.checkpoints import EXAMPLE

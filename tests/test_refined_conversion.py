@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from d2q_edge import convert
+from d2q_edge import conversion
 from d2q_edge import output as output_module
-from d2q_edge.convert import Options
+from d2q_edge.conversion import Options
 from d2q_edge.gguf_reader import GGUFFile
 from d2q_edge.quantize import refine as tuning
 from d2q_edge.refinement import Refinement, refine
@@ -19,16 +19,16 @@ from tests.checkpoints import write_checkpoint
 OPTIONS = Options(calibration_tokens=256, context=32, refine=True)
 
 
-def run(output: Path, patches: Mapping[Any, Any] = {}) -> convert.Conversion:
+def run(output: Path, patches: Mapping[Any, Any] = {}) -> conversion.Conversion:
     model = output.parent / "model"
     if not model.exists():
         write_checkpoint(model, "qwen2", hidden_size=64, intermediate_size=128)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuning, "PASSES", 1)
-        patch.setattr(convert, "refine", marked)
+        patch.setattr(conversion, "refine", marked)
         for (place, name), value in patches.items():
             patch.setattr(place, name, value)
-        return convert.convert(model, output, OPTIONS)
+        return conversion.convert(model, output, OPTIONS)
 
 
 def marked(*arguments: Any) -> Refinement:
@@ -65,9 +65,9 @@ def test_interrupted_and_resumed_is_the_same(tmp_path: Path) -> None:
         return marked(*arguments)
 
     patches: list[tuple[dict[Any, Any], int]] = [
-        ({(convert, "refine"): stop}, 0),
-        ({(WorkDir, "write_block"): stop_in_the_middle, (convert, "refine"): count}, 1),
-        ({(output_module.Output, "write"): stop, (convert, "refine"): count}, 2),
+        ({(conversion, "refine"): stop}, 0),
+        ({(WorkDir, "write_block"): stop_in_the_middle, (conversion, "refine"): count}, 1),
+        ({(output_module.Output, "write"): stop, (conversion, "refine"): count}, 2),
     ]
     for patch, calls in patches:
         with pytest.raises(KeyboardInterrupt):
@@ -75,7 +75,7 @@ def test_interrupted_and_resumed_is_the_same(tmp_path: Path) -> None:
         assert len(seen) == calls
     # Eight times as many windows as the blocks were calibrated with.
     assert [windows.shape for windows in seen] == [(64, 32)] * 2
-    result = run(output, {(convert, "refine"): None})
+    result = run(output, {(conversion, "refine"): None})
     assert result.refinement is None
     assert output.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
     assert not (tmp_path / "out.gguf.work").exists()

@@ -15,7 +15,7 @@ import pytest
 
 from d2q_edge import runtime
 from d2q_edge.checkpoint import Checkpoint
-from d2q_edge.convert import Options, convert
+from d2q_edge.conversion import Options, convert
 from d2q_edge.errors import D2QError
 from d2q_edge.export import check_tokenizer, export
 from d2q_edge.families import family_for

@@ -23,7 +23,7 @@ from d2q_edge import tensor_types
 from d2q_edge.blocks import BlockRunner
 from d2q_edge.calibration import load_text, token_windows
 from d2q_edge.checkpoint import Checkpoint
-from d2q_edge.convert import REFINE_FACTOR, choose_device, load_tokenizer
+from d2q_edge.conversion import REFINE_FACTOR, choose_device, load_tokenizer
 from d2q_edge.errors import D2QError
 from d2q_edge.families import Family, family_for
 from d2q_edge.paper_pipeline import Recipe, quantize_model

@@ -32,7 +32,7 @@ from d2q_edge import codebooks, tensor_types
 from d2q_edge.benchmark import PROMPT, Settings, run_rounds
 from d2q_edge.calibration import BUILTIN
 from d2q_edge.checkpoint import Checkpoint
-from d2q_edge.convert import FILE_TYPES
+from d2q_edge.conversion import FILE_TYPES
 from d2q_edge.errors import D2QError
 from d2q_edge.export import Value, export
 from d2q_edge.families import family_for

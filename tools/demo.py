@@ -15,9 +15,9 @@ import click
 
 from d2q_edge.calibration import BUILTIN
 from d2q_edge.checkpoint import Checkpoint
-from d2q_edge.convert import Options, convert
+from d2q_edge.conversion import Options, convert
 from d2q_edge.errors import D2QError
-from d2q_edge.evaluate import Evaluation, evaluate
+from d2q_edge.evaluation import Evaluation, evaluate
 from d2q_edge.export import export
 from d2q_edge.families import family_for
 from d2q_edge.generate import generate

@@ -24,7 +24,7 @@ from typing import Any
 import click
 import torch
 
-from d2q_edge.convert import Options, convert
+from d2q_edge.conversion import Options, convert
 from d2q_edge.errors import D2QError
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-qwen3"

@@ -1,7 +1,7 @@
 """The patched llama-cpp-python that runs d2q files: install it, find it, describe it.
 
 Knows how to get from the published source distribution plus cpp_patch/ to an installed wheel and llama.cpp's tools.
-Does not know how a model is loaded or measured (evaluate.py) and prints nothing on stdout.
+Does not know how a model is loaded or measured (evaluation.py) and prints nothing on stdout.
 """
 
 from d2q_edge.runtime.build import install

@@ -3,7 +3,7 @@
 from typing import Any
 
 from d2q_edge.compare import GIVEN, REFERENCE, STOCK, Comparison, Row, Settings
-from d2q_edge.evaluate import Evaluation
+from d2q_edge.evaluation import Evaluation
 
 QUARTILES = {"minimum": 0.2, "p05": 0.5, "median": 1.0, "p95": 2.0, "maximum": 9.0}
 

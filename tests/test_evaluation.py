@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from d2q_edge import evaluate as module
+from d2q_edge import evaluation as module
 from d2q_edge import runtime
 from d2q_edge.calibration import BUILTIN, load_text
 from d2q_edge.checkpoint import Checkpoint
-from d2q_edge.convert import Options, convert
+from d2q_edge.conversion import Options, convert
 from d2q_edge.errors import D2QError
-from d2q_edge.evaluate import Evaluation, evaluate, log_softmax, quantile_interval
+from d2q_edge.evaluation import Evaluation, evaluate, log_softmax, quantile_interval
 from d2q_edge.export import export
 from d2q_edge.families import family_for
 from d2q_edge.gguf_reader import GGUFFile

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from d2q_edge import __version__, convert, pipeline, tensor_types
+from d2q_edge import __version__, conversion, pipeline, tensor_types
 from d2q_edge.blocks import BlockRunner
 from d2q_edge.calibration import load_text, token_windows
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.codebooks import TABLE_SHA256
-from d2q_edge.convert import Conversion, Options
+from d2q_edge.conversion import Conversion, Options
 from d2q_edge.errors import D2QError
 from d2q_edge.export import export
 from d2q_edge.families import Family, family_for
@@ -57,7 +57,7 @@ class Converted:
         plain = {"dsq": False, "dac": False} if self.plain else {}
         self.options = Options(**{**vars(QUICK), "bits": bits, **plain})
         self.path = directory / f"{name}.gguf"
-        self.result: Conversion = convert.convert(self.model, self.path, self.options)
+        self.result: Conversion = conversion.convert(self.model, self.path, self.options)
         self.file = GGUFFile(self.path)
 
     def floats(self, name: str) -> Any:
@@ -177,7 +177,7 @@ class TestContent:
         assert plan.bits_per_weight == pytest.approx(bits)
 
     def test_size_is_known_before(self, converted: Converted, tmp_path: Path) -> None:
-        planned = convert.convert(converted.model, tmp_path / "out.gguf", converted.options, dry_run=True)
+        planned = conversion.convert(converted.model, tmp_path / "out.gguf", converted.options, dry_run=True)
         assert planned.report is None
         assert planned.size == converted.result.size == converted.path.stat().st_size
         assert list(tmp_path.iterdir()) == []
@@ -186,7 +186,7 @@ class TestContent:
         assert {path.name for path in converted.path.parent.iterdir()} == {converted.model.name, converted.path.name}
 
     def test_same_options_same_file(self, converted: Converted, tmp_path: Path) -> None:
-        convert.convert(converted.model, tmp_path / "out.gguf", converted.options)
+        conversion.convert(converted.model, tmp_path / "out.gguf", converted.options)
         assert (tmp_path / "out.gguf").read_bytes() == converted.path.read_bytes()
 
 
@@ -194,8 +194,8 @@ class TestOptions:
     def test_without_calibration(self, make_checkpoint: Make, tmp_path: Path) -> None:
         model = make_checkpoint("llama", hidden_size=256, intermediate_size=96)
         options = Options(bits=3, calibrate=False, embedding_type="q5_0", head_type="f16")
-        planned = convert.convert(model, tmp_path / "out.gguf", options, dry_run=True)
-        result = convert.convert(model, tmp_path / "out.gguf", options)
+        planned = conversion.convert(model, tmp_path / "out.gguf", options, dry_run=True)
+        result = conversion.convert(model, tmp_path / "out.gguf", options)
         file = GGUFFile(tmp_path / "out.gguf")
         assert planned.size == result.size == file.size
         assert file.tensors["token_embd.weight"].type_name == "q5_0"
@@ -212,9 +212,9 @@ class TestOptions:
     def test_fallbacks_are_said(
         self, make_checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        convert.convert(make_checkpoint(), tmp_path / "out.gguf", QUICK, dry_run=True)
+        conversion.convert(make_checkpoint(), tmp_path / "out.gguf", QUICK, dry_run=True)
         assert capsys.readouterr().err == "2 of 14 linear layers become q4_0: 64 doesn't divide their width\n"
-        convert.convert(make_checkpoint(name="b", **SMALL), tmp_path / "out.gguf", QUICK, dry_run=True)
+        conversion.convert(make_checkpoint(name="b", **SMALL), tmp_path / "out.gguf", QUICK, dry_run=True)
         assert capsys.readouterr().err == ""
 
     def test_mixture(self, make_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,10 +226,10 @@ class TestOptions:
             asked.append((set(types.values()), windows.shape))
             return {name: 100.0 if "v_proj" in name or "layers.1.mlp.down" in name else 1.0 for name in types}
 
-        monkeypatch.setattr(convert, "measure", measured)
+        monkeypatch.setattr(conversion, "measure", measured)
         options = Options(**{**vars(QUICK), "bits": 2.9})
-        planned = convert.convert(model, tmp_path / "out.gguf", options, dry_run=True)
-        result = convert.convert(model, tmp_path / "out.gguf", options)
+        planned = conversion.convert(model, tmp_path / "out.gguf", options, dry_run=True)
+        result = conversion.convert(model, tmp_path / "out.gguf", options)
         assert asked == [({"d2q2"}, (4, 32))] * 2
         assert result.plan == planned.plan and result.size == planned.size
         file = GGUFFile(tmp_path / "out.gguf")
@@ -247,28 +247,30 @@ class TestOptions:
         model = make_checkpoint("llama", **SMALL)
         options = Options(**{**vars(QUICK), "bits": 3.2})
         with monkeypatch.context() as patch:
-            patch.setattr(convert, "measure", lambda _runner, types, _windows: {n: float("q_proj" in n) for n in types})
+            patch.setattr(
+                conversion, "measure", lambda _runner, types, _windows: {n: float("q_proj" in n) for n in types}
+            )
             interrupt_after(patch, pipeline, "quantize_layer", 9)
             with pytest.raises(KeyboardInterrupt):
-                convert.convert(model, tmp_path / "out.gguf", options)
+                conversion.convert(model, tmp_path / "out.gguf", options)
         monkeypatch.setattr(
-            convert, "measure", lambda _runner, types, _windows: {n: float("v_proj" in n) for n in types}
+            conversion, "measure", lambda _runner, types, _windows: {n: float("v_proj" in n) for n in types}
         )
         with pytest.raises(D2QError, match="types; repeat"):
-            convert.convert(model, tmp_path / "out.gguf", options)
+            conversion.convert(model, tmp_path / "out.gguf", options)
 
     def test_other_table_types_are_said(
         self, make_checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         options = Options(**{**vars(QUICK), "embedding_type": "Q4_K", "head_type": "q8_0"})
-        convert.convert(make_checkpoint(**SMALL), tmp_path / "out.gguf", options, dry_run=True)
+        conversion.convert(make_checkpoint(**SMALL), tmp_path / "out.gguf", options, dry_run=True)
         expected = "model.embed_tokens becomes q5_0: its width isn't a multiple of Q4_K's block size\n"
         assert capsys.readouterr().err == expected
 
     def test_seed_decides(self, make_checkpoint: Make, tmp_path: Path) -> None:
         model = make_checkpoint(**SMALL)
         for seed in (0, 1):
-            convert.convert(model, tmp_path / f"{seed}.gguf", Options(**{**vars(QUICK), "seed": seed}))
+            conversion.convert(model, tmp_path / f"{seed}.gguf", Options(**{**vars(QUICK), "seed": seed}))
         first, second = (GGUFFile(tmp_path / f"{seed}.gguf") for seed in (0, 1))
         assert not np.array_equal(first.raw("blk.0.attn_q.weight"), second.raw("blk.0.attn_q.weight"))
         assert json.loads(second.kv["d2q.recipe"])["seed"] == 1
@@ -276,7 +278,7 @@ class TestOptions:
     def test_own_text(self, make_checkpoint: Make, tmp_path: Path) -> None:
         (tmp_path / "own.txt").write_text("The quick brown fox. " * 50)
         options = Options(**{**vars(QUICK), "calibration": str(tmp_path / "own.txt")})
-        convert.convert(make_checkpoint(**SMALL), tmp_path / "out.gguf", options)
+        conversion.convert(make_checkpoint(**SMALL), tmp_path / "out.gguf", options)
         recipe = json.loads(GGUFFile(tmp_path / "out.gguf").kv["d2q.recipe"])
         assert recipe["calibration"] == "own.txt", "the user's directories are nobody's business"
 
@@ -285,17 +287,17 @@ class TestOptions:
         text.write_text("Once upon a time there was a text. " * 20)
         output = tmp_path / "out.gguf"
         options = Options(calibration=str(text), calibration_tokens=4096, context=32)
-        convert.convert(make_checkpoint(**SMALL), output, options)
+        conversion.convert(make_checkpoint(**SMALL), output, options)
         recipe = json.loads(GGUFFile(output).kv["d2q.recipe"])
         assert 0 < recipe["calibration_tokens"] < 4096
         assert f"has {recipe['calibration_tokens']} tokens only" in capsys.readouterr().err
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
     def test_missing_device(self, make_checkpoint: Make, tmp_path: Path) -> None:
-        assert convert.choose_device("auto").type == "cpu"
+        assert conversion.choose_device("auto").type == "cpu"
         options = Options(**{**vars(QUICK), "device": "cuda"})
         with pytest.raises(D2QError, match="has no cuda device; use --device cpu"):
-            convert.convert(make_checkpoint(**SMALL), tmp_path / "out.gguf", options)
+            conversion.convert(make_checkpoint(**SMALL), tmp_path / "out.gguf", options)
         assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
     def test_llama_bpe_without_a_word_on_bos(self, make_checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,9 +312,9 @@ class TestOptions:
             given.append(args[5])
             raise InterruptedError
 
-        monkeypatch.setattr(convert, "split_windows", spy)
+        monkeypatch.setattr(conversion, "split_windows", spy)
         with pytest.raises(InterruptedError):
-            convert.convert(model, model.parent / "out.gguf", QUICK)
+            conversion.convert(model, model.parent / "out.gguf", QUICK)
         assert given == [None], "transformers adds none, so the file forbids it"
 
 
@@ -327,8 +329,8 @@ class TestRotation:
     def test_content(self, make_checkpoint: Make, tmp_path: Path, calibrate: bool, error: float) -> None:
         model = make_checkpoint("llama", **SMALL, tie_word_embeddings=True, attention_bias=True)
         options = Options(**{**vars(self.OPTIONS), "calibrate": calibrate, "head_type": "f32"})
-        planned = convert.convert(model, tmp_path / "out.gguf", options, dry_run=True)
-        result = convert.convert(model, tmp_path / "out.gguf", options)
+        planned = conversion.convert(model, tmp_path / "out.gguf", options, dry_run=True)
+        result = conversion.convert(model, tmp_path / "out.gguf", options)
         file = GGUFFile(tmp_path / "out.gguf")
         assert planned.size == result.size == file.size
         recipe = json.loads(file.kv["d2q.recipe"])
@@ -349,7 +351,7 @@ class TestRotation:
         files = {}
         for choice in ("off", "auto", "on"):
             output = tmp_path / choice
-            convert.convert(model, output, Options(calibrate=False, rotation=choice))
+            conversion.convert(model, output, Options(calibrate=False, rotation=choice))
             files[choice] = output.read_bytes()
         assert files["auto"] == files["off"] != files["on"]
 
@@ -361,9 +363,9 @@ class TestRotation:
             seen.append(family.tied_embeddings)
             return True
 
-        monkeypatch.setattr(convert, "rotation_pays", pays)
+        monkeypatch.setattr(conversion, "rotation_pays", pays)
         for choice in ("auto", "off"):
-            convert.convert(model, tmp_path / choice, Options(calibrate=False, rotation=choice))
+            conversion.convert(model, tmp_path / choice, Options(calibrate=False, rotation=choice))
             assert json.loads(GGUFFile(tmp_path / choice).kv["d2q.recipe"])["rotation"] is (choice == "auto")
         assert seen == [True], "asked once, about the original"
 
@@ -376,5 +378,5 @@ class TestRotation:
         save_file(tensors, model / "model.safetensors")
         monkeypatch.setattr(pipeline, "quantize_layer", None)
         with pytest.raises(D2QError, match=r"tensor model.norm.weight in .* contains NaN"):
-            convert.convert(model, tmp_path / "out.gguf", self.OPTIONS)
+            conversion.convert(model, tmp_path / "out.gguf", self.OPTIONS)
         assert [path.name for path in tmp_path.iterdir()] == ["tiny"]

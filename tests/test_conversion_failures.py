@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from d2q_edge import convert, gguf_file, stage_solver
-from d2q_edge.convert import Options
+from d2q_edge import conversion, gguf_file, stage_solver
+from d2q_edge.conversion import Options
 from d2q_edge.errors import D2QError
 from d2q_edge.gguf_reader import GGUFFile
 from tests.checkpoints import write_checkpoint
@@ -32,7 +32,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     """A model and the file that an undisturbed conversion makes of it."""
     directory = tmp_path_factory.mktemp("whole")
     write_checkpoint(directory / "model", "llama", **SMALL)
-    convert.convert(directory / "model", directory / "out.gguf", QUICK)
+    conversion.convert(directory / "model", directory / "out.gguf", QUICK)
     return directory / "model", (directory / "out.gguf").read_bytes()
 
 
@@ -64,11 +64,11 @@ class TestInterruptions:
         with pytest.MonkeyPatch.context() as patch:
             interrupt_after(patch, place, function, calls)
             with pytest.raises(KeyboardInterrupt):
-                convert.convert(whole[0], output, QUICK, force=existing)
+                conversion.convert(whole[0], output, QUICK, force=existing)
         assert sorted(path.name for path in tmp_path.iterdir()) == left
         if existing:
             assert output.read_text() == "old"
-        convert.convert(whole[0], output, QUICK, force=existing)
+        conversion.convert(whole[0], output, QUICK, force=existing)
         assert output.read_bytes() == whole[1]
         assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
 
@@ -78,7 +78,7 @@ class TestInterruptions:
             with pytest.MonkeyPatch.context() as patch:
                 interrupt_after(patch, stage_solver, "quantize_layer", calls)
                 with pytest.raises(KeyboardInterrupt):
-                    convert.convert(whole[0], output, QUICK)
+                    conversion.convert(whole[0], output, QUICK)
             said = capsys.readouterr().err.partition("\n")[2]
             assert said == (f"going on after {finished} finished blocks in {output}.work\n" if finished else "")
 
@@ -96,9 +96,9 @@ class TestInterruptions:
         output, other = tmp_path / "out.gguf", Options(**{**vars(QUICK), **change})
         self.stop(whole[0], output)
         with pytest.raises(D2QError, match=said):
-            convert.convert(whole[0], output, other)
-        convert.convert(whole[0], output, other, force=True)
-        convert.convert(whole[0], tmp_path / "direct.gguf", other)
+            conversion.convert(whole[0], output, other)
+        conversion.convert(whole[0], output, other, force=True)
+        conversion.convert(whole[0], tmp_path / "direct.gguf", other)
         assert output.read_bytes() == (tmp_path / "direct.gguf").read_bytes()
 
     def test_other_weights_do_not_mix(self, make_checkpoint: Make, tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ class TestInterruptions:
         weights = load_file(model / "model.safetensors")
         save_file({name: tensor * 2 for name, tensor in weights.items()}, model / "model.safetensors")
         with pytest.raises(D2QError, match="another weight files;"):
-            convert.convert(model, output, QUICK)
+            conversion.convert(model, output, QUICK)
 
     def test_damaged_block(self, whole: tuple[Path, bytes], tmp_path: Path) -> None:
         output = tmp_path / "out.gguf"
@@ -115,9 +115,9 @@ class TestInterruptions:
         block = tmp_path / "out.gguf.work" / "block-0001.safetensors"
         block.write_bytes(block.read_bytes()[:-1])
         with pytest.raises(D2QError, match=r"block-0001.safetensors is damaged"):
-            convert.convert(whole[0], output, QUICK)
+            conversion.convert(whole[0], output, QUICK)
         block.unlink()
-        convert.convert(whole[0], output, QUICK)
+        conversion.convert(whole[0], output, QUICK)
         assert output.read_bytes() == whole[1]
 
     def stop(self, model: Path, output: Path) -> None:
@@ -125,7 +125,7 @@ class TestInterruptions:
         with pytest.MonkeyPatch.context() as patch:
             interrupt_after(patch, stage_solver, "quantize_layer", 9)
             with pytest.raises(KeyboardInterrupt):
-                convert.convert(model, output, QUICK)
+                conversion.convert(model, output, QUICK)
 
     def test_killed_process(self, tmp_path: Path) -> None:
         """A real process, really killed."""
@@ -151,8 +151,8 @@ class TestInterruptions:
         options = Options(calibration_tokens=8192, context=256)
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(tmp_path)
-            convert.convert("model", Path("out.gguf"), options)
-            convert.convert("model", Path("whole.gguf"), options)
+            conversion.convert("model", Path("out.gguf"), options)
+            conversion.convert("model", Path("whole.gguf"), options)
         assert output.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
         assert {path.name for path in tmp_path.iterdir()} == {"model", "out.gguf", "whole.gguf"}
 
@@ -160,9 +160,9 @@ class TestInterruptions:
         output, other = tmp_path / "out.gguf", Options(**{**vars(QUICK), "rotation": "on"})
         self.stop(whole[0], output)
         with pytest.raises(D2QError, match=r"another .*recipe;"):
-            convert.convert(whole[0], output, other)
-        convert.convert(whole[0], output, other, force=True)
-        convert.convert(whole[0], tmp_path / "direct.gguf", other)
+            conversion.convert(whole[0], output, other)
+        conversion.convert(whole[0], output, other, force=True)
+        conversion.convert(whole[0], tmp_path / "direct.gguf", other)
         assert output.read_bytes() == (tmp_path / "direct.gguf").read_bytes()
 
 
@@ -178,7 +178,7 @@ class TestFailures:
         save_file(tensors, model / "model.safetensors")
         monkeypatch.setattr(stage_solver, "quantize_layer", None)  # found before any work
         with pytest.raises(D2QError, match=rf"tensor {name} in .* contains NaN"):
-            convert.convert(model, tmp_path / "out.gguf", Options(**{**vars(QUICK), "calibrate": calibrate}))
+            conversion.convert(model, tmp_path / "out.gguf", Options(**{**vars(QUICK), "calibrate": calibrate}))
         assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
     def test_overflow_leaves_nothing(self, make_checkpoint: Make, tmp_path: Path) -> None:
@@ -188,14 +188,14 @@ class TestFailures:
             tensors[f"model.layers.0.mlp.{layer}_proj.weight"] *= 1e25
         save_file(tensors, model / "model.safetensors")
         with pytest.raises(D2QError, match=r"the inputs of model.layers.0.mlp.down_proj are too large"):
-            convert.convert(model, tmp_path / "out.gguf", QUICK)
+            conversion.convert(model, tmp_path / "out.gguf", QUICK)
         assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
     @pytest.mark.parametrize("rotation", ["on", "off"])
     def test_activations_that_do_not_vary(self, make_checkpoint: Make, tmp_path: Path, rotation: str) -> None:
         """Every token has the same embedding, and the first Hessian rank one."""
         model, output = self.with_embeddings(make_checkpoint, 0.02), tmp_path / "out.gguf"
-        convert.convert(model, output, Options(**{**vars(QUICK), "rotation": rotation}))
+        conversion.convert(model, output, Options(**{**vars(QUICK), "rotation": rotation}))
         file = GGUFFile(output)
         for name in file.tensors:
             assert np.isfinite(file.dequantize(name)).all(), name
@@ -203,7 +203,7 @@ class TestFailures:
     def test_activations_that_are_zero(self, make_checkpoint: Make, tmp_path: Path) -> None:
         model = self.with_embeddings(make_checkpoint, 0.0)
         with pytest.raises(D2QError, match="statistics of a layer can't be factored; use more or more varied"):
-            convert.convert(model, tmp_path / "out.gguf", QUICK)
+            conversion.convert(model, tmp_path / "out.gguf", QUICK)
         assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
     def with_embeddings(self, make_checkpoint: Make, value: float) -> Path:
@@ -222,14 +222,14 @@ class TestFailures:
             tensors[f"model.layers.1.mlp.{layer}_proj.weight"] *= 1e19
         save_file(tensors, model / "model.safetensors")
         with pytest.raises(D2QError, match=r"too large to calculate with|are NaN or infinite behind model.layers.1"):
-            convert.convert(model, tmp_path / "out.gguf", QUICK)
+            conversion.convert(model, tmp_path / "out.gguf", QUICK)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf.work", "tiny"]
 
     def test_existing_output(self, make_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "out.gguf").write_text("old")
-        monkeypatch.setattr(convert, "quantize_blocks", None)
+        monkeypatch.setattr(conversion, "quantize_blocks", None)
         with pytest.raises(D2QError, match=r"out.gguf exists already; use --force"):
-            convert.convert(make_checkpoint(**SMALL), tmp_path / "out.gguf", QUICK)
+            conversion.convert(make_checkpoint(**SMALL), tmp_path / "out.gguf", QUICK)
         assert (tmp_path / "out.gguf").read_text() == "old"
 
     def test_full_disk_while_writing(
@@ -241,10 +241,10 @@ class TestFailures:
         model = make_checkpoint(**SMALL)
         monkeypatch.setattr(gguf_file, "encode", full)
         with pytest.raises(D2QError, match="the disk is full"):
-            convert.convert(model, tmp_path / "out.gguf", QUICK)
+            conversion.convert(model, tmp_path / "out.gguf", QUICK)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf.work", "tiny"]
         monkeypatch.undo()
-        convert.convert(model, tmp_path / "out.gguf", QUICK)
+        conversion.convert(model, tmp_path / "out.gguf", QUICK)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "tiny"]
 
     def test_broken_tokenizer(self, make_checkpoint: Make, tmp_path: Path) -> None:
@@ -252,5 +252,5 @@ class TestFailures:
         content = json.loads((model / "tokenizer.json").read_text("utf-8"))
         (model / "tokenizer.json").write_text(json.dumps({**content, "truncation": 5}), "utf-8")
         with pytest.raises(D2QError, match="transformers can't load the tokenizer"):
-            convert.convert(model, tmp_path / "out.gguf", QUICK)
+            conversion.convert(model, tmp_path / "out.gguf", QUICK)
         assert [path.name for path in tmp_path.iterdir()] == ["tiny"]

@@ -148,8 +148,8 @@ class Conversion:
 
 def convert(
     model: str | Path,
-    output: Path,
-    options: Options,
+    output: str | Path,
+    options: Options | None = None,
     *,
     dry_run: bool = False,
     force: bool = False,
@@ -162,14 +162,18 @@ def convert(
     Args:
         model: a Hugging Face model directory, or an id of the hub.
         output: the file to write.
-        options: see there.
+        options: see there; None for the defaults.
         dry_run: stop after planning; nothing is written.
         force: replace an existing file, and unfinished work of another conversion.
         verify: refuse a tokenizer that does something else in llama.cpp than in transformers (verify.py).
 
+    Returns:
+        Types and bytes of the file, and what was measured on the way.
+
     Raises:
         D2QError: anything wrong with the checkpoint, the options, the text, the device or the output.
     """
+    output, options = Path(output), options or Options()
     ranks = Ranks.join(choose_device(options.device))
     if not dry_run and not was_published(output):
         # Before anything that takes time; its size is checked when it is known.

@@ -102,7 +102,11 @@ class Evaluation:
 
 
 def evaluate(
-    path: Path, reference: Path | None = None, text: str = "builtin", chunks: int | None = None, context: int = 512
+    path: str | Path,
+    reference: str | Path | None = None,
+    text: str = "builtin",
+    chunks: int | None = None,
+    context: int = 512,
 ) -> Evaluation:
     """Measure one file, and its distance from another one.
 
@@ -116,6 +120,7 @@ def evaluate(
     Raises:
         D2QError: a file can't be read or loaded, the text is too short, or the two files' tokens differ.
     """
+    path, reference = Path(path), None if reference is None else Path(reference)
     content = load_text(text, "evaluation")
     file = GGUFFile(path)
     file.check_blocks()

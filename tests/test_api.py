@@ -1,0 +1,69 @@
+"""The package as a library: what can be imported from it, when that costs time, and the example script."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import d2q_edge
+from d2q_edge import conversion, errors, evaluation
+from tests.availability import require_runtime
+from tests.checkpoints import EXAMPLE
+from tests.conftest import ExampleFiles
+
+SCRIPT = EXAMPLE.parent / "convert_and_evaluate.py"
+
+
+def test_names() -> None:
+    assert d2q_edge.convert is conversion.convert
+    assert d2q_edge.evaluate is evaluation.evaluate
+    assert d2q_edge.Options is conversion.Options
+    assert d2q_edge.D2QError is errors.D2QError
+    for name in d2q_edge.__all__:
+        documented = getattr(d2q_edge, name)
+        assert documented.__doc__
+        assert name in dir(d2q_edge)
+    with pytest.raises(AttributeError, match="module 'd2q_edge' has no attribute 'reconvert'"):
+        d2q_edge.reconvert  # noqa: B018
+
+
+def test_importing_is_quick_and_order_does_not_matter() -> None:
+    """A submodule becomes an attribute of the package when it is loaded: none may have the name of a function."""
+    script = (
+        "import sys, d2q_edge\n"
+        "print(sorted({'torch', 'transformers', 'numpy', 'llama_cpp'} & sys.modules.keys()))\n"
+        "import d2q_edge.conversion, d2q_edge.evaluation, d2q_edge.cli\n"
+        "from d2q_edge import convert, evaluate\n"
+        "print(callable(convert), callable(evaluate))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "[]\nTrue True\n"), result.stderr
+
+
+def test_strings_and_defaults(tmp_path: Path, example_files: ExampleFiles) -> None:
+    planned = d2q_edge.convert(str(EXAMPLE), str(tmp_path / "out.gguf"), dry_run=True)
+    assert planned.plan.linear_bits_per_weight == 2.3125
+    assert list(tmp_path.iterdir()) == []
+    require_runtime()
+    strings = d2q_edge.evaluate(str(example_files.d2q2), reference=str(example_files.f16), chunks=1, context=32)
+    assert strings == d2q_edge.evaluate(example_files.d2q2, example_files.f16, chunks=1, context=32)
+
+
+def test_example_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    require_runtime()
+    specification = importlib.util.spec_from_file_location("convert_and_evaluate", SCRIPT)
+    assert specification is not None
+    assert specification.loader is not None
+    example = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(example)
+    example.main(EXAMPLE, tmp_path / "out", calibration_tokens=1024, chunks=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{tmp_path}/out/d2q2.gguf: ")
+    share, perplexity, divergence, agreement = lines[-4:]
+    assert share.startswith("21% of the original's 8,5")
+    assert perplexity.startswith("perplexity ")
+    assert 0.3 < float(divergence.split()[2]) < 2
+    assert agreement.endswith("of all places")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["d2q2.gguf", "original.gguf"]

@@ -37,7 +37,7 @@ class TestBadModels:
 
     @pytest.fixture(autouse=True)
     def no_work_begins(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(pipeline, "quantize_layer", None)
+        monkeypatch.setattr(stage_solver, "quantize_layer", None)
 
     @pytest.mark.parametrize("options", [QUICK, ("--no-calibration",), ("--type", "f16"), ("--dry-run",)], ids=str)
     def test_missing_directory(self, d2q: Call, tmp_path: Path, options: tuple[str, ...]) -> None:
@@ -105,7 +105,7 @@ class TestBadOutputs:
     def test_unwritable(
         self, d2q: Call, output: str | Path, said: str, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(pipeline, "quantize_layer", None)
+        monkeypatch.setattr(stage_solver, "quantize_layer", None)
         result = d2q("convert", EXAMPLE, "-o", output, *options)
         refused(result)
         assert any(part in result.err for part in said.split("|")), result.err

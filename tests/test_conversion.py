@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from d2q_edge import __version__, conversion, pipeline, tensor_types
+from d2q_edge import __version__, conversion, tensor_types
 from d2q_edge.blocks import BlockRunner
 from d2q_edge.calibration import load_text, token_windows
 from d2q_edge.checkpoint import Checkpoint
@@ -250,7 +250,7 @@ class TestOptions:
             patch.setattr(
                 conversion, "measure", lambda _runner, types, _windows: {n: float("q_proj" in n) for n in types}
             )
-            interrupt_after(patch, pipeline, "quantize_layer", 9)
+            interrupt_after(patch, stage_solver, "quantize_layer", 9)
             with pytest.raises(KeyboardInterrupt):
                 conversion.convert(model, tmp_path / "out.gguf", options)
         monkeypatch.setattr(
@@ -376,7 +376,7 @@ class TestRotation:
         tensors = load_file(model / "model.safetensors")
         tensors["model.norm.weight"][5] = torch.nan
         save_file(tensors, model / "model.safetensors")
-        monkeypatch.setattr(pipeline, "quantize_layer", None)
+        monkeypatch.setattr(stage_solver, "quantize_layer", None)
         with pytest.raises(D2QError, match=r"tensor model.norm.weight in .* contains NaN"):
             conversion.convert(model, tmp_path / "out.gguf", self.OPTIONS)
         assert [path.name for path in tmp_path.iterdir()] == ["tiny"]

@@ -223,11 +223,11 @@ def convert(
 
     if verify:
         check_tokenizer(checkpoint, family, options.pre_tokenizer)
+    _check_weights(source, ranks)
     if ranks.is_first:
         print(memory.describe(), file=sys.stderr)
         if windows.size + options.context <= options.calibration_tokens:
             print(f"the calibration text has {windows.size} tokens only; all are used", file=sys.stderr)
-    _check_weights(source, ranks)
     fingerprint = _fingerprint(checkpoint, plan, file.metadata, windows, ranks)
     work = ranks.in_turn(lambda: WorkDir(output, fingerprint, force=force and ranks.is_first))
     if was_published(output):

@@ -59,7 +59,7 @@ class MemoryPlan:
         parts = [f"at most {self.host / GIB:.1f} GiB of memory"]
         if self.device:
             parts.append(f"{self.device / GIB:.1f} GiB of GPU memory")
-        if self.disk:
+        if self.disk >= GIB / 10:
             parts.append(f"{self.disk / GIB:.1f} GiB of disk for unfinished work")
         return f"needs {', '.join(parts)}; hidden states are kept {where}"
 

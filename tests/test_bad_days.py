@@ -134,7 +134,7 @@ class TestInterrupted:
         ("place", "name", "calls"),
         [
             (Checkpoint, "tensor", 1),
-            (conversion, "token_windows", 0),
+            (conversion, "split_windows", 0),
             (stage_solver, "quantize_layer", 2),
             (stage_solver, "quantize_layer", 7),
             (pipeline, "_set", 5),

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from d2q_edge import __version__, conversion, pipeline, runtime
+from d2q_edge import __version__, conversion, pipeline, runtime, stage_solver
 from d2q_edge.errors import D2QError
 from d2q_edge.export import export
 from d2q_edge.llama_model import LlamaModel
@@ -40,9 +41,12 @@ class TestBadModels:
         monkeypatch.setattr(stage_solver, "quantize_layer", None)
 
     @pytest.mark.parametrize("options", [QUICK, ("--no-calibration",), ("--type", "f16"), ("--dry-run",)], ids=str)
-    def test_missing_directory(self, d2q: Call, tmp_path: Path, options: tuple[str, ...]) -> None:
+    def test_missing_directory(
+        self, d2q: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+    ) -> None:
         refused(d2q("convert", tmp_path / "none", "-o", "out.gguf", *options), "there is no directory")
-        refused(d2q("convert", "someone/model", *options), "can't be named by their Hugging Face id yet")
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        refused(d2q("convert", "someone/model", *options), "someone/model")
 
     def test_file_instead_of_directory(self, d2q: Call) -> None:
         refused(d2q("convert", EXAMPLE / "config.json", "-o", "out.gguf"), "is not a directory")
@@ -191,7 +195,8 @@ class TestConvert:
         assert list(Path.cwd().iterdir()) == []
         size = int(planned.out.split()[1].replace(",", ""))
         done = d2q("convert", model, "-o", "out.gguf", *QUICK, *off, "--report", "report.json")
-        assert (done.code, done.err) == (0, "")
+        assert done.code == 0
+        assert done.err.startswith("needs at most ")
         assert done.out.splitlines()[:2] == planned.out.splitlines()
         assert "types: 14 x d2q2_64, 1 x q5_0, 1 x q5_1" in done.out
         assert Path("out.gguf").stat().st_size == size
@@ -223,7 +228,8 @@ class TestConvert:
         name, size = planned.out.split()[0].rstrip(":"), int(planned.out.split()[1].replace(",", ""))
         assert name == "Tiny-624K-D2Q3.2.gguf"
         done = d2q("convert", model, *options, "--report", "report.json")
-        assert (done.code, done.err) == (0, "")
+        assert done.code == 0
+        assert done.err.startswith("needs at most ")
         assert done.out.startswith(planned.out)
         assert Path(name).stat().st_size == size
         layers = [line.split(":")[0] for line in planned.out.splitlines()[2:]]
@@ -468,7 +474,7 @@ class TestProcess:
             out, err = process.communicate(timeout=60)
         assert process.returncode == 130, err
         assert out == ""
-        assert err.strip() == "Interrupted. A conversion goes on where it stopped when the command is repeated."
+        assert err.endswith("\nInterrupted. A conversion goes on where it stopped when the command is repeated.\n")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf.work", "tiny"]
         assert list(tmp_path.rglob("*.partial")) == []
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from d2q_edge import __version__, conversion, tensor_types
+from d2q_edge import __version__, conversion, stage_solver, tensor_types
 from d2q_edge.blocks import BlockRunner
 from d2q_edge.calibration import load_text, token_windows
 from d2q_edge.checkpoint import Checkpoint

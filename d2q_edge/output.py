@@ -14,10 +14,10 @@ import torch
 
 from d2q_edge import tensor_types
 from d2q_edge.checkpoint import Checkpoint
+from d2q_edge.column_scaling import COLUMN_SCALE
 from d2q_edge.export import Value, float_tensor, model_size, model_tensors, packed_tensor, write_model
 from d2q_edge.families import Family
 from d2q_edge.gguf_file import GGUFTensor
-from d2q_edge.pipeline import COLUMN_SCALE
 from d2q_edge.plan import Plan
 from d2q_edge.quantize.codebook import CodebookSearch
 from d2q_edge.quantize.rtn import round_layer

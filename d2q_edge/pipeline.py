@@ -25,15 +25,15 @@ from torch import nn
 
 from d2q_edge import tensor_types
 from d2q_edge.blocks import BlockRunner
+from d2q_edge.column_scaling import COLUMN_SCALE, ENERGY_SHARE, ColumnScaling, check_sums, float_array
 from d2q_edge.errors import D2QError
 from d2q_edge.expert_pipeline import ExpertStages
 from d2q_edge.families import Family, Half, Stage
-from d2q_edge.families.experts import expert_linears
 from d2q_edge.held_back import HeldBackStreams
 from d2q_edge.progress import Progress
 from d2q_edge.quantize.dac import MeanShift
 from d2q_edge.quantize.descent import ROUNDS
-from d2q_edge.quantize.dsq import InputEnergy, absorb, column_scales, weight_energy
+from d2q_edge.quantize.dsq import InputEnergy, column_scales
 from d2q_edge.quantize.gptaq import ALPHA, InputStatistics
 from d2q_edge.quantize.precision import matmul_precision
 from d2q_edge.ranks import ALONE, Ranks
@@ -44,10 +44,6 @@ from d2q_edge.work_dir import Tensor, WorkDir
 
 BATCH_TOKENS = 4096
 """Tokens per forward pass. It decides a little of the result: the mean shift's guard counts in batches."""
-ENERGY_SHARE = 4
-"""Every fourth batch is enough for the column scales."""
-COLUMN_SCALE = "column_scale"
-"""Last part of a name: the column scale of a stage, kept under the stage's first layer, or of the head."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +158,7 @@ class _Driver:
         self.held_back, self.say = held_back, say
         self.runner, self.family, self.types, self.method, self.ranks = runner, runner.family, types, method, ranks
         self.report = Report(runner.device)
+        self.scaling = ColumnScaling(runner, self.report, ranks)
         self.solver = StageSolver(runner.device, method.alpha, method.rounds, ranks)
         batches = torch.from_numpy(windows).split(max(1, BATCH_TOKENS // windows.shape[1]))
         self.own = ranks.own(len(batches))
@@ -176,7 +173,9 @@ class _Driver:
         """Quantize one block and move both streams past it; returns its new tensors by full name."""
         prefix = self.family.block_prefix(index)
         teacher = self.runner.load(index)
-        result: dict[str, Tensor] = self._scale_columns(teacher, prefix) if self.method.dsq else {}
+        result: dict[str, Tensor] = {}
+        if self.method.dsq:
+            result |= self.scaling.apply(teacher, prefix, self.original, self.own)
         student = self.runner.share(teacher)
         for number, half in enumerate(self.family.halves):
             if self._has_experts(half):
@@ -186,7 +185,7 @@ class _Driver:
             following = self.family.halves[number + 1 :][:1]
             for norm, shift in self._move(prefix, teacher, student, half, following).items():
                 self.runner.add_norm_bias(student, norm, shift)
-                result[f"{norm}.bias"] = _array(shift)
+                result[f"{norm}.bias"] = float_array(shift)
         self._move_held_back(teacher, student)
         return {f"{prefix}{name}": data for name, data in result.items()}
 
@@ -197,7 +196,7 @@ class _Driver:
         inner = {name.removeprefix(prefix): data for name, data in result.items()}
         for stage in self.family.stages:
             if (scales := inner.pop(f"{stage.linears[0]}.{COLUMN_SCALE}", None)) is not None:
-                self._absorb(teacher, stage, torch.from_numpy(scales).to(self.runner.device))
+                self.scaling.absorb(teacher, stage, torch.from_numpy(scales).to(self.runner.device))
         student = self.runner.share(teacher)
         biases = {f"{half.norm}.bias": half for half in self.family.halves if f"{half.norm}.bias" in inner}
         for name, data in inner.items():
@@ -235,14 +234,14 @@ class _Driver:
             head = self.runner.checkpoint.tensor(f"{self.family.head}.weight")
             weights = sum(part.to(self.runner.device).float().square().sum(0) for part in head.split(8192))
             scales = column_scales(weights, energy.conditional())
-            result[f"{name}.weight"] = _array(self._scaled_norm(norm, scales))
-            result[f"{self.family.head}.{COLUMN_SCALE}"] = _array(scales)
+            result[f"{name}.weight"] = float_array(self.scaling.scaled_norm(norm, scales))
+            result[f"{self.family.head}.{COLUMN_SCALE}"] = float_array(scales)
             self.report.add_scales(self.family.head, scales)
         if self.method.dac:
             self.ranks.sum([shift.moments])
             self.report.add_shift(name, shift.facts())
             if (bias := shift.bias()) is not None:
-                result[f"{name}.bias"] = _array(bias.to(scales) * scales)
+                result[f"{name}.bias"] = float_array(bias.to(scales) * scales)
         return result
 
     def _quantize_half(self, prefix: str, teacher: nn.Module, student: nn.Module, half: Half) -> dict[str, Tensor]:
@@ -291,7 +290,7 @@ class _Driver:
                 statistics.add_batch(reached, wanted)
         _check_finite(finite, "original", f"{prefix}{layer}")
         self.ranks.sum(statistics.sums)
-        _check_sums(statistics.sums, f"{prefix}{layer}")
+        check_sums(statistics.sums, f"{prefix}{layer}")
         return statistics
 
     def _quantize_stage(
@@ -307,7 +306,7 @@ class _Driver:
                 if self.types[prefix + name] == kind
             }
             if kind not in tensor_types.BY_NAME:
-                result |= {name: _array(weight) for name, weight in same.items()}
+                result |= {name: float_array(weight) for name, weight in same.items()}
                 continue
             with self.report.timed("solve"):
                 for name, (data, weights, error) in self.solver.solve(same, kind, statistics).items():
@@ -343,76 +342,6 @@ class _Driver:
         found = {name: shift.bias() for name, shift in shifts.items()}
         return {name: bias.to(self.runner.device) for name, bias in found.items() if bias is not None}
 
-    def _scale_columns(self, block: nn.Module, prefix: str = "") -> dict[str, Tensor]:
-        """Give all stages of a block column scales, from the original stream.
-
-        Returns what changed and won't be quantized, by name in the block.
-        """
-        stages = {stage.linears[0]: stage for stage in self.family.stages if stage.norm or stage.source}
-        # Experts see their own tokens only, which the router sees all of.
-        watched = {(self._routers(stage) or (name,))[0]: name for name, stage in stages.items()}
-        energies = {name: InputEnergy(self.family.linear_shape(name)[1], self.runner.device) for name in stages}
-        for index in self.own:
-            if index % ENERGY_SHARE == 0 or self.family.num_experts:
-                with self.report.timed("forward"):
-                    seen, _ = self.runner.trace(block, tuple(watched), self.original[index])
-                with self.report.timed("statistics"):
-                    for layer, inputs in seen.items():
-                        energies[watched[layer]].add_batch(inputs)
-        for energy in energies.values():
-            self.ranks.sum(energy.sums)
-        changed: dict[str, Tensor] = {}
-        for name, stage in stages.items():
-            _check_sums(energies[name].sums, f"{prefix}{name}")
-            with self.report.timed("statistics"):
-                layers = [block.get_submodule(each) for each in stage.linears]
-                weights = weight_energy(layers, self._shares(stage, energies))
-                scales = column_scales(weights, energies[name].conditional(), self._rows(stage))
-            self.report.add_scales(prefix + name, scales)
-            changed |= {f"{name}.{COLUMN_SCALE}": _array(scales), **self._absorb(block, stage, scales)}
-        return changed
-
-    def _shares(self, stage: Stage, energies: Mapping[str, InputEnergy]) -> list[torch.Tensor] | None:
-        """The part of the tokens that each layer of a stage sees; None where they see all."""
-        if not self._routers(stage):
-            return None
-        every = energies[stage.linears[0]].tokens
-        downs = [expert_linears(number)[2] for number in range(self.family.num_experts)]
-        return [energies[down].tokens / every for down in downs for _ in ("gate", "up")]
-
-    def _routers(self, stage: Stage) -> tuple[str, ...]:
-        """The routers that read what a stage's layers read."""
-        readers = self.family.residual_readers
-        return tuple(router for router in self.family.block_routers() if readers[router] == stage.norm)
-
-    def _absorb(self, block: nn.Module, stage: Stage, scales: torch.Tensor) -> dict[str, Tensor]:
-        """Scale a stage's columns and what makes them; returns what of the latter, and of routers, isn't quantized."""
-        routers = self._routers(stage)
-        layers = [block.get_submodule(name) for name in (*stage.linears, *routers)]
-        maker = stage.norm or stage.source
-        if maker is None:
-            raise ValueError(f"nothing absorbs column scales of {stage.linears[0]}")
-        module = block.get_submodule(maker)
-        absorb(layers, module, scales, self._rows(stage), self.family.norm_offset if stage.norm else 0.0)
-        kept = ("weight", "bias") if stage.norm else ("bias",)
-        changed = {
-            f"{maker}.{name}": _array(values) for name, values in module.named_parameters(recurse=False) if name in kept
-        }
-        return changed | {
-            f"{name}.weight": _array(block.get_submodule(name).get_parameter("weight")) for name in routers
-        }
-
-    def _scaled_norm(self, norm: nn.Module, scales: torch.Tensor) -> torch.Tensor:
-        """A norm's weight that makes its output larger by the scales."""
-        offset = self.family.norm_offset
-        return (norm.get_parameter("weight") + offset) * scales - offset
-
-    def _rows(self, stage: Stage) -> torch.Tensor | None:
-        """The row of its source that each column of a stage's input is proportional to."""
-        if stage.source is None:
-            return None
-        return torch.from_numpy(self.family.source_rows(stage.source)).to(self.runner.device)
-
     def _floats(self, name: str, data: Tensor) -> torch.Tensor:
         """A block's tensor as it is used: packed weights are dequantized."""
         if data.dtype == np.uint8:
@@ -427,20 +356,5 @@ def _check_finite(finite: torch.Tensor, which: str, name: str, where: str = "beh
         raise D2QError(f"the activations of the {which} model are NaN or infinite {where} {name}")
 
 
-def _check_sums(sums: list[torch.Tensor], name: str) -> None:
-    """Numbers may be finite whose squares aren't."""
-    if not all(bool(each.isfinite().all()) for each in sums):
-        raise D2QError(
-            f"the inputs of {name} are too large to calculate with; the checkpoint may be damaged, or not a language "
-            "model's"
-        )
-
-
 def _set(module: nn.Module, parameter: str, values: torch.Tensor) -> None:
     setattr(module, parameter, nn.Parameter(values, requires_grad=False))
-
-
-def _array(values: torch.Tensor) -> Tensor:
-    """Float32 values on the CPU, as they are kept in the work directory."""
-    array: Tensor = values.detach().float().cpu().numpy()
-    return array

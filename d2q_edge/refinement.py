@@ -14,9 +14,9 @@ import torch
 
 from d2q_edge import tensor_types
 from d2q_edge.checkpoint import Checkpoint
+from d2q_edge.column_scaling import COLUMN_SCALE
 from d2q_edge.families import Family
 from d2q_edge.memory import free_memory
-from d2q_edge.pipeline import COLUMN_SCALE
 from d2q_edge.quantize.codebook import CodebookSearch
 from d2q_edge.quantize.layer import QuantizedLayer
 from d2q_edge.quantize.refine import tune

@@ -11,8 +11,9 @@ import torch
 
 from d2q_edge import tensor_types
 from d2q_edge.checkpoint import Checkpoint
+from d2q_edge.column_scaling import COLUMN_SCALE
 from d2q_edge.families import family_for
-from d2q_edge.pipeline import COLUMN_SCALE, Method
+from d2q_edge.pipeline import Method
 from d2q_edge.plan import make_plan
 from d2q_edge.quantize.codebook import CodebookSearch
 from d2q_edge.quantize.rtn import round_layer

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from d2q_edge import pipeline, progress, streams
-from d2q_edge.pipeline import COLUMN_SCALE, Method, quantize_blocks
+from d2q_edge.column_scaling import COLUMN_SCALE
+from d2q_edge.pipeline import Method, quantize_blocks
 from d2q_edge.progress import Progress
 from d2q_edge.report import Report
 from d2q_edge.work_dir import WorkDir

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from d2q_edge import expert_pipeline, pipeline, streams, tensor_types
 from d2q_edge.blocks import BlockRunner
 from d2q_edge.checkpoint import Checkpoint
+from d2q_edge.column_scaling import COLUMN_SCALE
 from d2q_edge.conversion import Options, convert
 from d2q_edge.errors import D2QError
 from d2q_edge.expert_pipeline import statistics_bytes
@@ -23,7 +24,7 @@ from d2q_edge.families import family_for
 from d2q_edge.families.experts import expert_linears
 from d2q_edge.gguf_reader import GGUFFile
 from d2q_edge.memory import plan_memory
-from d2q_edge.pipeline import COLUMN_SCALE, Method, corrected_norms, quantize_blocks
+from d2q_edge.pipeline import Method, corrected_norms, quantize_blocks
 from d2q_edge.plan import make_plan
 from d2q_edge.quantize.dsq import InputEnergy, column_scales
 from d2q_edge.quantize.gptaq import InputStatistics
@@ -173,7 +174,11 @@ def test_groups_change_nothing(make_checkpoint: Make, tmp_path: Path, monkeypatc
     setup.run(works[0], Method())
     monkeypatch.setattr(expert_pipeline, "MEMORY", 1)
     setup.run(works[1], Method())
-    assert blocks(works[0]) == blocks(works[1])
+    # The files differ in one thing: the order in which layers were measured.
+    for index in range(works[0].finished):
+        first, second = (work.read_block(index) for work in works)
+        assert first.keys() == second.keys()
+        assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("family", ["qwen3moe", "olmoe"])

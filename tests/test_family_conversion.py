@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM
 from d2q_edge import conversion as convert_module
 from d2q_edge.blocks import BlockRunner
 from d2q_edge.checkpoint import Checkpoint
+from d2q_edge.column_scaling import COLUMN_SCALE
 from d2q_edge.conversion import Options, convert
 from d2q_edge.errors import D2QError
 from d2q_edge.families import Family, family_for
 from d2q_edge.gguf_reader import GGUFFile
-from d2q_edge.pipeline import COLUMN_SCALE, Method, _Driver
+from d2q_edge.pipeline import Method, _Driver
 from d2q_edge.plan import make_plan
 from d2q_edge.quantize import refine as refine_module
 from d2q_edge.quantize.rotation import RotatedCheckpoint
@@ -101,7 +102,7 @@ def test_column_scales_leave_the_blocks_function_alone(models: dict[str, Path], 
     for index in (0, runner.family.num_layers - 1):
         block, original = runner.load(index), runner.load(index)
         expected = runner.forward(block, hidden)
-        changed = driver._scale_columns(block)
+        changed = driver.scaling.apply(block, "", driver.original, driver.own)
         found = runner.forward(block, hidden)
         assert float((found - expected).norm() / expected.norm()) < 3e-6
         for stage in runner.family.stages:

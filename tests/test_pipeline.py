@@ -14,9 +14,10 @@ from d2q_edge import pipeline, stage_solver, streams, tensor_types
 from d2q_edge.blocks import BlockRunner, add_bias
 from d2q_edge.calibration import load_text
 from d2q_edge.checkpoint import Checkpoint
+from d2q_edge.column_scaling import COLUMN_SCALE
 from d2q_edge.errors import D2QError
 from d2q_edge.families import family_for
-from d2q_edge.pipeline import COLUMN_SCALE, Method, corrected_norms, quantize_blocks
+from d2q_edge.pipeline import Method, corrected_norms, quantize_blocks
 from d2q_edge.plan import make_plan
 from d2q_edge.quantize.codebook import CodebookSearch
 from d2q_edge.quantize.gptaq import InputStatistics, quantize_layer

@@ -11,8 +11,9 @@ import torch
 from d2q_edge import refinement, tensor_types
 from d2q_edge.blocks import BlockRunner
 from d2q_edge.checkpoint import Checkpoint
+from d2q_edge.column_scaling import COLUMN_SCALE
 from d2q_edge.families import family_for
-from d2q_edge.pipeline import COLUMN_SCALE, quantize_blocks
+from d2q_edge.pipeline import quantize_blocks
 from d2q_edge.plan import make_plan
 from d2q_edge.quantize import refine as tuning
 from d2q_edge.quantize.refine import Progress

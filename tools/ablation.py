@@ -23,11 +23,12 @@ from d2q_edge import tensor_types
 from d2q_edge.blocks import BlockRunner
 from d2q_edge.calibration import load_text, token_windows
 from d2q_edge.checkpoint import Checkpoint
+from d2q_edge.column_scaling import COLUMN_SCALE
 from d2q_edge.conversion import REFINE_FACTOR, choose_device, load_tokenizer
 from d2q_edge.errors import D2QError
 from d2q_edge.families import Family, family_for
 from d2q_edge.paper_pipeline import Recipe, quantize_model
-from d2q_edge.pipeline import COLUMN_SCALE, Method, quantize_blocks
+from d2q_edge.pipeline import Method, quantize_blocks
 from d2q_edge.plan import make_plan
 from d2q_edge.quantize.codebook import CodebookSearch
 from d2q_edge.quantize.rotation import RotatedCheckpoint

@@ -1,0 +1,131 @@
+"""Column scales of the blocks: measured on the original stream, and absorbed by what makes a stage's input.
+
+Knows which layers share a scale and who absorbs it (families/ says so), and what experts and their routers have to do
+with it. How a scale follows from weights and inputs is quantize/dsq.py's business. A block's function stays the same.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from d2q_edge.blocks import BlockRunner
+from d2q_edge.errors import D2QError
+from d2q_edge.families import Stage
+from d2q_edge.families.experts import expert_linears
+from d2q_edge.quantize.dsq import InputEnergy, absorb, column_scales, weight_energy
+from d2q_edge.ranks import Ranks
+from d2q_edge.report import Report
+from d2q_edge.streams import Stream
+from d2q_edge.work_dir import Tensor
+
+ENERGY_SHARE = 4
+"""Every fourth batch is enough for the column scales."""
+COLUMN_SCALE = "column_scale"
+"""Last part of a name: the column scale of a stage, kept under the stage's first layer, or of the head."""
+
+
+def check_sums(sums: list[torch.Tensor], name: str) -> None:
+    """Refuse sums of squares that aren't finite, which happens to numbers that are.
+
+    Raises:
+        D2QError: they are of the inputs of the layer `name`.
+    """
+    if not all(bool(each.isfinite().all()) for each in sums):
+        raise D2QError(
+            f"the inputs of {name} are too large to calculate with; the checkpoint may be damaged, or not a language "
+            "model's"
+        )
+
+
+def float_array(values: torch.Tensor) -> Tensor:
+    """Float32 values on the CPU, as they are kept in the work directory."""
+    array: Tensor = values.detach().float().cpu().numpy()
+    return array
+
+
+class ColumnScaling:
+    """Of the blocks of one model."""
+
+    def __init__(self, runner: BlockRunner, report: Report, ranks: Ranks) -> None:
+        """Begin; what is measured goes into the report."""
+        self.runner, self.family, self.report, self.ranks = runner, runner.family, report, ranks
+
+    def apply(self, block: nn.Module, prefix: str, stream: Stream, own: range) -> dict[str, Tensor]:
+        """Give all stages of a block column scales.
+
+        Args:
+            block: to be changed.
+            prefix: that makes full names of its names.
+            stream: hidden states before the block, in the original model.
+            own: which batches are this process's.
+
+        Returns:
+            What changed and won't be quantized, by name in the block.
+        """
+        stages = {stage.linears[0]: stage for stage in self.family.stages if stage.norm or stage.source}
+        # Experts see their own tokens only, which the router sees all of.
+        watched = {(self._routers(stage) or (name,))[0]: name for name, stage in stages.items()}
+        energies = {name: InputEnergy(self.family.linear_shape(name)[1], self.runner.device) for name in stages}
+        for index in own:
+            if index % ENERGY_SHARE == 0 or self.family.num_experts:
+                with self.report.timed("forward"):
+                    seen, _ = self.runner.trace(block, tuple(watched), stream[index])
+                with self.report.timed("statistics"):
+                    for layer, inputs in seen.items():
+                        energies[watched[layer]].add_batch(inputs)
+        for energy in energies.values():
+            self.ranks.sum(energy.sums)
+        changed: dict[str, Tensor] = {}
+        for name, stage in stages.items():
+            check_sums(energies[name].sums, f"{prefix}{name}")
+            with self.report.timed("statistics"):
+                layers = [block.get_submodule(each) for each in stage.linears]
+                weights = weight_energy(layers, self._shares(stage, energies))
+                scales = column_scales(weights, energies[name].conditional(), self._rows(stage))
+            self.report.add_scales(prefix + name, scales)
+            changed |= {f"{name}.{COLUMN_SCALE}": float_array(scales), **self.absorb(block, stage, scales)}
+        return changed
+
+    def _shares(self, stage: Stage, energies: Mapping[str, InputEnergy]) -> list[torch.Tensor] | None:
+        """The part of the tokens that each layer of a stage sees; None where they see all."""
+        if not self._routers(stage):
+            return None
+        every = energies[stage.linears[0]].tokens
+        downs = [expert_linears(number)[2] for number in range(self.family.num_experts)]
+        return [energies[down].tokens / every for down in downs for _ in ("gate", "up")]
+
+    def _routers(self, stage: Stage) -> tuple[str, ...]:
+        """The routers that read what a stage's layers read."""
+        readers = self.family.residual_readers
+        return tuple(router for router in self.family.block_routers() if readers[router] == stage.norm)
+
+    def absorb(self, block: nn.Module, stage: Stage, scales: torch.Tensor) -> dict[str, Tensor]:
+        """Scale a stage's columns and what makes them; returns what of the latter, and of routers, isn't quantized."""
+        routers = self._routers(stage)
+        layers = [block.get_submodule(name) for name in (*stage.linears, *routers)]
+        maker = stage.norm or stage.source
+        if maker is None:
+            raise ValueError(f"nothing absorbs column scales of {stage.linears[0]}")
+        module = block.get_submodule(maker)
+        absorb(layers, module, scales, self._rows(stage), self.family.norm_offset if stage.norm else 0.0)
+        kept = ("weight", "bias") if stage.norm else ("bias",)
+        changed = {
+            f"{maker}.{name}": float_array(values)
+            for name, values in module.named_parameters(recurse=False)
+            if name in kept
+        }
+        return changed | {
+            f"{name}.weight": float_array(block.get_submodule(name).get_parameter("weight")) for name in routers
+        }
+
+    def scaled_norm(self, norm: nn.Module, scales: torch.Tensor) -> torch.Tensor:
+        """A norm's weight that makes its output larger by the scales."""
+        offset = self.family.norm_offset
+        return (norm.get_parameter("weight") + offset) * scales - offset
+
+    def _rows(self, stage: Stage) -> torch.Tensor | None:
+        """The row of its source that each column of a stage's input is proportional to."""
+        if stage.source is None:
+            return None
+        return torch.from_numpy(self.family.source_rows(stage.source)).to(self.runner.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from tests import stock
 from tests.availability import fetch_sdist
 from tests.checkpoints import EXAMPLE, write_checkpoint
 from tests.command_line import Result
+
+# A shell that starts the tests in the background has its children ignore Ctrl-C; those of the tests must not.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,7 +12,6 @@ from d2q_edge import tensor_types
 from d2q_edge.quantize.codebook import CodebookSearch
 from d2q_edge.quantize.descent import descend
 from d2q_edge.quantize.gptaq import InputStatistics, quantize_layer
-from d2q_edge.quantize.layer import QuantizedLayer
 from d2q_edge.quantize.precision import matmul_precision
 from d2q_edge.ranks import Ranks
 from d2q_edge.work_dir import Packed
@@ -46,23 +45,26 @@ class StageSolver:
         # Rows don't influence each other, so that they are quantized as one matrix.
         together = torch.cat(list(weights.values()))
         with matmul_precision("highest"):
-            layer = self._quantize(together, statistics, self._search(kind))
-        data = layer.pack(tensor_types.BY_NAME[kind])
+            data, restored = self._quantize(together, statistics, self._search(kind))
         hessian = statistics.hessian
         found, start = {}, 0
         for name, weight in weights.items():
             stop = start + len(weight)
-            quantized = layer.weights[start:stop].clone()
+            quantized = restored[start:stop].clone()
             found[name] = data[start:stop], quantized, _relative_error(weight, quantized, hessian)
             start = stop
         return found
 
-    def _quantize(self, weights: torch.Tensor, statistics: InputStatistics, search: CodebookSearch) -> QuantizedLayer:
+    def _quantize(
+        self, weights: torch.Tensor, statistics: InputStatistics, search: CodebookSearch
+    ) -> tuple[Packed, torch.Tensor]:
+        """Blocks and what they stand for; this process makes its part of the rows, packing included."""
         own = self.ranks.part(weights)
         layer = quantize_layer(own, statistics, search, self.alpha)
         layer = descend(layer, own, statistics, search, self.alpha, rounds=self.rounds)
-        parts = layer.scales, layer.codebooks, layer.codes, layer.weights
-        return QuantizedLayer(*(self.ranks.join_parts(part, len(weights)) for part in parts))
+        packed = torch.from_numpy(layer.pack(search.tensor_type)).to(weights.device)
+        rows = len(weights)
+        return self.ranks.join_parts(packed, rows).cpu().numpy(), self.ranks.join_parts(layer.weights, rows)
 
     def _search(self, kind: str) -> CodebookSearch:
         if kind not in self._searches:

@@ -58,7 +58,8 @@ class Ranks:
         if not torch.distributed.is_initialized():
             # The first process writes the file while the others wait.
             backend = "nccl" if device.type == "cuda" else "gloo"
-            torch.distributed.init_process_group(backend, timeout=timedelta(days=1))
+            place = device if device.type == "cuda" else None
+            torch.distributed.init_process_group(backend, timeout=timedelta(days=1), device_id=place)
             # Without it, a process that ends while the others still talk to it may abort them.
             atexit.register(torch.distributed.destroy_process_group)
         return cls(torch.distributed.get_rank(), count, device)

@@ -127,7 +127,9 @@ def damage_json(rng: random.Random, value: Any) -> bytes:
 def _change(rng: random.Random, value: Any) -> Any:
     if not isinstance(value, (dict, list)) or not value or rng.random() < 0.05:
         if isinstance(value, (int, float)) and rng.random() < 0.3:
-            return rng.choice((value + 1, value - 1, -value, value * 2, value / 2, str(value), [value]))
+            # Whole numbers can be larger than any float.
+            half = value // 2 + 0.5 if abs(value) < 1e300 else value // 2
+            return rng.choice((value + 1, value - 1, -value, value * 2, half, str(value), [value]))
         return copy.deepcopy(rng.choice(VALUES))
     key = rng.choice(list(value)) if isinstance(value, dict) else rng.randrange(len(value))
     action = rng.random()

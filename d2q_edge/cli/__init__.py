@@ -12,6 +12,8 @@ from d2q_edge import __version__
 from d2q_edge.cli import bench, chat, compare, convert, evaluate, inspect, run, runtime, serve
 from d2q_edge.errors import D2QError, sentence
 
+GOES_ON = " A conversion goes on where it stopped when the command is repeated."
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="d2q-edge")
@@ -41,5 +43,8 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("Interrupted. A conversion goes on where it stopped when the command is repeated.", err=True)
+        more = (
+            " A conversion goes on where it stopped when the command is repeated." if "convert" in sys.argv[1:2] else ""
+        )
+        click.echo(f"Interrupted.{more}", err=True)
         sys.exit(130)

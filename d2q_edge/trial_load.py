@@ -13,7 +13,7 @@ from pathlib import Path
 
 from d2q_edge import runtime
 from d2q_edge.errors import D2QError
-from d2q_edge.llama_model import Log
+from d2q_edge.llama_file import Log
 
 TIMEOUT = 120
 """Seconds; it usually takes one."""

@@ -221,7 +221,7 @@ def convert(
             file.write(output, RoundedContent(checkpoint, plan, ranks.device), force, verify=verify)
         return Conversion(plan, size, Report())
 
-    if verify:
+    if verify and ranks.is_first:
         check_tokenizer(checkpoint, family, options.pre_tokenizer)
     _check_weights(source, ranks)
     if ranks.is_first:

@@ -351,9 +351,9 @@ class _Driver:
         return torch.from_numpy(data.astype(np.float32, copy=False))
 
 
-def _check_finite(finite: torch.Tensor, which: str, name: str, where: str = "behind") -> None:
+def _check_finite(finite: torch.Tensor, which: str, name: str) -> None:
     if not bool(finite):
-        raise D2QError(f"the activations of the {which} model are NaN or infinite {where} {name}")
+        raise D2QError(f"the activations of the {which} model are NaN or infinite behind {name}")
 
 
 def _set(module: nn.Module, parameter: str, values: torch.Tensor) -> None:

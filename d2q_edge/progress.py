@@ -42,9 +42,7 @@ class Progress:
 
     def layer(self, name: str, error: float) -> None:
         """A layer is done: the full name of its weight, and the relative squared error of its output."""
-        block = next(
-            (index for index in range(self._family.num_layers) if name.startswith(self._family.block_prefix(index))), 0
-        )
+        block = self._family.block_of(name) or 0
         inner = name.removeprefix(self._family.block_prefix(block)).removesuffix(".weight")
         place = f"block {block + 1}/{self._family.num_layers}"
         self._bar.set_postfix_str(f"{place} {inner} error {error:.4f}", refresh=False)

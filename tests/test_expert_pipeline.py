@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from d2q_edge import expert_pipeline, pipeline, streams, tensor_types
+from d2q_edge import expert_pipeline, pipeline, streams
 from d2q_edge.blocks import BlockRunner
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.column_scaling import COLUMN_SCALE
@@ -35,6 +35,7 @@ from d2q_edge.stage_solver import StageSolver
 from d2q_edge.torch_evaluate import WholeModel
 from d2q_edge.work_dir import WorkDir
 from tests.availability import require_runtime
+from tests.blocks import changed_tensors
 from tests.checkpoints import BASE_CONFIG, FAMILY_CONFIG
 from tests.quantize.test_routing import slow as slow_top_up
 from tests.test_expert_export import file_logits, log_probabilities
@@ -65,14 +66,7 @@ class Setup:
 
     def tensors(self, work: WorkDir) -> dict[str, torch.Tensor]:
         """Everything that the blocks changed, as floats."""
-        found = {}
-        for index in range(work.finished):
-            for name, data in work.read_block(index).items():
-                if data.dtype == np.uint8:
-                    data = tensor_types.dequantize(tensor_types.BY_NAME[self.types[name]], data.view(np.uint8))
-                if not name.endswith(COLUMN_SCALE):
-                    found[name] = torch.from_numpy(data)
-        return found
+        return changed_tensors(work, self.types)
 
     def seen(self, weights: dict[str, torch.Tensor], index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What the router of a block reads in the model with these weights, and its probabilities."""

@@ -26,6 +26,7 @@ from d2q_edge.quantize.rtn import round_layer
 from d2q_edge.ranks import ALONE
 from d2q_edge.report import Report
 from d2q_edge.work_dir import Tensor, WorkDir
+from tests.blocks import changed_tensors
 from tests.checkpoints import EXAMPLE
 from tests.conftest import ExampleFiles
 
@@ -53,14 +54,7 @@ class Setup:
 
     def tensors(self, work: WorkDir) -> dict[str, torch.Tensor]:
         """Everything that the blocks changed, as floats."""
-        found = {}
-        for index in range(work.finished):
-            for name, data in work.read_block(index).items():
-                if data.dtype == np.uint8:
-                    data = tensor_types.dequantize(tensor_types.BY_NAME[self.types[name]], data.view(np.uint8))
-                if not name.endswith(COLUMN_SCALE):
-                    found[name] = torch.from_numpy(data)
-        return found
+        return changed_tensors(work, self.types)
 
     def whole_model(self, tensors: Mapping[str, torch.Tensor]) -> Any:
         model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32).eval()

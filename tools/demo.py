@@ -6,14 +6,12 @@ generation speed of each, then a text that the D2Q2 file continued. Needs the ru
 `d2q-edge runtime install --tools`.
 """
 
-import json
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
-from d2q_edge.calibration import BUILTIN
+from d2q_edge.benchmark import GENERATION, Settings, benchmark
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.conversion import Options, convert
 from d2q_edge.errors import D2QError
@@ -21,8 +19,8 @@ from d2q_edge.evaluation import Evaluation, evaluate
 from d2q_edge.export import export
 from d2q_edge.families import family_for
 from d2q_edge.generate import generate
-from d2q_edge.runtime import run_tool
 from d2q_edge.runtime.machine import usable_cpus
+from d2q_edge.stock import make_stock_file
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-qwen3"
 STOCK = ("Q8_0", "Q4_K", "Q3_K", "Q2_K")
@@ -40,25 +38,18 @@ class Row:
 
 
 def make_stock_files(f16: Path, out: Path) -> dict[str, Path]:
-    """Quantize with llama.cpp's own tools: every matrix in the named type, embeddings and head in Q8_0."""
-    imatrix = out / "imatrix.gguf"
-    run_tool("llama-imatrix", "-m", f16, "-f", BUILTIN["calibration"], "-o", imatrix, "-c", 512)
-    files = {}
-    for name in STOCK:
-        files[name] = out / f"{name}.gguf"
-        types = ("--token-embedding-type", "q8_0", "--output-tensor-type", "q8_0")
-        run_tool("llama-quantize", "--pure", "--imatrix", imatrix, *types, f16, files[name], name)
+    """Every matrix in the named type, embeddings and head in Q8_0."""
+    files = {name: out / f"{name}.gguf" for name in STOCK}
+    for name, file in files.items():
+        make_stock_file(f16, name, file, pure=True)
     return files
 
 
 def speeds(files: dict[str, Path]) -> dict[str, float]:
-    """Generated tokens per second, medians of interleaved rounds, so that a busy moment hits all files alike."""
-    seen: dict[str, list[float]] = {name: [] for name in files}
-    for _ in range(SPEED_ROUNDS):
-        for name, path in files.items():
-            options = ("-p", 0, "-n", 256, "-r", 1, "-t", usable_cpus(), "-o", "json")
-            seen[name].append(json.loads(run_tool("llama-bench", "-m", path, *options))[0]["avg_ts"])
-    return {name: statistics.median(values) for name, values in seen.items()}
+    """Generated tokens per second."""
+    threads = usable_cpus()
+    settings = Settings(prompt=0, generation=256, threads=(threads,), rounds=SPEED_ROUNDS)
+    return {name: speed[f"{GENERATION}-{threads}"] for name, speed in benchmark(files, settings).speeds.items()}
 
 
 def table(rows: list[Row]) -> str:

@@ -30,7 +30,8 @@ HIDDEN, INNER = 10, 5
 """Activations of a batch, in multiples of its hidden states and of its intermediate ones."""
 SEARCH = 256 * 2**20
 """Bytes of one step of a codebook search (quantize/codebook.py)."""
-CUDA_SEARCH = 4 * SEARCH
+CUDA_SEARCH = 12 * SEARCH
+"""The same on a GPU, in larger steps, with what recorded steps keep for every shape (quantize/graphs.py)."""
 PROGRAM = 700 * 2**20
 """Bytes of Python, torch and transformers themselves."""
 CUDA_PROGRAM = 3 * GIB
@@ -92,7 +93,9 @@ def plan_memory(
     own = -(-tokens // processes)
     streams = 2 * own * family.hidden_size * DTYPE.itemsize
     working = _working(family, batch_tokens, processes, CUDA_SEARCH if device.type == "cuda" else SEARCH)
-    writing = 10 * max(_elements(family, f"{name}.weight") for name in (family.embedding, family.head))
+    # The first process alone writes.
+    table = max(_elements(family, f"{name}.weight") for name in (family.embedding, family.head))
+    writing = 10 * table // processes
     free = free_memory() // processes if limit is None else limit // processes
     on_device = 0
     routing = routing_bytes(family, tokens)
@@ -108,7 +111,7 @@ def plan_memory(
                 f"the GPU has {available / GIB:.1f} GiB of free memory, but this model needs {working / GIB:.1f} GiB; "
                 "free some, or use --device cpu"
             )
-        peak = max(host + _largest_block(family), writing)
+        peak = host + max(_largest_block(family), writing)
     else:
         peak = host + max(working, writing)
     if isinstance(place, torch.device) and place.type == "cpu":

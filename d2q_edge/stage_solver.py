@@ -11,8 +11,8 @@ import torch
 from d2q_edge import tensor_types
 from d2q_edge.quantize.codebook import CodebookSearch
 from d2q_edge.quantize.descent import descend
-from d2q_edge.quantize.gptaq import InputStatistics, quantize_layer
-from d2q_edge.quantize.precision import matmul_precision
+from d2q_edge.quantize.gptaq import InputStatistics, layer_feedback, quantize_layer
+from d2q_edge.quantize.precision import matmul_precision, product
 from d2q_edge.ranks import Ranks
 from d2q_edge.work_dir import Packed
 
@@ -60,8 +60,9 @@ class StageSolver:
     ) -> tuple[Packed, torch.Tensor]:
         """Blocks and what they stand for; this process makes its part of the rows, packing included."""
         own = self.ranks.part(weights)
-        layer = quantize_layer(own, statistics, search, self.alpha)
-        layer = descend(layer, own, statistics, search, self.alpha, rounds=self.rounds)
+        feedback = layer_feedback(statistics, search.tensor_type, self.alpha)
+        layer = quantize_layer(own, feedback, search)
+        layer = descend(layer, own, statistics, feedback, search, self.rounds)
         packed = torch.from_numpy(layer.pack(search.tensor_type)).to(weights.device)
         rows = len(weights)
         return self.ranks.join_parts(packed, rows).cpu().numpy(), self.ranks.join_parts(layer.weights, rows)
@@ -74,5 +75,5 @@ class StageSolver:
 
 def _relative_error(weights: torch.Tensor, quantized: torch.Tensor, hessian: torch.Tensor) -> float:
     error = weights - quantized
-    total = ((weights @ hessian) * weights).sum()
-    return float(((error @ hessian) * error).sum() / total) if total > 0 else 0.0
+    total = (product(weights, hessian) * weights).sum()
+    return float((product(error, hessian) * error).sum() / total) if total > 0 else 0.0

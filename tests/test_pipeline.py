@@ -20,11 +20,12 @@ from d2q_edge.families import family_for
 from d2q_edge.pipeline import Method, corrected_norms, quantize_blocks
 from d2q_edge.plan import make_plan
 from d2q_edge.quantize.codebook import CodebookSearch
-from d2q_edge.quantize.gptaq import InputStatistics, quantize_layer
+from d2q_edge.quantize.gptaq import Feedback, InputStatistics, layer_feedback, quantize_layer
 from d2q_edge.quantize.layer import QuantizedLayer
 from d2q_edge.quantize.rtn import round_layer
 from d2q_edge.ranks import ALONE
 from d2q_edge.report import Report
+from d2q_edge.tensor_types import TensorType
 from d2q_edge.work_dir import Tensor, WorkDir
 from tests.blocks import changed_tensors
 from tests.checkpoints import EXAMPLE
@@ -171,11 +172,11 @@ def test_statistics_are_those_of_the_formulas(
     setup = Setup(make_checkpoint("llama", **SMALL))
     seen: list[tuple[torch.Tensor, torch.Tensor, float]] = []
 
-    def spy(weights: torch.Tensor, statistics: InputStatistics, search: CodebookSearch, alpha: float) -> QuantizedLayer:
+    def spy(statistics: InputStatistics, kind: TensorType, alpha: float) -> Feedback:
         seen.append((statistics.hessian.clone(), statistics.drift.clone(), alpha))
-        return quantize_layer(weights, statistics, search, alpha)
+        return layer_feedback(statistics, kind, alpha)
 
-    monkeypatch.setattr(stage_solver, "quantize_layer", spy)
+    monkeypatch.setattr(stage_solver, "layer_feedback", spy)
     monkeypatch.setattr(pipeline, "BATCH_TOKENS", 160)  # three batches
     monkeypatch.setattr(streams, "DTYPE", torch.float32)
     work = WorkDir(tmp_path / "out.gguf", {})
@@ -258,10 +259,8 @@ def test_overflowing_activations(make_checkpoint: Make, tmp_path: Path) -> None:
 def test_quantized_stream_that_overflows(
     make_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(
-        weights: torch.Tensor, statistics: InputStatistics, search: CodebookSearch, alpha: float
-    ) -> QuantizedLayer:
-        layer = quantize_layer(weights, statistics, search, alpha)
+    def broken(weights: torch.Tensor, feedback: Feedback, search: CodebookSearch) -> QuantizedLayer:
+        layer = quantize_layer(weights, feedback, search)
         if weights.shape[1] == 256:
             layer.weights[0, 0] = torch.inf
         return layer
@@ -302,7 +301,7 @@ def test_feedback_beats_rounding_on_the_example(tmp_path: Path) -> None:
         def error(layer: QuantizedLayer, x: torch.Tensor = seen[name], y: torch.Tensor = output) -> float:
             return float((x @ layer.weights.T - y).square().sum() / y.square().sum())
 
-        feedback = quantize_layer(weight, statistics, search)
+        feedback = quantize_layer(weight, layer_feedback(statistics, search.tensor_type), search)
         assert error(feedback) < 0.8 * error(round_layer(weight, search)), name
         assert stage_solver._relative_error(weight, feedback.weights, statistics.hessian) == pytest.approx(
             error(feedback), rel=1e-3

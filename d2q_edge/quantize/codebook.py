@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from d2q_edge.codebooks import PAIR_TABLE, SCALAR_TABLE
 from d2q_edge.quantize import uniform
-from d2q_edge.quantize.graphs import Graphs
+from d2q_edge.quantize.graphs import Graphs, has_triton
 from d2q_edge.tensor_types import GROUP, SCALE_MAX, SCALE_TINY, TensorType
 
 SHORTLIST = 3
@@ -74,6 +74,10 @@ class CodebookSearch:
         """
         if not self.tensor_type.switched:
             return uniform.search(vectors)
+        if vectors.device.type == "cuda" and has_triton():
+            from d2q_edge.quantize import codebook_cuda
+
+            return codebook_cuda.search(vectors, self._rank_table, self.levels, SHORTLIST, _KNEE, _EDGE)
         books, errors = [], []
         for part in vectors.split(self._chunk):
             candidates = self._rank(part).topk(SHORTLIST, dim=1, largest=False).indices
@@ -111,6 +115,11 @@ class CodebookSearch:
 
     def _ranked_error(self, vectors: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Approximate error of every block at its scale, with the best codebook for each group: [rows]."""
+        if vectors.device.type == "cuda" and has_triton():
+            from d2q_edge.quantize import codebook_cuda
+
+            bins = self._rank_table, _KNEE, _EDGE
+            return codebook_cuda.ranked_error(vectors, scales, *bins, _REACH, self._edge)
         per_row = len(vectors) // len(scales)
         scaled = vectors / scales.repeat_interleave(per_row)[:, None, None]
         ranked = torch.cat([self._rank(part).amin(1) for part in scaled.split(self._chunk)])

@@ -20,8 +20,9 @@ import torch
 
 from d2q_edge.quantize.codebook import CodebookSearch, stored_scale
 from d2q_edge.quantize.feedback import corners, round_group
-from d2q_edge.quantize.gptaq import ALPHA, DAMPING, InputStatistics, inverse_factor
+from d2q_edge.quantize.gptaq import Feedback, InputStatistics
 from d2q_edge.quantize.layer import QuantizedLayer
+from d2q_edge.quantize.precision import product
 from d2q_edge.tensor_types import GROUP
 
 ROUNDS = 2
@@ -32,9 +33,8 @@ def descend(
     layer: QuantizedLayer,
     weights: torch.Tensor,
     statistics: InputStatistics,
+    feedback: Feedback,
     search: CodebookSearch,
-    alpha: float = ALPHA,
-    damping: float = DAMPING,
     rounds: int = ROUNDS,
 ) -> QuantizedLayer:
     """Improve a quantized matrix.
@@ -42,12 +42,13 @@ def descend(
     Args:
         layer: from quantize_layer.
         weights: float32 [rows, cols], the original ones.
-        statistics, search, alpha, damping: as given to quantize_layer.
+        statistics: of the layer's input.
+        feedback, search: as given to quantize_layer.
         rounds: how often both moves are made; the scales are fitted once more at the end.
     """
     if not rounds:
         return layer
-    problem = _Problem(layer, weights, statistics, search, alpha, damping)
+    problem = _Problem(layer, weights, statistics, feedback, search)
     for _ in range(rounds):
         problem.fit_scales()
         problem.choose_groups()
@@ -63,18 +64,14 @@ class _Problem:
         layer: QuantizedLayer,
         weights: torch.Tensor,
         statistics: InputStatistics,
+        feedback: Feedback,
         search: CodebookSearch,
-        alpha: float,
-        damping: float,
     ) -> None:
         self.search, self.kind = search, search.tensor_type
         self.hessian = statistics.hessian
-        dead = self.hessian.diagonal() == 0
-        self.target = weights.masked_fill(dead, 0)
-        if alpha:
-            factor = inverse_factor(self.hessian, damping)
-            self.target = self.target + alpha * (self.target @ statistics.drift) @ factor.T @ factor
-        self.hessian.diagonal().add_(damping * self.hessian.diagonal().mean())
+        self.hessian.diagonal().add_(feedback.damping)
+        self.target = feedback.target(weights)
+        self.wanted = product(self.target, self.hessian)
         self._factor_groups()
         self.scales = layer.scales.float()
         self.books = layer.codebooks.long()
@@ -94,10 +91,12 @@ class _Problem:
         blocks = columns // size
         matrix = torch.empty(rows, blocks, blocks, device=self.units.device)
         for block in range(blocks):
-            here = slice(block * size, (block + 1) * size)
-            seen = self.units[:, here] @ self.hessian[here]
-            matrix[:, block] = (seen * self.units).view(rows, blocks, size).sum(2)
-        wanted = ((self.target @ self.hessian) * self.units).view(rows, blocks, size).sum(2)
+            # The other half of the matrix is the same.
+            here, later = slice(block * size, (block + 1) * size), slice(block * size, None)
+            seen = product(self.units[:, here], self.hessian[here, later])
+            matrix[:, block, block:] = (seen * self.units[:, later]).view(rows, blocks - block, size).sum(2)
+            matrix[:, block:, block] = matrix[:, block, block:]
+        wanted = (self.wanted * self.units).view(rows, blocks, size).sum(2)
         # The equation of a block of zeros must not be singular.
         matrix.diagonal(dim1=1, dim2=2).mul_(1 + 1e-6).add_(1e-12)
         solution = torch.linalg.solve_ex(matrix, wanted[:, :, None]).result[:, :, 0]
@@ -119,7 +118,7 @@ class _Problem:
         """Choose codebook and codes of one group after another, in storage order."""
         size, groups = self.kind.block_size, self.kind.groups
         width = self.codes.shape[1] // self.scales.shape[1]
-        gradient = (self._quantized() - self.target) @ self.hessian
+        gradient = product(self._quantized() - self.target, self.hessian)
         for block in range(self.scales.shape[1]):
             here, books = slice(block * size, (block + 1) * size), slice(block * groups, (block + 1) * groups)
             codes = slice(block * width, (block + 1) * width)
@@ -137,7 +136,8 @@ class _Problem:
                 self.factors[books],
                 self.corners[books],
             )
-            gradient += ((self.units[:, here] - before) * scale) @ self.hessian[here]
+            later = slice((block + 1) * size, None)
+            gradient[:, later] += product((self.units[:, here] - before) * scale, self.hessian[here, later])
 
     def _factor_groups(self) -> None:
         """Invert the Hessian's square of every group, and prepare the error feedback inside it."""

@@ -7,9 +7,10 @@ chosen is its callers' business. On a CUDA device the loop is one kernel (feedba
 """
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
+
+from d2q_edge.quantize.graphs import has_triton
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def round_group(
         inverses: from `corners`.
         lead: P of these columns, float32 [32, 32].
     """
-    if targets.device.type == "cuda" and _has_triton():
+    if targets.device.type == "cuda" and has_triton():
         from d2q_edge.quantize import feedback_cuda
 
         return Rounded(*feedback_cuda.round_group(targets, levels, books, scales, factor, inverses, lead))
@@ -83,13 +84,3 @@ def round_group(
             work[:, last:] += wanted @ lead[first:last, last:]
         codes.append(code.byte())
     return Rounded(torch.stack(codes, 1), quantized, errors, work)
-
-
-@cache
-def _has_triton() -> bool:
-    """PyTorch's CUDA builds for Linux bring it along, others don't."""
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True

@@ -18,10 +18,11 @@ from functools import partial
 
 import torch
 
-from d2q_edge.errors import D2QError
 from d2q_edge.quantize.codebook import CodebookSearch
+from d2q_edge.quantize.factor import inverse_factor, times_upper, times_upper_transposed, upper_times_upper
 from d2q_edge.quantize.feedback import corners, round_group
 from d2q_edge.quantize.layer import QuantizedLayer
+from d2q_edge.quantize.precision import product
 from d2q_edge.tensor_types import GROUP, TensorType
 
 ALPHA = 0.5
@@ -63,19 +64,25 @@ class InputStatistics:
 
 @dataclass(frozen=True)
 class Feedback:
-    """What the error feedback needs of a layer input's statistics, in the order of quantization.
+    """What the error feedback needs of a layer input's statistics, columns in the order of quantization.
 
     Attributes:
         order: int64 [columns], the columns in that order.
         dead: bool [columns], in storage order: columns whose input is always zero.
+        damping: what was added to diag(H), float32 [].
         factor: U, float32 [columns, columns].
+        spread: D U^T, float32 [columns, columns]; None where alpha is zero.
         lead: P, float32 [columns, columns]; None where alpha is zero.
+        alpha: weight of the input's error.
     """
 
     order: torch.Tensor
     dead: torch.Tensor
+    damping: torch.Tensor
     factor: torch.Tensor
+    spread: torch.Tensor | None
     lead: torch.Tensor | None
+    alpha: float
 
     @classmethod
     def of(
@@ -89,49 +96,54 @@ class Feedback:
 
         Args:
             statistics: of the layer's input.
-            order_of: the order of the columns, given diag(H), where dead columns have 1.
+            order_of: the order of the columns, given diag(H).
             alpha: weight of the input's error; 0 is plain GPTQ.
             damping: share of the mean of diag(H) that is added to the diagonal.
 
         Raises:
             D2QError: the Hessian can't be factored even in double precision with strong damping.
         """
-        hessian, drift = statistics.hessian, statistics.drift
+        hessian = statistics.hessian
         dead = hessian.diagonal() == 0
-        hessian.diagonal()[dead] = 1
         order = order_of(hessian.diagonal())
-        hessian, drift = hessian[order][:, order], drift[order][:, order]
-        factor = inverse_factor(hessian, damping)
-        lead = alpha * (drift @ factor.T).triu(1) @ factor if alpha else None
-        return cls(order, dead, factor, lead)
+        factor, added = inverse_factor(hessian[order[:, None], order], damping)
+        del hessian
+        spread = lead = None
+        if alpha:
+            spread = times_upper_transposed(statistics.drift[order[:, None], order], factor)
+            lead = alpha * upper_times_upper(spread.triu(1), factor)
+        return cls(order, dead, added, factor, spread, lead, alpha)
 
     def arrange(self, weights: torch.Tensor) -> torch.Tensor:
         """A copy of the weights [rows, columns] in this order, dead columns zero."""
         return weights.masked_fill(self.dead, 0)[:, self.order]
 
+    def target(self, weights: torch.Tensor) -> torch.Tensor:
+        """W + alpha W D inv(H): what the quantized layer should be if rounding cost nothing [rows, columns]."""
+        target = weights.masked_fill(self.dead, 0)
+        if self.spread is not None:
+            # inv(H) is U^T U.
+            target[:, self.order] += self.alpha * times_upper(product(target[:, self.order], self.spread), self.factor)
+        return target
 
-def quantize_layer(
-    weights: torch.Tensor,
-    statistics: InputStatistics,
-    search: CodebookSearch,
-    alpha: float = ALPHA,
-    damping: float = DAMPING,
-) -> QuantizedLayer:
+
+def layer_feedback(
+    statistics: InputStatistics, kind: TensorType, alpha: float = ALPHA, damping: float = DAMPING
+) -> Feedback:
+    """The Feedback for blocks of one tensor type; arguments and errors are those of Feedback.of."""
+    return Feedback.of(statistics, lambda diagonal: _processing_order(diagonal, kind), alpha, damping)
+
+
+def quantize_layer(weights: torch.Tensor, feedback: Feedback, search: CodebookSearch) -> QuantizedLayer:
     """Quantize one matrix with error feedback.
 
     Args:
         weights: float32 [rows, cols]; the block size of the search's tensor type divides cols.
-        statistics: of the layer's input.
+        feedback: from `layer_feedback`, for this type.
         search: the codebooks.
-        alpha: weight of the input's error; 0 is plain GPTQ.
-        damping: share of the mean of diag(H) that is added to the diagonal.
-
-    Raises:
-        D2QError: the Hessian can't be factored even in double precision with strong damping.
     """
     kind = search.tensor_type
     rows, columns = weights.shape
-    feedback = Feedback.of(statistics, lambda diagonal: _processing_order(diagonal, kind), alpha, damping)
     order, factor, lead = feedback.order, feedback.factor, feedback.lead
     work = feedback.arrange(weights)
 
@@ -146,9 +158,9 @@ def quantize_layer(
         here = slice(start, stop)
         squares = factor[here, here], None if lead is None else lead[here, here]
         block = _Block(*search.graphs.run("gptaq", partial(_quantize_block, search), work[:, here], *squares))
-        work[:, stop:] -= block.errors @ factor[here, stop:]
+        work[:, stop:] -= product(block.errors, factor[here, stop:])
         if lead is not None:
-            work[:, stop:] += block.compensated @ lead[here, stop:]
+            work[:, stop:] += product(block.compensated, lead[here, stop:])
         index = int(order[start:stop].min()) // kind.block_size
         result.scales[:, index] = block.scales.half()
         result.codebooks[:, index * kind.groups : (index + 1) * kind.groups] = block.codebooks
@@ -212,21 +224,3 @@ def _processing_order(diagonal: torch.Tensor, kind: TensorType) -> torch.Tensor:
     importance = diagonal.view(-1, kind.block_size).amax(1)
     blocks = importance.argsort(descending=True, stable=True)
     return columns.view(-1, kind.block_size)[blocks].reshape(-1)
-
-
-def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """U with U^T U = inv(H + damping), upper. In float32; float64, then more damping, where that fails."""
-    mean = hessian.diagonal().mean()
-    identity = torch.eye(len(hessian), device=hessian.device)
-    for dtype, share in ((torch.float32, damping), (torch.float64, damping), (torch.float64, 10 * damping)):
-        damped = (hessian + share * mean * identity).to(dtype)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if failed:
-            continue
-        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed and bool(upper.isfinite().all()):
-            factor: torch.Tensor = upper.float()
-            return factor
-    raise D2QError(
-        "the calibration statistics of a layer can't be factored; use more or more varied --calibration text"
-    )

@@ -7,6 +7,7 @@ not know what they compute.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -62,3 +63,13 @@ def _record(function: Callable[..., Tensors], tensors: tuple[torch.Tensor | None
     with torch.cuda.graph(graph):
         outputs = function(*inputs)
     return _Recorded(graph, inputs, outputs)
+
+
+@cache
+def has_triton() -> bool:
+    """Whether kernels of our own can be compiled: PyTorch's CUDA builds for Linux bring Triton along, others don't."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Literal
 
 import torch
@@ -18,3 +19,27 @@ def matmul_precision(level: Literal["highest", "high"]) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left @ right of float32 matrices, nearly as exact as float32's own product (relative to |left| @ |right|, 2^-20).
+
+    On GPUs with TF32 it is three products of what TF32 holds: of the leading 10 bits with each other, and of each with
+    what the other leaves (2^-22 of the whole is left out). That is about three times as fast as float32 there.
+    """
+    if not _has_tf32(left.device):
+        return left @ right
+    left_high, right_high = _leading_bits(left), _leading_bits(right)
+    with matmul_precision("high"):
+        small = torch.addmm((left - left_high) @ right_high, left_high, right - right_high)
+        return torch.addmm(small, left_high, right_high)
+
+
+def _leading_bits(values: torch.Tensor) -> torch.Tensor:
+    """float32 with the last 13 of its 23 bits cleared."""
+    return (values.contiguous().view(torch.int32) & -(1 << 13)).view(torch.float32)
+
+
+@cache
+def _has_tf32(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

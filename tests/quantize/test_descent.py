@@ -10,7 +10,7 @@ import torch
 from d2q_edge.quantize import descent
 from d2q_edge.quantize.codebook import CodebookSearch
 from d2q_edge.quantize.descent import descend
-from d2q_edge.quantize.gptaq import InputStatistics, quantize_layer
+from d2q_edge.quantize.gptaq import Feedback, InputStatistics, layer_feedback, quantize_layer
 from d2q_edge.quantize.layer import QuantizedLayer
 from d2q_edge.quantize.rtn import round_layer
 from d2q_edge.tensor_types import ALL, D2Q2, D2Q2_64, D2Q3_64, Q4_0, TensorType, dequantize
@@ -38,14 +38,17 @@ class Case:
         errors: Matrix = ((off @ self.h) * off).sum(1)
         return errors
 
+    def feedback(self, kind: TensorType) -> Feedback:
+        return layer_feedback(self.statistics, kind, self.alpha)
+
     def quantize(self, kind: TensorType) -> QuantizedLayer:
-        return quantize_layer(self.weights, self.statistics, SEARCHES[kind], self.alpha)
+        return quantize_layer(self.weights, self.feedback(kind), SEARCHES[kind])
 
     def descend(self, layer: QuantizedLayer, kind: TensorType, rounds: int = descent.ROUNDS) -> QuantizedLayer:
-        return descend(layer, self.weights, self.statistics, SEARCHES[kind], self.alpha, rounds=rounds)
+        return descend(layer, self.weights, self.statistics, self.feedback(kind), SEARCHES[kind], rounds)
 
     def problem(self, layer: QuantizedLayer, kind: TensorType) -> descent._Problem:
-        return descent._Problem(layer, self.weights, self.statistics, SEARCHES[kind], self.alpha, 0.01)
+        return descent._Problem(layer, self.weights, self.statistics, self.feedback(kind), SEARCHES[kind])
 
 
 def make(columns: int, alpha: float = 0.5, rows: int = 16, dead: slice = slice(0)) -> Case:

@@ -7,7 +7,7 @@ import torch
 
 from d2q_edge.errors import D2QError
 from d2q_edge.quantize.codebook import CodebookSearch
-from d2q_edge.quantize.gptaq import InputStatistics, quantize_layer
+from d2q_edge.quantize.gptaq import ALPHA, InputStatistics, layer_feedback, quantize_layer
 from d2q_edge.quantize.layer import QuantizedLayer
 from d2q_edge.tensor_types import ALL, D2Q2, D2Q3, Q4_0, TensorType, dequantize
 
@@ -29,6 +29,12 @@ def statistics_of(original: torch.Tensor, drifted: torch.Tensor) -> InputStatist
     for a, b in zip(drifted.chunk(3), original.chunk(3), strict=True):
         statistics.add_batch(a, b)
     return statistics
+
+
+def quantize(
+    weights: torch.Tensor, statistics: InputStatistics, search: CodebookSearch, alpha: float = ALPHA
+) -> QuantizedLayer:
+    return quantize_layer(weights, layer_feedback(statistics, search.tensor_type, alpha), search)
 
 
 def slow_gptaq(
@@ -74,7 +80,7 @@ def slow_gptaq(
 @pytest.mark.parametrize("kind", (*ALL, Q4_0), ids=lambda kind: kind.name)
 def test_against_the_slow_version(kind: TensorType, alpha: float) -> None:
     weights, original, drifted = problem(2 * kind.block_size)
-    layer = quantize_layer(weights, statistics_of(original, drifted), CodebookSearch(kind), alpha)
+    layer = quantize(weights, statistics_of(original, drifted), CodebookSearch(kind), alpha)
     expected = slow_gptaq(
         weights.double().numpy(), drifted.double().numpy(), original.double().numpy(), kind, alpha, layer
     )
@@ -86,7 +92,7 @@ def test_against_the_slow_version(kind: TensorType, alpha: float) -> None:
 @pytest.mark.parametrize("kind", (*ALL, Q4_0), ids=lambda kind: kind.name)
 def test_codes_stand_for_the_returned_weights(kind: TensorType) -> None:
     weights, original, drifted = problem(2 * kind.block_size)
-    layer = quantize_layer(weights, statistics_of(original, drifted), CodebookSearch(kind))
+    layer = quantize(weights, statistics_of(original, drifted), CodebookSearch(kind))
     packed = layer.pack(kind)
     np.testing.assert_array_equal(dequantize(kind, packed), layer.weights.numpy())
 
@@ -102,9 +108,9 @@ def test_feedback_pays(kind: TensorType) -> None:
     def error(layer: QuantizedLayer) -> float:
         return float((original @ weights.T - drifted @ layer.weights.T).square().mean())
 
-    rounded = error(quantize_layer(weights, plain, search, alpha=0))
-    gptq = error(quantize_layer(weights, statistics_of(original, drifted), search, alpha=0))
-    gptaq = error(quantize_layer(weights, statistics_of(original, drifted), search, alpha=1.0))
+    rounded = error(quantize(weights, plain, search, alpha=0))
+    gptq = error(quantize(weights, statistics_of(original, drifted), search, alpha=0))
+    gptaq = error(quantize(weights, statistics_of(original, drifted), search, alpha=1.0))
     assert gptq < 0.9 * rounded
     assert gptaq < 0.99 * gptq
 
@@ -113,14 +119,14 @@ def test_dead_columns_become_zero_or_small_and_do_no_harm() -> None:
     weights, original, drifted = problem(256)
     original[:, 7] = drifted[:, 7] = 0
     weights[:, 7] = 1000.0
-    layer = quantize_layer(weights, statistics_of(original, drifted), CodebookSearch(D2Q2))
+    layer = quantize(weights, statistics_of(original, drifted), CodebookSearch(D2Q2))
     assert bool(layer.weights.isfinite().all())
     assert float(layer.weights.abs().max()) < 1
 
 
 def test_rank_deficient_statistics_are_damped() -> None:
     weights, original, drifted = problem(256, tokens=9)
-    layer = quantize_layer(weights, statistics_of(original, drifted), CodebookSearch(D2Q2))
+    layer = quantize(weights, statistics_of(original, drifted), CodebookSearch(D2Q2))
     assert bool(layer.weights.isfinite().all())
 
 
@@ -129,7 +135,7 @@ def test_hopeless_statistics_are_an_error() -> None:
     bad = original.clone()
     bad[0, 0] = torch.inf
     with pytest.raises(D2QError, match="can't be factored"):
-        quantize_layer(weights, statistics_of(bad, bad), CodebookSearch(D2Q2))
+        quantize(weights, statistics_of(bad, bad), CodebookSearch(D2Q2))
 
 
 def test_statistics_are_means_over_all_batches() -> None:

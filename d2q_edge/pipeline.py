@@ -8,7 +8,7 @@ move on, and the mean shift of the next norm is corrected (DAC). A finished bloc
 next one starts. After the last block come the final norm and the head.
 
 Everything passes through in batches: what stays in memory is the two streams (streams.py), one block twice, and the
-statistics of one stage. Several processes take turns with the batches and share the rows of a matrix (ranks.py).
+statistics of one stage. Several processes share the batches, and the rows of a matrix (ranks.py).
 
 Knows the order of the steps. The steps themselves are in quantize/. Rotation has happened before: it changes the
 weights that BlockRunner loads. Refinement comes after: it needs all blocks.

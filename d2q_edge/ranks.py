@@ -1,7 +1,7 @@
 """The processes that share a conversion, one per GPU, as torchrun starts them; mostly there is just one.
 
 Knows how to add up what all of them have counted and to hand a part of each to all. Does not know what is in the
-tensors. Calibration batches are dealt out in turn, and the rows of a matrix are cut into as many parts as there are
+tensors. Calibration batches are dealt out, and the rows of a matrix are cut into as many parts as there are
 processes; every process then holds the same block and goes on.
 """
 
@@ -18,6 +18,7 @@ import torch
 import torch.distributed
 
 from d2q_edge.errors import D2QError
+from d2q_edge.runtime.machine import usable_cpus
 
 T = TypeVar("T")
 
@@ -46,6 +47,8 @@ class Ranks:
         count = int(os.environ.get("WORLD_SIZE", "1"))
         if count == 1:
             return cls(device=device)
+        # torchrun gives every process one thread only.
+        torch.set_num_threads(max(1, usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", count))))
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if device.type == "cuda":
             if local >= torch.cuda.device_count():
@@ -70,8 +73,8 @@ class Ranks:
         return self.rank == 0
 
     def own(self, number: int) -> range:
-        """Which of `number` batches are this process's."""
-        return range(self.rank, number, self.count)
+        """Which of `number` batches are this process's: neighbours, so that every nth of all is dealt out evenly too."""
+        return range(self.rank * number // self.count, (self.rank + 1) * number // self.count)
 
     def part(self, tensor: torch.Tensor) -> torch.Tensor:
         """This process's share of a matrix's rows."""

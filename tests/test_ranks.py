@@ -52,6 +52,9 @@ def test_alone() -> None:
 
 def test_every_batch_has_one_owner() -> None:
     assert sorted(number for rank in range(3) for number in Ranks(rank, 3).own(8)) == list(range(8))
+    # Every fourth of them, which the column scales look at, is spread as evenly as it goes.
+    fourths = [[number for number in Ranks(rank, 2).own(64) if number % 4 == 0] for rank in range(2)]
+    assert [len(each) for each in fourths] == [8, 8]
 
 
 def test_what_two_processes_exchange(tmp_path: Path) -> None:
@@ -62,7 +65,7 @@ def test_what_two_processes_exchange(tmp_path: Path) -> None:
     doubled = (torch.arange(14.0).view(7, 2) * 2).tolist()
     for rank, rows in ((0, 4), (1, 3)):
         facts = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert facts == [rank, 2, [3.0, 20.0], rows, doubled, list(range(rank, 5, 2)), [1]]
+        assert facts == [rank, 2, [3.0, 20.0], rows, doubled, [[0, 1], [2, 3, 4]][rank], [1]]
 
 
 def test_two_processes_make_the_same_model(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ quantize a copy of it (the student). That goes stage by stage (layers that share
 inputs come from the original stream and the student's from the quantized one, so that every layer is quantized for what
 the quantized layers before it really put out (experts: expert_pipeline.py). Behind each half of the block both streams
 move on, and the mean shift of the next norm is corrected (DAC). A finished block is on disk (work_dir.py) before the
-next one starts. After the last block come the final norm and the head.
+next one is. After the last block come the final norm and the head.
 
 Everything passes through in batches: what stays in memory is the two streams (streams.py), one block twice, and the
 statistics of one stage. Several processes share the batches, and the rows of a matrix (ranks.py).
@@ -40,7 +40,7 @@ from d2q_edge.ranks import ALONE, Ranks
 from d2q_edge.report import Report
 from d2q_edge.stage_solver import StageSolver
 from d2q_edge.streams import Place, Stream
-from d2q_edge.work_dir import Tensor, WorkDir
+from d2q_edge.work_dir import BlockWriter, Tensor, WorkDir
 
 BATCH_TOKENS = 4096
 """Tokens per forward pass. It decides a little of the result: the mean shift's guard counts in batches."""
@@ -109,6 +109,7 @@ def quantize_blocks(
     place = place or torch.device("cpu")
     with (
         Progress(family, types, quiet=not ranks.is_first) as progress,
+        BlockWriter(work, active=ranks.is_first) as writer,
         torch.inference_mode(),
         matmul_precision("high"),
     ):
@@ -124,15 +125,13 @@ def quantize_blocks(
                 progress.skip_block(index)
             else:
                 result = driver.quantize(index)
-                if ranks.is_first:
-                    work.write_block(index, result, facts=report.kept(family.block_prefix(index)))
+                writer.write(index, result, report.kept(family.block_prefix(index)))
         if finished[blocks]:
             result = work.read_block(blocks)
             report.recall(work.read_facts(blocks))
         else:
             result = driver.finish()
-            if ranks.is_first:
-                work.write_block(blocks, result, facts=report.kept(family.final_norm, family.head))
+            writer.write(blocks, result, report.kept(family.final_norm, family.head))
         if beside is not None:
             bias = result.get(f"{family.final_norm}.bias", np.zeros(1, np.float32))
             scales = result.get(f"{family.head}.{COLUMN_SCALE}", np.ones(1, np.float32))

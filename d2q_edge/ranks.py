@@ -73,7 +73,7 @@ class Ranks:
         return self.rank == 0
 
     def own(self, number: int) -> range:
-        """Which of `number` batches are this process's: neighbours, so that every nth of all is dealt out evenly too."""
+        """Which of `number` batches are this process's: neighbours, so that every nth is dealt out evenly, too."""
         return range(self.rank * number // self.count, (self.rank + 1) * number // self.count)
 
     def part(self, tensor: torch.Tensor) -> torch.Tensor:

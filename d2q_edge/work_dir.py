@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,39 @@ class WorkDir:
 
     def _file(self, index: int, refined: bool) -> Path:
         return self.path / f"{'refined' if refined else 'block'}-{index:04d}.safetensors"
+
+
+class BlockWriter:
+    """Writes a finished block while the next one is being quantized; at the end of a with block all are written."""
+
+    def __init__(self, work: WorkDir, *, active: bool) -> None:
+        """Begin; only where `active` is anything written."""
+        self.work, self.active = work, active
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+
+    def write(self, index: int, result: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Write a block, once the one before is written.
+
+        Raises:
+            D2QError: that one could not be.
+        """
+        self._wait()
+        if self.active:
+            self._pending = self._thread.submit(self.work.write_block, index, result, facts=facts)
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def __enter__(self) -> "BlockWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._thread.shutdown()
+        if kind is None:
+            self._wait()
 
 
 def was_published(output: Path) -> bool:

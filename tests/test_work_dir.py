@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from d2q_edge import durable, work_dir
 from d2q_edge.errors import D2QError
-from d2q_edge.work_dir import WorkDir, was_published
+from d2q_edge.work_dir import BlockWriter, WorkDir, was_published
 
 SETTINGS: dict[str, Any] = {"bits": 2, "files": [("a.safetensors", 10)], "recipe": {"seed": 0}}
 BLOCK = {
@@ -303,3 +303,37 @@ def test_facts_are_kept_with_a_block(output: Path) -> None:
         file.write_bytes(content)
         with pytest.raises(D2QError, match="is damaged"):
             again.read_facts(0)
+
+
+def test_the_writer_is_done_at_the_end(tmp_path: Path) -> None:
+    work = WorkDir(tmp_path / "out", {})
+    with BlockWriter(work, active=True) as writer:
+        for index in range(3):
+            writer.write(index, {"a": np.full(4, index, np.uint8)}, {"index": index})
+    assert [work.read_block(index)["a"].tolist() for index in range(3)] == [[index] * 4 for index in range(3)]
+    assert work.read_facts(2) == {"index": 2}
+
+
+def test_a_writer_that_is_not_active_writes_nothing(tmp_path: Path) -> None:
+    work = WorkDir(tmp_path / "out", {})
+    with BlockWriter(work, active=False) as writer:
+        writer.write(0, {"a": np.zeros(4, np.uint8)}, {})
+    assert work.finished == 0
+
+
+@pytest.mark.parametrize("blocks", [1, 2], ids=["at the end", "at the next block"])
+def test_what_a_writer_could_not_write_is_an_error(
+    blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = WorkDir(tmp_path / "out", {})
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(durable, "replace", full)
+    written = []
+    with pytest.raises(D2QError, match="No space left"), BlockWriter(work, active=True) as writer:
+        for index in range(blocks):
+            writer.write(index, {"a": np.zeros(4, np.uint8)}, {})
+            written.append(index)
+    assert written == [0]

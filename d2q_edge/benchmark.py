@@ -123,7 +123,7 @@ def benchmark(files: Mapping[str, Path], settings: Settings, stock: Path | None 
         D2QError: a file can't be read or run, or llama-bench isn't built.
     """
     for path in (*files.values(), *([stock] if stock else ())):
-        GGUFFile(path)
+        GGUFFile(path).check_blocks()
     runs: dict[tuple[str, str], Sequence[object]] = {(name, ""): ("-m", path) for name, path in files.items()}
     if stock:
         runs |= {("", form): ("-m", stock, *options) for form, options in STOCK_FORMS.items()}

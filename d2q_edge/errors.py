@@ -1,4 +1,4 @@
-"""The one exception of this package that a user is meant to read, and how it is shown."""
+"""The one exception of this package that a user is meant to read, and how it and other strangers' text are shown."""
 
 LONGEST = 1000
 """Characters of a message that are shown."""
@@ -20,4 +20,9 @@ def sentence(error: BaseException) -> str:
     line = " ".join(str(error).split())
     if len(line) > LONGEST:
         line = f"{line[: LONGEST - 300]} [...] {line[-293:]}"
+    return printable(line)
+
+
+def printable(line: str) -> str:
+    """A line of strangers' text without what could steer a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from d2q_edge import runtime
+from d2q_edge.errors import printable
 from d2q_edge.gguf_reader import GGUFFile, TensorInfo
 from d2q_edge.json_files import parse_json
 from d2q_edge.trial_load import why_not
@@ -136,7 +137,7 @@ def describe(facts: dict[str, Any]) -> str:
         lines.append(f"runtime: llama-cpp-python {found['version']} can run it")
     elif found["runs"] is False:
         lines.append(f"runtime: can't run it here: {found['reason']}")
-    return "\n".join(lines)
+    return "\n".join(printable(line) for line in lines)
 
 
 def _split(file: GGUFFile) -> dict[str, int] | None:

@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -14,6 +15,7 @@ from d2q_edge.conversion import Options, convert
 from d2q_edge.errors import D2QError
 from d2q_edge.gguf_reader import GGUFFile
 from tests.availability import require_tool
+from tests.conftest import ExampleFiles
 
 TIMES = {
     # seconds of the three rounds; the second round is slow as a whole
@@ -39,7 +41,7 @@ def llama_bench(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]
         return json.dumps([*runs, {"n_prompt": 0, "n_threads": 4, "avg_ns": seconds / 2 * 1e9}])
 
     monkeypatch.setattr(benchmark, "run_tool", run_tool)
-    monkeypatch.setattr(benchmark, "GGUFFile", lambda path: None)
+    monkeypatch.setattr(benchmark, "GGUFFile", lambda path: Mock())
     return calls
 
 
@@ -118,6 +120,13 @@ def test_stock_types_that_there_are_not(small: Path) -> None:
         benchmark.stock_file(small, "Q9_X"),
     ):
         pass
+
+
+def test_damaged_blocks_are_not_measured(example_files: ExampleFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "run_tool", None)
+    monkeypatch.setattr(GGUFFile, "check_blocks", Mock(side_effect=D2QError("a scale is not finite")))
+    with pytest.raises(D2QError, match="not finite"):
+        benchmark.benchmark({"ours": example_files.d2q2}, Settings())
 
 
 def test_files_are_checked_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -230,6 +230,11 @@ def test_description(example_files: ExampleFiles) -> None:
     assert len({len(line) for line in [*lines[3:7], *lines[8:13]]}) == 1, "columns line up"
 
 
+def test_names_of_strangers_do_not_steer_the_terminal(tmp_path: Path) -> None:
+    text = describe(inspect(write(tmp_path / "a.gguf", general__name="a\x1b[2Jb\nc")))
+    assert text.startswith(f"{tmp_path / 'a.gguf'}: a\\x1b[2Jb\\nc (llama)\n")
+
+
 def test_not_a_gguf(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("something else, long enough for a header")
     with pytest.raises(D2QError, match="isn't a GGUF file"):

@@ -1,4 +1,4 @@
-"""The loop of feedback.py as one Triton kernel: 32 columns of 64 rows stay in registers until all have their codes.
+"""The loop of feedback.py as one Triton kernel: 32 columns of some rows stay in registers until all have their codes.
 
 Knows the arithmetic only. Imported where there is a CUDA device and Triton; results differ from the loop's in the last
 bits, and where two entries are equally good.
@@ -10,8 +10,12 @@ import triton.language as tl
 
 from d2q_edge.tensor_types import GROUP
 
-ROWS = 64
-"""Rows per program."""
+FEW_ROWS = 16
+"""Rows per program where a matrix has so few that the GPU isn't full otherwise."""
+MANY_ROWS = {1: 64, 2: 128}
+"""Rows per program where it has more, by the width of a code. (Both were the fastest on an H200.)"""
+FULL = 16384
+"""Rows from which on it is full."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -85,12 +89,13 @@ def round_group(
     """Codes, quantized, errors and compensated, as feedback.round_group."""
     targets = targets.contiguous()
     rows, (_, entries, width) = len(targets), levels.shape
+    per_program = FEW_ROWS if rows < FULL else MANY_ROWS[width]
     codes = torch.empty(rows, GROUP // width, dtype=torch.uint8, device=targets.device)
     quantized, errors, compensated = (torch.empty_like(targets) for _ in range(3))
-    _round_group[(triton.cdiv(rows, ROWS),)](
+    _round_group[(triton.cdiv(rows, per_program),)](
         targets, levels.contiguous(), books.contiguous(), scales.contiguous(), factor.contiguous(),
         inverses.contiguous(), (factor if lead is None else lead).contiguous(),
         codes, quantized, errors, compensated, rows,
-        GROUP=GROUP, K=entries, V=width, HAS_LEAD=lead is not None, ROWS=ROWS,
+        GROUP=GROUP, K=entries, V=width, HAS_LEAD=lead is not None, ROWS=per_program,
     )  # fmt: skip
     return codes, quantized, errors, compensated

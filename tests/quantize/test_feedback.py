@@ -78,7 +78,7 @@ def test_corners_are_inverses(width: int) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @KINDS
-@pytest.mark.parametrize("rows", [1, 63, 5000])
+@pytest.mark.parametrize("rows", [1, 63, 5000, 20001])
 @pytest.mark.parametrize("lead", [False, True])
 def test_the_kernel_is_the_loop(kind: TensorType, rows: int, lead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(kind, rows, lead=lead, device="cuda")

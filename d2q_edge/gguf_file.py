@@ -2,7 +2,7 @@
 
 Knows bytes, sizes and files. Does not know models: names, order, types and metadata come from the caller (`export`).
 gguf-py lays out header and keys; our tensor types enter by number, because it refuses types that it doesn't know. It
-also encodes the stock types, but for those of k_types.
+also encodes the stock types, but for those of k_types, which are encoded on the device where their weights are.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 import gguf
 import numpy as np
 import numpy.typing as npt
+import torch
 from tqdm import tqdm
 
 from d2q_edge import durable, k_types, tensor_types
@@ -45,14 +46,15 @@ class GGUFTensor:
     """One tensor to write.
 
     `shape` is in numpy's order, (rows, columns) for a matrix. `load` is called once, when it is the tensor's turn, and
-    returns either floats of that shape, which are then encoded (stock types only), or the encoded bytes: uint8
-    [rows, bytes per row]. A stack has `parts`, which are loaded and written one after the other.
+    returns either floats of that shape, which are then encoded (stock types only), or the encoded bytes: a numpy array,
+    uint8 [rows, bytes per row]. Floats may be torch's, of any float type and on any device. A stack has `parts`, which
+    are loaded and written one after the other.
     """
 
     name: str
     shape: tuple[int, ...]
     type: str
-    load: Callable[[], npt.NDArray[Any]]
+    load: Callable[[], npt.NDArray[Any] | torch.Tensor]
     parts: tuple[GGUFTensor, ...] = ()
 
     @classmethod
@@ -67,7 +69,7 @@ class GGUFTensor:
             raise ValueError(f"{name}: the parts of a stack must be of one shape and type, not {sorted(kinds)}")
         ((shape, kind),) = kinds
         whole = (len(parts), *shape)
-        return cls(name, whole, kind, lambda: np.stack([part.load() for part in parts]), tuple(parts))
+        return cls(name, whole, kind, lambda: np.stack([encode(part).view(np.uint8) for part in parts]), tuple(parts))
 
     @property
     def nbytes(self) -> int:
@@ -116,25 +118,33 @@ def encode(tensor: GGUFTensor) -> npt.NDArray[Any]:
         ValueError: `load` returned something of another shape or size than promised.
     """
     data = tensor.load()
-    if data.dtype != np.uint8:
+    if isinstance(data, torch.Tensor) or data.dtype != np.uint8:
         if tensor.type not in STOCK_TYPES:
             raise ValueError(f"{tensor.name}: {tensor.type} must be packed by the caller")
         if data.shape != tensor.shape:
-            raise ValueError(f"{tensor.name}: expected the shape {tensor.shape}, not {data.shape}")
-        if tensor.type == "f16":
-            # The conversion warns and gives infinities; the check below says it better.
-            with np.errstate(over="ignore"):
-                encoded: npt.NDArray[Any] = data.astype(np.float16)
-            if not np.isfinite(encoded).all():
-                raise D2QError(f"tensor {tensor.name} has values too large for float16; use bf16, q8_0 or f32 instead")
-            data = encoded
-        elif tensor.type in k_types.ENCODERS:
-            data = k_types.encode(tensor.type, data.reshape(-1, tensor.shape[-1]))
-        else:
-            data = gguf.quants.quantize(data.astype(np.float32, copy=False), STOCK_TYPES[tensor.type])
+            raise ValueError(f"{tensor.name}: expected the shape {tensor.shape}, not {tuple(data.shape)}")
+        data = _encode_floats(tensor, data)
     if data.nbytes != tensor.nbytes:
         raise ValueError(f"{tensor.name}: expected {tensor.nbytes} bytes of {tensor.type}, not {data.nbytes}")
     return data
+
+
+def _encode_floats(tensor: GGUFTensor, values: npt.NDArray[Any] | torch.Tensor) -> npt.NDArray[Any]:
+    if tensor.type in k_types.ENCODERS:
+        values = values if isinstance(values, torch.Tensor) else torch.from_numpy(values)
+        packed: npt.NDArray[np.uint8] = k_types.encode(tensor.type, values.reshape(-1, tensor.shape[-1])).cpu().numpy()
+        return packed
+    # The rest is gguf-py's and numpy's.
+    floats = values.cpu().float().numpy() if isinstance(values, torch.Tensor) else values
+    if tensor.type == "f16":
+        # The conversion warns and gives infinities; the check below says it better.
+        with np.errstate(over="ignore"):
+            halves = floats.astype(np.float16)
+        if not np.isfinite(halves).all():
+            raise D2QError(f"tensor {tensor.name} has values too large for float16; use bf16, q8_0 or f32 instead")
+        return halves
+    encoded: npt.NDArray[Any] = gguf.quants.quantize(floats.astype(np.float32, copy=False), STOCK_TYPES[tensor.type])
+    return encoded
 
 
 def data_size(tensors: Sequence[GGUFTensor]) -> int:

@@ -18,7 +18,7 @@ from d2q_edge.checkpoint import Checkpoint, _Entry
 from d2q_edge.conversion import Options, convert
 from d2q_edge.export import export, file_name, model_tensors
 from d2q_edge.families import family_for
-from d2q_edge.gguf_file import GGUFTensor, encode, block_and_type_size, data_size
+from d2q_edge.gguf_file import GGUFTensor, block_and_type_size, data_size, encode
 from d2q_edge.gguf_reader import GGUFFile
 from d2q_edge.llama_model import LlamaModel
 from d2q_edge.output import Output

@@ -172,8 +172,8 @@ class Checkpoint:
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no element is NaN or infinite; a part at a time, because the test makes copies."""
-    return all(bool(part.isfinite().all()) for part in tensor.reshape(-1).split(1 << 24))
+    """Whether no element is NaN, which the extremes would be too, or infinite. (`isfinite` takes 20 times as long.)"""
+    return tensor.numel() == 0 or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 
 
 def _read_entries(directory: Path) -> dict[str, _Entry]:

@@ -72,10 +72,18 @@ def dense_symmetric(x: F64) -> float:
     return float(np.square(codes * scales - x).sum(1).min())
 
 
-@pytest.mark.parametrize(("name", "allowed"), [("q4_k", 1.08), ("q5_k", 1.11), ("q6_k", 1.07)])
-def test_near_the_best_of_a_dense_search(name: str, allowed: float) -> None:
-    """What is allowed on top is mainly the rounding of scales and minimums, which the dense search doesn't do."""
+@pytest.mark.parametrize(
+    ("name", "positive", "allowed"),
+    [("q4_k", False, 1.07), ("q5_k", False, 1.10), ("q6_k", False, 1.07), ("q4_k", True, 1.0), ("q5_k", True, 1.05)],
+)
+def test_near_the_best_of_a_dense_search(name: str, positive: bool, allowed: float) -> None:
+    """What is allowed on top is mainly the rounding of scales and minimums, which the dense search doesn't do.
+
+    A minimum can't be above zero.
+    """
     weights = gaussian(4, 256, seed=1)
+    if positive:
+        weights = 1 + np.abs(weights)
     if name == "q6_k":
         best = sum(dense_symmetric(x) for x in weights.reshape(-1, 16).astype(np.float64))
     else:

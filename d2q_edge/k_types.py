@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 256
-PIECE = 2**19
+PIECE = 2**20
 """Weights that a thread encodes at a time: a step on one of the few arrays of a search is long enough for threads not
 to wait for each other in Python."""
 GPU_PIECE = 2**24

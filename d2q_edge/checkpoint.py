@@ -172,11 +172,8 @@ class Checkpoint:
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no element is NaN or infinite. The extremes tell: a NaN makes both NaN (40 times as fast as isfinite)."""
-    if tensor.numel() == 0:
-        return True
-    low, high = tensor.reshape(-1).aminmax()
-    return bool(low.isfinite() and high.isfinite())
+    """Whether no element is NaN, which the extremes would be too, or infinite. (`isfinite` takes 20 times as long.)"""
+    return tensor.numel() == 0 or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 
 
 def _read_entries(directory: Path) -> dict[str, _Entry]:

@@ -250,7 +250,7 @@ def convert(
         more, _ = _calibration_windows(checkpoint, family, text, options, REFINE_FACTOR * options.calibration_tokens)
         refinement = refine(checkpoint, family, plan.linears, more, work, ranks.device)
     with report.timed("writing"):
-        content = QuantizedContent(checkpoint, family, work, refined=options.refine)
+        content = QuantizedContent(checkpoint, family, work, ranks.device, refined=options.refine)
         file.write(work.complete, content, force=True, verify=verify)
         work.publish()
     work.remove()

@@ -10,12 +10,14 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from d2q_edge import __version__
 from d2q_edge.checkpoint import IGNORED_SUFFIXES, Checkpoint
@@ -33,15 +35,28 @@ FILE_TYPES: dict[str, int] = {
 """general.file_type of a file whose matrices have that stock type. llama.cpp has no number for files of q4_k or q5_k
 alone; those of its small mixtures come nearest."""
 
+CPU = torch.device("cpu")
 Value = str | int | float | bool | Sequence[str] | Sequence[int] | Sequence[float]
 
 
-def float_tensor(family: Family, hf_name: str, type_name: str, load: Callable[[], npt.NDArray[Any]]) -> GGUFTensor:
+def stored_floats(checkpoint: Checkpoint, name: str, device: torch.device = CPU) -> torch.Tensor:
+    """A tensor of the checkpoint for `float_tensor`.
+
+    A matrix is as it is stored, on the device that is to encode it: 16 bits are moved sooner than 32, and a whole table
+    in float32 need not be anywhere. Anything else is float32 and stays on the CPU; families calculate with norms.
+    """
+    tensor = checkpoint.tensor(name)
+    return tensor.to(device) if tensor.dim() > 1 else tensor.float()
+
+
+def float_tensor(
+    family: Family, hf_name: str, type_name: str, load: Callable[[], npt.NDArray[Any] | torch.Tensor]
+) -> GGUFTensor:
     """A tensor to be encoded in a stock type when it is written.
 
     Norms and biases, one-dimensional as they are, and routers become f32, and a matrix whose width doesn't fit the
     type's blocks another one (`fitting_type`), as in llama.cpp's converter. `load` returns floats in the checkpoint's
-    row order.
+    row order, as `GGUFTensor.load` may; norms as float32.
     """
     name = family.gguf_name(hf_name)
     shape = family.tensor_shapes()[hf_name]
@@ -73,9 +88,6 @@ def model_tensors(
     """
     replacements = replacements or {}
 
-    def reader(name: str) -> Callable[[], npt.NDArray[Any]]:
-        return lambda: checkpoint.tensor(name).float().numpy()
-
     def constant(array: npt.NDArray[Any]) -> Callable[[], npt.NDArray[Any]]:
         return lambda: array
 
@@ -85,7 +97,7 @@ def model_tensors(
         if name in replacements:
             tensors[name] = replacements[name]
         elif not name.endswith(IGNORED_SUFFIXES) and not (family.tied_embeddings and name == f"{family.head}.weight"):
-            tensors[name] = float_tensor(family, name, type_name, reader(name))
+            tensors[name] = float_tensor(family, name, type_name, partial(stored_floats, checkpoint, name))
     return [*extra, *_stack(family, tensors)]
 
 

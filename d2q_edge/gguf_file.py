@@ -2,7 +2,7 @@
 
 Knows bytes, sizes and files. Does not know models: names, order, types and metadata come from the caller (`export`).
 gguf-py lays out header and keys; our tensor types enter by number, because it refuses types that it doesn't know. It
-also encodes the stock types, but for those of k_types.
+also encodes the stock types, but for those of k_types, which are encoded on the device where their weights are.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 import gguf
 import numpy as np
 import numpy.typing as npt
+import torch
 from tqdm import tqdm
 
 from d2q_edge import durable, k_types, tensor_types
@@ -37,6 +38,9 @@ STOCK_TYPES: dict[str, gguf.GGMLQuantizationType] = {
 FALLBACKS = MappingProxyType({"q6_k": "q8_0", "q5_k": "q5_1", "q4_k": "q5_0"})
 """For widths that 256 doesn't divide, as in llama-quantize."""
 
+_ITEMS = MappingProxyType({int: "i", float: "f"})
+"""How struct packs what gguf-py makes of an array's items: int32 and float32."""
+
 ALIGNMENT: int = gguf.GGUF_DEFAULT_ALIGNMENT
 
 
@@ -45,14 +49,15 @@ class GGUFTensor:
     """One tensor to write.
 
     `shape` is in numpy's order, (rows, columns) for a matrix. `load` is called once, when it is the tensor's turn, and
-    returns either floats of that shape, which are then encoded (stock types only), or the encoded bytes: uint8
-    [rows, bytes per row]. A stack has `parts`, which are loaded and written one after the other.
+    returns either floats of that shape, which are then encoded (stock types only), or the encoded bytes: a numpy array,
+    uint8 [rows, bytes per row]. Floats may be torch's, of any float type and on any device. A stack has `parts`, which
+    are loaded and written one after the other.
     """
 
     name: str
     shape: tuple[int, ...]
     type: str
-    load: Callable[[], npt.NDArray[Any]]
+    load: Callable[[], npt.NDArray[Any] | torch.Tensor]
     parts: tuple[GGUFTensor, ...] = ()
 
     @classmethod
@@ -67,7 +72,7 @@ class GGUFTensor:
             raise ValueError(f"{name}: the parts of a stack must be of one shape and type, not {sorted(kinds)}")
         ((shape, kind),) = kinds
         whole = (len(parts), *shape)
-        return cls(name, whole, kind, lambda: np.stack([part.load() for part in parts]), tuple(parts))
+        return cls(name, whole, kind, lambda: np.stack([encode(part).view(np.uint8) for part in parts]), tuple(parts))
 
     @property
     def nbytes(self) -> int:
@@ -116,25 +121,33 @@ def encode(tensor: GGUFTensor) -> npt.NDArray[Any]:
         ValueError: `load` returned something of another shape or size than promised.
     """
     data = tensor.load()
-    if data.dtype != np.uint8:
+    if isinstance(data, torch.Tensor) or data.dtype != np.uint8:
         if tensor.type not in STOCK_TYPES:
             raise ValueError(f"{tensor.name}: {tensor.type} must be packed by the caller")
         if data.shape != tensor.shape:
-            raise ValueError(f"{tensor.name}: expected the shape {tensor.shape}, not {data.shape}")
-        if tensor.type == "f16":
-            # The conversion warns and gives infinities; the check below says it better.
-            with np.errstate(over="ignore"):
-                encoded: npt.NDArray[Any] = data.astype(np.float16)
-            if not np.isfinite(encoded).all():
-                raise D2QError(f"tensor {tensor.name} has values too large for float16; use bf16, q8_0 or f32 instead")
-            data = encoded
-        elif tensor.type in k_types.ENCODERS:
-            data = k_types.encode(tensor.type, data.reshape(-1, tensor.shape[-1]))
-        else:
-            data = gguf.quants.quantize(data.astype(np.float32, copy=False), STOCK_TYPES[tensor.type])
+            raise ValueError(f"{tensor.name}: expected the shape {tensor.shape}, not {tuple(data.shape)}")
+        data = _encode_floats(tensor, data)
     if data.nbytes != tensor.nbytes:
         raise ValueError(f"{tensor.name}: expected {tensor.nbytes} bytes of {tensor.type}, not {data.nbytes}")
     return data
+
+
+def _encode_floats(tensor: GGUFTensor, values: npt.NDArray[Any] | torch.Tensor) -> npt.NDArray[Any]:
+    if tensor.type in k_types.ENCODERS:
+        values = values if isinstance(values, torch.Tensor) else torch.from_numpy(values)
+        packed: npt.NDArray[np.uint8] = k_types.encode(tensor.type, values.reshape(-1, tensor.shape[-1])).cpu().numpy()
+        return packed
+    # The rest is gguf-py's and numpy's.
+    floats = values.cpu().float().numpy() if isinstance(values, torch.Tensor) else values
+    if tensor.type == "f16":
+        # The conversion warns and gives infinities; the check below says it better.
+        with np.errstate(over="ignore"):
+            halves = floats.astype(np.float16)
+        if not np.isfinite(halves).all():
+            raise D2QError(f"tensor {tensor.name} has values too large for float16; use bf16, q8_0 or f32 instead")
+        return halves
+    encoded: npt.NDArray[Any] = gguf.quants.quantize(floats.astype(np.float32, copy=False), STOCK_TYPES[tensor.type])
+    return encoded
 
 
 def data_size(tensors: Sequence[GGUFTensor]) -> int:
@@ -247,10 +260,35 @@ def _write_data(file: BinaryIO, tensors: Sequence[GGUFTensor], size: int) -> Non
             file.write(bytes(-tensor.nbytes % ALIGNMENT))
 
 
+class _Writer(gguf.GGUFWriter):  # type: ignore[misc]  # gguf-py has no types
+    """gguf-py's writer packs arrays item by item: most of a second for a large vocabulary, three times in a conversion,
+    for the file's size, for the check of the tokenizer and for the file. This one does it at once.
+    """
+
+    def _pack_val(
+        self,
+        val: Any,
+        vtype: gguf.GGUFValueType,
+        add_vtype: bool,
+        sub_type: gguf.GGUFValueType | None = None,
+    ) -> bytes:
+        """The same bytes."""
+        kinds = set(map(type, val)) if isinstance(val, list) and sub_type is None else set()
+        if kinds == {str}:
+            encoded = [text.encode() for text in val]
+            items = b"".join(part for text in encoded for part in (struct.pack("<Q", len(text)), text))
+        elif len(kinds) == 1 and (item := _ITEMS.get(*kinds)):
+            items = struct.pack(f"<{len(val)}{item}", *val)
+        else:
+            return bytes(super()._pack_val(val, vtype, add_vtype, sub_type))
+        head = struct.pack("<I", vtype) if add_vtype else b""
+        return head + struct.pack("<IQ", gguf.GGUFValueType.get_type(val[0]), len(val)) + items
+
+
 def _make_writer(
     arch: str, tensors: Sequence[GGUFTensor], add_metadata: Callable[[gguf.GGUFWriter], None]
 ) -> gguf.GGUFWriter:
-    writer = gguf.GGUFWriter(path=None, arch=arch)
+    writer = _Writer(path=None, arch=arch)
     for tensor in tensors:
         # A float dtype keeps gguf-py from working the shape out of a type that it may not know.
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, _type_id(tensor.type))

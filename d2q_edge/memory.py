@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from d2q_edge import k_types
 from d2q_edge.errors import D2QError
 from d2q_edge.expert_pipeline import routing_bytes, statistics_bytes
 from d2q_edge.families import Family
@@ -32,6 +33,11 @@ SEARCH = 256 * 2**20
 """Bytes of one step of a codebook search (quantize/codebook.py)."""
 CUDA_SEARCH = 12 * SEARCH
 """The same on a GPU, in larger steps, with what recorded steps keep for every shape (quantize/graphs.py)."""
+ENCODING = 10
+"""Bytes for each weight of a table that is being encoded: as stored, as floats, and the result, twice while its pieces
+are put together."""
+CUDA_ENCODING = 40 * k_types.GPU_PIECE
+"""The same for what a GPU has in hand at a time."""
 PROGRAM = 700 * 2**20
 """Bytes of Python, torch and transformers themselves."""
 CUDA_PROGRAM = 3 * GIB
@@ -93,15 +99,16 @@ def plan_memory(
     own = -(-tokens // processes)
     streams = 2 * own * family.hidden_size * DTYPE.itemsize
     working = _working(family, batch_tokens, processes, CUDA_SEARCH if device.type == "cuda" else SEARCH)
-    # The first process alone writes.
+    # The first process alone writes, and nothing else is done then.
     table = max(_elements(family, f"{name}.weight") for name in (family.embedding, family.head))
-    writing = 10 * table // processes
+    writing = ENCODING * table // processes
     free = free_memory() // processes if limit is None else limit // processes
     on_device = 0
     routing = routing_bytes(family, tokens)
     host = PROGRAM + routing
     place: Place = torch.device("cpu")
     if device.type == "cuda":
+        working = max(working, ENCODING * table + CUDA_ENCODING)
         host, available = CUDA_PROGRAM + routing, torch.cuda.mem_get_info(device)[0]
         on_device = working
         if working + streams <= available:

@@ -9,21 +9,18 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from d2q_edge import tensor_types
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.column_scaling import COLUMN_SCALE
-from d2q_edge.export import Value, float_tensor, model_size, model_tensors, packed_tensor, write_model
+from d2q_edge.export import Value, float_tensor, model_size, model_tensors, packed_tensor, stored_floats, write_model
 from d2q_edge.families import Family
 from d2q_edge.gguf_file import GGUFTensor
 from d2q_edge.plan import Plan
 from d2q_edge.quantize.codebook import CodebookSearch
 from d2q_edge.quantize.rtn import round_layer
 from d2q_edge.work_dir import Packed, Tensor, WorkDir
-
-Floats = npt.NDArray[np.float32]
 
 
 class Content(Protocol):
@@ -32,8 +29,8 @@ class Content(Protocol):
     def packed(self, name: str) -> Packed:
         """A linear layer's weight in its planned type, uint8 [rows, bytes]."""
 
-    def floats(self, name: str) -> Floats:
-        """Any other tensor."""
+    def floats(self, name: str) -> torch.Tensor:
+        """Any other tensor, as `float_tensor` wants it: a matrix on the device that is to encode it."""
 
 
 class PlannedContent:
@@ -42,7 +39,7 @@ class PlannedContent:
     def packed(self, name: str) -> Packed:
         raise RuntimeError(f"{name} is only planned")
 
-    def floats(self, name: str) -> Floats:
+    def floats(self, name: str) -> torch.Tensor:
         raise RuntimeError(f"{name} is only planned")
 
 
@@ -59,16 +56,18 @@ class RoundedContent:
             weights = self.checkpoint.tensor(name).to(self.device, torch.float32)
             return round_layer(weights, self.searches[kind]).pack(tensor_types.BY_NAME[kind])
 
-    def floats(self, name: str) -> Floats:
-        values: Floats = self.checkpoint.tensor(name).float().numpy()
-        return values
+    def floats(self, name: str) -> torch.Tensor:
+        return stored_floats(self.checkpoint, name, self.device)
 
 
 class QuantizedContent:
     """What the pipeline left in the work directory; the rest is the checkpoint's."""
 
-    def __init__(self, checkpoint: Checkpoint, family: Family, work: WorkDir, *, refined: bool) -> None:
-        self.checkpoint, self.family, self.work, self.refined = checkpoint, family, work, refined
+    def __init__(
+        self, checkpoint: Checkpoint, family: Family, work: WorkDir, device: torch.device, *, refined: bool
+    ) -> None:
+        self.checkpoint, self.family, self.work, self.device = checkpoint, family, work, device
+        self.refined = refined
         self._block: tuple[int, dict[str, Tensor]] = -1, {}
 
     def packed(self, name: str) -> Packed:
@@ -77,19 +76,20 @@ class QuantizedContent:
             raise RuntimeError(f"{name} was not quantized")
         return data.view(np.uint8)
 
-    def floats(self, name: str) -> Floats:
+    def floats(self, name: str) -> torch.Tensor:
         module, _, parameter = name.rpartition(".")
         data = self._changed(name)
         if data is not None:
-            return data.astype(np.float32, copy=False)
+            return torch.from_numpy(data.astype(np.float32))
         if parameter == "bias" and name not in self.family.tensor_shapes():
             # A norm that is better left alone: the file's size must not depend on that.
-            return np.zeros(self.family.hidden_size, np.float32)
-        values: Floats = self.checkpoint.tensor(name).float().numpy().copy()
+            return torch.zeros(self.family.hidden_size)
+        values = stored_floats(self.checkpoint, name, self.device)
         if module == self.family.head:
             scale = self._changed(f"{module}.{COLUMN_SCALE}")
             if scale is not None:
-                values /= scale.astype(np.float32, copy=False)
+                divisor = torch.from_numpy(scale.astype(np.float32)).to(self.device)
+                values = values.to(torch.float32, copy=True).div_(divisor)
         return values
 
     def _changed(self, name: str) -> Tensor | None:

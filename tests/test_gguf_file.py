@@ -84,6 +84,37 @@ def test_size_is_known_beforehand(out: Path) -> None:
     assert planned == write_gguf(out, "llama", GOOD, metadata) == out.stat().st_size
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        ["some", "", "wörds ▁"],
+        [1, -2, 2**31 - 1],
+        [0.1, -1e30],
+        [True, False],
+        [[1, 2], [3]],
+        [gguf.TokenType.NORMAL, gguf.TokenType.BYTE],
+        ("a", "b"),
+        b"bytes",
+    ],
+    ids=str,
+)
+def test_arrays_are_packed_as_by_gguf_py(out: Path, value: Any) -> None:
+    write_gguf(out, "llama", [], lambda writer: writer.add_array("key", value))
+    theirs = gguf.GGUFWriter(out.with_name("theirs"), "llama")
+    theirs.add_array("key", value)
+    theirs.write_header_to_file()
+    theirs.write_kv_data_to_file()
+    theirs.close()
+    expected = out.with_name("theirs").read_bytes()
+    assert out.read_bytes() == expected + bytes(-len(expected) % 32)
+
+
+@pytest.mark.parametrize("value", [["a", 1], [1, 2**31], ["\ud800"], [None], [1, True]], ids=ascii)
+def test_arrays_that_cannot_be_packed(out: Path, value: list[Any]) -> None:
+    with pytest.raises(D2QError, match="metadata can't be written"):
+        write_gguf(out, "llama", [], lambda writer: writer.add_array("key", value))
+
+
 @pytest.mark.parametrize("own", tensor_types.ALL, ids=lambda own: own.name)
 def test_own_types_by_number(out: Path, own: tensor_types.TensorType) -> None:
     packed = np.random.default_rng(0).integers(0, 256, (3, own.row_bytes(512)), np.uint8)

@@ -1,12 +1,15 @@
 """The K encoders, decoded by gguf-py and held against a dense search in float64."""
 
+from threading import Thread
+
 import gguf
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
 from d2q_edge import k_types
-from d2q_edge.k_types import ENCODERS, encode
+from d2q_edge.k_types import ENCODERS
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -16,6 +19,14 @@ RELATIVE_ERROR = {"q4_k": 6e-3, "q5_k": 1.4e-3, "q6_k": 3.2e-4}
 STEP = {"q4_k": 1 / 15, "q5_k": 1 / 31, "q6_k": 1 / 32}
 """Distance between neighbouring values, over the largest magnitude of a group whose values have both signs: at most
 twice this."""
+
+
+def encode(name: str, weights: F32, importance: F32 | None = None) -> npt.NDArray[np.uint8]:
+    """On the CPU, from numpy to numpy."""
+    packed: npt.NDArray[np.uint8] = k_types.encode(
+        name, torch.from_numpy(weights), None if importance is None else torch.from_numpy(importance)
+    ).numpy()
+    return packed
 
 
 def decode(name: str, packed: npt.NDArray[np.uint8]) -> F32:
@@ -61,10 +72,18 @@ def dense_symmetric(x: F64) -> float:
     return float(np.square(codes * scales - x).sum(1).min())
 
 
-@pytest.mark.parametrize(("name", "allowed"), [("q4_k", 1.08), ("q5_k", 1.11), ("q6_k", 1.07)])
-def test_near_the_best_of_a_dense_search(name: str, allowed: float) -> None:
-    """What is allowed on top is mainly the rounding of scales and minimums, which the dense search doesn't do."""
+@pytest.mark.parametrize(
+    ("name", "positive", "allowed"),
+    [("q4_k", False, 1.07), ("q5_k", False, 1.10), ("q6_k", False, 1.07), ("q4_k", True, 1.0), ("q5_k", True, 1.05)],
+)
+def test_near_the_best_of_a_dense_search(name: str, positive: bool, allowed: float) -> None:
+    """What is allowed on top is mainly the rounding of scales and minimums, which the dense search doesn't do.
+
+    A minimum can't be above zero.
+    """
     weights = gaussian(4, 256, seed=1)
+    if positive:
+        weights = 1 + np.abs(weights)
     if name == "q6_k":
         best = sum(dense_symmetric(x) for x in weights.reshape(-1, 16).astype(np.float64))
     else:
@@ -187,6 +206,53 @@ def test_pieces_do_not_show(name: str) -> None:
     whole = encode(name, weights)
     for start, stop in ((0, 7), (250, 259)):
         np.testing.assert_array_equal(whole[start:stop], encode(name, weights[start:stop]))
+
+
+@each_type
+def test_threads_do_not_show(name: str) -> None:
+    """Nor does the encoder's way of using them."""
+    weights = gaussian(2 * k_types.PIECE // 512 + 3, 512, seed=8)
+    importance = np.random.default_rng(9).lognormal(0, 1, 512).astype(np.float32)
+    expected = encode(name, weights, importance)
+    threads, elsewhere = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(3)
+        np.testing.assert_array_equal(encode(name, weights, importance), expected)
+        other = Thread(target=lambda: elsewhere.append(torch.get_num_threads()))
+        other.start()
+        other.join()
+        assert [torch.get_num_threads(), *elsewhere] == [3, 3]
+    finally:
+        torch.set_num_threads(threads)
+
+
+@each_type
+@pytest.mark.parametrize("rows", [1, 3])
+def test_weights_stay(name: str, rows: int) -> None:
+    """Also those of one block, whose transpose is the same memory; and weights in 16 bits are worth their floats."""
+    weights = torch.from_numpy(gaussian(rows, 256, seed=10)).bfloat16()
+    floats = weights.float()
+    assert torch.equal(k_types.encode(name, weights), k_types.encode(name, floats))
+    assert torch.equal(floats, weights.float())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@each_type
+@pytest.mark.parametrize("weighted", [False, True])
+def test_on_a_gpu(name: str, weighted: bool) -> None:
+    """What it decodes to is the same, but where two candidates are equally good up to rounding; in several pieces."""
+    weights = torch.from_numpy(gaussian(k_types.GPU_PIECE // 768 + 5, 768, seed=11))
+    importance = torch.from_numpy(np.random.default_rng(12).lognormal(0, 1, 768).astype(np.float32))
+    for dtype in (torch.float32, torch.bfloat16):
+        rows = weights.to(dtype)
+        found = k_types.encode(name, rows.cuda(), importance.cuda() if weighted else None)
+        assert found.device.type == "cuda"
+        expected = k_types.encode(name, rows, importance if weighted else None)
+        decoded, values = decode(name, found.cpu().numpy()), decode(name, expected.numpy())
+        assert (decoded != values).mean() < 1e-3
+        assert np.abs(decoded - values).max() < 0.2 * np.abs(values).max()
+        square = [np.square(rows.float().numpy() - one.astype(np.float64)).mean() for one in (decoded, values)]
+        assert abs(square[0] / square[1] - 1) < 1e-5
 
 
 @each_type

@@ -77,6 +77,15 @@ def test_targets_on_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         plan_memory(family("qwen3-8b"), 128 * 2048, 4096, torch.device("cuda"), tmp_path / "out.gguf", 1000)
 
 
+def test_a_table_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is encoded there, and may be larger than anything that a block needs."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (100 * GIB, 100 * GIB))
+    monkeypatch.setattr(memory, "free_memory", lambda: 64 * GIB)
+    monkeypatch.setitem(GEOMETRIES, "wide", {**GEOMETRIES["llama-3.2-1b"], "vocab_size": 2**21})
+    needed = plan_memory(family("wide"), 512, 512, torch.device("cuda"), tmp_path / "out.gguf", 1000).device
+    assert 2**21 * 2048 * 10 < needed < 2**21 * 2048 * 10 + GIB
+
+
 def test_free_memory() -> None:
     assert 2**26 < memory.free_memory() < 2**46
 

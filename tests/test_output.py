@@ -77,7 +77,7 @@ class Setup:
         return [*blocks, last]
 
     def content(self, *, refined: bool) -> QuantizedContent:
-        return QuantizedContent(self.checkpoint, self.family, self.work, refined=refined)
+        return QuantizedContent(self.checkpoint, self.family, self.work, CPU, refined=refined)
 
     def output(self, norms: list[str]) -> Output:
         return Output(self.checkpoint, self.family, self.plan, norms, {"d2q.version": 1}, 80)
@@ -102,7 +102,7 @@ class TestQuantizedContent:
                 found: Tensor = content.packed(name)
                 expected = changed[name]
             else:
-                found = content.floats(name)
+                found = content.floats(name).float().numpy()
                 expected = changed.get(name, setup.checkpoint.tensor(name).float().numpy())
                 if name == "lm_head.weight":
                     expected = setup.checkpoint.tensor(name).float().numpy() / changed["lm_head.column_scale"]
@@ -115,10 +115,10 @@ class TestQuantizedContent:
         for norm in refined_norms(setup.family):
             name = f"{norm}.bias"
             found = content.floats(name)
+            assert found.dtype == torch.float32
             index = setup.family.block_of(name)
             expected = setup.blocks[refined][2 if index is None else index].get(name)
             np.testing.assert_array_equal(found, np.zeros(HIDDEN) if expected is None else expected)
-            assert found.dtype == np.float32
             assert found.shape == (HIDDEN,)
             zeros += [name] if expected is None else []
         assert len(zeros) == (0 if refined else 3)
@@ -129,9 +129,23 @@ class TestQuantizedContent:
         for name in ("model.embed_tokens.weight", "lm_head.weight", "model.layers.1.self_attn.q_proj.bias"):
             if name in setup.family.tensor_shapes():
                 first = content.floats(name)
-                expected = first.copy()
+                expected = first.clone()
                 first += 1
-                np.testing.assert_array_equal(content.floats(name), expected)
+                assert torch.equal(content.floats(name), expected)
+
+    def test_where_matrices_are_encoded(self, setup: Setup, refined: bool) -> None:
+        """On the conversion's device, where they come in 16 bits; the head as floats, divided there."""
+        meta = torch.device("meta")
+        content = QuantizedContent(setup.checkpoint, setup.family, setup.work, meta, refined=refined)
+        rounded = RoundedContent(setup.checkpoint, setup.plan, CPU)
+        rounded.device = meta  # a search couldn't be there
+        for found in (content, rounded):
+            table = found.floats("model.embed_tokens.weight")
+            assert (table.device, table.dtype) == (meta, setup.checkpoint.dtype("model.embed_tokens.weight"))
+            assert found.floats("model.norm.weight").device == CPU
+        if not setup.family.tied_embeddings:
+            head = content.floats("lm_head.weight")
+            assert (head.device, head.dtype) == (meta, torch.float32)
 
 
 def test_a_layer_that_is_missing(setup: Setup) -> None:
@@ -154,7 +168,7 @@ def test_rounded_content(setup: Setup) -> None:
         layer = round_layer(setup.checkpoint.tensor(name).float(), CodebookSearch(kind))
         np.testing.assert_array_equal(content.packed(name), layer.pack(kind))
     norm = content.floats("model.norm.weight")
-    assert norm.dtype == np.float32
+    assert norm.dtype == torch.float32
     np.testing.assert_array_equal(norm, setup.checkpoint.tensor("model.norm.weight").float().numpy())
 
 
@@ -187,8 +201,8 @@ def test_size_and_file(setup: Setup, tmp_path: Path, which: str) -> None:
         if name in setup.plan.linears:
             data = tensor_types.dequantize(tensor_types.BY_NAME[kind], content.packed(name))
         else:
-            data = content.floats(name)
-        found, data = file.dequantize(written), family.export_rows(name, data)
+            data = content.floats(name).float().numpy()
+        found, data = file.dequantize(written), np.asarray(family.export_rows(name, data))
         if kind == "f32" or name in setup.plan.linears:
             np.testing.assert_array_equal(found, data, err_msg=name)
         else:

@@ -34,7 +34,7 @@ from d2q_edge.calibration import BUILTIN
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.conversion import FILE_TYPES
 from d2q_edge.errors import D2QError
-from d2q_edge.export import Value, export
+from d2q_edge.export import Value, export, stored_floats
 from d2q_edge.families import family_for
 from d2q_edge.output import Output
 from d2q_edge.plan import make_plan
@@ -92,9 +92,8 @@ class _RepeatedRows:
         rows: npt.NDArray[np.uint8] = layer.pack(tensor_types.BY_NAME[kind])
         return np.resize(rows, (len(weights), rows.shape[1]))
 
-    def floats(self, name: str) -> npt.NDArray[np.float32]:
-        values: npt.NDArray[np.float32] = self.checkpoint.tensor(name).float().numpy()
-        return values
+    def floats(self, name: str) -> torch.Tensor:
+        return stored_floats(self.checkpoint, name)
 
 
 def generate_checkpoint(directory: Path, shape: Shape) -> None:

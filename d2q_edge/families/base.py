@@ -18,12 +18,15 @@ from typing import Any, ClassVar
 import gguf
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from d2q_edge.errors import D2QError
 from d2q_edge.families.settings import Settings, positive_float
 
 # More layers than any model has; a guard against a config.json that would make us build names forever.
 MAX_LAYERS = 10_000
+
+Values = npt.NDArray[Any] | torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -285,17 +288,17 @@ class Family(Settings, ABC):
             raise KeyError(hf_name)
         return str(name)
 
-    def export_rows(self, hf_name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def export_rows(self, hf_name: str, array: Values) -> Values:
         """Reorder a tensor's rows (first axis) for the file; the identity here.
 
         Works on weights, biases and packed rows of any dtype, because whole rows move.
         """
         return array
 
-    def export_values(self, hf_name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """A float tensor's values as the file has them: llama.cpp multiplies by a norm's weight alone."""
+    def export_values(self, hf_name: str, array: Values) -> Values:
+        """A float tensor's values as the file has them: llama.cpp multiplies by a norm's weight (float32) alone."""
         if self.norm_offset and self._is_norm(hf_name.removesuffix(".weight")):
-            return array + np.float32(self.norm_offset)
+            return array + self.norm_offset
         return array
 
     def _is_norm(self, module: str) -> bool:

@@ -8,7 +8,7 @@ tensor rope_freqs.weight.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import gguf
 import numpy as np
@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from d2q_edge.errors import D2QError
-from d2q_edge.families.base import Family
+from d2q_edge.families.base import Family, Values
 from d2q_edge.families.settings import positive_float
 
 
@@ -34,14 +34,14 @@ class Llama(Family):
         mlp = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
         return (attention if self._flag("attention_bias") else ()) + (mlp if self._flag("mlp_bias") else ())
 
-    def export_rows(self, hf_name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def export_rows(self, hf_name: str, array: Values) -> Values:
         """Interleave the two halves of every head of q and k: row (half, i) of a head becomes row (i, half)."""
         module = hf_name.rpartition(".")[0]
         heads = {"q_proj": self.num_heads, "k_proj": self.num_kv_heads}.get(module.rpartition(".")[2])
         if heads is None:
             return array
         split = array.reshape(heads, 2, self.head_dim // 2, *array.shape[1:])
-        return np.ascontiguousarray(split.swapaxes(1, 2)).reshape(array.shape)
+        return split.swapaxes(1, 2).reshape(array.shape)
 
     def extra_tensors(self) -> dict[str, npt.NDArray[np.float32]]:
         return {"rope_freqs.weight": self._rope_factors()} if self.rope_type == "llama3" else {}

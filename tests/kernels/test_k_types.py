@@ -3,6 +3,7 @@
 import gguf
 import numpy as np
 import pytest
+import torch
 
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.k_types import ENCODERS, encode
@@ -26,7 +27,7 @@ def test_better_than_llama_quantize(ggml: Ggml, name: str) -> None:
     """On the example's embeddings, two tokens to a row, without importance; ggml decodes both."""
     weights = Checkpoint.open(EXAMPLE).tensor("model.embed_tokens.weight").float().numpy()[:2048].reshape(1024, -1)
     t = stock_type(name)
-    ours, stock = encode(name, weights), ggml.quantize(t, weights)
+    ours, stock = encode(name, torch.from_numpy(weights)).numpy(), ggml.quantize(t, weights)
     assert ggml.validate(t, ours)
     assert error(ggml, t, weights, ours) < 0.98 * error(ggml, t, weights, stock)
 
@@ -39,7 +40,7 @@ def test_ggml_and_gguf_decode_the_same(ggml: Ggml, name: str, scale: float) -> N
     weights[2] = 0
     weights[3] = np.abs(weights[3])
     t = stock_type(name)
-    packed = encode(name, weights)
+    packed = encode(name, torch.from_numpy(weights)).numpy()
     assert ggml.validate(t, packed)
     by_gguf = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[name.upper()])
     # One fused multiply-add of difference.

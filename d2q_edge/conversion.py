@@ -5,6 +5,7 @@ Knows the order of the parts and what they hand to each other. `convert` is what
 
 import hashlib
 import json
+import os
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -283,6 +284,9 @@ def choose_device(name: str) -> torch.device:
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         name = "cuda" if available["cuda"] else "cpu"
+    if name == "cuda":
+        # Steps of many sizes, one after another, would leave half of what torch reserves in pieces that fit nothing.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if not available.get(name):
         raise D2QError(f"this machine's torch has no {name} device; use --device cpu")
     return torch.device(name)

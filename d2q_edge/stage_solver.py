@@ -12,7 +12,7 @@ from d2q_edge import tensor_types
 from d2q_edge.quantize.codebook import CodebookSearch
 from d2q_edge.quantize.descent import descend
 from d2q_edge.quantize.gptaq import InputStatistics, layer_feedback, quantize_layer
-from d2q_edge.quantize.precision import matmul_precision, product
+from d2q_edge.quantize.precision import matmul_precision
 from d2q_edge.ranks import Ranks
 from d2q_edge.work_dir import Packed
 
@@ -44,28 +44,28 @@ class StageSolver:
         """
         # Rows don't influence each other, so that they are quantized as one matrix.
         together = torch.cat(list(weights.values()))
-        with matmul_precision("highest"):
-            data, restored = self._quantize(together, statistics, self._search(kind))
-        hessian = statistics.hessian
+        data, restored, squares = self._quantize(together, statistics, self._search(kind))
         found, start = {}, 0
         for name, weight in weights.items():
-            stop = start + len(weight)
-            quantized = restored[start:stop].clone()
-            found[name] = data[start:stop], quantized, _relative_error(weight, quantized, hessian)
-            start = stop
+            here = slice(start, start + len(weight))
+            lost, whole = squares[here].sum(0).tolist()
+            found[name] = data[here], restored[here].clone(), lost / whole if whole > 0 else 0.0
+            start += len(weight)
         return found
 
     def _quantize(
         self, weights: torch.Tensor, statistics: InputStatistics, search: CodebookSearch
-    ) -> tuple[Packed, torch.Tensor]:
-        """Blocks and what they stand for; this process makes its part of the rows, packing included."""
+    ) -> tuple[Packed, torch.Tensor, torch.Tensor]:
+        """Blocks, what they stand for, and `_squares`; this process makes its part of the rows."""
         own = self.ranks.part(weights)
-        feedback = layer_feedback(statistics, search.tensor_type, self.alpha)
-        layer = quantize_layer(own, feedback, search)
-        layer = descend(layer, own, statistics, feedback, search, self.rounds)
+        with matmul_precision("highest"):
+            feedback = layer_feedback(statistics, search.tensor_type, self.alpha)
+            layer = quantize_layer(own, feedback, search)
+            layer = descend(layer, own, statistics, feedback, search, self.rounds)
         packed = torch.from_numpy(layer.pack(search.tensor_type)).to(weights.device)
-        rows = len(weights)
-        return self.ranks.join_parts(packed, rows).cpu().numpy(), self.ranks.join_parts(layer.weights, rows)
+        parts = packed, layer.weights, _squares(own, layer.weights, statistics.hessian)
+        data, restored, squares = (self.ranks.join_parts(part, len(weights)) for part in parts)
+        return data.cpu().numpy(), restored, squares
 
     def _search(self, kind: str) -> CodebookSearch:
         if kind not in self._searches:
@@ -73,7 +73,7 @@ class StageSolver:
         return self._searches[kind]
 
 
-def _relative_error(weights: torch.Tensor, quantized: torch.Tensor, hessian: torch.Tensor) -> float:
-    error = weights - quantized
-    total = (product(weights, hessian) * weights).sum()
-    return float((product(error, hessian) * error).sum() / total) if total > 0 else 0.0
+def _squares(weights: torch.Tensor, quantized: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """Of every row the squared error of its output, and the squared output: [rows, 2]."""
+    parts = weights - quantized, weights
+    return torch.stack([((part @ hessian) * part).sum(1) for part in parts], 1)

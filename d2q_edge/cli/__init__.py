@@ -43,8 +43,5 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        more = (
-            " A conversion goes on where it stopped when the command is repeated." if "convert" in sys.argv[1:2] else ""
-        )
-        click.echo(f"Interrupted.{more}", err=True)
+        click.echo(f"Interrupted.{GOES_ON if 'convert' in sys.argv[1:2] else ''}", err=True)
         sys.exit(130)

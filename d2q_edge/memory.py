@@ -31,7 +31,7 @@ HIDDEN, INNER = 10, 5
 """Activations of a batch, in multiples of its hidden states and of its intermediate ones."""
 SEARCH = 256 * 2**20
 """Bytes of one step of a codebook search (quantize/codebook.py)."""
-CUDA_SEARCH = 12 * SEARCH
+CUDA_SEARCH = 14 * SEARCH
 """The same on a GPU, in larger steps, with what recorded steps keep for every shape (quantize/graphs.py)."""
 ENCODING = 10
 """Bytes for each weight of a table that is being encoded: as stored, as floats, and the result, twice while its pieces

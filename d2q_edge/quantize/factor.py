@@ -25,10 +25,9 @@ def inverse_factor(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor,
         U, float32 [n, n], and d, float32 [].
 
     Raises:
-        D2QError: it can't be factored even in double precision with ten times the damping.
+        D2QError: it can't be factored even in double precision with ten times the damping, or it is zero.
     """
     mean = hessian.diagonal().mean()
-    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
     for dtype, share in ((torch.float32, damping), (torch.float64, damping), (torch.float64, 10 * damping)):
         exchanged = hessian.flip(0, 1).to(dtype)
         exchanged.diagonal().add_(share * mean)

@@ -74,7 +74,7 @@ class CodebookSearch:
         """
         if not self.tensor_type.switched:
             return uniform.search(vectors)
-        if vectors.device.type == "cuda" and has_triton():
+        if has_triton(vectors.device):
             from d2q_edge.quantize import codebook_cuda
 
             return codebook_cuda.search(vectors, self._rank_table, self.levels, SHORTLIST, _KNEE, _EDGE)
@@ -115,7 +115,7 @@ class CodebookSearch:
 
     def _ranked_error(self, vectors: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Approximate error of every block at its scale, with the best codebook for each group: [rows]."""
-        if vectors.device.type == "cuda" and has_triton():
+        if has_triton(vectors.device):
             from d2q_edge.quantize import codebook_cuda
 
             bins = self._rank_table, _KNEE, _EDGE

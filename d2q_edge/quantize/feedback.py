@@ -61,7 +61,7 @@ def round_group(
         inverses: from `corners`.
         lead: P of these columns, float32 [32, 32].
     """
-    if targets.device.type == "cuda" and has_triton():
+    if has_triton(targets.device):
         from d2q_edge.quantize import feedback_cuda
 
         return Rounded(*feedback_cuda.round_group(targets, levels, books, scales, factor, inverses, lead))

@@ -66,8 +66,10 @@ def _record(function: Callable[..., Tensors], tensors: tuple[torch.Tensor | None
 
 
 @cache
-def has_triton() -> bool:
-    """Whether kernels of our own can be compiled: PyTorch's CUDA builds for Linux bring Triton along, others don't."""
+def has_triton(device: torch.device) -> bool:
+    """Whether kernels of our own can run there: PyTorch's CUDA builds for Linux bring Triton along, others don't."""
+    if device.type != "cuda":
+        return False
     try:
         import triton  # noqa: F401
     except ImportError:

@@ -88,7 +88,7 @@ def test_the_kernels_find_the_same(kind: TensorType, name: str, monkeypatch: pyt
     scales = search.block_scales(weights)
     vectors = search.vectors(weights / scales[:, None])
     books, errors = search.search(vectors)
-    monkeypatch.setattr(codebook, "has_triton", lambda: False)
+    monkeypatch.setattr(codebook, "has_triton", lambda _: False)
     torch.testing.assert_close(scales, search.block_scales(weights))
     books_without, errors_without = search.search(vectors)
     torch.testing.assert_close(errors, errors_without, rtol=1e-3, atol=1e-2)

@@ -83,7 +83,7 @@ def test_corners_are_inverses(width: int) -> None:
 def test_the_kernel_is_the_loop(kind: TensorType, rows: int, lead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(kind, rows, lead=lead, device="cuda")
     kernel = case.round()
-    monkeypatch.setattr(feedback, "has_triton", lambda: False)
+    monkeypatch.setattr(feedback, "has_triton", lambda _: False)
     loop = case.round()
     same = (kernel.codes == loop.codes).all(1)
     # Near ties are decided otherwise now and then.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from d2q_edge.calibration import BUILTIN, Text, load_text
 from d2q_edge.errors import D2QError
+from d2q_edge.llama_vocabulary import LlamaVocabulary
 from d2q_edge.runtime import follow_tool, source
 from d2q_edge.runtime.machine import usable_cpus
 
@@ -70,12 +71,13 @@ def importance_matrix(original: Path, calibration: str = "builtin") -> Path:
     """The importance matrix of a file for a text, from the cache or made now by llama-imatrix.
 
     Raises:
-        D2QError: the tool isn't built, or fails, or the text can't be read.
+        D2QError: the tool isn't built, or fails, or the text can't be read or is too short.
     """
     text = load_text(calibration, "calibration")
     place = _cached(original, text)
     if place.is_file():
         return place
+    _check_length(original, text)
     partial = place.with_name(f"partial-{place.name}")
     path = BUILTIN["calibration"] if calibration == "builtin" else Path(calibration)
     try:
@@ -90,6 +92,17 @@ def importance_matrix(original: Path, calibration: str = "builtin") -> Path:
     finally:
         partial.unlink(missing_ok=True)
     return place
+
+
+def _check_length(original: Path, text: Text) -> None:
+    """llama-imatrix refuses a text of less than two chunks, too, but what it says about it is sometimes lost."""
+    with LlamaVocabulary(original) as vocabulary:
+        count = len(vocabulary.tokenize(text.content, special=False))
+    if count < 2 * IMATRIX_CONTEXT:
+        raise D2QError(
+            f"the calibration text has {count} tokens, but an importance matrix needs {2 * IMATRIX_CONTEXT}: "
+            "choose a longer text"
+        )
 
 
 def _cached(original: Path, text: Text) -> Path:

@@ -77,7 +77,7 @@ def test_matrix_is_kept(example_files: ExampleFiles, text: Path, cache: Path, mo
 
 def test_failures(example_files: ExampleFiles, text: Path, tmp_path: Path, cache: Path) -> None:
     text.write_text("Too short.")
-    with pytest.raises(D2QError, match=r"llama-imatrix failed: .*tokens"):
+    with pytest.raises(D2QError, match=r"text has [1-9] tokens, but an importance matrix needs 1024: choose"):
         importance_matrix(example_files.f16, str(text))
     assert list(cache.rglob("*.gguf")) == [], "nothing half made stays"
     with pytest.raises(D2QError, match="can't read the text"):
@@ -124,7 +124,13 @@ class TestFollowing:
         assert seen == [(7, 291)]
 
     def test_failure(self) -> None:
-        with pytest.raises(D2QError, match=r"^sh failed: two three four$"):
+        with pytest.raises(D2QError, match=r"^sh failed \(exit code 3\): two three four$"):
             runtime.follow_tool(
                 "tool", "-c", "echo one; echo two; echo; echo three >&2; echo four; exit 3", what="a", unit="b"
             )
+
+    def test_silent_failure(self) -> None:
+        with pytest.raises(D2QError, match=r"^sh failed \(exit code 4\): .*, run /bin/sh -c 'exit 4'$"):
+            runtime.follow_tool("tool", "-c", "exit 4", what="a", unit="b")
+        with pytest.raises(D2QError, match=r"^sh failed \(killed by SIGKILL\): "):
+            runtime.follow_tool("tool", "-c", "kill -9 $$", what="a", unit="b")

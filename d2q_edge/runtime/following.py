@@ -2,6 +2,8 @@
 
 import os
 import re
+import shlex
+import signal
 import subprocess
 from pathlib import Path
 
@@ -49,7 +51,14 @@ def follow_tool(name: str, *arguments: object, what: str, unit: str) -> None:
             process.stdout.close()
     if code:
         lines = [line.strip() for line in said.splitlines() if line.strip()]
-        raise D2QError(f"{Path(command[0]).name} failed: {' '.join(lines[-3:])}")
+        # They print from a thread that nobody waits for at the end, so that the last lines can be missing.
+        reason = " ".join(lines[-3:]) or f"it said nothing; to see why, run {shlex.join(command)}"
+        raise D2QError(f"{Path(command[0]).name} failed ({_ending(code)}): {reason}")
+
+
+def _ending(code: int) -> str:
+    """How a process ended."""
+    return f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
 
 
 def _advance(progress: "tqdm[None]", said: str) -> None:

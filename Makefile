@@ -11,7 +11,7 @@ demo: runtime
 	$(BIN)/python tools/demo.py
 
 test: lint runtime
-	D2Q_REQUIRE_RUNTIME=1 $(BIN)/python -m pytest
+	D2Q_REQUIRE_RUNTIME=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

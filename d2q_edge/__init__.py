@@ -16,9 +16,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from d2q_edge.conversion import Conversion, Options, convert
+    from d2q_edge.conversion import Conversion, convert
     from d2q_edge.errors import D2QError
     from d2q_edge.evaluation import Evaluation, evaluate
+    from d2q_edge.recipe import Options
 
 __version__ = "0.1.0"
 __all__ = ["Conversion", "D2QError", "Evaluation", "Options", "convert", "evaluate"]
@@ -27,7 +28,7 @@ _MODULES = {
     "Conversion": "conversion",
     "D2QError": "errors",
     "Evaluation": "evaluation",
-    "Options": "conversion",
+    "Options": "recipe",
     "convert": "conversion",
     "evaluate": "evaluation",
 }

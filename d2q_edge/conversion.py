@@ -3,11 +3,10 @@
 Knows the order of the parts and what they hand to each other. `convert` is what the command line calls.
 """
 
-import hashlib
-import json
 import os
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,20 +16,21 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from d2q_edge import __version__, codebooks
 from d2q_edge.blocks import BlockRunner
 from d2q_edge.calibration import Text, load_text, split_windows
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.errors import D2QError
-from d2q_edge.export import Value, check_tokenizer
+from d2q_edge.export import check_tokenizer
 from d2q_edge.families import Family, family_for
 from d2q_edge.gguf_file import check_output
 from d2q_edge.memory import MemoryPlan, plan_memory
 from d2q_edge.output import Output, QuantizedContent, RoundedContent
+from d2q_edge.output_lock import sole_writer
 from d2q_edge.pipeline import BATCH_TOKENS, Method, corrected_norms, quantize_blocks
 from d2q_edge.plan import Plan, check_request, is_mixed, make_plan, rounding_types
 from d2q_edge.quantize.rotation import RotatedCheckpoint, rotation_pays
 from d2q_edge.ranks import Ranks
+from d2q_edge.recipe import Options, fingerprint, own_keys
 from d2q_edge.refinement import Refinement, refine, refined_norms
 from d2q_edge.report import Report
 from d2q_edge.sensitivity import choose_windows, measure
@@ -38,50 +38,10 @@ from d2q_edge.tokenizer import read_tokenizer
 from d2q_edge.tokenizer.original import load_original
 from d2q_edge.work_dir import WorkDir, was_published
 
-FORMAT_VERSION = 1
-"""Value of d2q.version: the layout of the blocks and the meaning of the d2q.* keys."""
 REFINE_FACTOR = 8
 """Refinement uses that many times the calibration tokens, as far as the text goes."""
 FILE_TYPES = {2: 80, 3: 81}
 """general.file_type by bits, of a mixture the nearest; the patched llama.cpp calls them D2Q2 and D2Q3."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What decides the content of the file.
-
-    Attributes:
-        bits: 2, 3, or the mean over the blocks' linear layers of a mixture of types.
-        calibrate: quantize with error feedback on calibration text; otherwise round to nearest, in seconds.
-        calibration: a text file, or "builtin".
-        calibration_tokens: how many.
-        context: tokens per calibration window.
-        seed: of the choice of windows, and of the rotation.
-        rotation: "on", "off", or "auto" for what pays (quantize/rotation.py).
-        dsq: column scales (quantize/dsq.py).
-        dac: norm biases (quantize/dac.py).
-        refine: tune the whole model afterwards (quantize/refine.py).
-        embedding_type, head_type: stock types; None chooses.
-        device: "auto", "cpu", "cuda" or "mps".
-        memory_limit: bytes of the computer's memory that may be taken; None for what is free.
-        pre_tokenizer: llama.cpp's name for the way the tokenizer splits text; None finds it.
-    """
-
-    bits: float = 2
-    calibrate: bool = True
-    calibration: str = "builtin"
-    calibration_tokens: int = 65536
-    context: int = 512
-    seed: int = 0
-    rotation: str = "auto"
-    dsq: bool = True
-    dac: bool = True
-    refine: bool = False
-    embedding_type: str | None = None
-    head_type: str | None = None
-    device: str = "auto"
-    memory_limit: int | None = None
-    pre_tokenizer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -176,87 +136,154 @@ def convert(
     """
     output, options = Path(output), options or Options()
     ranks = Ranks.join(choose_device(options.device))
-    if not dry_run and not was_published(output):
-        # Before anything that takes time; its size is checked when it is known.
-        ranks.in_turn(lambda: check_output(output, force=force))
-    source = Checkpoint.open(model)
-    family = family_for(source.config)
-    source.check(family.tensor_shapes())
-    rotated = options.rotation == "on" or (options.rotation == "auto" and rotation_pays(family))
-    checkpoint = RotatedCheckpoint(source, options.seed) if rotated else source
-    family = family_for(checkpoint.config)
-    tables = options.embedding_type, options.head_type
-    check_request(family, options.bits, *tables)
-    if options.refine and not options.calibrate:
-        raise D2QError("--refine tunes the model on calibration text; leave out --no-calibration")
-    if options.refine and family.num_experts:
-        raise D2QError("--refine can't tune a mixture of experts; leave it out")
-    text = load_text(options.calibration, "calibration") if options.calibrate else None
-    windows = held_back = None
-    if text is not None:
-        windows, held_back = _calibration_windows(checkpoint, family, text, options, options.calibration_tokens)
-    sensitivity = None
-    if is_mixed(options.bits):
-        sensitivity = _sensitivity(checkpoint, family, options, windows, ranks)
-    plan = make_plan(family, options.bits, *tables, sensitivity)
-    file_type = FILE_TYPES[plan.nearest_bits if is_mixed(options.bits) else int(options.bits)]
-    method = Method(dsq=options.dsq, dac=options.dac)
-    metadata = _metadata(plan, options, method, rotated, text, windows)
-    norm_biases = refined_norms(family) if options.refine else corrected_norms(family, method)
-    norm_biases = [] if windows is None else norm_biases
-    file = Output(checkpoint, family, plan, norm_biases, metadata, file_type, options.pre_tokenizer)
-    # Also finds out, before the long work, whether tokenizer and metadata can be exported.
-    size = file.size()
-    if ranks.is_first:
-        _say_notes(plan, family, options)
-    memory = None
-    if windows is not None and held_back is not None:
-        tokens, limit, disk = windows.size + held_back.size, options.memory_limit, plan.linear_bytes
-        memory = plan_memory(family, tokens, BATCH_TOKENS, ranks.device, output, disk, limit, ranks.count)
     if dry_run:
-        return Conversion(plan, size, None, memory)
-    if not was_published(output):
-        ranks.in_turn(lambda: check_output(output, force=force, size=size))
-    if windows is None or text is None or memory is None:
-        if ranks.is_first:
-            file.write(output, RoundedContent(checkpoint, plan, ranks.device), force, verify=verify)
-        return Conversion(plan, size, Report())
+        return _Job(model, output, options, ranks).planned()
+    with sole_writer(output) if ranks.is_first else nullcontext():
+        if not was_published(output):
+            # Before anything that takes time; its size is checked when it is known.
+            ranks.in_turn(lambda: check_output(output, force=force))
+        job = _Job(model, output, options, ranks)
+        if not was_published(output):
+            ranks.in_turn(lambda: check_output(output, force=force, size=job.size))
+        if job.calibration is None:
+            return job.round(force=force, verify=verify)
+        return job.quantize(job.calibration, force=force, verify=verify)
 
-    if verify and ranks.is_first:
-        check_tokenizer(checkpoint, family, options.pre_tokenizer)
-    _check_weights(source, ranks)
-    if ranks.is_first:
-        print(memory.describe(), file=sys.stderr)
-        if windows.size + options.context <= options.calibration_tokens:
-            print(f"the calibration text has {windows.size} tokens only; all are used", file=sys.stderr)
-    fingerprint = _fingerprint(checkpoint, plan, file.metadata, windows, ranks)
-    work = ranks.in_turn(lambda: WorkDir(output, fingerprint, force=force and ranks.is_first))
-    if was_published(output):
-        # Killed at the very end: there is nothing left to do but tidying up.
-        ranks.wait()
+
+@dataclass(frozen=True)
+class _Calibration:
+    """What a model is calibrated on.
+
+    Attributes:
+        text: the whole text.
+        windows: token ids [windows, context].
+        held_back: other windows, to measure the result on.
+        memory: what it takes.
+    """
+
+    text: Text
+    windows: npt.NDArray[np.int64]
+    held_back: npt.NDArray[np.int64]
+    memory: MemoryPlan
+
+
+class _Job:
+    """One conversion, planned; then done by `round` or `quantize`."""
+
+    def __init__(self, model: str | Path, output: Path, options: Options, ranks: Ranks) -> None:
+        self.output, self.options, self.ranks = output, options, ranks
+        self.source = Checkpoint.open(model)
+        family = family_for(self.source.config)
+        self.source.check(family.tensor_shapes())
+        rotated = options.rotation == "on" or (options.rotation == "auto" and rotation_pays(family))
+        self.checkpoint = RotatedCheckpoint(self.source, options.seed) if rotated else self.source
+        self.family = family = family_for(self.checkpoint.config)
+        tables = options.embedding_type, options.head_type
+        check_request(family, options.bits, *tables)
+        if options.refine and not options.calibrate:
+            raise D2QError("--refine tunes the model on calibration text; leave out --no-calibration")
+        if options.refine and family.num_experts:
+            raise D2QError("--refine can't tune a mixture of experts; leave it out")
+        text = load_text(options.calibration, "calibration") if options.calibrate else None
+        windows = held_back = None
+        if text is not None:
+            windows, held_back = self._windows(text, options.calibration_tokens)
+        self.method = Method(dsq=options.dsq, dac=options.dac)
+        sensitivity = self._sensitivity(windows) if is_mixed(options.bits) else None
+        self.plan = make_plan(family, options.bits, *tables, sensitivity)
+        file_type = FILE_TYPES[self.plan.nearest_bits if is_mixed(options.bits) else int(options.bits)]
+        metadata = own_keys(self.plan, options, self.method, rotated, text, windows)
+        norm_biases = refined_norms(family) if options.refine else corrected_norms(family, self.method)
+        norm_biases = [] if windows is None else norm_biases
+        self.file = Output(self.checkpoint, family, self.plan, norm_biases, metadata, file_type, options.pre_tokenizer)
+        # Also finds out, before the long work, whether tokenizer and metadata can be exported.
+        self.size = self.file.size()
         if ranks.is_first:
-            work.remove()
-        return Conversion(plan, size, Report(), memory)
-    if work.finished and ranks.is_first:
-        print(f"going on after {work.finished} finished blocks in {work.path}", file=sys.stderr)
-    runner = BlockRunner(checkpoint, family, ranks.device)
-    report = quantize_blocks(
-        runner, plan.linears, windows, work, method, held_back=held_back, place=memory.place, ranks=ranks
-    )
-    if not ranks.is_first:
+            _say_notes(self.plan, family, options)
+        self.calibration = None
+        if text is not None and windows is not None and held_back is not None:
+            tokens, limit, disk = windows.size + held_back.size, options.memory_limit, self.plan.linear_bytes
+            memory = plan_memory(family, tokens, BATCH_TOKENS, ranks.device, output, disk, limit, ranks.count)
+            self.calibration = _Calibration(text, windows, held_back, memory)
+
+    def planned(self) -> Conversion:
+        """What would be done."""
+        return Conversion(self.plan, self.size, None, self.calibration.memory if self.calibration else None)
+
+    def round(self, *, force: bool, verify: bool) -> Conversion:
+        """Write the file without calibration."""
+        if self.ranks.is_first:
+            content = RoundedContent(self.checkpoint, self.plan, self.ranks.device)
+            self.file.write(self.output, content, force, verify=verify)
+        return Conversion(self.plan, self.size, Report())
+
+    def quantize(self, calibration: _Calibration, *, force: bool, verify: bool) -> Conversion:
+        """Quantize block by block, or go on doing it, and write the file."""
+        family, ranks, options, memory = self.family, self.ranks, self.options, calibration.memory
+        if verify and ranks.is_first:
+            check_tokenizer(self.checkpoint, family, options.pre_tokenizer)
+        _check_weights(self.source, ranks)
+        if ranks.is_first:
+            print(memory.describe(), file=sys.stderr)
+            if calibration.windows.size + options.context <= options.calibration_tokens:
+                print(f"the calibration text has {calibration.windows.size} tokens only; all are used", file=sys.stderr)
+        key = fingerprint(self.checkpoint, self.plan, self.file.metadata, calibration.windows, ranks)
+        work = ranks.in_turn(lambda: WorkDir(self.output, key, force=force and ranks.is_first))
+        if was_published(self.output):
+            # Killed at the very end: there is nothing left to do but tidying up.
+            ranks.wait()
+            if ranks.is_first:
+                work.remove()
+            return Conversion(self.plan, self.size, Report(), memory)
+        if work.finished and ranks.is_first:
+            print(f"going on after {work.finished} finished blocks in {work.path}", file=sys.stderr)
+        runner = BlockRunner(self.checkpoint, family, ranks.device)
+        report = quantize_blocks(
+            runner,
+            self.plan.linears,
+            calibration.windows,
+            work,
+            self.method,
+            held_back=calibration.held_back,
+            place=memory.place,
+            ranks=ranks,
+        )
+        if not ranks.is_first:
+            ranks.wait()
+            return Conversion(self.plan, self.size, report, memory)
+        refinement = None
+        if options.refine and not work.has_block(family.num_layers, refined=True):
+            more, _ = self._windows(calibration.text, REFINE_FACTOR * options.calibration_tokens)
+            refinement = refine(self.checkpoint, family, self.plan.linears, more, work, ranks.device)
+        with report.timed("writing"):
+            content = QuantizedContent(self.checkpoint, family, work, ranks.device, refined=options.refine)
+            self.file.write(work.complete, content, force=True, verify=verify)
+            work.publish()
+        work.remove()
         ranks.wait()
-        return Conversion(plan, size, report, memory)
-    refinement = None
-    if options.refine and not work.has_block(family.num_layers, refined=True):
-        more, _ = _calibration_windows(checkpoint, family, text, options, REFINE_FACTOR * options.calibration_tokens)
-        refinement = refine(checkpoint, family, plan.linears, more, work, ranks.device)
-    with report.timed("writing"):
-        content = QuantizedContent(checkpoint, family, work, ranks.device, refined=options.refine)
-        file.write(work.complete, content, force=True, verify=verify)
-        work.publish()
-    work.remove()
-    ranks.wait()
-    return Conversion(plan, output.stat().st_size, report, memory, refinement)
+        return Conversion(self.plan, self.output.stat().st_size, report, memory, refinement)
+
+    def _windows(self, text: Text, tokens: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Calibration windows, and others."""
+        options = self.options
+        tokenizer, bos = load_tokenizer(self.checkpoint, self.family, options.pre_tokenizer)
+        return split_windows(tokenizer, text, tokens, options.context, options.seed, bos)
+
+    def _sensitivity(self, windows: npt.NDArray[np.int64] | None) -> dict[str, float]:
+        """Of every layer that a mixture has a choice for, as the first process measures it."""
+        if windows is None:
+            raise D2QError(
+                f"--bits {self.options.bits:g} measures on calibration text which layers need more bits; leave out "
+                "--no-calibration, or use --bits 2 or 3"
+            )
+        types = rounding_types(self.family)
+        measured = dict.fromkeys(types, 0.0)
+        if self.ranks.is_first:
+            runner = BlockRunner(self.checkpoint, self.family, self.ranks.device)
+            measured = measure(runner, types, choose_windows(windows))
+        shared = torch.tensor(list(measured.values()), dtype=torch.float32)
+        self.ranks.sum([shared])
+        return dict(zip(measured, shared.tolist(), strict=True))
 
 
 def _say_notes(plan: Plan, family: Family, options: Options) -> None:
@@ -311,90 +338,3 @@ def _check_weights(checkpoint: Checkpoint, ranks: Ranks) -> None:
     names = list(checkpoint.names)[ranks.rank :: ranks.count]
     for name in tqdm(names, desc="Checking", unit="tensor", disable=None if ranks.is_first else True):
         checkpoint.tensor(name)
-
-
-def _calibration_windows(
-    checkpoint: Checkpoint, family: Family, text: Text, options: Options, tokens: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    tokenizer, bos = load_tokenizer(checkpoint, family, options.pre_tokenizer)
-    return split_windows(tokenizer, text, tokens, options.context, options.seed, bos)
-
-
-def _metadata(
-    plan: Plan,
-    options: Options,
-    method: Method,
-    rotated: bool,
-    text: Text | None,
-    windows: npt.NDArray[np.int64] | None,
-) -> dict[str, Value]:
-    """The d2q.* keys: what a reader needs, and what it takes to make the file again."""
-    recipe: dict[str, Any] = {"bits": options.bits, "method": "rtn", "rotation": rotated, "dsq": False, "dac": False}
-    if rotated:
-        recipe["seed"] = options.seed
-    if text is not None and windows is not None:
-        recipe |= {
-            "method": "gptaq",
-            "alpha": method.alpha,
-            "dsq": method.dsq,
-            "dac": method.dac,
-            "rounds": method.rounds,
-            "refine": options.refine,
-            "calibration": text.source,
-            "calibration_sha256": text.sha256,
-            "calibration_tokens": windows.size,
-            "context": options.context,
-            "seed": options.seed,
-        }
-        if is_mixed(options.bits):
-            recipe |= {"allocation": "divergence", "allocation_windows": len(choose_windows(windows))}
-    return {
-        "d2q.version": FORMAT_VERSION,
-        "d2q.recipe": json.dumps(recipe),
-        "d2q.table_sha256": codebooks.TABLE_SHA256,
-        "d2q.bits_per_weight": plan.bits_per_weight,
-    }
-
-
-def _sensitivity(
-    checkpoint: Checkpoint,
-    family: Family,
-    options: Options,
-    windows: npt.NDArray[np.int64] | None,
-    ranks: Ranks,
-) -> dict[str, float]:
-    """Of every layer that a mixture has a choice for, as the first process measures it."""
-    if windows is None:
-        raise D2QError(
-            f"--bits {options.bits:g} measures on calibration text which layers need more bits; leave out "
-            "--no-calibration, or use --bits 2 or 3"
-        )
-    types = rounding_types(family)
-    measured = dict.fromkeys(types, 0.0)
-    if ranks.is_first:
-        measured = measure(BlockRunner(checkpoint, family, ranks.device), types, choose_windows(windows))
-    shared = torch.tensor(list(measured.values()), dtype=torch.float32)
-    ranks.sum([shared])
-    return dict(zip(measured, shared.tolist(), strict=True))
-
-
-def _fingerprint(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    metadata: dict[str, Value],
-    windows: npt.NDArray[np.int64],
-    ranks: Ranks,
-) -> dict[str, Any]:
-    """What decides the content of the packed blocks."""
-    weights = sorted(checkpoint.directory.glob("*.safetensors"))
-    return {
-        "d2q-edge": __version__,
-        "model": str(checkpoint.directory.resolve()),
-        "config.json": checkpoint.config,
-        "weight files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weights],
-        "recipe": metadata,
-        "types": dict(plan.linears),
-        "calibration tokens": hashlib.sha256(windows.tobytes()).hexdigest(),
-        "device": ranks.device.type,
-        "processes": ranks.count,
-    }

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from d2q_edge import cli, generate, llama_model
-from d2q_edge.conversion import Options, convert
+from d2q_edge.conversion import convert
 from d2q_edge.export import export
+from d2q_edge.recipe import Options
 from d2q_edge.report import Report
 from d2q_edge.runtime import source
 from tests import stock

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import d2q_edge
-from d2q_edge import conversion, errors, evaluation
+from d2q_edge import conversion, errors, evaluation, recipe
 from tests.availability import require_runtime
 from tests.checkpoints import EXAMPLE
 from tests.conftest import ExampleFiles
@@ -19,7 +19,7 @@ SCRIPT = EXAMPLE.parent / "convert_and_evaluate.py"
 def test_names() -> None:
     assert d2q_edge.convert is conversion.convert
     assert d2q_edge.evaluate is evaluation.evaluate
-    assert d2q_edge.Options is conversion.Options
+    assert d2q_edge.Options is recipe.Options
     assert d2q_edge.D2QError is errors.D2QError
     for name in d2q_edge.__all__:
         documented = getattr(d2q_edge, name)

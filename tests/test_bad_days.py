@@ -19,6 +19,7 @@ import torch
 from d2q_edge import cli, conversion, durable, gguf_file, pipeline, stage_solver, work_dir
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.gguf_reader import GGUFFile, TensorInfo
+from d2q_edge.recipe import Options
 from d2q_edge.work_dir import WorkDir
 from tests.checkpoints import write_checkpoint
 from tests.interruption import interrupt_after
@@ -67,7 +68,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected(model: Path) -> bytes:
     """The file of an undisturbed conversion."""
-    conversion.convert(model, model.parent / "out.gguf", conversion.Options(calibration_tokens=512, context=32))
+    conversion.convert(model, model.parent / "out.gguf", Options(calibration_tokens=512, context=32))
     return (model.parent / "out.gguf").read_bytes()
 
 

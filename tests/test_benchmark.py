@@ -11,9 +11,10 @@ import pytest
 
 from d2q_edge import benchmark
 from d2q_edge.benchmark import Settings
-from d2q_edge.conversion import Options, convert
+from d2q_edge.conversion import convert
 from d2q_edge.errors import D2QError
 from d2q_edge.gguf_reader import GGUFFile
+from d2q_edge.recipe import Options
 from tests.availability import require_tool
 from tests.conftest import ExampleFiles
 

@@ -17,13 +17,14 @@ from d2q_edge.calibration import load_text, token_windows
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.codebooks import TABLE_SHA256
 from d2q_edge.column_scaling import COLUMN_SCALE
-from d2q_edge.conversion import Conversion, Options
+from d2q_edge.conversion import Conversion
 from d2q_edge.errors import D2QError
 from d2q_edge.export import export
 from d2q_edge.families import Family, family_for
 from d2q_edge.gguf_reader import GGUFFile
 from d2q_edge.pipeline import Method, quantize_blocks
 from d2q_edge.quantize.rotation import RotatedCheckpoint
+from d2q_edge.recipe import Options
 from d2q_edge.work_dir import WorkDir
 from tests.checkpoints import write_checkpoint
 from tests.interruption import interrupt_after

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from d2q_edge import conversion, gguf_file, stage_solver
-from d2q_edge.conversion import Options
 from d2q_edge.errors import D2QError
 from d2q_edge.gguf_reader import GGUFFile
+from d2q_edge.recipe import Options
 from tests.checkpoints import write_checkpoint
 from tests.interruption import interrupt_after
 

@@ -17,13 +17,14 @@ from d2q_edge import evaluation as module
 from d2q_edge import runtime
 from d2q_edge.calibration import BUILTIN, load_text
 from d2q_edge.checkpoint import Checkpoint
-from d2q_edge.conversion import Options, convert
+from d2q_edge.conversion import convert
 from d2q_edge.errors import D2QError
 from d2q_edge.evaluation import Evaluation, evaluate, log_softmax, quantile_interval
 from d2q_edge.export import export
 from d2q_edge.families import family_for
 from d2q_edge.gguf_reader import GGUFFile
 from d2q_edge.llama_model import LlamaModel
+from d2q_edge.recipe import Options
 from tests.availability import require_runtime, require_tool
 from tests.checkpoints import EXAMPLE
 from tests.conftest import ExampleFiles

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from d2q_edge import tensor_types
 from d2q_edge.checkpoint import Checkpoint, _Entry
-from d2q_edge.conversion import Options, convert
+from d2q_edge.conversion import convert
 from d2q_edge.export import export, file_name, model_tensors
 from d2q_edge.families import family_for
 from d2q_edge.gguf_file import GGUFTensor, block_and_type_size, data_size, encode
@@ -25,6 +25,7 @@ from d2q_edge.output import Output
 from d2q_edge.plan import make_plan
 from d2q_edge.quantize.codebook import CodebookSearch
 from d2q_edge.quantize.rtn import round_layer
+from d2q_edge.recipe import Options
 from d2q_edge.torch_evaluate import WholeModel
 from tests.availability import require_runtime
 from tests.checkpoints import EXAMPLE

@@ -17,7 +17,7 @@ from d2q_edge import expert_pipeline, pipeline, streams
 from d2q_edge.blocks import BlockRunner
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.column_scaling import COLUMN_SCALE
-from d2q_edge.conversion import Options, convert
+from d2q_edge.conversion import convert
 from d2q_edge.errors import D2QError
 from d2q_edge.expert_pipeline import statistics_bytes
 from d2q_edge.families import family_for
@@ -30,6 +30,7 @@ from d2q_edge.quantize.dsq import InputEnergy, column_scales
 from d2q_edge.quantize.gptaq import InputStatistics
 from d2q_edge.quantize.rotation import RotatedCheckpoint
 from d2q_edge.ranks import ALONE, Ranks
+from d2q_edge.recipe import Options
 from d2q_edge.report import Report
 from d2q_edge.stage_solver import StageSolver
 from d2q_edge.torch_evaluate import WholeModel

@@ -15,7 +15,7 @@ from d2q_edge import conversion as convert_module
 from d2q_edge.blocks import BlockRunner
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.column_scaling import COLUMN_SCALE
-from d2q_edge.conversion import Options, convert
+from d2q_edge.conversion import convert
 from d2q_edge.errors import D2QError
 from d2q_edge.families import Family, family_for
 from d2q_edge.gguf_reader import GGUFFile
@@ -24,6 +24,7 @@ from d2q_edge.plan import make_plan
 from d2q_edge.quantize import refine as refine_module
 from d2q_edge.quantize.rotation import RotatedCheckpoint
 from d2q_edge.ranks import ALONE
+from d2q_edge.recipe import Options
 from d2q_edge.refinement import Refinement, refine
 from d2q_edge.torch_evaluate import WholeModel
 from tests.family_models import MODELS, write_model

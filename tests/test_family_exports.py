@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM
 
 from d2q_edge.blocks import add_bias
 from d2q_edge.checkpoint import Checkpoint
-from d2q_edge.conversion import Options, convert
+from d2q_edge.conversion import convert
 from d2q_edge.export import FILE_TYPES, export, model_tensors, write_model
 from d2q_edge.families import family_for
 from d2q_edge.gguf_file import GGUFTensor
 from d2q_edge.gguf_reader import GGUFFile
 from d2q_edge.llama_model import LlamaModel
+from d2q_edge.recipe import Options
 from tests import stock
 from tests.availability import require_runtime
 from tests.family_models import MODELS

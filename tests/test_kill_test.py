@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from d2q_edge.conversion import Options
 from d2q_edge.errors import D2QError
+from d2q_edge.recipe import Options
 from tests.checkpoints import write_checkpoint
 from tools import kill_test
 

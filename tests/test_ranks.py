@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2q_edge.conversion import Options, convert
+from d2q_edge.conversion import convert
 from d2q_edge.gguf_reader import GGUFFile
 from d2q_edge.ranks import ALONE, Ranks
+from d2q_edge.recipe import Options
 from tests.checkpoints import EXAMPLE
 
 TOKENS = "2048"

@@ -9,9 +9,9 @@ import pytest
 
 from d2q_edge import conversion
 from d2q_edge import output as output_module
-from d2q_edge.conversion import Options
 from d2q_edge.gguf_reader import GGUFFile
 from d2q_edge.quantize import refine as tuning
+from d2q_edge.recipe import Options
 from d2q_edge.refinement import Refinement, refine
 from d2q_edge.work_dir import WorkDir
 from tests.checkpoints import write_checkpoint

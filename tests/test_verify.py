@@ -15,10 +15,11 @@ import pytest
 
 from d2q_edge import runtime
 from d2q_edge.checkpoint import Checkpoint
-from d2q_edge.conversion import Options, convert
+from d2q_edge.conversion import convert
 from d2q_edge.errors import D2QError
 from d2q_edge.export import check_tokenizer, export
 from d2q_edge.families import family_for
+from d2q_edge.recipe import Options
 from d2q_edge.tokenizer import Tokenizer, read_tokenizer
 from d2q_edge.verify import PROBE, text_gaps, verify
 from tests.availability import require_runtime

@@ -13,12 +13,13 @@ import click
 
 from d2q_edge.benchmark import GENERATION, Settings, benchmark
 from d2q_edge.checkpoint import Checkpoint
-from d2q_edge.conversion import Options, convert
+from d2q_edge.conversion import convert
 from d2q_edge.errors import D2QError
 from d2q_edge.evaluation import Evaluation, evaluate
 from d2q_edge.export import export
 from d2q_edge.families import family_for
 from d2q_edge.generate import generate
+from d2q_edge.recipe import Options
 from d2q_edge.runtime.machine import usable_cpus
 from d2q_edge.stock import make_stock_file
 

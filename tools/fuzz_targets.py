@@ -25,11 +25,12 @@ from safetensors.torch import save
 from d2q_edge import inspection, tensor_types
 from d2q_edge.blocks import BlockRunner
 from d2q_edge.checkpoint import Checkpoint
-from d2q_edge.conversion import Options, convert, load_tokenizer
+from d2q_edge.conversion import convert, load_tokenizer
 from d2q_edge.export import file_name
 from d2q_edge.families import family_for
 from d2q_edge.gguf_file import GGUFTensor, write_gguf
 from d2q_edge.gguf_reader import GGUFFile
+from d2q_edge.recipe import Options
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-qwen3"
 TOKENS = 300

@@ -24,8 +24,9 @@ from typing import Any
 import click
 import torch
 
-from d2q_edge.conversion import Options, convert
+from d2q_edge.conversion import convert
 from d2q_edge.errors import D2QError
+from d2q_edge.recipe import Options
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-qwen3"
 OPERATIONS = ((Path, "replace"), (Path, "unlink"), (Path, "mkdir"), (os, "fsync"), (os, "rmdir"), (os, "unlink"))

@@ -54,12 +54,12 @@ def command(model: Path, output: Path | None, stock_type: str | None, **options:
     wait_passively()
     from d2q_edge import export
     from d2q_edge.checkpoint import Checkpoint
-    from d2q_edge.conversion import Options
     from d2q_edge.conversion import convert as quantize
     from d2q_edge.families import family_for
     from d2q_edge.gguf_file import check_output
     from d2q_edge.hub import locate
     from d2q_edge.model_card import check_card, write_card
+    from d2q_edge.recipe import Options
 
     bits, force, report, card = options["bits"], options["force"], options["report"], options["model_card"]
     if stock_type is not None:

@@ -35,7 +35,7 @@ def output(tmp_path: Path) -> Path:
 @contextmanager
 def another_process(output: Path) -> Iterator["subprocess.Popen[str]"]:
     """A process that holds the lock."""
-    command = [sys.executable, "-c", HOLD, output]
+    command = [sys.executable, "-c", HOLD, str(output)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         try:
             assert process.stdout is not None and process.stdout.readline() == "held\n"

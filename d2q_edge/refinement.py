@@ -1,11 +1,14 @@
 """`--refine`: tune a quantized model as a whole by its KL divergence from the original (DESIGN section 3).
 
 Knows how to put the pipeline's result together as one model, to tune it (quantize/refine.py) and to put it back into
-the work directory. Both models are in memory, in float32, so that this needs about 12 bytes per weight of the original,
-and another 16 where codes are tuned too.
+the work directory, which after every pass also gets what an interrupted refinement needs to go on. Both models are in
+memory, in float32, so that this needs about 12 bytes per weight of the original, and another 16 where codes are tuned
+too.
 """
 
-from collections.abc import Mapping
+import shutil
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,13 +22,15 @@ from d2q_edge.families import Family
 from d2q_edge.memory import free_memory
 from d2q_edge.quantize.codebook import CodebookSearch
 from d2q_edge.quantize.layer import QuantizedLayer
-from d2q_edge.quantize.refine import tune
+from d2q_edge.quantize.refine import Progress, State, tune
 from d2q_edge.quantize.tunable import TunableLinear, TunableNorm
 from d2q_edge.torch_evaluate import WholeModel
 from d2q_edge.work_dir import Tensor, WorkDir
 
 BYTES_PER_CODE = 16
 """Latent value, gradient and two moments, float32, of one weight."""
+TENSORS_PER_PARAMETER = 4
+"""Of its size, in a State."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +73,47 @@ def refine(
     """
     blocks = [work.read_block(index) for index in range(family.num_layers + 1)]
     student = _Student(checkpoint, family, types, blocks, device)
-    codes = student.weights * BYTES_PER_CODE < _free_memory(device)
+    state, codes = _read_state(work)
+    if codes is None:
+        codes = student.weights * BYTES_PER_CODE < _free_memory(device)
     if codes:
         student.free_codes()
-    progress = tune(WholeModel(checkpoint, family, {}, device), student.model, windows)
+    keep = _keeper(work, student.model, codes)
+    progress = tune(WholeModel(checkpoint, family, {}, device), student.model, windows, state=state, keep=keep)
     for index, block in enumerate(blocks):
         work.write_block(index, student.result(index, block), refined=True)
+    work.remove_state()
     return Refinement(progress.before, progress.after, codes)
+
+
+def _read_state(work: WorkDir) -> tuple[State | None, bool | None]:
+    """Where an interrupted refinement was, and whether it tuned codes."""
+    found = work.read_state()
+    if found is None:
+        return None, None
+    arrays, facts = found
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return State(Progress(facts["before"], facts["passes"]), tensors), facts["codes"]
+
+
+def _keeper(work: WorkDir, model: WholeModel, codes: bool) -> Callable[[State], None]:
+    """What keeps the state of every pass, if there is room for it and the one before."""
+    parameters = model.parameters().values()
+    size = TENSORS_PER_PARAMETER * sum(parameter.nbytes for parameter in parameters)
+    in_memory = 0 if model.device.type == "cpu" else size
+    if 2 * size > shutil.disk_usage(work.path).free or in_memory > free_memory():
+        print(
+            f"refinement starts over if it is interrupted: to go on, it would need {2 * size / 2**30:.1f} GiB on the "
+            f"disk and {in_memory / 2**30:.1f} GiB of memory",
+            file=sys.stderr,
+        )
+        return lambda _: None
+
+    def keep(state: State) -> None:
+        tensors = {name: tensor.cpu().numpy() for name, tensor in state.tensors.items()}
+        work.write_state(tensors, {"codes": codes, "before": state.progress.before, "passes": state.progress.passes})
+
+    return keep
 
 
 class _Student:

@@ -1,8 +1,9 @@
 """The directory beside the output that makes an interrupted conversion resumable.
 
 Knows how finished blocks are kept: one safetensors file per block, and another one once it is refined, each whole or
-not there (durable.py), with a checksum, so that a bit that flips later is noticed too. The finished output lies here
-as well until it is complete and takes its place. Does not know what the bytes mean. A fingerprint of inputs and options
+not there (durable.py), with a checksum, so that a bit that flips later is noticed too. What refinement needs to go on
+is one more. The finished output lies here as well until it is complete and takes its place. Does not know what the
+bytes mean. A fingerprint of inputs and options
 guards against mixing the blocks of two different conversions.
 """
 
@@ -28,12 +29,13 @@ Packed = npt.NDArray[np.uint8]
 Tensor = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 """Packed weights, or floats."""
 OWN_FILE = re.compile(
-    r"settings\.(json|partial)|(block|refined)-\d+\.(safetensors|partial)|complete\.gguf|\.complete\.gguf\.partial"
+    r"settings\.(json|partial)|((block|refined)-\d+|refining)\.(safetensors|partial)|complete\.gguf"
+    r"|\.complete\.gguf\.partial"
 )
 """Names that may be in a work directory; one that holds anything else is never deleted."""
 _FINGERPRINT, _PUBLISHED = "conversion", "published"
 _BESIDE = "d2q"
-"""A block file's metadata: its checksum and its facts, under one name, because safetensors keeps no order of names."""
+"""A file's metadata: its checksum and its facts, under one name, because safetensors keeps no order of names."""
 
 
 class WorkDir:
@@ -53,6 +55,7 @@ class WorkDir:
         self.output = output
         self.path = _directory(output)
         self._settings = self.path / "settings.json"
+        self._state = self.path / "refining.safetensors"
         # As it will be read back: tuples become lists.
         self._fingerprint: dict[str, Any] = json.loads(json.dumps(fingerprint))
         try:
@@ -104,17 +107,27 @@ class WorkDir:
         Raises:
             D2QError: the disk is full or not writable.
         """
-        file = self._file(index, refined)
-        partial = file.with_suffix(".partial")
-        arrays: dict[str, Any] = {name: np.ascontiguousarray(data) for name, data in tensors.items()}
-        try:
-            self._create()
-            text = json.dumps(facts or {})
-            save_file(arrays, partial, metadata={_BESIDE: json.dumps([_checksum(file, arrays, text), text])})
-            durable.replace(partial, file)
-        except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
-            raise D2QError(f"can't write {file} ({error}); free some disk space and run the same command") from error
+        self._write(self._file(index, refined), tensors, facts or {})
+
+    def write_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Keep what refinement needs to go on from here, in place of what was kept before.
+
+        Raises:
+            D2QError: the disk is full or not writable.
+        """
+        self._write(self._state, tensors, facts)
+
+    def read_state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What `write_state` kept last.
+
+        Raises:
+            D2QError: the file is damaged.
+        """
+        return self._read(self._state) if self._state.is_file() else None
+
+    def remove_state(self) -> None:
+        """Forget it."""
+        self._state.unlink(missing_ok=True)
 
     def publish(self) -> None:
         """Move the complete file to its place.
@@ -140,8 +153,20 @@ class WorkDir:
                     entry.unlink()
         shutil.rmtree(self.path, ignore_errors=True)
 
+    def _write(self, file: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        partial = file.with_suffix(".partial")
+        arrays: dict[str, Any] = {name: np.ascontiguousarray(data) for name, data in tensors.items()}
+        try:
+            self._create()
+            text = json.dumps(facts)
+            save_file(arrays, partial, metadata={_BESIDE: json.dumps([_checksum(file, arrays, text), text])})
+            durable.replace(partial, file)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise D2QError(f"can't write {file} ({error}); free some disk space and run the same command") from error
+
     def _read(self, file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """A block's tensors and facts."""
+        """A file's tensors and facts."""
         try:
             with safe_open(file, framework="np") as stored:
                 tensors: dict[str, Any] = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118

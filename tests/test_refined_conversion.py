@@ -1,5 +1,6 @@
 """Conversions with --refine: the norms that the file has, and what is done again after an interruption."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from d2q_edge import conversion
+from d2q_edge import conversion, refinement
 from d2q_edge import output as output_module
+from d2q_edge.errors import D2QError
 from d2q_edge.gguf_reader import GGUFFile
 from d2q_edge.quantize import refine as tuning
 from d2q_edge.recipe import Options
@@ -19,12 +21,12 @@ from tests.checkpoints import write_checkpoint
 OPTIONS = Options(calibration_tokens=256, context=32, refine=True)
 
 
-def run(output: Path, patches: Mapping[Any, Any] = {}) -> conversion.Conversion:
+def run(output: Path, patches: Mapping[Any, Any] = {}, passes: int = 1) -> conversion.Conversion:
     model = output.parent / "model"
     if not model.exists():
         write_checkpoint(model, "qwen2", hidden_size=64, intermediate_size=128)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning, "PASSES", 1)
+        patch.setattr(tuning, "PASSES", passes)
         patch.setattr(conversion, "refine", marked)
         for (place, name), value in patches.items():
             patch.setattr(place, name, value)
@@ -79,3 +81,89 @@ def test_interrupted_and_resumed_is_the_same(tmp_path: Path) -> None:
     assert result.refinement is None
     assert output.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
     assert not (tmp_path / "out.gguf.work").exists()
+
+
+class TestInTheMiddle:
+    """Refinement goes on after the last whole pass, though the memory is another one now."""
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        path = tmp_path_factory.mktemp("refined") / "whole.gguf"
+        result = run(path, passes=3)
+        assert result.refinement is not None and result.refinement.codes
+        return path
+
+    @staticmethod
+    def interrupted(output: Path, step: int, **patches: Any) -> None:
+        """Refine with three passes of three steps (and a rest that is left out), stopped before a step."""
+        steps = [0]
+
+        def backward(*arguments: Any) -> None:
+            steps[0] += 1
+            if steps[0] == step:
+                raise KeyboardInterrupt
+            original(*arguments)
+
+        original = tuning._backward
+        with pytest.raises(KeyboardInterrupt):
+            run(output, {(tuning, "_backward"): backward}, passes=3)
+
+    @staticmethod
+    def counted(output: Path, *, memory: int = 1 << 40) -> int:
+        """Finish it; how many steps that takes."""
+        steps = [0]
+
+        def backward(*arguments: Any) -> None:
+            steps[0] += 1
+            original(*arguments)
+
+        original = tuning._backward
+        run(output, {(tuning, "_backward"): backward, (refinement, "_free_memory"): lambda _: memory}, passes=3)
+        return steps[0]
+
+    @pytest.mark.parametrize(("stopped", "left"), [(3, 9), (4, 6), (9, 3)])
+    def test_same_file(self, whole: Path, stopped: int, left: int) -> None:
+        output = whole.with_name("out.gguf")
+        self.interrupted(output, stopped)
+        kept = (output.parent / "out.gguf.work" / "refining.safetensors").exists()
+        assert kept == (left < 9)
+        # No memory for codes, but they were being tuned.
+        assert self.counted(output, memory=0 if kept else 1 << 40) == left
+        assert output.read_bytes() == whole.read_bytes()
+        assert not (output.parent / "out.gguf.work").exists()
+        output.unlink()
+
+    def test_twice(self, whole: Path) -> None:
+        output = whole.with_name("out.gguf")
+        self.interrupted(output, 5)
+        self.interrupted(output, 4)
+        assert self.counted(output) == 3
+        assert output.read_bytes() == whole.read_bytes()
+        output.unlink()
+
+    def test_without_room_on_the_disk(
+        self, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        output = whole.with_name("out.gguf")
+        real = shutil.disk_usage
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=1 << 20))
+        self.interrupted(output, 9)
+        assert "refinement starts over if it is interrupted: to go on, it would need 0.0 GiB" in capsys.readouterr().err
+        assert not (output.parent / "out.gguf.work" / "refining.safetensors").exists()
+        assert self.counted(output) == 9
+        assert output.read_bytes() == whole.read_bytes()
+        output.unlink()
+
+    def test_damaged(self, whole: Path) -> None:
+        output = whole.with_name("out.gguf")
+        self.interrupted(output, 7)
+        state = output.parent / "out.gguf.work" / "refining.safetensors"
+        content = bytearray(state.read_bytes())
+        content[-1] ^= 1
+        state.write_bytes(content)
+        with pytest.raises(D2QError, match=r"refining.safetensors is damaged .*; remove it and convert again"):
+            run(output, passes=3)
+        state.unlink()
+        assert self.counted(output) == 9
+        assert output.read_bytes() == whole.read_bytes()

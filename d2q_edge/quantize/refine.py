@@ -8,9 +8,12 @@ want another entry before the code changes: with half of it hardly any code chan
 fourteen does, and the held-back text gets worse (measured on qwen3-34m).
 
 Part of the windows is held back. After every pass the loss is measured on them, and in the end the best state, which
-may be the first, is restored. Knows two models as WholeModel; does not know files.
+may be the first, is restored. Also after every pass comes a State with which an interrupted run can go on. Knows two
+models as WholeModel; does not know files.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -51,7 +54,29 @@ class Progress:
         return min([self.before, *self.passes])
 
 
-def tune(original: WholeModel, quantized: WholeModel, windows: npt.NDArray[np.int64], seed: int = 0) -> Progress:
+@dataclass
+class State:
+    """All that tuning needs to go on after a pass.
+
+    Attributes:
+        progress: so far.
+        tensors: float32; every parameter NAME, its moments NAME.mean and NAME.square, and as it was in the best state,
+            NAME.best.
+    """
+
+    progress: Progress
+    tensors: dict[str, torch.Tensor]
+
+
+def tune(
+    original: WholeModel,
+    quantized: WholeModel,
+    windows: npt.NDArray[np.int64],
+    seed: int = 0,
+    *,
+    state: State | None = None,
+    keep: Callable[[State], None] = lambda _: None,
+) -> Progress:
     """Tune the parameters of `quantized` that require gradients, in place.
 
     Args:
@@ -59,6 +84,8 @@ def tune(original: WholeModel, quantized: WholeModel, windows: npt.NDArray[np.in
         quantized: the student; its parameters named "latent" are codes.
         windows: calibration tokens [windows, context].
         seed: of the order of the windows.
+        state: of an interrupted run with the same arguments, to go on from; its tensors are copied.
+        keep: called after every pass but the last with the state, whose tensors change when it has returned.
     """
     held = np.arange(len(windows)) % HELD_BACK == min(HELD_BACK, len(windows)) - 1
     train, check = torch.from_numpy(windows[~held]), torch.from_numpy(windows[held])
@@ -66,37 +93,84 @@ def tune(original: WholeModel, quantized: WholeModel, windows: npt.NDArray[np.in
         return Progress(_mean_loss(original, quantized, check))
     batch = min(BATCH, max(1, len(train)))
     steps = max(1, len(train) // batch)
-    optimizer = torch.optim.Adam(_groups(quantized.parameters(), PASSES * steps), betas=BETAS)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, PASSES * steps)
+    parameters = quantized.parameters()
+    optimizer = torch.optim.Adam(_groups(parameters, PASSES * steps), betas=BETAS)
+    if state is None:
+        progress = Progress(_mean_loss(original, quantized, check))
+        best = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    else:
+        progress = state.progress
+        best = _restore(state, parameters, optimizer, len(progress.passes) * steps)
     generator = torch.Generator().manual_seed(seed)
-    progress = Progress(_mean_loss(original, quantized, check))
-    best = _state(quantized)
-    with tqdm(total=PASSES * steps, desc="Refining", unit="step", disable=None) as bar:
-        for _ in range(PASSES):
+    done = len(progress.passes)
+    with tqdm(total=PASSES * steps, initial=done * steps, desc="Refining", unit="step", disable=None) as bar:
+        for number in range(PASSES):
             order = torch.randperm(len(train), generator=generator)[: steps * batch].view(steps, batch)
-            for chosen in order:
+            if number < done:
+                continue
+            for step, chosen in enumerate(order):
+                _set_rates(optimizer, (number * steps + step) / (PASSES * steps))
                 optimizer.zero_grad()
                 _backward(original, quantized, train[chosen])
                 optimizer.step()
-                schedule.step()
                 bar.update()
             progress.passes.append(_mean_loss(original, quantized, check))
             bar.set_postfix(kld=f"{progress.passes[-1]:.4f}")
             if progress.passes[-1] == progress.after:
-                best = _state(quantized)
-    for name, parameter in quantized.parameters().items():
+                for name, parameter in parameters.items():
+                    best[name].copy_(parameter.detach())
+            if number + 1 < PASSES:
+                keep(State(progress, _tensors(parameters, optimizer, best)))
+    for name, parameter in parameters.items():
         parameter.data.copy_(best[name])
     return progress
 
 
 def _groups(parameters: dict[str, nn.Parameter], steps: int) -> list[dict[str, object]]:
+    """What has a learning rate in common; "peak" is the rate that the schedule begins with."""
     codes = [parameter for name, parameter in parameters.items() if name.endswith(".latent")]
     others = [parameter for name, parameter in parameters.items() if not name.endswith(".latent")]
-    groups: list[dict[str, object]] = [{"params": others, "lr": SCALE_RATE}]
+    groups: list[dict[str, object]] = [{"params": others, "peak": SCALE_RATE}]
     if codes:
         # A cosine's mean is one half.
-        groups.append({"params": codes, "lr": min(2 * CODE_TRAVEL / steps, CODE_RATE)})
+        groups.append({"params": codes, "peak": min(2 * CODE_TRAVEL / steps, CODE_RATE)})
     return groups
+
+
+def _set_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
+    """The cosine schedule, at a share of all steps; not torch's, which gets there only step by step."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * (1 + math.cos(math.pi * share)) / 2
+
+
+def _tensors(
+    parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, best: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Of a State."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in parameters.items():
+        moments = optimizer.state[parameter]
+        tensors |= {
+            name: parameter.detach(),
+            f"{name}.mean": moments["exp_avg"],
+            f"{name}.square": moments["exp_avg_sq"],
+            f"{name}.best": best[name],
+        }
+    return tensors
+
+
+def _restore(
+    state: State, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, step: int
+) -> dict[str, torch.Tensor]:
+    """Put a State back; returns the best state."""
+    for name, parameter in parameters.items():
+        parameter.data.copy_(state.tensors[name])
+        optimizer.state[parameter] = {
+            "step": torch.tensor(float(step)),
+            "exp_avg": state.tensors[f"{name}.mean"].to(parameter.device, copy=True),
+            "exp_avg_sq": state.tensors[f"{name}.square"].to(parameter.device, copy=True),
+        }
+    return {name: state.tensors[f"{name}.best"].to(value.device, copy=True) for name, value in parameters.items()}
 
 
 def _backward(original: WholeModel, quantized: WholeModel, tokens: torch.Tensor) -> None:
@@ -121,7 +195,3 @@ def _mean_loss(original: WholeModel, quantized: WholeModel, tokens: torch.Tensor
 def _divergence(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
     """Mean over tokens of sum_v p_v (log p_v - log q_v), from log-probabilities [..., vocabulary]."""
     return (expected.exp() * (expected - found)).sum(-1).mean()
-
-
-def _state(model: WholeModel) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in model.parameters().items()}

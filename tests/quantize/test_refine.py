@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from d2q_edge.quantize import refine
-from d2q_edge.quantize.refine import Progress, tune
+from d2q_edge.quantize.refine import Progress, State, tune
 from d2q_edge.torch_evaluate import WholeModel
 
 VOCABULARY = 11
@@ -149,8 +149,8 @@ def test_rates_follow_a_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rates(steps: int, rate: float) -> None:
     parameters = {name: nn.Parameter(torch.zeros(1)) for name in ("a.latent", "a.log_scales", "b.gain", "latent.shift")}
     others, codes = refine._groups(parameters, steps)
-    assert codes["lr"] == pytest.approx(rate)
-    assert others["lr"] == pytest.approx(1e-3)
+    assert codes["peak"] == pytest.approx(rate)
+    assert others["peak"] == pytest.approx(1e-3)
     assert codes["params"] == [parameters["a.latent"]]
     assert others["params"] == [parameters[name] for name in ("a.log_scales", "b.gain", "latent.shift")]
     del parameters["a.latent"]
@@ -213,6 +213,36 @@ def test_the_seed_decides() -> None:
     assert results[0][0] == results[1][0] != results[2][0]
     assert torch.equal(results[0][1], results[1][1])
     assert not torch.equal(results[0][1], results[2][1])
+
+
+def copied(state: State) -> State:
+    """As it would come back from a file."""
+    progress = Progress(state.progress.before, list(state.progress.passes))
+    return State(progress, {name: tensor.clone() for name, tensor in state.tensors.items()})
+
+
+@pytest.mark.parametrize("best", [1, 4], ids=["best_state_before", "best_state_after"])
+def test_goes_on_after_any_pass(monkeypatch: pytest.MonkeyPatch, best: int) -> None:
+    """A student made anew gets to the same end, to the last bit, and sees only the windows that were left."""
+    measure, measured = refine._mean_loss, [0]
+
+    def with_a_best_pass(original: Table, quantized: Table, tokens: torch.Tensor) -> float:
+        measured[0] += 1
+        return measure(original, quantized, tokens) - (measured[0] == best + 1)
+
+    monkeypatch.setattr(refine, "_mean_loss", with_a_best_pass)
+    whole, kept = Table(0.5), list[State]()
+    progress = tune(Table(0), whole, windows_of(100), 3, keep=lambda state: kept.append(copied(state)))
+    assert progress.after < 0, "the pass that was made the best one"
+    assert [len(state.progress.passes) for state in kept] == [1, 2, 3, 4, 5]
+    per_pass = len(whole.trained) // 6
+    for done, state in enumerate(kept, 1):
+        again, later = Table(0.9), list[State]()
+        measured[0] = done + 1
+        assert tune(Table(0), again, windows_of(100), 3, state=copied(state), keep=later.append) == progress
+        assert again.trained == whole.trained[done * per_pass :]
+        assert all(torch.equal(value, whole.values()[name]) for name, value in again.values().items())
+        assert len(later) == 5 - done
 
 
 def test_one_window_is_only_measured() -> None:

@@ -107,10 +107,12 @@ class Killer:
         self._compare(before)
 
     def is_done(self) -> bool:
-        """Whether the last run was killed when it had nothing more to do; at most its empty directory is left then."""
+        """Whether the last run was killed when it had nothing more to do; at most its empty directory and a lock that
+        nobody holds are left then."""
         work = self.directory / "out.gguf.work"
         if not self.output.exists() or (work / "settings.json").exists():
             return False
+        (self.directory / "out.gguf.lock").unlink(missing_ok=True)
         if work.exists():
             work.rmdir()
         return True
@@ -222,9 +224,10 @@ def run(model: Path, options: Options, kills: int, seed: int) -> dict[str, int]:
 @click.option("--seed", default=0, show_default=True)
 @click.option("--calibration-tokens", default=256, show_default=True)
 @click.option("--context", default=32, show_default=True)
-def main(model: Path, kills: int, seed: int, calibration_tokens: int, context: int) -> None:
+@click.option("--refine", is_flag=True, help="Kill refinements, too.")
+def main(model: Path, kills: int, seed: int, calibration_tokens: int, context: int, refine: bool) -> None:
     """Kill conversions and see that repeating the command gives the same file."""
-    options = Options(calibration_tokens=calibration_tokens, context=context)
+    options = Options(calibration_tokens=calibration_tokens, context=context, refine=refine)
     try:
         killed = run(model, options, kills, seed)
     except D2QError as error:

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from d2q_edge.errors import D2QError
-from d2q_edge.families.base import Family, Half, Stage
+from d2q_edge.families.base import Family
 from d2q_edge.families.gemma3 import Gemma3
 from d2q_edge.families.llama import Llama
 from d2q_edge.families.mistral import Mistral
 from d2q_edge.families.olmoe import Olmoe
+from d2q_edge.families.parts import Half, Stage
 from d2q_edge.families.phi3 import Phi3
 from d2q_edge.families.qwen2 import Qwen2
 from d2q_edge.families.qwen3 import Qwen3

@@ -10,7 +10,6 @@ import math
 import re
 from abc import ABC
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -21,39 +20,13 @@ import numpy.typing as npt
 import torch
 
 from d2q_edge.errors import D2QError
+from d2q_edge.families.parts import Half, Stage
 from d2q_edge.families.settings import Settings, positive_float
 
 # More layers than any model has; a guard against a config.json that would make us build names forever.
 MAX_LAYERS = 10_000
 
 Values = npt.NDArray[Any] | torch.Tensor
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Linear layers of one block that read the same input, in forward order.
-
-    `norm` is the norm that makes this input, or None when the input comes from elsewhere in the block (attention
-    output, gated activation). `source` is then the linear layer whose output this input is proportional to: scaling one
-    of its rows scales the input's columns that `Family.source_rows` maps to that row, and nothing else. All names are
-    module names relative to the block, without ".weight".
-    """
-
-    norm: str | None
-    linears: tuple[str, ...]
-    source: str | None = None
-
-
-@dataclass(frozen=True)
-class Half:
-    """One residual branch of a block: residual + output_norm(module(norm(residual))), by names relative to the block.
-
-    `output_norm` is None where the module's output is added as it is.
-    """
-
-    module: str
-    norm: str
-    output_norm: str | None = None
 
 
 class Family(Settings, ABC):

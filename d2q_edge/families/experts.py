@@ -15,7 +15,8 @@ from types import MappingProxyType
 from typing import Any
 
 from d2q_edge.errors import D2QError
-from d2q_edge.families.base import Family, Stage
+from d2q_edge.families.base import Family
+from d2q_edge.families.parts import Stage
 
 ROUTER = "mlp.gate"
 """The router's name in its block."""

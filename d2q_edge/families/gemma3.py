@@ -18,7 +18,8 @@ from typing import Any
 import gguf
 
 from d2q_edge.errors import D2QError
-from d2q_edge.families.base import Family, Half, Stage
+from d2q_edge.families.base import Family
+from d2q_edge.families.parts import Half, Stage
 from d2q_edge.families.settings import positive_float
 
 FULL_INTERVAL = 6

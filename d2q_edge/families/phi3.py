@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from d2q_edge.errors import D2QError
-from d2q_edge.families.base import Family, Stage
+from d2q_edge.families.base import Family
+from d2q_edge.families.parts import Stage
 from d2q_edge.families.settings import positive_float
 
 

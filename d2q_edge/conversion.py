@@ -20,7 +20,7 @@ from d2q_edge.blocks import BlockRunner
 from d2q_edge.calibration import Text, load_text, split_windows
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.errors import D2QError
-from d2q_edge.export import check_tokenizer
+from d2q_edge.export import check_tokenizer, model_tokenizer
 from d2q_edge.families import Family, family_for
 from d2q_edge.gguf_file import check_output
 from d2q_edge.memory import MemoryPlan, plan_memory
@@ -34,7 +34,6 @@ from d2q_edge.recipe import Options, fingerprint, own_keys
 from d2q_edge.refinement import Refinement, refine, refined_norms
 from d2q_edge.report import Report
 from d2q_edge.sensitivity import choose_windows, measure
-from d2q_edge.tokenizer import read_tokenizer
 from d2q_edge.tokenizer.original import load_original
 from d2q_edge.work_dir import WorkDir, was_published
 
@@ -184,6 +183,7 @@ class _Job:
             raise D2QError("--refine tunes the model on calibration text; leave out --no-calibration")
         if options.refine and family.num_experts:
             raise D2QError("--refine can't tune a mixture of experts; leave it out")
+        self.tokenizer = model_tokenizer(self.checkpoint, family, options.pre_tokenizer)
         text = load_text(options.calibration, "calibration") if options.calibrate else None
         windows = held_back = None
         if text is not None:
@@ -195,8 +195,8 @@ class _Job:
         metadata = own_keys(self.plan, options, self.method, rotated, text, windows)
         norm_biases = refined_norms(family) if options.refine else corrected_norms(family, self.method)
         norm_biases = [] if windows is None else norm_biases
-        self.file = Output(self.checkpoint, family, self.plan, norm_biases, metadata, file_type, options.pre_tokenizer)
-        # Also finds out, before the long work, whether tokenizer and metadata can be exported.
+        self.file = Output(self.checkpoint, family, self.tokenizer, self.plan, norm_biases, metadata, file_type)
+        # Also finds out, before the long work, whether the metadata can be exported.
         self.size = self.file.size()
         if ranks.is_first:
             _say_notes(self.plan, family, options)
@@ -221,7 +221,7 @@ class _Job:
         """Quantize block by block, or go on doing it, and write the file."""
         family, ranks, options, memory = self.family, self.ranks, self.options, calibration.memory
         if verify and ranks.is_first:
-            check_tokenizer(self.checkpoint, family, options.pre_tokenizer)
+            check_tokenizer(self.checkpoint, family, self.tokenizer)
         _check_weights(self.source, ranks)
         if ranks.is_first:
             print(memory.describe(), file=sys.stderr)
@@ -266,8 +266,8 @@ class _Job:
     def _windows(self, text: Text, tokens: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Calibration windows, and others."""
         options = self.options
-        tokenizer, bos = load_tokenizer(self.checkpoint, self.family, options.pre_tokenizer)
-        return split_windows(tokenizer, text, tokens, options.context, options.seed, bos)
+        original = load_original(self.checkpoint.directory)
+        return split_windows(original, text, tokens, options.context, options.seed, self.tokenizer.bos)
 
     def _sensitivity(self, windows: npt.NDArray[np.int64] | None) -> dict[str, float]:
         """Of every layer that a mixture has a choice for, as the first process measures it."""
@@ -317,16 +317,6 @@ def choose_device(name: str) -> torch.device:
     if not available.get(name):
         raise D2QError(f"this machine's torch has no {name} device; use --device cpu")
     return torch.device(name)
-
-
-def load_tokenizer(checkpoint: Checkpoint, family: Family, pre_tokenizer: str | None = None) -> tuple[Any, int | None]:
-    """A checkpoint's tokenizer, of transformers, and the token that llama.cpp puts first, if it does.
-
-    Raises:
-        D2QError: the tokenizer can't be loaded, or can't be exported.
-    """
-    exported = read_tokenizer(checkpoint.directory, checkpoint.config, family.vocab_size, pre_tokenizer)
-    return load_original(checkpoint.directory), exported.bos
 
 
 def _check_weights(checkpoint: Checkpoint, ranks: Ranks) -> None:

@@ -119,38 +119,46 @@ def _stack(family: Family, tensors: Mapping[str, GGUFTensor]) -> list[GGUFTensor
     return result
 
 
+def model_tokenizer(checkpoint: Checkpoint, family: Family, pre_tokenizer: str | None = None) -> Tokenizer:
+    """The checkpoint's tokenizer, as the file will have it; see `read_tokenizer`.
+
+    Raises:
+        D2QError: it can't be exported.
+    """
+    return read_tokenizer(checkpoint.directory, checkpoint.config, family.vocab_size, pre_tokenizer)
+
+
 def write_model(
     path: Path,
     checkpoint: Checkpoint,
     family: Family,
+    tokenizer: Tokenizer,
     tensors: Sequence[GGUFTensor],
     *,
     file_type: int,
     extra: Mapping[str, Value] | None = None,
     force: bool = False,
-    pre_tokenizer: str | None = None,
     verify: bool = True,
 ) -> int:
     """Write tensors with the model's metadata and tokenizer.
 
     Args:
         path: the file to write.
-        checkpoint: where metadata and tokenizer come from.
+        checkpoint: where the metadata comes from.
         family: the checkpoint's.
+        tokenizer: the checkpoint's, from `model_tokenizer`.
         tensors: what to write, from `model_tensors`.
         file_type: general.file_type, llama.cpp's number for the mixture of types.
         extra: keys of our own ("d2q.*"). When given, the file also says that d2q-edge quantized it.
         force: replace an existing file.
-        pre_tokenizer: see `read_tokenizer`.
         verify: keep the file only if llama.cpp tokenizes with it as transformers does with the model.
 
     Returns:
         The file's size in bytes.
 
     Raises:
-        D2QError: the tokenizer can't be exported or differs in llama.cpp, or the file can't be written.
+        D2QError: the tokenizer differs in llama.cpp, or the file can't be written.
     """
-    tokenizer = read_tokenizer(checkpoint.directory, checkpoint.config, family.vocab_size, pre_tokenizer)
     add_metadata = _metadata_writer(checkpoint, family, file_type, extra, tokenizer)
 
     def check(file: Path) -> None:
@@ -159,13 +167,12 @@ def write_model(
     return write_gguf(path, family.gguf_arch, tensors, add_metadata, force=force, check=check if verify else None)
 
 
-def check_tokenizer(checkpoint: Checkpoint, family: Family, pre_tokenizer: str | None = None) -> None:
+def check_tokenizer(checkpoint: Checkpoint, family: Family, tokenizer: Tokenizer) -> None:
     """Find out before the work what `write_model` would find out after it, with a file without tensors.
 
     Raises:
-        D2QError: the tokenizer can't be exported, or differs in llama.cpp.
+        D2QError: the tokenizer differs in llama.cpp.
     """
-    tokenizer = read_tokenizer(checkpoint.directory, checkpoint.config, family.vocab_size, pre_tokenizer)
     add_metadata = _metadata_writer(checkpoint, family, 0, None, tokenizer)
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "vocabulary.gguf"
@@ -176,17 +183,16 @@ def check_tokenizer(checkpoint: Checkpoint, family: Family, pre_tokenizer: str |
 def model_size(
     checkpoint: Checkpoint,
     family: Family,
+    tokenizer: Tokenizer,
     tensors: Sequence[GGUFTensor],
     file_type: int,
     extra: Mapping[str, Value] | None = None,
-    pre_tokenizer: str | None = None,
 ) -> int:
     """Bytes of the file that `write_model` would write; no tensor is loaded.
 
     Raises:
-        D2QError: the tokenizer or the metadata can't be exported.
+        D2QError: the metadata can't be exported.
     """
-    tokenizer = read_tokenizer(checkpoint.directory, checkpoint.config, family.vocab_size, pre_tokenizer)
     return file_size(family.gguf_arch, tensors, _metadata_writer(checkpoint, family, file_type, extra, tokenizer))
 
 
@@ -229,7 +235,8 @@ def export(
         path: the file to write.
         type_name: one of STOCK_TYPES.
         force: replace an existing file.
-        pre_tokenizer, verify: see `write_model`.
+        pre_tokenizer: see `read_tokenizer`.
+        verify: see `write_model`.
 
     Returns:
         The file's size in bytes.
@@ -258,10 +265,10 @@ def export(
         path,
         checkpoint,
         family,
+        model_tokenizer(checkpoint, family, pre_tokenizer),
         tensors,
         file_type=FILE_TYPES[type_name],
         force=force,
-        pre_tokenizer=pre_tokenizer,
         verify=verify,
     )
 

@@ -20,6 +20,7 @@ from d2q_edge.gguf_file import GGUFTensor
 from d2q_edge.plan import Plan
 from d2q_edge.quantize.codebook import CodebookSearch
 from d2q_edge.quantize.rtn import round_layer
+from d2q_edge.tokenizer import Tokenizer
 from d2q_edge.work_dir import Packed, Tensor, WorkDir
 
 
@@ -108,28 +109,27 @@ class Output:
         self,
         checkpoint: Checkpoint,
         family: Family,
+        tokenizer: Tokenizer,
         plan: Plan,
         norm_biases: list[str],
         metadata: dict[str, Value],
         file_type: int,
-        pre_tokenizer: str | None = None,
     ) -> None:
         """Describe it.
 
         Args:
-            checkpoint, family, plan: of the model.
+            checkpoint, family, tokenizer, plan: of the model.
             norm_biases: names of the norms that have a bias in the file, without ".bias".
             metadata: keys of our own.
             file_type: general.file_type.
-            pre_tokenizer: see `read_tokenizer`.
         """
-        self.checkpoint, self.family, self.plan, self.norm_biases = checkpoint, family, plan, norm_biases
-        self.metadata, self.file_type, self.pre_tokenizer = metadata, file_type, pre_tokenizer
+        self.checkpoint, self.family, self.tokenizer, self.plan = checkpoint, family, tokenizer, plan
+        self.norm_biases, self.metadata, self.file_type = norm_biases, metadata, file_type
 
     def size(self) -> int:
         """Bytes of the finished file."""
         tensors = self._tensors(PlannedContent())
-        return model_size(self.checkpoint, self.family, tensors, self.file_type, self.metadata, self.pre_tokenizer)
+        return model_size(self.checkpoint, self.family, self.tokenizer, tensors, self.file_type, self.metadata)
 
     def write(self, path: Path, content: Content, force: bool, *, verify: bool = True) -> None:
         """Write it.
@@ -141,11 +141,11 @@ class Output:
             path,
             self.checkpoint,
             self.family,
+            self.tokenizer,
             self._tensors(content),
             file_type=self.file_type,
             extra=self.metadata,
             force=force,
-            pre_tokenizer=self.pre_tokenizer,
             verify=verify,
         )
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from d2q_edge import tensor_types
 from d2q_edge.checkpoint import Checkpoint, _Entry
 from d2q_edge.conversion import convert
-from d2q_edge.export import export, file_name, model_tensors
+from d2q_edge.export import export, file_name, model_tensors, model_tokenizer
 from d2q_edge.families import family_for
 from d2q_edge.gguf_file import GGUFTensor, block_and_type_size, data_size, encode
 from d2q_edge.gguf_reader import GGUFFile
@@ -188,7 +188,7 @@ def test_sizes_of_real_models_without_their_weights(name: str, tmp_path: Path) -
     checkpoint = Checkpoint(tmp_path, dict(config), entries)
     checkpoint.check(family.tensor_shapes())
     plan = make_plan(family, 2)
-    output = Output(checkpoint, family, plan, [], {}, 80)
+    output = Output(checkpoint, family, model_tokenizer(checkpoint, family), plan, [], {}, 80)
     tensors = output._tensors(_Nothing())
     assert len(tensors) == {"Qwen3-30B-A3B": 3 + 48 * 12, "OLMoE-1B-7B-0924": 3 + 16 * 12}[name]
     hidden, experts, blocks = config["hidden_size"], config["num_experts"], config["num_hidden_layers"]

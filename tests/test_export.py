@@ -16,7 +16,16 @@ from safetensors.torch import load_file, save_file
 from d2q_edge import __version__, tensor_types
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.errors import D2QError
-from d2q_edge.export import Value, export, file_name, float_tensor, model_tensors, packed_tensor, write_model
+from d2q_edge.export import (
+    Value,
+    export,
+    file_name,
+    float_tensor,
+    model_tensors,
+    model_tokenizer,
+    packed_tensor,
+    write_model,
+)
 from d2q_edge.families import family_for
 from d2q_edge.gguf_reader import GGUFFile
 from tests.checkpoints import EXAMPLE
@@ -193,7 +202,15 @@ def test_mixture_with_own_types(make_checkpoint: Make, tmp_path: Path) -> None:
         "d2q.text": "builtin",
         "d2q.list": [1, 2],
     }
-    size = write_model(tmp_path / "out.gguf", checkpoint, family, tensors, file_type=80, extra=extra)
+    size = write_model(
+        tmp_path / "out.gguf",
+        checkpoint,
+        family,
+        model_tokenizer(checkpoint, family),
+        tensors,
+        file_type=80,
+        extra=extra,
+    )
     file = GGUFFile(tmp_path / "out.gguf")
     assert size == file.size
     assert list(file.tensors) == [family.gguf_name(name) for name in checkpoint.names]

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from d2q_edge.blocks import add_bias
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.conversion import convert
-from d2q_edge.export import FILE_TYPES, export, model_tensors, write_model
+from d2q_edge.export import FILE_TYPES, export, model_tensors, model_tokenizer, write_model
 from d2q_edge.families import family_for
 from d2q_edge.gguf_file import GGUFTensor
 from d2q_edge.gguf_reader import GGUFFile
@@ -141,7 +141,7 @@ def test_norm_biases_are_added_to_the_norms_outputs(models: dict[str, Path], tmp
     assert {tensor.name.split(".")[-2] for tensor in extra} == {"attn_norm", "ffn_norm", "output_norm"}
     path = tmp_path / "out.gguf"
     tensors = [*model_tensors(checkpoint, family, "f32"), *extra]
-    write_model(path, checkpoint, family, tensors, file_type=FILE_TYPES["f32"])
+    write_model(path, checkpoint, family, model_tokenizer(checkpoint, family), tensors, file_type=FILE_TYPES["f32"])
     tokens = TOKENS[:40]
     actual = llama_logits(path, tokens)
     assert error(actual, original_logits(models[name], tokens, biases)) < 0.01

@@ -10,6 +10,7 @@ import torch
 
 from d2q_edge import tensor_types
 from d2q_edge.checkpoint import Checkpoint
+from d2q_edge.export import model_tokenizer
 from d2q_edge.families import family_for
 from d2q_edge.gguf_reader import GGUFFile
 from d2q_edge.output import Output, PlannedContent, QuantizedContent, RoundedContent
@@ -80,7 +81,8 @@ class Setup:
         return QuantizedContent(self.checkpoint, self.family, self.work, CPU, refined=refined)
 
     def output(self, norms: list[str]) -> Output:
-        return Output(self.checkpoint, self.family, self.plan, norms, {"d2q.version": 1}, 80)
+        tokenizer = model_tokenizer(self.checkpoint, self.family)
+        return Output(self.checkpoint, self.family, tokenizer, self.plan, norms, {"d2q.version": 1}, 80)
 
 
 @pytest.fixture(params=MODELS, ids=lambda model: model[0])

@@ -17,7 +17,7 @@ from d2q_edge import runtime
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.conversion import convert
 from d2q_edge.errors import D2QError
-from d2q_edge.export import check_tokenizer, export
+from d2q_edge.export import check_tokenizer, export, model_tokenizer
 from d2q_edge.families import family_for
 from d2q_edge.recipe import Options
 from d2q_edge.tokenizer import Tokenizer, read_tokenizer
@@ -100,7 +100,9 @@ def test_without_a_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     export(EXAMPLE, tmp_path / "out.gguf", "q8_0")
     message = "the file's tokenizer was not compared with the model's: the runtime is not installed: run it\n"
     assert capsys.readouterr().err == message
-    check_tokenizer(Checkpoint.open(EXAMPLE), family_for(Checkpoint.open(EXAMPLE).config))
+    checkpoint = Checkpoint.open(EXAMPLE)
+    family = family_for(checkpoint.config)
+    check_tokenizer(checkpoint, family, model_tokenizer(checkpoint, family))
     assert capsys.readouterr().err == ""
 
 

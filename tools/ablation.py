@@ -24,8 +24,9 @@ from d2q_edge.blocks import BlockRunner
 from d2q_edge.calibration import load_text, token_windows
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.column_scaling import COLUMN_SCALE
-from d2q_edge.conversion import REFINE_FACTOR, choose_device, load_tokenizer
+from d2q_edge.conversion import REFINE_FACTOR, choose_device
 from d2q_edge.errors import D2QError
+from d2q_edge.export import model_tokenizer
 from d2q_edge.families import Family, family_for
 from d2q_edge.paper_pipeline import Recipe, quantize_model
 from d2q_edge.pipeline import Method, quantize_blocks
@@ -34,6 +35,7 @@ from d2q_edge.quantize.codebook import CodebookSearch
 from d2q_edge.quantize.rotation import RotatedCheckpoint
 from d2q_edge.quantize.rtn import round_layer
 from d2q_edge.refinement import refine
+from d2q_edge.tokenizer.original import load_original
 from d2q_edge.torch_evaluate import Distance, Reference, Weights, WholeModel, evaluation_chunks
 from d2q_edge.work_dir import WorkDir
 
@@ -165,7 +167,7 @@ class Ablation:
         checkpoint = Checkpoint.open(model)
         family = family_for(checkpoint.config)
         checkpoint.check(family.tensor_shapes())
-        tokenizer, bos = load_tokenizer(checkpoint, family)
+        tokenizer, bos = load_original(checkpoint.directory), model_tokenizer(checkpoint, family).bos
         calibration = load_text(arguments.calibration, "calibration")
         windows = token_windows(tokenizer, calibration, arguments.tokens, arguments.context, arguments.seed, bos)
         tokens = REFINE_FACTOR * arguments.tokens

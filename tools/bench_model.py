@@ -34,7 +34,7 @@ from d2q_edge.calibration import BUILTIN
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.conversion import FILE_TYPES
 from d2q_edge.errors import D2QError
-from d2q_edge.export import Value, export, stored_floats
+from d2q_edge.export import Value, export, model_tokenizer, stored_floats
 from d2q_edge.families import family_for
 from d2q_edge.output import Output
 from d2q_edge.plan import make_plan
@@ -136,7 +136,9 @@ def make_files(model: Path, out: Path) -> dict[str, Path]:
         plan = make_plan(family, bits, "q8_0", None if family.tied_embeddings else "q8_0")
         metadata: dict[str, Value] = {"d2q.table_sha256": codebooks.TABLE_SHA256}
         content = _RepeatedRows(checkpoint, dict(plan.linears))
-        Output(checkpoint, family, plan, [], metadata, FILE_TYPES[bits]).write(files[name], content, force=True)
+        Output(checkpoint, family, model_tokenizer(checkpoint, family), plan, [], metadata, FILE_TYPES[bits]).write(
+            files[name], content, force=True
+        )
     return files
 
 

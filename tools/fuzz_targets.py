@@ -25,12 +25,13 @@ from safetensors.torch import save
 from d2q_edge import inspection, tensor_types
 from d2q_edge.blocks import BlockRunner
 from d2q_edge.checkpoint import Checkpoint
-from d2q_edge.conversion import convert, load_tokenizer
-from d2q_edge.export import file_name
+from d2q_edge.conversion import convert
+from d2q_edge.export import file_name, model_tokenizer
 from d2q_edge.families import family_for
 from d2q_edge.gguf_file import GGUFTensor, write_gguf
 from d2q_edge.gguf_reader import GGUFFile
 from d2q_edge.recipe import Options
+from d2q_edge.tokenizer.original import load_original
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-qwen3"
 TOKENS = 300
@@ -213,7 +214,8 @@ def damage_tokenizer(seed: int, directory: Path) -> None:
     (model / name).write_bytes(damage_bytes(rng, data) if name == "README.md" else damage_json(rng, json.loads(data)))
     _plan(model, directory)
     checkpoint = Checkpoint.open(model)
-    tokenizer, _ = load_tokenizer(checkpoint, family_for(checkpoint.config))
+    model_tokenizer(checkpoint, family_for(checkpoint.config))
+    tokenizer = load_original(checkpoint.directory)
     tokenizer("The quick brown fox", add_special_tokens=False)
 
 

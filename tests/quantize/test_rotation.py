@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from d2q_edge.blocks import BlockRunner
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.errors import D2QError
-from d2q_edge.export import FILE_TYPES, export, model_tensors, write_model
+from d2q_edge.export import FILE_TYPES, export, model_tensors, model_tokenizer, write_model
 from d2q_edge.families import family_for
 from d2q_edge.gguf_reader import GGUFFile
 from d2q_edge.llama_model import LlamaModel
@@ -208,7 +208,8 @@ def test_llama_cpp_computes_the_same(
     bound = family_for(rotated.config)
     files = [tmp_path / "original.gguf", tmp_path / "rotated.gguf"]
     export(path, files[0], "f32")
-    write_model(files[1], rotated, bound, model_tensors(rotated, bound, "f32"), file_type=FILE_TYPES["f32"])
+    tokenizer = model_tokenizer(rotated, bound)
+    write_model(files[1], rotated, bound, tokenizer, model_tensors(rotated, bound, "f32"), file_type=FILE_TYPES["f32"])
     assert {info.type_name for info in GGUFFile(files[1]).tensors.values()} == {"f32"}
     require_runtime()
     found = []

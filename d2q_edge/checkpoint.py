@@ -88,6 +88,14 @@ class Checkpoint:
         return cls(directory, read_json_object(config_file, strict=True), _read_entries(directory))
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on what one should know about the files."""
+        read, other = self.directory / SINGLE_FILE, self.directory / INDEX_FILE
+        if not (read.is_file() and other.is_file()):
+            return ()
+        return (f"{self.directory} has {SINGLE_FILE} and {INDEX_FILE}; the former is read, as by transformers",)
+
+    @property
     def names(self) -> KeysView[str]:
         """All tensor names, set-like; in iteration sorted by name within a file, files in the order of their names."""
         return self._entries.keys()
@@ -177,11 +185,11 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 
 def _read_entries(directory: Path) -> dict[str, _Entry]:
-    """Find the weight files and read their headers. The index wins over a single file, as in llama.cpp's converter."""
-    if (directory / INDEX_FILE).is_file():
-        return _read_shards(directory)
+    """Find the weight files and read their headers. A single file wins over an index, as in transformers."""
     if (directory / SINGLE_FILE).is_file():
         return _read_header(directory / SINGLE_FILE)
+    if (directory / INDEX_FILE).is_file():
+        return _read_shards(directory)
     if any(directory.glob("model-*-of-*.safetensors")):
         raise D2QError(f"{directory} has safetensors shards but no {INDEX_FILE}; download the index too")
     if any(file.suffix in PICKLES for file in directory.iterdir()):
@@ -210,12 +218,17 @@ def _read_shards(directory: Path) -> dict[str, _Entry]:
     entries: dict[str, _Entry] = {}
     for file in sorted(planned):
         found = _read_header(directory / file)
-        if absent := sorted(planned[file] - found.keys()):
+        if absent := _needed(planned[file] - found.keys()):
             raise D2QError(f"{index} says that {file} holds tensor {absent[0]}, but it doesn't; download both again")
-        if extra := sorted(found.keys() - planned[file]):
+        if extra := _needed(found.keys() - planned[file]):
             raise D2QError(f"{file} holds tensor {extra[0]}, but {index} doesn't say so; download both again")
         entries.update(found)
     return entries
+
+
+def _needed(names: set[str]) -> list[str]:
+    """Those of some tensor names that a model can't do without, sorted; shards and index differ in others at times."""
+    return sorted(name for name in names if not name.endswith(IGNORED_SUFFIXES))
 
 
 def _check_links(directory: Path) -> None:

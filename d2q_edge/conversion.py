@@ -199,7 +199,7 @@ class _Job:
         # Also finds out, before the long work, whether the metadata can be exported.
         self.size = self.file.size()
         if ranks.is_first:
-            _say_notes(self.plan, family, options)
+            _say_notes((*self.checkpoint.notes, *self.tokenizer.notes, *family.notes), self.plan, family, options)
         self.calibration = None
         if text is not None and windows is not None and held_back is not None:
             tokens, limit, disk = windows.size + held_back.size, options.memory_limit, self.plan.linear_bytes
@@ -286,9 +286,9 @@ class _Job:
         return dict(zip(measured, shared.tolist(), strict=True))
 
 
-def _say_notes(plan: Plan, family: Family, options: Options) -> None:
-    """Tell what one wouldn't expect: of the family, and of tensors that won't have the type that was asked for."""
-    for note in family.notes:
+def _say_notes(notes: tuple[str, ...], plan: Plan, family: Family, options: Options) -> None:
+    """Tell what one wouldn't expect: these notes, and tensors that won't have the type that was asked for."""
+    for note in notes:
         print(note, file=sys.stderr)
     if plan.fallbacks:
         kinds = ", ".join(sorted({plan.linears[name] for name in plan.fallbacks}))

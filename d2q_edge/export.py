@@ -24,7 +24,7 @@ from d2q_edge.checkpoint import IGNORED_SUFFIXES, Checkpoint
 from d2q_edge.errors import D2QError
 from d2q_edge.families import Family, family_for
 from d2q_edge.gguf_file import STOCK_TYPES, GGUFTensor, file_size, fitting_type, write_gguf
-from d2q_edge.hub import Repository, repository
+from d2q_edge.model_metadata import general_metadata
 from d2q_edge.tokenizer import Tokenizer, read_tokenizer
 from d2q_edge.verify import verify as verify_tokenizer
 
@@ -164,6 +164,8 @@ def write_model(
     def check(file: Path) -> None:
         verify_tokenizer(file, checkpoint.directory, tokenizer)
 
+    for note in general_metadata(checkpoint, family.parameters(), quantized=extra is not None)[1]:
+        print(note, file=sys.stderr)
     return write_gguf(path, family.gguf_arch, tensors, add_metadata, force=force, check=check if verify else None)
 
 
@@ -206,7 +208,7 @@ def _metadata_writer(
 
     def add_metadata(writer: gguf.GGUFWriter) -> None:
         writer.add_type(gguf.GGUFType.MODEL)
-        metadata = _general_metadata(checkpoint, writer.get_total_parameter_count(), quantized=extra is not None)
+        metadata, _ = general_metadata(checkpoint, writer.get_total_parameter_count(), quantized=extra is not None)
         if extra is not None:
             metadata.quantized_by = f"d2q-edge {__version__}"
         metadata.set_gguf_meta_model(writer)
@@ -249,7 +251,8 @@ def export(
     checkpoint = Checkpoint.open(model)
     family = family_for(checkpoint.config)
     checkpoint.check(family.tensor_shapes())
-    for note in family.notes:
+    tokenizer = model_tokenizer(checkpoint, family, pre_tokenizer)
+    for note in (*checkpoint.notes, *tokenizer.notes, *family.notes):
         print(note, file=sys.stderr)
     tensors = model_tensors(checkpoint, family, type_name)
     matrices = [tensor for tensor in tensors if len(tensor.shape) >= 2]
@@ -265,7 +268,7 @@ def export(
         path,
         checkpoint,
         family,
-        model_tokenizer(checkpoint, family, pre_tokenizer),
+        tokenizer,
         tensors,
         file_type=FILE_TYPES[type_name],
         force=force,
@@ -275,55 +278,11 @@ def export(
 
 def file_name(checkpoint: Checkpoint, family: Family, encoding: str) -> str:
     """A name for the output by GGUF's convention, BaseName-SizeLabel-FineTune-Version-Encoding.gguf."""
-    metadata = _general_metadata(checkpoint, family.parameters(), quantized=False)
+    metadata, _ = general_metadata(checkpoint, family.parameters(), quantized=False)
     name = gguf.naming_convention(
         metadata.name, metadata.basename, metadata.finetune, metadata.version, metadata.size_label, encoding
     )
     return f"{name}.gguf"
-
-
-def _general_metadata(
-    checkpoint: Checkpoint, parameters: tuple[int, int, int, int], *, quantized: bool
-) -> gguf.Metadata:
-    """What gguf-py gathers from model card, configs and directory name, completed by its converter's rules."""
-    directory = checkpoint.directory.resolve()
-    try:
-        metadata = gguf.Metadata.load(model_path=directory, total_params=parameters[0])
-        generation = gguf.Metadata.load_generation_config(directory)
-        source = repository(directory)
-        if source is not None:
-            _name_after(metadata, source, directory, parameters[0], quantized=quantized)
-    except Exception as error:
-        # The model card is free text by strangers, parsed as YAML; there is no one exception for what can be wrong.
-        raise D2QError(
-            f"the metadata of {directory / 'README.md'} can't be read ({error}); repair or remove it"
-        ) from error
-    # The version of gguf-py on PyPI lacks this rule of the converter in our llama.cpp.
-    if metadata.sampling_penalty_repeat is None and isinstance(generation, dict):
-        metadata.sampling_penalty_repeat = generation.get("repetition_penalty")
-    if metadata.name is None:
-        metadata.name = directory.name
-    if metadata.size_label is None:
-        metadata.size_label = gguf.size_label(*parameters)
-    return metadata
-
-
-def _name_after(
-    metadata: gguf.Metadata, source: Repository, directory: Path, parameters: int, *, quantized: bool
-) -> None:
-    """Put a repository's id in the place of its directory's name, which is a commit in the hub's cache.
-
-    A quantized file's base model is the repository, whatever that one's own base is; so the hub shows it.
-    """
-    card = gguf.Metadata.load_model_card(directory)
-    if quantized:
-        card = {**card, "base_model": source.id}
-    known = gguf.Metadata.apply_metadata_heuristic(
-        gguf.Metadata(), card, {"_name_or_path": source.id}, total_params=parameters
-    )
-    for field in ("name", "organization", "basename", "finetune", "version", "size_label", "base_models"):
-        setattr(metadata, field, getattr(known, field))
-    metadata.source_repo_url = metadata.source_repo_url or source.url
 
 
 def _add_value(writer: gguf.GGUFWriter, key: str, value: Value) -> None:

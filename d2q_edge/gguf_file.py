@@ -273,7 +273,8 @@ class _Writer(gguf.GGUFWriter):  # type: ignore[misc]  # gguf-py has no types
         sub_type: gguf.GGUFValueType | None = None,
     ) -> bytes:
         """The same bytes."""
-        kinds = set(map(type, val)) if isinstance(val, list) and sub_type is None else set()
+        array = vtype == gguf.GGUFValueType.ARRAY and isinstance(val, list) and sub_type is None
+        kinds = set(map(type, val)) if array else set()
         if kinds == {str}:
             encoded = [text.encode() for text in val]
             items = b"".join(part for text in encoded for part in (struct.pack("<Q", len(text)), text))

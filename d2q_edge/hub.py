@@ -147,7 +147,7 @@ class _Download:
             if name in SMALL_FILES or _TEMPLATE.fullmatch(name):
                 self._get(name, commit)
         weights = [SINGLE_FILE]
-        if INDEX_FILE in sizes:
+        if SINGLE_FILE not in sizes:
             weights = weight_files(self._get(INDEX_FILE, commit))
             if absent := [name for name in weights if name not in sizes]:
                 raise D2QError(f"{INDEX_FILE} of {self.model} names {absent[0]}, but the repository has no such file")
@@ -259,6 +259,6 @@ class _Download:
 def _missing(directory: Path) -> str | None:
     """The first file that a conversion needs and a directory lacks."""
     needed = ["config.json", SINGLE_FILE]
-    if (directory / INDEX_FILE).exists():
+    if (directory / INDEX_FILE).exists() and not (directory / SINGLE_FILE).exists():
         needed = ["config.json", *weight_files(directory / INDEX_FILE)]
     return next((name for name in needed if not (directory / name).exists()), None)

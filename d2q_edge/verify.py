@@ -151,6 +151,8 @@ def _probes(tokenizer: Tokenizer, reference: _Reference) -> Iterator[tuple[str, 
     special = [text for text, kind in zip(tokenizer.tokens, tokenizer.types, strict=True) if kind in kinds]
     texts: list[str] = json.loads(PROBE.read_text(encoding="utf-8"))
     for text in [*texts, *_vocabulary(tokenizer, reference)]:
+        if any(token in text for token in tokenizer.left_out):
+            continue
         gaps = text_gaps(text)
         if any(token in text for token in special):
             if not reference.special:

@@ -13,6 +13,7 @@ import pytest
 import safetensors
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from d2q_edge.checkpoint import Checkpoint, _is_finite
 from d2q_edge.errors import D2QError
@@ -312,6 +313,40 @@ def test_shard_has_a_tensor_that_the_index_lacks(make_checkpoint: Make) -> None:
     index["weight_map"].pop("model.norm.weight")
     (directory / INDEX).write_text(json.dumps(index))
     refused(directory, "holds tensor model.norm.weight, but .* doesn't say so")
+
+
+@pytest.mark.parametrize("shards_are_there", [True, False])
+def test_index_that_an_earlier_save_left(make_checkpoint: Make, shards_are_there: bool) -> None:
+    """save_pretrained into the directory of a sharded model, now in one file, leaves the index there."""
+    model = make_checkpoint(shards=2)
+    checkpoint = Checkpoint.open(model)
+    assert checkpoint.notes == ()
+    tensors = {name: checkpoint.tensor(name) + 1 for name in checkpoint.names}
+    save_file(tensors, model / "model.safetensors")
+    if not shards_are_there:
+        for shard in model.glob("model-0*"):
+            shard.unlink()
+    newer = Checkpoint.open(model)
+    assert all(torch.equal(newer.tensor(name), tensor) for name, tensor in tensors.items())
+    expected = f"{model} has model.safetensors and model.safetensors.index.json; the former is read, as by transformers"
+    assert newer.notes == (expected,)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto").state_dict()
+    assert torch.equal(loaded["model.norm.weight"], newer.tensor("model.norm.weight"))
+
+
+@pytest.mark.parametrize("where", ["index", "shard"])
+def test_index_and_shards_may_differ_in_derived_tensors(make_checkpoint: Make, where: str) -> None:
+    model = make_checkpoint(shards=2)
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    first = sorted(model.glob("model-0*"))[0]
+    if where == "index":
+        index = json.loads((model / INDEX).read_text())
+        index["weight_map"][name] = first.name
+        (model / INDEX).write_text(json.dumps(index))
+    else:
+        save_file({**load_file(first), name: torch.ones(8)}, first)
+    checkpoint = Checkpoint.open(model)
+    checkpoint.check(family_for(checkpoint.config).tensor_shapes())
 
 
 def test_missing_tensor(make_checkpoint: Make) -> None:

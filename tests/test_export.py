@@ -255,13 +255,6 @@ def test_unknown_type(tmp_path: Path) -> None:
         export(EXAMPLE, tmp_path / "out.gguf", "q2_k")
 
 
-def test_unreadable_model_card(make_checkpoint: Make, tmp_path: Path) -> None:
-    model = make_checkpoint()
-    (model / "README.md").write_text("---\nlicense: [unclosed\n---\n")
-    with pytest.raises(D2QError, match=r"README.md can't be read"):
-        export(model, tmp_path / "out.gguf", "f16")
-
-
 def test_file_names(make_checkpoint: Make) -> None:
     checkpoint = Checkpoint.open(EXAMPLE)
     assert file_name(checkpoint, family_for(checkpoint.config), "D2Q2") == "Tiny-Qwen3-4.2M-D2Q2.gguf"

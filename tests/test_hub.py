@@ -107,6 +107,16 @@ def test_single_file_repository(server: Hub, model: Path) -> None:
     assert not any((directory / name).exists() for name in SHARDS)
 
 
+def test_repository_with_a_left_over_index(server: Hub, model: Path) -> None:
+    """transformers takes the single file, so that the shards aren't fetched."""
+    server.files["model.safetensors"] = server.files[SHARDS[0]]
+    directory = locate(REPO)
+    assert not any((directory / name).exists() for name in SHARDS)
+    assert (directory / "model.safetensors").read_bytes() == (model / SHARDS[0]).read_bytes()
+    (directory / hub.INDEX_FILE).write_bytes((model / hub.INDEX_FILE).read_bytes())
+    assert hub._missing(directory) is None
+
+
 def test_checkpoint_opens_an_id(server: Hub) -> None:
     assert Checkpoint.open(REPO).directory.name == COMMIT
 

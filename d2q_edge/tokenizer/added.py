@@ -72,6 +72,15 @@ def added_tokens(files: Files, vocab: dict[str, int]) -> dict[str, AddedToken]:
     return added
 
 
+def split_off(added: dict[str, AddedToken], size: int) -> tuple[dict[str, AddedToken], frozenset[str]]:
+    """Added tokens that the model has a row for, and the texts of the others: padding of training, Gemma's images.
+
+    A model that is given one of those fails, in transformers; llama.cpp's converter leaves them out, too.
+    """
+    within = {text: token for text, token in added.items() if token.id < size}
+    return within, frozenset(added.keys() - within.keys())
+
+
 def check_distinct(files: Files, tokens: Iterable[str]) -> None:
     """Refuse two ids of the same text, for which llama.cpp stops the whole process.
 

@@ -7,14 +7,14 @@ text is split differently runs and is quietly worse.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import gguf
 
 from d2q_edge.errors import D2QError
 from d2q_edge.tokenizer import pre_tokenizers
-from d2q_edge.tokenizer.added import AddedToken, added_tokens, check_distinct
+from d2q_edge.tokenizer.added import AddedToken, added_tokens, check_distinct, split_off
 from d2q_edge.tokenizer.chat_template import read_chat_template
 from d2q_edge.tokenizer.content import Tokenizer
 from d2q_edge.tokenizer.files import Files
@@ -43,9 +43,11 @@ def build(files: Files, pre_tokenizer: str | None = None) -> Tokenizer:
         pre = pre_tokenizers.find(files.json, content, ignore_merges=ignore_merges)
     else:
         pre = pre_tokenizers.named(pre_tokenizer)
+    added, left_out = split_off(added_tokens(files, vocab), files.vocab_size)
+    vocab = {text: token_id for text, token_id in vocab.items() if text not in left_out}
     if ignore_merges != pre.ignores_merges:
-        _require_reachable(files, pre, vocab, merges)
-    added = added_tokens(files, vocab)
+        # Added tokens are found before words are.
+        _require_reachable(files, pre, vocab.keys() - added.keys(), merges)
     tokens, types = _token_list(files, vocab, added)
     special_ids, add_special = special_tokens(files, bos_by_default=pre.adds_bos)
     setting = files.settings.get("add_prefix_space")
@@ -64,6 +66,7 @@ def build(files: Files, pre_tokenizer: str | None = None) -> Tokenizer:
         space_prefix_setting=setting if isinstance(setting, bool) else None,
         adds_space_prefix=False,
         gaps=gaps | ({"special"} if any(token.strips for token in added.values()) else set()),
+        left_out=left_out,
     )
 
 
@@ -99,13 +102,13 @@ def _is_normalized(files: Files) -> bool:
     return bool(steps)
 
 
-def _require_reachable(files: Files, pre: PreTokenizer, vocab: dict[str, int], merges: list[tuple[str, str]]) -> None:
+def _require_reachable(files: Files, pre: PreTokenizer, vocab: Iterable[str], merges: list[tuple[str, str]]) -> None:
     """Refuse a vocabulary for which it matters whether whole words are looked up before merging.
 
     It doesn't matter when every token of several bytes is the result of a merge: merging then finds the word, too.
     """
     results = {left + right for left, right in merges}
-    for token in vocab:
+    for token in sorted(vocab):
         if len(token) > 1 and token not in results:
             raise D2QError(
                 f"{files.json} sets ignore_merges to {str(not pre.ignores_merges).lower()}, unlike llama.cpp's "

@@ -10,14 +10,13 @@ from d2q_edge.json_files import read_json_object
 
 
 def read_chat_template(directory: Path, settings: dict[str, Any]) -> str | list[dict[str, str]] | None:
-    """The chat template: tokenizer_config.json's, else chat_template.jinja's, else chat_template.json's.
+    """The chat template: chat_template.jinja's, else tokenizer_config.json's, else chat_template.json's.
+
+    In this order transformers has them; llama.cpp's converter looks into tokenizer_config.json first.
 
     Raises:
         D2QError: it has another form, or can't be read.
     """
-    template = settings.get("chat_template")
-    if template is not None:
-        return _checked(template, directory / "tokenizer_config.json")
     jinja = directory / "chat_template.jinja"
     if jinja.is_file():
         try:
@@ -29,6 +28,9 @@ def read_chat_template(directory: Path, settings: dict[str, Any]) -> str | list[
             return [{"name": "default", "template": default}, *named]
         except (OSError, UnicodeDecodeError) as error:
             raise D2QError(f"can't read the chat template in {directory}: {error}") from error
+    template = settings.get("chat_template")
+    if template is not None:
+        return _checked(template, directory / "tokenizer_config.json")
     file = directory / "chat_template.json"
     if file.is_file():
         template = read_json_object(file).get("chat_template")

@@ -37,6 +37,17 @@ class Tokenizer:
     """Whether a text's first word is tokenized as if a space came before it."""
     gaps: frozenset[str] = frozenset()
     """Kinds of text (tags of verify's probes) that llama.cpp is known to tokenize in another way."""
+    left_out: frozenset[str] = frozenset()
+    """Added tokens that the model has no row for."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on what one wouldn't expect."""
+        if not self.left_out:
+            return ()
+        first, count = min(self.left_out), len(self.left_out)
+        what = f"the token {first!r} is" if count == 1 else f"{first!r} and {count - 1} more tokens are"
+        return (f"{what} left out: the tokenizer has more than the model's {len(self.tokens)}",)
 
     @property
     def adds_bos(self) -> bool:

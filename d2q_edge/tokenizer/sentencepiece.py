@@ -14,7 +14,7 @@ import re
 import gguf
 
 from d2q_edge.errors import D2QError
-from d2q_edge.tokenizer.added import AddedToken, added_tokens, check_distinct
+from d2q_edge.tokenizer.added import AddedToken, added_tokens, check_distinct, split_off
 from d2q_edge.tokenizer.bpe import read_merges
 from d2q_edge.tokenizer.chat_template import read_chat_template
 from d2q_edge.tokenizer.content import Tokenizer
@@ -49,7 +49,8 @@ def build(files: Files) -> Tokenizer:
         D2QError: the files are damaged or contradict each other, or llama.cpp can't do what they say.
     """
     vocab: dict[str, int] = files.content["model"]["vocab"] if files.content else {}
-    added = added_tokens(files, vocab)
+    added, left_out = split_off(added_tokens(files, vocab), files.vocab_size)
+    vocab = {text: token_id for text, token_id in vocab.items() if text not in left_out}
     ids: dict[str, int] = {}
     prefix, gaps = _space_prefix(files, vocab) if files.content else (True, set())
     if files.sentencepiece.is_file():
@@ -88,6 +89,7 @@ def build(files: Files) -> Tokenizer:
         space_prefix_setting=setting,
         adds_space_prefix=prefix,
         gaps=frozenset(gaps),
+        left_out=left_out,
     )
 
 
@@ -124,7 +126,7 @@ def _space_prefix(files: Files, vocab: dict[str, int]) -> tuple[bool, set[str]]:
     schemes = {step.get("prepend_scheme", default) for step, default in zip(spaces, old, strict=True)} - {"never"}
     if prepends or not schemes:
         return bool(prepends), set()
-    return True, {"leading", "special"} if "first" in schemes else {"leading"}
+    return True, {"leading", "special"}
 
 
 def _check_same(files: Files, pieces: list[Piece], vocab: dict[str, int], added: dict[str, AddedToken]) -> None:
@@ -204,14 +206,9 @@ def _require_all_merges(files: Files, pieces: list[Piece], vocab: dict[str, int]
 def _token_list(
     files: Files, pieces: list[Piece], added: dict[str, AddedToken]
 ) -> tuple[list[str], list[float], list[int]]:
-    """Texts, scores and types of the ids 0 .. vocab_size - 1, by the rules of llama.cpp's converter.
-
-    Special tokens beyond the model's are left out: Gemma's language models have one for images.
-    """
+    """Texts, scores and types of the ids 0 .. vocab_size - 1, by the rules of llama.cpp's converter."""
     size = files.vocab_size
-    beyond = [piece.text for piece in pieces[size:]]
-    beyond += [token.text for token in added.values() if token.id >= size and token.type != CONTROL]
-    if beyond:
+    if beyond := [piece.text for piece in pieces[size:]]:
         raise D2QError(
             f"the tokenizer in {files.directory} has the token {beyond[0]!r}, but the model has {size} tokens only"
         )
@@ -222,8 +219,6 @@ def _token_list(
             tokens[token_id], scores[token_id], types[token_id] = piece.text, piece.score, piece.kind
     owners: dict[int, str] = {}
     for token in added.values():
-        if token.id >= size:
-            continue
         if owners.setdefault(token.id, token.text) != token.text:
             raise D2QError(
                 f"the tokenizer in {files.directory} gives the id {token.id} to both {owners[token.id]!r} and "

@@ -19,7 +19,7 @@ def special_tokens(files: Files, *, bos_by_default: bool) -> tuple[dict[str, int
     where llama.cpp would add one unasked (`bos_by_default`).
 
     Raises:
-        D2QError: a post-processor of an unknown kind.
+        D2QError: a post-processor of an unknown kind, or one that adds a token that the model doesn't have.
     """
     content, settings = files.content, files.settings
     texts = {role: _text_of(settings.get(f"{role}_token")) for role in ROLES}
@@ -57,8 +57,14 @@ def _ids(files: Files, texts: dict[str, str | None], add: dict[str, bool]) -> di
             special.setdefault(role, token_id)
     for role, text in texts.items():
         # What is added to every text must have an id; llama.cpp would take any.
-        if add.get(role) and text in ids:
-            special.setdefault(role, ids[text])
+        if not add.get(role) or text not in ids:
+            continue
+        if ids[text] >= files.vocab_size:
+            raise D2QError(
+                f"the tokenizer in {files.directory} adds {text!r} to every text, but the model has {files.vocab_size} "
+                "tokens only"
+            )
+        special.setdefault(role, ids[text])
     return special
 
 

@@ -12,6 +12,9 @@ import pytest
 
 from d2q_edge.errors import D2QError
 from d2q_edge.tokenizer import Tokenizer, read_tokenizer
+from d2q_edge.tokenizer.original import load_original
+from d2q_edge.verify import verify
+from tests.availability import require_runtime
 from tests.checkpoints import EXAMPLE
 from tests.tokenizer.vocabulary_file import tokenizer_keys, write_vocabulary
 
@@ -201,19 +204,23 @@ def test_template_wins_over_bos_token(make_checkpoint: Make) -> None:
 
 
 def test_chat_templates(make_checkpoint: Make) -> None:
+    """transformers' order: with several places, the last of these wins."""
     directory = make_checkpoint()
     (directory / "chat_template.json").write_text(json.dumps({"chat_template": "from json"}))
     assert read(directory).chat_template == "from json"
+    edit(directory, lambda settings: settings.update(chat_template="from settings"), "tokenizer_config.json")
+    assert read(directory).chat_template == "from settings"
+    assert load_original(directory).chat_template == "from settings"
     (directory / "chat_template.jinja").write_text("from jinja")
     assert read(directory).chat_template == "from jinja"
+    assert load_original(directory).chat_template == "from jinja"
     (directory / "additional_chat_templates").mkdir()
     (directory / "additional_chat_templates" / "tools.jinja").write_text("with tools")
     assert read(directory).chat_template == [
         {"name": "default", "template": "from jinja"},
         {"name": "tools", "template": "with tools"},
     ]
-    edit(directory, lambda settings: settings.update(chat_template="from settings"), "tokenizer_config.json")
-    assert read(directory).chat_template == "from settings"
+    assert load_original(directory).chat_template == {"default": "from jinja", "tools": "with tools"}
 
 
 def test_unknown_regex_is_quoted(make_checkpoint: Make) -> None:
@@ -267,6 +274,38 @@ def test_ignore_merges_matters_only_for_unreachable_tokens(make_checkpoint: Make
     edit(directory, lambda content: content["model"].update(ignore_merges=True))
     assert read(directory).pre == "llama-bpe"
     assert read(directory).tokens[4096] == "qzqzq"
+
+
+def test_added_tokens_are_found_before_words(make_checkpoint: Make) -> None:
+    """So that it doesn't matter for them whether words are looked up, also where the vocabulary has them, too."""
+    directory = make_checkpoint("llama")
+
+    def change(content: dict[str, Any]) -> None:
+        content["model"].update(ignore_merges=False)
+        content["model"]["vocab"].update({"<|qzqzq|>": 4096})
+        content["added_tokens"].append({"id": 4096, "content": "<|qzqzq|>", "special": True})
+
+    edit(directory, change)
+    assert read(directory, pre_tokenizer="llama-bpe").pre == "llama-bpe"
+
+
+def test_added_tokens_beyond_the_embeddings(make_checkpoint: Make, tmp_path: Path) -> None:
+    """Padding of a fine-tune that never became part of the model. The file tokenizes all other text as before."""
+    directory = make_checkpoint("llama")
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    tokens = [{"id": 4100, "content": "<pad>", "special": True}, {"id": 4101, "content": "[more]", "special": False}]
+    tokens = [{**token, **flags} for token in tokens]
+    edit(directory, lambda content: content["added_tokens"].extend(tokens))
+    tokenizer = read(directory)
+    assert tokenizer.left_out == {"<pad>", "[more]"}
+    assert len(tokenizer.tokens) == 4100 and not tokenizer.left_out & set(tokenizer.tokens)
+    assert tokenizer.notes == ("'<pad>' and 1 more tokens are left out: the tokenizer has more than the model's 4100",)
+    require_runtime()
+    verify(write_vocabulary(tmp_path / "x.gguf", tokenizer), directory, tokenizer)
+    template = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<pad>"}}, {"Sequence": {"id": "A"}}]}
+    edit(directory, lambda content: content.update(post_processor={**template, "pair": []}))
+    with pytest.raises(D2QError, match=r"adds '<pad>' to every text, but the model has 4100 tokens only"):
+        read(directory)
 
 
 def test_missing_files(make_checkpoint: Make) -> None:

@@ -12,6 +12,8 @@ import pytest
 
 from d2q_edge.errors import D2QError
 from d2q_edge.tokenizer import Tokenizer, read_tokenizer
+from d2q_edge.verify import verify
+from tests.availability import require_runtime
 from tests.tokenizer.families import FAMILIES, METASPACE
 from tests.tokenizer.tokenizers import sentencepiece_model
 from tests.tokenizer.vocabulary_file import tokenizer_keys, write_vocabulary
@@ -114,7 +116,7 @@ def test_added_tokens_json(make: Write) -> None:
 def test_space_prefix_by_the_pre_tokenizer(make: Write) -> None:
     for scheme, prefix, gaps in (
         ("first", True, {"leading", "special"}),
-        ("always", True, {"leading"}),
+        ("always", True, {"leading", "special"}),
         ("never", False, set()),
     ):
         metaspace = {**METASPACE, "prepend_scheme": scheme}
@@ -126,15 +128,35 @@ def test_space_prefix_by_the_pre_tokenizer(make: Write) -> None:
     assert not read(make("mistral", change=lambda content: content.update(pre_tokenizer=old))).adds_space_prefix
 
 
-def test_image_token_beyond_the_embeddings(make: Write) -> None:
-    """Gemma 3's language models have one."""
+@pytest.mark.parametrize("special", [True, False])
+def test_added_tokens_beyond_the_embeddings(make: Write, special: bool) -> None:
+    """Gemma 3's language models have one for images, fine-tunes of Llama 2 one for padding."""
 
-    def add(content: dict[str, Any], special: bool = True) -> None:
+    def add(content: dict[str, Any]) -> None:
         content["added_tokens"].append({"id": 624, "content": "<image>", "special": special})
 
-    assert "<image>" not in read(make("gemma3", change=add)).tokens
-    with pytest.raises(D2QError, match=r"has the token '<image>', but the model has 624 tokens only"):
-        read(make("gemma3", change=lambda content: add(content, special=False)))
+    tokenizer = read(make("gemma3", change=add))
+    assert "<image>" not in tokenizer.tokens
+    assert tokenizer.left_out == {"<image>"}
+    assert tokenizer.notes == ("the token '<image>' is left out: the tokenizer has more than the model's 624",)
+
+
+def test_padding_in_added_tokens_json_alone(make: Write, tmp_path: Path) -> None:
+    directory = make("llama2")
+    (directory / "added_tokens.json").write_text(json.dumps({"[PAD]": 624}))
+    tokenizer = read(directory)
+    assert tokenizer.left_out == {"[PAD]"} and len(tokenizer.tokens) == 624
+    require_runtime()
+    verify(write_vocabulary(tmp_path / "x.gguf", tokenizer), directory, tokenizer)
+
+
+def test_space_before_every_part_between_special_tokens(make: Write, tmp_path: Path) -> None:
+    """What transformers 5 saves of a tokenizer that was "legacy"; llama.cpp puts one before the first part only."""
+    metaspace = {**METASPACE, "prepend_scheme": "always"}
+    directory = make("mistral", "json", change=lambda content: content.update(pre_tokenizer=metaspace, normalizer=None))
+    tokenizer = read(directory)
+    require_runtime()
+    verify(write_vocabulary(tmp_path / "x.gguf", tokenizer), directory, tokenizer)
 
 
 def test_bos_only_where_transformers_adds_it(make: Write) -> None:

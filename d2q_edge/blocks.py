@@ -22,6 +22,16 @@ from d2q_edge.experts import separate_experts
 from d2q_edge.families import Family, Half, Stage
 
 
+def model_config(checkpoint: Checkpoint) -> Any:
+    """transformers' config of a checkpoint; whatever it raises is the config's fault."""
+    rope = checkpoint.config.get("rope_scaling")
+    if isinstance(rope, dict) and rope.get("type") == "su":
+        # What Phi-3 called longrope at first; transformers knows the new name only.
+        settings = {**checkpoint.config, "rope_scaling": {**rope, "type": "longrope"}}
+        return AutoConfig.for_model(**settings)
+    return AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True, trust_remote_code=False)
+
+
 def add_bias(norm: nn.Module, bias: torch.Tensor) -> RemovableHandle:
     """Let a norm, which has none in transformers, add a bias [channels] to its output, until the handle is removed."""
     return norm.register_forward_hook(lambda _module, _arguments, output: output + bias)
@@ -44,7 +54,7 @@ class BlockRunner:
         self.family = family
         self.device = device
         try:
-            config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True, trust_remote_code=False)
+            config = model_config(checkpoint)
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, attn_implementation=_attention(device))
             separate_experts(model)

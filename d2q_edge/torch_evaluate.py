@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
-from d2q_edge.blocks import add_bias
+from d2q_edge.blocks import add_bias, model_config
 from d2q_edge.calibration import Text
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.errors import D2QError
@@ -69,7 +69,7 @@ class WholeModel:
             weights: replaced tensors.
             device: where to.
         """
-        config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True, trust_remote_code=False)
+        config = model_config(checkpoint)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
         separate_experts(model)

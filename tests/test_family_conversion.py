@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,29 @@ def test_blocks_and_their_halves_are_the_model(models: dict[str, Path], name: st
         hidden = runner.forward(block, hidden)
         torch.testing.assert_close(residual, hidden, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(runner.final_norm()(hidden), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_longrope_under_its_first_name(models: dict[str, Path], tmp_path: Path) -> None:
+    """Phi-3-mini-128k's first config.json, and those of its fine-tunes, say "su"."""
+    old = shutil.copytree(models["phi4-mini"], tmp_path / "old")
+    settings = json.loads((old / "config.json").read_text())
+    rope = settings.pop("rope_parameters")
+    settings |= {"rope_theta": rope["rope_theta"], "partial_rotary_factor": rope["partial_rotary_factor"]}
+    settings["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
+    factors = {f"{kind}_factor": rope[f"{kind}_factor"] for kind in ("long", "short")}
+    settings["rope_scaling"] = {"type": "su", **factors}
+    (old / "config.json").write_text(json.dumps(settings))
+    tokens = torch.from_numpy(TOKENS)
+    new_runner, old_runner = runner_for(models["phi4-mini"]), runner_for(old)
+    hidden = new_runner.embed(tokens)
+    found = [runner.forward(runner.load(0), hidden) for runner in (new_runner, old_runner)]
+    assert torch.equal(*found)
+    wholes = [WholeModel(runner.checkpoint, runner.family, {}, CPU) for runner in (new_runner, old_runner)]
+    assert torch.equal(*(whole.states(tokens) for whole in wholes))
+    default = {**settings, "rope_scaling": None}
+    (old / "config.json").write_text(json.dumps(default))
+    assert not torch.equal(found[0], runner_for(old).forward(old_runner.load(0), hidden)), "the factors matter"
 
 
 @pytest.mark.parametrize("name", MODELS)

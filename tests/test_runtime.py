@@ -1,6 +1,7 @@
 """Tests of d2q_edge.runtime without building anything: hashes, cache, unpacking, errors, the order of the build."""
 
 import hashlib
+import importlib.metadata
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -31,6 +33,33 @@ def _patch(directory: Path, patch: str = "one", code: str = "two") -> Path:
         (directory / part).mkdir(parents=True, exist_ok=True)
         (directory / part / name).write_text(text)
     return directory
+
+
+def _wheel_address(key: str) -> str:
+    """How pip writes where a wheel of the cache lies: as an address, with the version's plus sign escaped."""
+    return f"file:///home/a%20b/.cache/d2q-edge/runtime/{key}/wheel/llama_cpp_python-0.3.36%2Bd2q.x-py3-none-any.whl"
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An environment of its own for installed packages, with the stock llama-cpp-python in it."""
+    directory = tmp_path / "site"
+    directory.mkdir()
+    monkeypatch.syspath_prepend(str(directory))
+    monkeypatch.setattr(build, "library_directory", lambda: tmp_path)
+    _put(directory, source.VERSION, None)
+    return directory
+
+
+def _put(site: Path, version: str, note: str | None) -> None:
+    """Make `site` look as after pip has installed this version of llama-cpp-python, with this direct_url.json."""
+    # Always the same folder: Python reads the version in it, and remembers the folder's name.
+    folder = site / "llama_cpp_python-0.dist-info"
+    folder.mkdir(exist_ok=True)
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: llama-cpp-python\nVersion: {version}\n")
+    (folder / "direct_url.json").unlink(missing_ok=True)
+    if note is not None:
+        (folder / "direct_url.json").write_text(note)
 
 
 class TestSource:
@@ -197,6 +226,64 @@ class TestInfo:
         assert installed.find_tool("llama-quantize") == tool
         assert installed.info().tools["llama-quantize"] == str(tool)
 
+    def test_tools_are_those_of_the_installed_wheel(
+        self, cache: Path, site: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        patch = source.patch_hash()
+        _put(site, source.runtime_version(), json.dumps({"url": _wheel_address(f"{patch}-01234567")}))
+        assert installed.tools_directory() == cache / f"{patch}-01234567/tools"
+        monkeypatch.setenv("CMAKE_ARGS", "-DGGML_OPENMP=OFF")
+        assert installed.tools_directory() == cache / f"{patch}-01234567/tools"
+        # d2q-edge has been updated, the runtime hasn't
+        _put(site, "0.3.36+d2q.abc", json.dumps({"url": _wheel_address("abc-01234567")}))
+        assert installed.tools_directory() == cache / machine.cache_key(patch) / "tools"
+
+    def test_windows_has_a_suffix(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "llama-bench").touch()
+        (tmp_path / "llama-quantize.exe").touch()
+        assert installed.tool_in(tmp_path, "llama-bench") == tmp_path / "llama-bench"
+        assert installed.tool_in(tmp_path, "llama-quantize") is None
+        monkeypatch.setattr(sys, "platform", "win32")
+        assert installed.tool_in(tmp_path, "llama-bench") is None
+        assert installed.tool_in(tmp_path, "llama-quantize") == tmp_path / "llama-quantize.exe"
+
+    @pytest.mark.parametrize(
+        "note",
+        [
+            None,
+            "",
+            "{",
+            "[]",
+            "{}",
+            '{"url": null}',
+            '{"url": "file:///home/me/llama-cpp-python", "dir_info": {"editable": true}}',
+            '{"url": "https://example.org/llama_cpp_python-0.3.36-py3-none-any.whl", "archive_info": {}}',
+        ],
+    )
+    def test_origin_that_says_nothing(self, cache: Path, site: Path, note: str | None) -> None:
+        _put(site, source.runtime_version(), note)
+        assert installed.installed_key() is None
+        assert installed.tools_directory() == cache / machine.cache_key(source.patch_hash()) / "tools"
+        assert installed.info().version == source.runtime_version()
+
+    def test_emptied_installation(self, cache: Path, site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A dist-info without files, as an interrupted removal leaves it: Pythons differ in what they make of that."""
+        del cache
+        for file in (site / "llama_cpp_python-0.dist-info").iterdir():
+            file.unlink()
+        assert installed.installed_key() is None
+        assert installed.info().version is None
+
+        def version(name: str) -> str:
+            raise KeyError("Version")
+
+        monkeypatch.setattr(importlib.metadata, "version", version)
+        assert installed.info().version is None
+
+    def test_module_without_a_spec(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "llama_cpp", ModuleType("llama_cpp"))
+        assert installed.library_directory() is None
+
     def test_failing_tool(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(installed, "find_tool", lambda _: Path("/bin/false"))
         with pytest.raises(D2QError, match="llama-bench failed: /bin/false -m x"):
@@ -251,7 +338,7 @@ class TestPrograms:
 
 class TestInstall:
     @pytest.fixture
-    def steps(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    def steps(self, cache: Path, site: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         """Replaces what takes time; the list collects what would have run."""
         del cache
         done: list[str] = []
@@ -261,10 +348,14 @@ class TestInstall:
             tree.mkdir()
             done.append("prepare")
 
+        def pip_install(wheel: Path, log: Path) -> None:
+            del log
+            done.append(f"install {wheel.name}")
+            _put(site, source.runtime_version(), json.dumps({"url": wheel.as_uri(), "archive_info": {}}))
+
         monkeypatch.setattr(build, "check_programs", lambda: None)
         monkeypatch.setattr(source, "prepare", prepare)
-        monkeypatch.setattr(build, "_pip_install", lambda wheel, log: done.append(f"install {wheel.name}"))
-        monkeypatch.setattr(build, "installed_version", lambda: None)
+        monkeypatch.setattr(build, "_pip_install", pip_install)
 
         def run(command: list[object], log: Path, failure: str, **_: object) -> None:
             words = [str(word) for word in command]
@@ -286,7 +377,7 @@ class TestInstall:
     def test_second_time_nothing_is_built(self, steps: list[str], cache: Path) -> None:
         build.install()
         build.install()
-        assert steps == ["prepare", "wheel", "install x.whl", "install x.whl"]
+        assert steps == ["prepare", "wheel", "install x.whl"]
         assert sorted(p.name for p in next(cache.iterdir()).iterdir()) == ["wheel"]
 
     def test_wheel_and_tools_share_a_tree(self, steps: list[str]) -> None:
@@ -300,7 +391,73 @@ class TestInstall:
     def test_tools_can_come_later(self, steps: list[str]) -> None:
         build.install()
         build.install(tools=True)
-        assert steps == ["prepare", "wheel", "install x.whl", "prepare", "tools", "install x.whl"]
+        assert steps == ["prepare", "wheel", "install x.whl", "prepare", "tools"]
+
+    def test_other_options_are_installed(self, steps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        build.install()
+        monkeypatch.setenv("CMAKE_ARGS", "-DGGML_OPENMP=OFF")
+        build.install()
+        assert steps == ["prepare", "wheel", "install x.whl"] * 2
+        build.install()
+        assert len(steps) == 6, "the same options again"
+        monkeypatch.delenv("CMAKE_ARGS")
+        build.install()
+        assert steps[6:] == ["install x.whl"], "back to the first wheel, which the cache still has"
+
+    def test_tools_outlive_the_options(self, steps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("CMAKE_ARGS", "-DGGML_OPENMP=OFF")
+        build.install(tools=True)
+        monkeypatch.delenv("CMAKE_ARGS")
+        assert None not in installed.info().tools.values()
+        build.install()
+        assert set(installed.info().tools.values()) == {None}, "those options' tools don't belong to this wheel"
+        build.install(tools=True)
+        assert None not in installed.info().tools.values()
+        assert steps.count("tools") == 2
+
+    def test_installation_of_unknown_origin(
+        self, steps: list[str], site: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        _put(site, source.runtime_version(), None)
+        build.install(tools=True)
+        assert "install x.whl" not in steps
+        assert None not in installed.info().tools.values()
+        monkeypatch.setenv("CMAKE_ARGS", "-DGGML_OPENMP=OFF")
+        build.install()
+        assert steps[-1] == "install x.whl"
+
+    def test_tools_are_not_built_twice_on_windows(self, steps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        build.install(tools=True)
+        for name in installed.TOOLS:
+            tool = installed.tools_directory() / name
+            tool.rename(tool.with_name(f"{name}.exe"))
+        monkeypatch.setattr(sys, "platform", "win32")
+        described = build.install(tools=True)
+        assert steps.count("tools") == 1
+        assert None not in described.tools.values()
+
+    def test_options_may_be_quoted(self, steps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        configured: list[object] = []
+
+        def configure(command: list[object], log: Path, failure: str, **_: object) -> None:
+            del log
+            configured.extend(command)
+            raise D2QError(failure)
+
+        monkeypatch.setenv("CMAKE_ARGS", "-DCMAKE_C_FLAGS='-O3 -g' -DGGML_OPENMP=OFF")
+        build.install()
+        monkeypatch.setattr(build, "run_logged", configure)
+        with pytest.raises(D2QError, match=r"configuring llama\.cpp's tools failed"):
+            build.install(tools=True)
+        assert steps[-1] == "prepare"
+        assert configured[-2:] == ["-DCMAKE_C_FLAGS=-O3 -g", "-DGGML_OPENMP=OFF"]
+
+    def test_open_quote_is_one_sentence(self, steps: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("CMAKE_ARGS", "-DCMAKE_C_FLAGS='-O3 -g")
+        with pytest.raises(D2QError, match=r"CMAKE_ARGS can't be split into words \(No closing quotation\): -DCMAKE_C"):
+            build.install()
+        assert not steps
+        assert not cache.exists()
 
     def test_failed_build_leaves_only_its_log(
         self, steps: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch
@@ -315,11 +472,9 @@ class TestInstall:
         assert [p.name for p in cache.rglob("*") if p.is_file()] == ["build.log"]
         assert steps == ["prepare"]
 
-    def test_installed_version_is_left_alone(
-        self, steps: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(build, "installed_version", source.runtime_version)
-        monkeypatch.setattr(build, "library_directory", lambda: tmp_path)
+    def test_installed_version_is_left_alone(self, steps: list[str], site: Path) -> None:
+        key = machine.cache_key(source.patch_hash())
+        _put(site, source.runtime_version(), json.dumps({"url": _wheel_address(key)}))
         build.install()
         build.install()
         assert "install x.whl" not in steps

@@ -6,6 +6,7 @@ in the cache complete or not at all: both are made beside their place and rename
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,15 @@ from pathlib import Path
 
 from d2q_edge.errors import D2QError
 from d2q_edge.runtime import source
-from d2q_edge.runtime.installed import TOOLS, RuntimeInfo, info, installed_version, library_directory, tools_directory
+from d2q_edge.runtime.installed import (
+    TOOLS,
+    RuntimeInfo,
+    info,
+    installed_key,
+    installed_version,
+    library_directory,
+    tool_in,
+)
 from d2q_edge.runtime.machine import cache_key, usable_cpus
 from d2q_edge.runtime.process import run_logged, say
 
@@ -74,6 +83,18 @@ def check_programs() -> None:
         raise D2QError(f"this Python has no pip: run {sys.executable} -m ensurepip")
 
 
+def _user_options() -> list[str]:
+    """The words of CMAKE_ARGS, taken apart as scikit-build-core does for the wheel: as a shell would.
+
+    Raises:
+        D2QError: a quote is not closed.
+    """
+    try:
+        return shlex.split(os.environ.get("CMAKE_ARGS", ""))
+    except ValueError as error:
+        raise D2QError(f"CMAKE_ARGS can't be split into words ({error}): {os.environ['CMAKE_ARGS']}") from error
+
+
 def _environment(options: Sequence[str]) -> dict[str, str]:
     """Variables for pip, scikit-build-core and CMake; what the user put into CMAKE_ARGS comes last and wins."""
     variables = {
@@ -116,15 +137,14 @@ class _Build:
         target.mkdir(parents=True, exist_ok=True)
         wheels[0].replace(target / wheels[0].name)
 
-    def tools(self, target: Path) -> None:
-        """Build the tools and put them with their libraries into `target`."""
+    def tools(self, target: Path, user_options: Sequence[str]) -> None:
+        """Build the tools and put them with their libraries into `target`; the user's options come last and win."""
         self.prepare()
         say(f"Building {', '.join(TOOLS)} (log: {self.log})")
         env = _environment(())
-        user = env.pop("CMAKE_ARGS").split()
         # a folder configured for the wheel keeps its settings, these are added
         run_logged(
-            ["cmake", "-S", self.tree, "-B", self.folder, *TOOL_OPTIONS, *user],
+            ["cmake", "-S", self.tree, "-B", self.folder, *TOOL_OPTIONS, *user_options],
             self.log,
             "configuring llama.cpp's tools failed",
             env=env,
@@ -153,6 +173,18 @@ def _pip_install(wheel: Path, log: Path) -> None:
     run_logged([*pip, wheel], log, failure)  # its dependencies, where they are missing
 
 
+def _up_to_date(key: str) -> bool:
+    """Whether what is installed is the wheel of this key.
+
+    Where a wheel came from isn't always known (installed_key). Then the patch decides, as long as nobody asks for
+    options: a reinstallation would be in vain more often than not.
+    """
+    if installed_version() != source.runtime_version() or library_directory() is None:
+        return False
+    known = installed_key()
+    return known == key if known else not os.environ.get("CMAKE_ARGS")
+
+
 def install(tools: bool = False) -> RuntimeInfo:
     """Install the patched llama-cpp-python into the running environment; build what the cache lacks.
 
@@ -163,18 +195,20 @@ def install(tools: bool = False) -> RuntimeInfo:
         What is installed afterwards.
 
     Raises:
-        D2QError: a program is missing, there is no network, or a build step failed; the cache stays consistent.
+        D2QError: a program is missing, there is no network, CMAKE_ARGS has an open quote, or a build step failed; the
+            cache stays consistent.
     """
     started = time.monotonic()
-    version = source.runtime_version()
-    place = source.cache_directory() / cache_key(source.patch_hash())
+    version, user_options = source.runtime_version(), _user_options()
+    key = cache_key(source.patch_hash())
+    place = source.cache_directory() / key
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise D2QError(f"the cache folder {place} can't be created ({error.strerror}); set XDG_CACHE_HOME") from error
     log = place / "build.log"
     wheels = list((place / "wheel").glob("*.whl"))
-    missing_tools = tools and not all((tools_directory() / name).exists() for name in TOOLS)
+    missing_tools = tools and not all(tool_in(place / "tools", name) for name in TOOLS)
     if not wheels or missing_tools:
         check_programs()
         log.unlink(missing_ok=True)
@@ -183,11 +217,11 @@ def install(tools: bool = False) -> RuntimeInfo:
             if not wheels:
                 build.wheel(place / "wheel")
             if missing_tools:
-                build.tools(tools_directory())
+                build.tools(place / "tools", user_options)
         wheels = list((place / "wheel").glob("*.whl"))
-    if installed_version() != version or library_directory() is None:
-        _pip_install(wheels[0], log)
-    else:
+    if _up_to_date(key):
         say(f"llama-cpp-python {version} is already installed")
+    else:
+        _pip_install(wheels[0], log)
     say(f"The runtime is ready: llama-cpp-python {version} ({time.monotonic() - started:.0f} s)")
     return info()

@@ -4,6 +4,7 @@ import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -22,6 +23,8 @@ from d2q_edge.tensor_types import ALL
 TOOLS = ("llama-quantize", "llama-imatrix", "llama-perplexity", "llama-bench")
 INSTALL = "run `d2q-edge runtime install`"
 PATCHED = re.compile(re.escape(VERSION) + r"\+d2q\.([0-9a-f]+)")
+CACHED_WHEEL = re.compile(r"/([0-9a-f]+-[0-9a-f]{8})/wheel/[^/]+\.whl$")
+"""How the address of a wheel in the cache ends; the group is machine.cache_key."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,10 @@ def _shared(directory: Path, name: str) -> Path | None:
 
 def library_directory() -> Path | None:
     """The folder of the installed llama_cpp's shared libraries, found without importing it."""
-    spec = importlib.util.find_spec("llama_cpp")
+    try:
+        spec = importlib.util.find_spec("llama_cpp")
+    except ValueError:  # somebody has put a module without a spec into sys.modules
+        return None
     if spec is None or spec.origin is None:
         return None
     directory = Path(spec.origin).parent / "lib"
@@ -58,8 +64,23 @@ def installed_version() -> str | None:
     """Version of the installed llama-cpp-python, patched or not; None without one."""
     try:
         return importlib.metadata.version(PACKAGE)
-    except importlib.metadata.PackageNotFoundError:
+    except (importlib.metadata.PackageNotFoundError, KeyError):  # the second: an emptied dist-info, newer Pythons
         return None
+
+
+def installed_key() -> str | None:
+    """The cache's folder that the installed wheel came from, named by machine.cache_key; None where that isn't known.
+
+    The version says which patch it is, this also with which CMAKE_ARGS and for which CPU it was built. pip notes where
+    a wheel came from (PEP 610), and the note goes when the package is removed or replaced. Another address than one in
+    the cache, such as an editable installation's, says nothing.
+    """
+    try:
+        note = importlib.metadata.distribution(PACKAGE).read_text("direct_url.json")
+        found = CACHED_WHEEL.search(json.loads(note or "{}")["url"])
+    except (importlib.metadata.PackageNotFoundError, LookupError, TypeError, ValueError):  # none, or not as pip's
+        return None
+    return found.group(1) if found else None
 
 
 def _base_library() -> ctypes.CDLL | None:
@@ -78,12 +99,18 @@ def _base_library() -> ctypes.CDLL | None:
 
 
 def tools_directory() -> Path:
-    """Where `runtime install --tools` puts the tools of this patch for this machine."""
-    return cache_directory() / cache_key(patch_hash()) / "tools"
+    """Where `runtime install --tools` has put the tools of this patch for this machine.
+
+    They lie beside the installed wheel: CMAKE_ARGS, which the key of this moment depends on, may have been set only for
+    the installation. After an update of d2q-edge the installed wheel can be of another patch; its tools don't count.
+    """
+    patch, key = patch_hash(), installed_key()
+    return cache_directory() / (key if key and key.startswith(f"{patch}-") else cache_key(patch)) / "tools"
 
 
-def _tool(name: str) -> Path | None:
-    path = tools_directory() / (name + (".exe" if sys.platform == "win32" else ""))
+def tool_in(directory: Path, name: str) -> Path | None:
+    """The program of a tool in a folder of tools, if it is there."""
+    path = directory / (name + (".exe" if sys.platform == "win32" else ""))
     return path if path.is_file() else None
 
 
@@ -95,12 +122,13 @@ def info() -> RuntimeInfo:
     library = _shared(directory, "llama") if directory else None
     base = _base_library() if patched else None
     names = [base.ggml_type_name(t.id) for t in ALL] if base else []
+    tools = tools_directory()
     return RuntimeInfo(
         version=version,
         patch_hash=patched.group(1) if patched else None,
         types=[name.decode() for name in names if name],
         library=str(library) if library else None,
-        tools={name: str(path) if (path := _tool(name)) else None for name in TOOLS},
+        tools={name: str(path) if (path := tool_in(tools, name)) else None for name in TOOLS},
     )
 
 
@@ -110,7 +138,7 @@ def find_tool(name: str) -> Path:
     Raises:
         D2QError: it has not been built.
     """
-    path = _tool(name)
+    path = tool_in(tools_directory(), name)
     if path is None:
         raise D2QError(f"the tool {name} is not built: run `d2q-edge runtime install --tools`")
     return path

@@ -34,7 +34,7 @@ MAX_HEADER_BYTES = 100_000_000
 # More dimensions than any tensor has, and longer names.
 MAX_DIMS, MAX_NAME = 8, 1000
 # The kinds of files that are read from a model's directory, here and in `tokenizer`, `convert` and `export`.
-_READ_SUFFIXES = (".json", ".safetensors", ".model", ".jinja", ".txt", ".md")
+READ_SUFFIXES = (".json", ".safetensors", ".model", ".jinja", ".txt", ".md")
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ def _check_links(directory: Path) -> None:
     """
     root = directory.resolve()
     for file in sorted([*directory.iterdir(), *(directory / "additional_chat_templates").glob("*")]):
-        if file.suffix in _READ_SUFFIXES:
+        if file.suffix in READ_SUFFIXES:
             target = file.resolve()
             if not any(target.is_relative_to(place) for place in (root, *blob_directories(directory))):
                 raise D2QError(

@@ -4,6 +4,7 @@ Knows the order of the parts and what they hand to each other. `convert` is what
 """
 
 import os
+import shlex
 import sys
 from collections import Counter
 from contextlib import nullcontext
@@ -30,10 +31,11 @@ from d2q_edge.pipeline import BATCH_TOKENS, Method, corrected_norms, quantize_bl
 from d2q_edge.plan import Plan, check_request, is_mixed, make_plan, rounding_types
 from d2q_edge.quantize.rotation import RotatedCheckpoint, rotation_pays
 from d2q_edge.ranks import Ranks
-from d2q_edge.recipe import Options, fingerprint, own_keys
+from d2q_edge.recipe import Options, check, fingerprint, own_keys
 from d2q_edge.refinement import Refinement, refine, refined_norms
 from d2q_edge.report import Report
 from d2q_edge.sensitivity import choose_windows, measure
+from d2q_edge.targets import check_targets
 from d2q_edge.tokenizer.original import load_original
 from d2q_edge.work_dir import WorkDir, was_published
 
@@ -50,6 +52,8 @@ class Conversion:
     Attributes:
         plan: the tensor types.
         size: of the file in bytes.
+        bits_per_weight: mean over all tensors of the file.
+        chats: whether the file has a chat template.
         report: what was measured; None when only planned.
         memory: what was taken at most; None when nothing was calibrated.
         refinement: what it did; None without it, or when its result was there already.
@@ -57,7 +61,9 @@ class Conversion:
 
     plan: Plan
     size: int
-    report: Report | None
+    bits_per_weight: float
+    chats: bool
+    report: Report | None = None
     memory: MemoryPlan | None = None
     refinement: Refinement | None = None
 
@@ -68,7 +74,7 @@ class Conversion:
         """
         return {
             "bytes": self.size,
-            "bits_per_weight": self.plan.bits_per_weight,
+            "bits_per_weight": self.bits_per_weight,
             "linear_bits_per_weight": self.plan.linear_bits_per_weight,
             "types": dict(self.plan.types),
             **(self.report or Report()).to_json(),
@@ -79,8 +85,8 @@ class Conversion:
         """A short text for people."""
         counts = Counter(self.plan.types.values())
         lines = [
-            f"{output}: {self.size:,} bytes, {self.plan.bits_per_weight:.3f} bits per weight "
-            f"({self.plan.linear_bits_per_weight:.4f} in the blocks)",
+            f"{output}: {self.size:,} bytes, {self.bits_per_weight:.3f} bits per weight "
+            f"({self.plan.linear_bits_per_weight:.4f} in the blocks' matrices)",
             "types: " + ", ".join(f"{count} x {kind}" for kind, count in counts.most_common()),
         ]
         layers = self.plan.layer_types()
@@ -102,7 +108,9 @@ class Conversion:
                 f"then {self.refinement.after:.4f}" + ("" if self.refinement.codes else "; no memory to tune codes")
             )
         if self.report:
-            lines.append(f"run it: d2q-edge chat {output}, or d2q-edge run {output} -p PROMPT")
+            file = shlex.quote(str(output))
+            chat = f"d2q-edge chat {file}, or " if self.chats else ""
+            lines.append(f"run it: {chat}d2q-edge run {file} -p PROMPT")
         return "\n".join(lines)
 
 
@@ -171,7 +179,10 @@ class _Job:
 
     def __init__(self, model: str | Path, output: Path, options: Options, ranks: Ranks) -> None:
         self.output, self.options, self.ranks = output, options, ranks
+        check(options)
         self.source = Checkpoint.open(model)
+        texts = [] if options.calibration == "builtin" else [Path(options.calibration)]
+        check_targets({"the output": output}, self.source.directory, texts)
         family = family_for(self.source.config)
         self.source.check(family.tensor_shapes())
         rotated = options.rotation == "on" or (options.rotation == "auto" and rotation_pays(family))
@@ -179,6 +190,11 @@ class _Job:
         self.family = family = family_for(self.checkpoint.config)
         tables = options.embedding_type, options.head_type
         check_request(family, options.bits, *tables)
+        if options.calibrate and options.context > family.context_length:
+            raise D2QError(
+                f"--context {options.context} is more than the {family.context_length} tokens that the model was made "
+                "for; use at most that"
+            )
         if options.refine and not options.calibrate:
             raise D2QError("--refine tunes the model on calibration text; leave out --no-calibration")
         if options.refine and family.num_experts:
@@ -208,14 +224,14 @@ class _Job:
 
     def planned(self) -> Conversion:
         """What would be done."""
-        return Conversion(self.plan, self.size, None, self.calibration.memory if self.calibration else None)
+        return self._result(None, self.calibration.memory if self.calibration else None)
 
     def round(self, *, force: bool, verify: bool) -> Conversion:
         """Write the file without calibration."""
         if self.ranks.is_first:
             content = RoundedContent(self.checkpoint, self.plan, self.ranks.device)
             self.file.write(self.output, content, force, verify=verify)
-        return Conversion(self.plan, self.size, Report())
+        return self._result(Report())
 
     def quantize(self, calibration: _Calibration, *, force: bool, verify: bool) -> Conversion:
         """Quantize block by block, or go on doing it, and write the file."""
@@ -234,7 +250,7 @@ class _Job:
             ranks.wait()
             if ranks.is_first:
                 work.remove()
-            return Conversion(self.plan, self.size, Report(), memory)
+            return self._result(Report(), memory)
         if work.finished and ranks.is_first:
             print(f"going on after {work.finished} finished blocks in {work.path}", file=sys.stderr)
         runner = BlockRunner(self.checkpoint, family, ranks.device)
@@ -250,7 +266,7 @@ class _Job:
         )
         if not ranks.is_first:
             ranks.wait()
-            return Conversion(self.plan, self.size, report, memory)
+            return self._result(report, memory)
         refinement = None
         if options.refine and not work.has_block(family.num_layers, refined=True):
             more, _ = self._windows(calibration.text, REFINE_FACTOR * options.calibration_tokens)
@@ -258,10 +274,21 @@ class _Job:
         with report.timed("writing"):
             content = QuantizedContent(self.checkpoint, family, work, ranks.device, refined=options.refine)
             self.file.write(work.complete, content, force=True, verify=verify)
+            if self.output.exists() and not force:
+                raise D2QError(
+                    f"{self.output} wasn't there when the conversion began, but is now; move it away, and repeat the "
+                    "command to finish"
+                )
             work.publish()
         work.remove()
         ranks.wait()
-        return Conversion(self.plan, self.output.stat().st_size, report, memory, refinement)
+        return self._result(report, memory, refinement)
+
+    def _result(
+        self, report: Report | None, memory: MemoryPlan | None = None, refinement: Refinement | None = None
+    ) -> Conversion:
+        chats = self.tokenizer.chat_template is not None
+        return Conversion(self.plan, self.size, self.file.bits_per_weight, chats, report, memory, refinement)
 
     def _windows(self, text: Text, tokens: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Calibration windows, and others."""

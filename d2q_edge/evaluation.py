@@ -8,6 +8,7 @@ protocol; llama_model.py runs the files.
 """
 
 import math
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from d2q_edge.calibration import Text, load_text
 from d2q_edge.errors import D2QError
+from d2q_edge.generate import fitting_context
 from d2q_edge.gguf_reader import GGUFFile
 from d2q_edge.llama_model import LlamaModel
 
@@ -29,6 +31,8 @@ Reference = Callable[[int], Logits]
 """What the reference puts out for the chunk of that number, see `scored_logits`; a constant per row doesn't matter."""
 TWO_SIDED = 1.96
 """Standard errors to each side of a 95 % interval."""
+LEAST = 11
+"""Values from which there are standard errors, as in llama-perplexity."""
 ROWS = 64
 """Positions that are compared at a time: a large vocabulary in double precision fills the memory otherwise."""
 
@@ -82,7 +86,8 @@ class Evaluation:
 
     def describe(self) -> str:
         """A short text for people: values with 95 % confidence intervals."""
-        lines = [f"perplexity      {_interval(self.perplexity, self.perplexity_stderr, '.4f')}"]
+        enough = self.scored >= LEAST
+        lines = [f"perplexity      {_interval(self.perplexity, self.perplexity_stderr if enough else None, '.4f')}"]
         compared: tuple[tuple[str, float | None, float | None, str], ...] = (
             ("reference       ", self.reference_perplexity, self.reference_perplexity_stderr, ".4f"),
             ("ratio           ", self.perplexity_ratio, self.perplexity_ratio_stderr, ".5f"),
@@ -90,13 +95,17 @@ class Evaluation:
             ("top-1 agreement ", self.top1_agreement, self.top1_agreement_stderr, ".2%"),
         )
         lines += [
-            f"{name}{_interval(value, error, form)}" for name, value, error, form in compared if value is not None
+            f"{name}{_interval(value, error if enough else None, form)}"
+            for name, value, error, form in compared
+            if value is not None
         ]
         if self.kl_divergence_p99 is not None and self.kl_divergence_p99_interval is not None:
             low, high = self.kl_divergence_p99_interval
-            lines.insert(4, f"  99 % of tokens below {self.kl_divergence_p99:.4f} ({low:.4f} to {high:.4f})")
+            between = f" ({low:.4f} to {high:.4f})" if enough else ""
+            lines.insert(4, f"  99 % of tokens below {self.kl_divergence_p99:.4f}{between}")
             lines.insert(5, f"  median {self.kl_divergence_median:.6f}, maximum {self.kl_divergence_max:.4f}")
-        lines.append(f"in brackets: 95 % confidence, from {self.scored:,} tokens in {self.chunks:,} chunks")
+        what = "in brackets: 95 % confidence, " if enough else "too few for confidence intervals: "
+        lines.append(f"{what}from {self.scored:,} tokens in {self.chunks:,} chunks")
         lines.append(f"file            {self.bytes:,} bytes, {self.bits_per_weight:.4f} bits per weight")
         return "\n".join(lines)
 
@@ -120,10 +129,14 @@ def evaluate(
     Raises:
         D2QError: a file can't be read or loaded, the text is too short, or the two files' tokens differ.
     """
+    if context < 8 or (chunks is not None and chunks < 1):
+        raise D2QError(f"context must be at least 8 and chunks at least 1, not {context} and {chunks}")
     path, reference = Path(path), None if reference is None else Path(reference)
     content = load_text(text, "evaluation")
     file = GGUFFile(path)
     file.check_blocks()
+    if (longest := fitting_context(file, context)) < context:
+        print(f"the model was made for {longest} tokens; after those, it doesn't know what to say", file=sys.stderr)
     if reference is not None:
         GGUFFile(reference).check_blocks()
     with ExitStack() as stack:
@@ -300,9 +313,11 @@ def quantile_interval(values: Floats, fraction: float) -> tuple[float, float]:
 
 def _stderr(values: Floats) -> float:
     """Standard error of a mean, as llama-perplexity has it: none from fewer than 11 values."""
-    return float(values.std() / math.sqrt(len(values) - 1)) if len(values) > 10 else 0.0
+    return float(values.std() / math.sqrt(len(values) - 1)) if len(values) >= LEAST else 0.0
 
 
 def _interval(value: float, error: float | None, form: str) -> str:
-    half = TWO_SIDED * (error or 0.0)
+    if error is None:
+        return f"{value:{form}}"
+    half = TWO_SIDED * error
     return f"{value:{form}} ({value - half:{form}} to {value + half:{form}})"

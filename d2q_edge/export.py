@@ -25,6 +25,8 @@ from d2q_edge.errors import D2QError
 from d2q_edge.families import Family, family_for
 from d2q_edge.gguf_file import STOCK_TYPES, GGUFTensor, file_size, fitting_type, write_gguf
 from d2q_edge.model_metadata import general_metadata
+from d2q_edge.output_lock import sole_writer
+from d2q_edge.targets import check_targets
 from d2q_edge.tokenizer import Tokenizer, read_tokenizer
 from d2q_edge.verify import verify as verify_tokenizer
 
@@ -248,7 +250,13 @@ def export(
     """
     if type_name not in STOCK_TYPES:
         raise D2QError(f"{type_name!r} isn't a stock type that can be written; these are: {', '.join(STOCK_TYPES)}")
+    with sole_writer(path):
+        return _export(model, path, type_name, force, pre_tokenizer, verify)
+
+
+def _export(model: str | Path, path: Path, type_name: str, force: bool, pre_tokenizer: str | None, verify: bool) -> int:
     checkpoint = Checkpoint.open(model)
+    check_targets({"the output": path}, checkpoint.directory)
     family = family_for(checkpoint.config)
     checkpoint.check(family.tensor_shapes())
     tokenizer = model_tokenizer(checkpoint, family, pre_tokenizer)

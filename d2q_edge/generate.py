@@ -68,10 +68,15 @@ def generate(
         threads: None takes as many as there are CPUs for this process.
 
     Raises:
-        D2QError: the runtime is not installed, the file can't be loaded, or the prompt is longer than its context.
+        D2QError: the runtime is not installed, the file can't be loaded, or the prompt is empty, not UTF-8, or longer
+            than its context.
     """
+    try:
+        length = len(prompt.encode())
+    except UnicodeEncodeError as error:
+        raise D2QError("the prompt isn't valid UTF-8; give it in that encoding") from error
     # No token is shorter than a byte. The model's own context can be so long that its cache doesn't fit in memory.
-    model = load(path, len(prompt.encode()) + max_tokens + SPARE_TOKENS, seed, threads)
+    model = load(path, length + max_tokens + SPARE_TOKENS, seed, threads)
     return _pieces(model, prompt, max_tokens, temperature)
 
 
@@ -82,3 +87,8 @@ def _pieces(model: Any, prompt: str, max_tokens: int, temperature: float) -> Ite
                 yield piece["choices"][0]["text"]
         except ValueError as error:
             raise D2QError(f"llama.cpp can't continue the prompt: {error}") from error
+        except AssertionError as error:
+            # llama-cpp-python's, where there is no token to begin with.
+            raise D2QError(
+                "the prompt is empty, and the model has no token that begins a text; give some text"
+            ) from error

@@ -169,6 +169,8 @@ def check_output(path: Path, *, force: bool, size: int = 0) -> None:
     try:
         if path.is_dir():
             raise D2QError(f"{path} is a directory; give the name of the file to write")
+        if path.exists() and not path.is_file():
+            raise D2QError(f"{path} isn't a regular file; give the name of a file to write")
         if not path.parent.is_dir():
             raise D2QError(f"the output directory {path.parent} doesn't exist; create it first")
         if path.exists() and not force:

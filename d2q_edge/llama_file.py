@@ -7,6 +7,7 @@ llama.cpp's log is kept off the terminal; its errors become the message when a f
 from __future__ import annotations
 
 import ctypes
+import os
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,7 +42,7 @@ class LlamaFile:
         self._api.llama_backend_init()
         parameters = self._api.llama_model_default_params()
         parameters.vocab_only = vocab_only
-        self._model = self._api.llama_model_load_from_file(str(path).encode(), parameters)
+        self._model = self._api.llama_model_load_from_file(os.fsencode(path), parameters)
         if not self._model:
             raise D2QError(f"llama.cpp can't load {path}: {self._log.cause}")
         self._vocab = self._api.llama_model_get_vocab(self._model)

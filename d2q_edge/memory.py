@@ -6,6 +6,7 @@ what is free.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -128,7 +129,7 @@ def plan_memory(
             place = output.absolute().parent
     if peak > free:
         raise D2QError(
-            f"this conversion needs {peak * processes / GIB:.1f} GiB of memory, but "
+            f"this conversion needs {_at_least(peak * processes)} GiB of memory, but "
             + (
                 f"{free * processes / GIB:.1f} GiB are free"
                 if limit is None
@@ -146,6 +147,11 @@ def plan_memory(
             f"{disk / GIB:.1f} GiB; free some, or write the output to another disk"
         )
     return MemoryPlan(place, peak * processes, on_device, disk)
+
+
+def _at_least(size: int) -> str:
+    """GiB, rounded up: a limit of what is said to be needed must do."""
+    return f"{math.ceil(10 * size / GIB) / 10:.1f}"
 
 
 def _working(family: Family, batch_tokens: int, processes: int, search: int) -> int:

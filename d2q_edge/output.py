@@ -4,6 +4,7 @@ Knows which tensor is packed, which stays float and which is new (norm biases). 
 (pipeline.py) nor the bytes of a GGUF (gguf_file.py).
 """
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -130,6 +131,12 @@ class Output:
         """Bytes of the finished file."""
         tensors = self._tensors(PlannedContent())
         return model_size(self.checkpoint, self.family, self.tokenizer, tensors, self.file_type, self.metadata)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean over the elements of all tensors."""
+        tensors = self._tensors(PlannedContent())
+        return 8 * sum(tensor.nbytes for tensor in tensors) / sum(math.prod(tensor.shape) for tensor in tensors)
 
     def write(self, path: Path, content: Content, force: bool, *, verify: bool = True) -> None:
         """Write it.

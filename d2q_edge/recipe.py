@@ -14,6 +14,7 @@ import numpy.typing as npt
 from d2q_edge import __version__, codebooks
 from d2q_edge.calibration import Text
 from d2q_edge.checkpoint import Checkpoint
+from d2q_edge.errors import D2QError
 from d2q_edge.export import Value
 from d2q_edge.pipeline import Method
 from d2q_edge.plan import Plan, is_mixed
@@ -22,6 +23,9 @@ from d2q_edge.sensitivity import choose_windows
 
 FORMAT_VERSION = 1
 """Value of d2q.version: the layout of the blocks and the meaning of the d2q.* keys."""
+
+
+ROTATIONS = "auto", "on", "off"
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,22 @@ class Options:
     device: str = "auto"
     memory_limit: int | None = None
     pre_tokenizer: str | None = None
+
+
+def check(options: Options) -> None:
+    """Refuse values that make no sense, whoever they come from.
+
+    Raises:
+        D2QError: there is one.
+    """
+    for name, least in (("calibration_tokens", 1), ("context", 8), ("seed", 0)):
+        value = getattr(options, name)
+        if type(value) is not int or value < least:
+            raise D2QError(f"{name} must be a whole number from {least}, not {value!r}")
+    if isinstance(options.bits, bool) or not isinstance(options.bits, (int, float)):
+        raise D2QError(f"bits must be a number, not {options.bits!r}")
+    if options.rotation not in ROTATIONS:
+        raise D2QError(f"rotation must be one of {', '.join(ROTATIONS)}, not {options.rotation!r}")
 
 
 def own_keys(

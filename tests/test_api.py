@@ -1,14 +1,17 @@
 """The package as a library: what can be imported from it, when that costs time, and the example script."""
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import d2q_edge
 from d2q_edge import conversion, errors, evaluation, recipe
+from d2q_edge.gguf_reader import GGUFFile
 from tests.availability import require_runtime
 from tests.checkpoints import EXAMPLE
 from tests.conftest import ExampleFiles
@@ -67,3 +70,35 @@ def test_example_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert 0.3 < float(divergence.split()[2]) < 2
     assert agreement.endswith("of all places")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["d2q2.gguf", "original.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"context": 0}, "context must be a whole number from 8, not 0"),
+        ({"context": -1}, "context must be a whole number from 8, not -1"),
+        ({"context": 64.0}, "context must be a whole number from 8, not 64.0"),
+        ({"seed": -1}, "seed must be a whole number from 0, not -1"),
+        ({"calibration_tokens": 0}, "calibration_tokens must be a whole number from 1, not 0"),
+        ({"bits": "2"}, "bits must be a number, not '2'"),
+        ({"bits": True}, "bits must be a number, not True"),
+        ({"rotation": "maybe"}, "rotation must be one of auto, on, off, not 'maybe'"),
+    ],
+)
+def test_options_that_make_no_sense(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(errors.D2QError, match=f"^{message}$"):
+        d2q_edge.convert(EXAMPLE, tmp_path / "x.gguf", d2q_edge.Options(**options))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_result(tmp_path: Path) -> None:
+    """Bits per weight are the file's own, and only what can chat is said to."""
+    output = tmp_path / "a file.gguf"
+    result = d2q_edge.convert(EXAMPLE, output, d2q_edge.Options(calibrate=False), verify=False)
+    assert result.bits_per_weight == GGUFFile(output).bits_per_weight
+    assert result.describe(output).splitlines()[-1] == f"run it: d2q-edge run '{output}' -p PROMPT"
+    model = shutil.copytree(EXAMPLE, tmp_path / "model")
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    chats = d2q_edge.convert(model, tmp_path / "chats.gguf", d2q_edge.Options(calibrate=False), verify=False)
+    last = chats.describe(Path("chats.gguf")).splitlines()[-1]
+    assert last == "run it: d2q-edge chat chats.gguf, or d2q-edge run chats.gguf -p PROMPT"

@@ -296,7 +296,8 @@ class TestHelp:
 class TestProcess:
     """The real thing, with a real terminal signal; everything else runs in this process because starting costs time."""
 
-    def test_ctrl_c(self, make_checkpoint: Make, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+    def test_signals(self, make_checkpoint: Make, tmp_path: Path, number: signal.Signals) -> None:
         model = make_checkpoint(hidden_size=64, intermediate_size=128, num_hidden_layers=8)
         # In a job that started in the background, Python would leave the signal ignored.
         script = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
@@ -314,13 +315,40 @@ class TestProcess:
             deadline = time.monotonic() + 120
             while not first.exists() and process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.005)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             out, err = process.communicate(timeout=60)
-        assert process.returncode == 130, err
+        assert process.returncode == 128 + number, err
         assert out == ""
         assert err.endswith("\nInterrupted. A conversion goes on where it stopped when the command is repeated.\n")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf.work", "tiny"]
         assert list(tmp_path.rglob("*.partial")) == []
+
+    def test_torchruns_processes_end_at_once(self, monkeypatch: pytest.MonkeyPatch, d2q: Call) -> None:
+        """They may be waiting for each other, where a handler is never called."""
+        seen: list[Any] = []
+
+        def info() -> None:
+            seen.append(signal.getsignal(signal.SIGTERM))
+            raise D2QError("x")
+
+        monkeypatch.setattr(runtime, "info", info)
+        before = signal.getsignal(signal.SIGTERM)
+        for expected in (True, False):
+            assert d2q("runtime", "info").code == 1
+            assert callable(seen[-1]) == expected
+            assert signal.getsignal(signal.SIGTERM) == before
+            monkeypatch.setenv("WORLD_SIZE", "2")
+
+    @pytest.mark.parametrize(
+        "arguments", [["--help"], ["convert", EXAMPLE, "--dry-run", "-o", "x.gguf"]], ids=["help", "plan"]
+    )
+    def test_nowhere_to_print(self, arguments: list[Any]) -> None:
+        with Path("/dev/full").open("w") as full:
+            command = [sys.executable, "-m", "d2q_edge.cli", *map(str, arguments)]
+            result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert result.returncode == 1
+        assert result.stderr.endswith("Error: can't print the result: No space left on device\n")
+        assert "Traceback" not in result.stderr and "Exception" not in result.stderr
 
     def test_error(self, tmp_path: Path) -> None:
         command = [sys.executable, "-m", "d2q_edge.cli", "inspect", str(tmp_path / "none.gguf")]

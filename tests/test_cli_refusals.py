@@ -128,7 +128,7 @@ class TestBadOptions:
             (("--calibration", "none.txt"), "can't read the text none.txt"),
             (("--calibration", str(EXAMPLE / "model.safetensors")), "is not UTF-8"),
             (("--calibration", os.devnull), "is empty"),
-            (("--context", "1000000"), "less than one window of 1000000"),
+            (("--context", "2049"), "--context 2049 is more than the 2048 tokens that the model was made for"),
         ],
     )
     def test_request_that_cannot_be_carried_out(self, d2q: Call, options: tuple[str, ...], said: str) -> None:
@@ -154,8 +154,13 @@ class TestBadOptions:
             ("convert", EXAMPLE, "--type", "f16", "--embedding-type", "q8_0"),
             ("convert", EXAMPLE, "--type", "f16", "--no-calibration"),
             ("convert", EXAMPLE, "--type", "f16", "--rotation", "on"),
+            ("convert", EXAMPLE, "--memory-limit", "nan"),
+            ("convert", EXAMPLE, "--memory-limit", "inf"),
             ("eval",),
             ("eval", "a.gguf", "--chunks", "0"),
+            ("bench", "a.gguf", "--threads", "513"),
+            ("run", "a.gguf", "-p", "x", "--threads", "513"),
+            ("run", "a.gguf", "-p", "x", "--temperature", "nan"),
             ("compare",),
             ("compare", "a.gguf", "b.gguf", "--rounds", "0"),
             ("run", "a.gguf"),

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from d2q_edge import conversion, gguf_file, stage_solver
+from d2q_edge import conversion, gguf_file, pipeline, stage_solver
 from d2q_edge.errors import D2QError
 from d2q_edge.gguf_reader import GGUFFile
 from d2q_edge.recipe import Options
@@ -254,3 +254,23 @@ class TestFailures:
         with pytest.raises(D2QError, match="transformers can't load the tokenizer"):
             conversion.convert(model, tmp_path / "out.gguf", QUICK)
         assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_an_output_that_appears_meanwhile_stays(
+    whole: tuple[Path, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, blocks = tmp_path / "out.gguf", pipeline.quantize_blocks
+
+    def somebody_writes(*arguments: Any, **options: Any) -> Any:
+        output.write_text("somebody's")
+        return blocks(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "quantize_blocks", somebody_writes)
+        with pytest.raises(D2QError, match=r"out.gguf wasn't there when the conversion began, but is now"):
+            conversion.convert(whole[0], output, QUICK)
+    assert output.read_text() == "somebody's"
+    output.unlink()
+    conversion.convert(whole[0], output, QUICK)
+    assert output.read_bytes() == whole[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]

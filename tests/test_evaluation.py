@@ -247,6 +247,31 @@ def test_chunks_are_at_most_what_the_text_has(example_files: ExampleFiles, tmp_p
     assert evaluate(example_files.f16, None, str(tmp_path / "short.txt"), 99, context=64).chunks == tokens // 64
 
 
+def test_too_few_values_for_intervals(example_files: ExampleFiles) -> None:
+    require_runtime()
+    few = evaluate(example_files.d2q2, example_files.f16, chunks=1, context=24)
+    assert few.scored == 11 and few.perplexity_stderr > 0
+    assert "in brackets: 95 % confidence, from 11 tokens" in few.describe()
+    fewer = evaluate(example_files.d2q2, example_files.f16, chunks=1, context=22)
+    assert fewer.scored == 10 and fewer.perplexity_stderr == 0
+    assert "(" not in fewer.describe()
+    assert "too few for confidence intervals: from 10 tokens in 1 chunks" in fewer.describe()
+
+
+def test_context_beyond_the_model(example_files: ExampleFiles, capsys: pytest.CaptureFixture[str]) -> None:
+    require_runtime()
+    evaluate(example_files.f16, chunks=1, context=2048)
+    assert "the model was made for" not in capsys.readouterr().err
+    evaluate(example_files.f16, chunks=1, context=2049)
+    assert "the model was made for 2048 tokens; after those" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [{"chunks": 0}, {"chunks": -1}, {"context": 7}, {"context": 0}, {"context": -5}])
+def test_numbers_that_make_no_sense(example_files: ExampleFiles, options: dict[str, Any]) -> None:
+    with pytest.raises(D2QError, match=r"context must be at least 8 and chunks at least 1, not "):
+        evaluate(example_files.f16, **options)
+
+
 def test_log_softmax() -> None:
     logits = np.random.default_rng(0).normal(0, 30, (5, 1000)).astype(np.float32)
     logits[0, 3] = 3e4

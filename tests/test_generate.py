@@ -46,3 +46,12 @@ def test_files_are_checked_at_once(
     monkeypatch.setattr(runtime.installed, "installed_version", lambda: None)
     with pytest.raises(D2QError, match="run `d2q-edge runtime install`"):
         generate(example_files.f16, PROMPT, 8, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [("", "the prompt is empty, and the model has no token"), ("a\udcff", "the prompt isn't valid UTF-8")],
+)
+def test_prompts_that_are_none(example_files: ExampleFiles, prompt: str, message: str) -> None:
+    with pytest.raises(D2QError, match=message):
+        list(generate(example_files.d2q2, prompt, 4, 0.0, 1))

@@ -106,7 +106,7 @@ def test_no_place_for_a_lock(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("more", [[], ["--no-calibration"], ["--force"]])
+@pytest.mark.parametrize("more", [[], ["--no-calibration"], ["--force"], ["--type", "f16"]])
 def test_convert(
     d2q: Callable[..., Result], make_checkpoint: Callable[..., Path], output: Path, more: list[str]
 ) -> None:
@@ -116,4 +116,5 @@ def test_convert(
         result = d2q("convert", model, "-o", output, *more)
         refused(result, f"(process {process.pid}) is writing")
         assert set(output.parent.iterdir()) == there
-        assert d2q("convert", model, "-o", output, "--dry-run", *more).code == 0, "a plan writes nothing"
+        if "--type" not in more:
+            assert d2q("convert", model, "-o", output, "--dry-run", *more).code == 0, "a plan writes nothing"

@@ -1,10 +1,15 @@
 """The command line: parses options and calls the library, nothing else. One file per command; here what they share.
 
 Results go to stdout, messages and progress to stderr. Exit codes: 0 done, 1 the request can't be carried out, 2 wrong
-usage, 130 interrupted. Imports are inside the commands, because torch takes seconds to load and --help should not.
+usage, 130 interrupted (143 and 129 by SIGTERM and SIGHUP). Imports are inside the commands, because torch takes seconds
+to load and --help should not.
 """
 
+import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import click
 
@@ -35,13 +40,48 @@ for module in (convert, inspect, evaluate, compare, bench, run, chat, serve, run
 def main() -> None:
     """The console script: runs the command and turns what happened into an exit code."""
     try:
-        sys.exit(cli(standalone_mode=False))
+        with _ended_by_signals():
+            code = cli(standalone_mode=False)
+            sys.stdout.flush()
+        sys.exit(code)
     except D2QError as error:
         click.echo(f"Error: {sentence(error)}", err=True)
         sys.exit(1)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt, _Ended) as end:
         click.echo(f"Interrupted.{GOES_ON if 'convert' in sys.argv[1:2] else ''}", err=True)
-        sys.exit(130)
+        sys.exit(128 + (end.number if isinstance(end, _Ended) else signal.SIGINT))
+    except OSError as error:
+        # Everything else that can't be written says so itself.
+        click.echo(f"Error: can't print the result: {error.strerror or error}", err=True)
+        # What is still buffered would fail once more when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+class _Ended(BaseException):
+    """A signal wants the process to end."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, so that it cleans up; torchrun's processes have no time."""
+    signals = [] if "WORLD_SIZE" in os.environ else [signal.SIGTERM, signal.SIGHUP]
+    before = {number: signal.getsignal(number) for number in signals}
+    for number in signals:
+        if before[number] == signal.SIG_DFL:
+            signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(number: int, _: object) -> None:
+    raise _Ended(number)

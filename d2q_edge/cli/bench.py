@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from d2q_edge.cli.common import PATH
+from d2q_edge.cli.common import MAX_THREADS, PATH
 
 
 def _numbers(_context: click.Context, _option: click.Parameter, value: str | None) -> tuple[int, ...] | None:
@@ -14,8 +14,10 @@ def _numbers(_context: click.Context, _option: click.Parameter, value: str | Non
     if value is None:
         return None
     words = value.split(",")
-    if not all(word.isdecimal() and int(word) for word in words):
-        raise click.BadParameter(f"{value!r} isn't a number of threads, or several separated by commas")
+    if not all(word.isdecimal() and 1 <= int(word) <= MAX_THREADS for word in words):
+        raise click.BadParameter(
+            f"{value!r} isn't a number of threads from 1 to {MAX_THREADS}, or several separated by commas"
+        )
     return tuple(dict.fromkeys(map(int, words)))
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from d2q_edge.cli.common import PATH
+from d2q_edge.cli.common import PATH, THREADS, Number
 from d2q_edge.errors import D2QError
 
 if TYPE_CHECKING:
@@ -28,9 +28,9 @@ Ctrl-C stops an answer."""
     "--context", type=click.IntRange(64), default=4096, show_default=True, help="Tokens of the whole conversation."
 )
 @click.option("-n", "--tokens", type=click.IntRange(1), help="Of one answer at most.  [default: what the context has]")
-@click.option("--temperature", type=click.FloatRange(0), default=0.7, show_default=True)
+@click.option("--temperature", type=Number(0), default=0.7, show_default=True)
 @click.option("--seed", type=click.IntRange(0), help="For the same answers again.  [default: others every time]")
-@click.option("--threads", type=click.IntRange(1), help="[default: one for each CPU]")
+@click.option("--threads", type=THREADS, help="[default: one for each CPU]")
 def command(
     file: Path,
     system: str | None,

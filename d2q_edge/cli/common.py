@@ -1,6 +1,7 @@
 """What several commands need before the library is loaded."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,22 @@ from d2q_edge.errors import D2QError
 
 PATH = click.Path(path_type=Path)
 """Type of an argument that names a file; the library says what is wrong with it."""
+
+
+class Number(click.FloatRange):
+    """A number in a range; "nan" and "inf" are none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As click does it."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a number in the range {self._describe_range()}.", param, ctx)
+        return number
+
+
+MAX_THREADS = 512
+"""ggml's limit, beyond which it stops the whole process."""
+THREADS = click.IntRange(1, MAX_THREADS)
 
 
 def wait_passively() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from d2q_edge.cli.common import PATH, is_first_process, wait_passively, write_json
+from d2q_edge.cli.common import PATH, Number, is_first_process, wait_passively, write_json
 
 
 @click.command("convert")
@@ -34,14 +34,12 @@ from d2q_edge.cli.common import PATH, is_first_process, wait_passively, write_js
 @click.option("--embedding-type", help="Stock type of the embeddings.  [default: by --bits]")
 @click.option("--head-type", help="Stock type of the head, where it isn't tied.  [default: by --bits]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
-@click.option(
-    "--memory-limit", type=click.FloatRange(0.5), help="GiB of memory that may be taken.  [default: what is free]"
-)
+@click.option("--memory-limit", type=Number(0.5), help="GiB of memory that may be taken.  [default: what is free]")
 @click.option(
     "--pre-tokenizer", metavar="NAME", help="llama.cpp's name for how the tokenizer splits text, where it isn't known."
 )
 @click.option("--no-verify", is_flag=True, help="Keep a file whose tokenizer differs from the model's in llama.cpp.")
-@click.option("--dry-run", is_flag=True, help="Print the plan and the exact size; write nothing.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and the exact size; convert nothing.")
 @click.option("--force", is_flag=True, help="Replace an existing file, or unfinished work with other options.")
 @click.option("--report", type=PATH, help="Write what was measured to a JSON file.")
 @click.option("--model-card", is_flag=True, help="Write README.md beside the file, as GGUF repositories have it.")
@@ -58,8 +56,9 @@ def command(model: Path, output: Path | None, stock_type: str | None, **options:
     from d2q_edge.families import family_for
     from d2q_edge.gguf_file import check_output
     from d2q_edge.hub import locate
-    from d2q_edge.model_card import check_card, write_card
+    from d2q_edge.model_card import NAME, check_card, write_card
     from d2q_edge.recipe import Options
+    from d2q_edge.targets import check_targets
 
     bits, force, report, card = options["bits"], options["force"], options["report"], options["model_card"]
     if stock_type is not None:
@@ -108,9 +107,11 @@ def command(model: Path, output: Path | None, stock_type: str | None, **options:
             )
         },
     )
+    # Better now than after the work.
+    targets = {"the output": output, "the report": report, "the model card": output.parent / NAME if card else None}
+    check_targets({name: path for name, path in targets.items() if path is not None}, model)
     if report:
-        # Better now than after the work.
-        check_output(report, force=True)
+        check_output(report, force=force)
     if card:
         check_card(output, force=force)
     result = quantize(model, output, chosen, dry_run=options["dry_run"], force=force, verify=not options["no_verify"])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from d2q_edge.cli.common import PATH
+from d2q_edge.cli.common import PATH, THREADS, Number
 
 
 @click.command("run")
@@ -13,11 +13,9 @@ from d2q_edge.cli.common import PATH
 @click.option(
     "-n", "--tokens", type=click.IntRange(1), default=128, show_default=True, help="Generate at most that many."
 )
-@click.option(
-    "--temperature", type=click.FloatRange(0), default=0.8, show_default=True, help="0: always the likeliest token."
-)
+@click.option("--temperature", type=Number(0), default=0.8, show_default=True, help="0: always the likeliest token.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the sampling.")
-@click.option("--threads", type=click.IntRange(1), help="[default: one for each CPU]")
+@click.option("--threads", type=THREADS, help="[default: one for each CPU]")
 def command(file: Path, prompt: str, tokens: int, temperature: float, seed: int, threads: int | None) -> None:
     """Continue a prompt with a GGUF FILE.
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from d2q_edge.cli.common import PATH
+from d2q_edge.cli.common import PATH, THREADS
 
 
 @click.command("serve")
@@ -13,7 +13,7 @@ from d2q_edge.cli.common import PATH
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--context", type=click.IntRange(64), default=4096, show_default=True, help="Tokens of one conversation.")
 @click.option("--api-key", envvar="D2Q_API_KEY", help="Key that clients must send; or in $D2Q_API_KEY.")
-@click.option("--threads", type=click.IntRange(1), help="[default: one for each CPU]")
+@click.option("--threads", type=THREADS, help="[default: one for each CPU]")
 def command(file: Path, host: str, port: int, context: int, api_key: str | None, threads: int | None) -> None:
     """Serve a GGUF FILE through OpenAI's HTTP interface.
 

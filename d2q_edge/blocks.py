@@ -29,7 +29,9 @@ def model_config(checkpoint: Checkpoint) -> Any:
         # What Phi-3 called longrope at first; transformers knows the new name only.
         settings = {**checkpoint.config, "rope_scaling": {**rope, "type": "longrope"}}
         return AutoConfig.for_model(**settings)
-    return AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True, trust_remote_code=False)
+    # Itself, unless the model also takes images (text_part.py).
+    return config.get_text_config()
 
 
 def add_bias(norm: nn.Module, bias: torch.Tensor) -> RemovableHandle:

@@ -21,6 +21,7 @@ import torch
 from d2q_edge.errors import D2QError
 from d2q_edge.hub import INDEX_FILE, PICKLES, SINGLE_FILE, blob_directories, locate, weight_files
 from d2q_edge.json_files import parse_json, read_json_object
+from d2q_edge.text_part import has_text_part, text_config, text_names
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -39,9 +40,10 @@ READ_SUFFIXES = (".json", ".safetensors", ".model", ".jinja", ".txt", ".md")
 
 @dataclass(frozen=True)
 class _Entry:
-    """Where one tensor lies: its file, its dtype code as stored ("BF16", ...) and its shape."""
+    """Where one tensor lies: its file and its name there, its dtype code as stored ("BF16", ...) and its shape."""
 
     file: Path
+    name: str
     dtype: str
     shape: tuple[int, ...]
 
@@ -85,15 +87,22 @@ class Checkpoint:
         if not config_file.is_file():
             raise D2QError(f"{directory} has no config.json, so it isn't a Hugging Face model directory")
         _check_links(directory)
-        return cls(directory, read_json_object(config_file, strict=True), _read_entries(directory))
+        config, entries = read_json_object(config_file, strict=True), _read_entries(directory)
+        if has_text_part(config):
+            config = text_config(config)
+            entries = {name: entries[stored] for name, stored in text_names(entries).items()}
+        return cls(directory, config, entries)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Sentences on what one should know about the files."""
         read, other = self.directory / SINGLE_FILE, self.directory / INDEX_FILE
-        if not (read.is_file() and other.is_file()):
-            return ()
-        return (f"{self.directory} has {SINGLE_FILE} and {INDEX_FILE}; the former is read, as by transformers",)
+        notes = []
+        if read.is_file() and other.is_file():
+            notes.append(f"{self.directory} has {SINGLE_FILE} and {INDEX_FILE}; the former is read, as by transformers")
+        if any(name != entry.name for name, entry in self._entries.items()):
+            notes.append("the model's part for images is left out; the file is for text")
+        return tuple(notes)
 
     @property
     def names(self) -> KeysView[str]:
@@ -132,7 +141,7 @@ class Checkpoint:
         entry = self._entry(name)
         try:
             with safetensors.safe_open(entry.file, framework="pt", device="cpu") as file:
-                tensor: torch.Tensor = file.get_tensor(name)
+                tensor: torch.Tensor = file.get_tensor(entry.name)
         except (OSError, safetensors.SafetensorError) as error:
             raise D2QError(f"can't read tensor {name} from {entry.file}: {error}") from error
         if not _is_finite(tensor):
@@ -300,7 +309,7 @@ def _parse_entry(file: Path, name: str, value: object) -> tuple[_Entry, int, int
             if len(offsets) == 2 and len(shape) <= MAX_DIMS:
                 begin, end = offsets
                 if begin <= end and (known is None or end - begin == math.prod(shape) * known.itemsize):
-                    return _Entry(file, dtype, shape), begin, end
+                    return _Entry(file, name, dtype, shape), begin, end
     raise D2QError(f"{file} describes tensor {name} in a way that makes no sense; download it again")
 
 

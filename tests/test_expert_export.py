@@ -184,7 +184,9 @@ def test_sizes_of_real_models_without_their_weights(name: str, tmp_path: Path) -
     (tmp_path / "config.json").write_text(json.dumps(config))
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / file).write_bytes((EXAMPLE / file).read_bytes())
-    entries = {tensor: _Entry(tmp_path, "BF16", shape) for tensor, shape in sorted(family.tensor_shapes().items())}
+    entries = {
+        tensor: _Entry(tmp_path, tensor, "BF16", shape) for tensor, shape in sorted(family.tensor_shapes().items())
+    }
     checkpoint = Checkpoint(tmp_path, dict(config), entries)
     checkpoint.check(family.tensor_shapes())
     plan = make_plan(family, 2)

@@ -35,11 +35,13 @@ def test_there_are_commands() -> None:
 def test_commands_are_ours(page: str, line: str) -> None:
     name, *arguments = shlex.split(line, comments=True)
     command: click.Command = cli.commands[name]
+    # A command keeps the help option that it is first asked for, and the parent's context says what that is.
+    parent = click.Context(cli, **cli.context_settings)
     if isinstance(command, click.Group):
         name, *arguments = arguments
         command = command.commands[name]
     # Raises where there is no such option, or an argument is missing.
-    command.make_context(name, arguments)
+    command.make_context(name, arguments, parent=parent)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.name))

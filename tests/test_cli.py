@@ -350,6 +350,14 @@ class TestProcess:
         assert result.stderr.endswith("Error: can't print the result: No space left on device\n")
         assert "Traceback" not in result.stderr and "Exception" not in result.stderr
 
+    def test_reader_that_has_seen_enough(self, example_files: ExampleFiles) -> None:
+        command = [sys.executable, "-m", "d2q_edge.cli", "inspect", str(example_files.d2q2)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None and process.stderr is not None
+            process.stdout.close()
+            assert process.stderr.read() == ""
+        assert process.returncode == 1
+
     def test_error(self, tmp_path: Path) -> None:
         command = [sys.executable, "-m", "d2q_edge.cli", "inspect", str(tmp_path / "none.gguf")]
         result = subprocess.run(command, capture_output=True, text=True)

@@ -54,8 +54,9 @@ def main() -> None:
         click.echo(f"Interrupted.{GOES_ON if 'convert' in sys.argv[1:2] else ''}", err=True)
         sys.exit(128 + (end.number if isinstance(end, _Ended) else signal.SIGINT))
     except OSError as error:
-        # Everything else that can't be written says so itself.
-        click.echo(f"Error: can't print the result: {error.strerror or error}", err=True)
+        # Everything else that can't be written says so itself. `| head` has seen enough.
+        if not isinstance(error, BrokenPipeError):
+            click.echo(f"Error: can't print the result: {error.strerror or error}", err=True)
         # What is still buffered would fail once more when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -7,9 +7,8 @@ report/.
 
 import statistics
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,15 @@ from d2q_edge.benchmark import GENERATION, PROMPT, run_rounds
 from d2q_edge.benchmark import Settings as Rounds
 from d2q_edge.calibration import load_text
 from d2q_edge.conversion_report import find_report
-from d2q_edge.errors import D2QError
+from d2q_edge.errors import D2QError, printable
 from d2q_edge.evaluation import Evaluation
 from d2q_edge.gguf_reader import GGUFFile
 from d2q_edge.inspection import allocation
 from d2q_edge.reference import reference
 from d2q_edge.runtime import source
 from d2q_edge.runtime.machine import usable_cpus
-from d2q_edge.stock import make_stock_file
+from d2q_edge.scratch import scratch_directory
+from d2q_edge.stock import stock_files
 
 REFERENCE, GIVEN, STOCK = "reference", "file", "stock"
 """What a row is."""
@@ -184,9 +184,10 @@ def compare(
     names = _names([original, *files])
     rows: dict[Path, Row] = {}
     with _room() as room:
-        stock = {}
-        for type_name in settings.stock:
-            stock[type_name] = _stock_file(original, type_name, settings, keep_stock or room)
+        stock: dict[str, Path] = {}
+        if settings.stock:
+            place = keep_stock or room
+            stock = stock_files(original, settings.stock, place, settings.calibration, pure=settings.pure)
         with reference(original, text, settings.chunks, settings.context, room) as base:
             rows[original] = Row(names[original], REFERENCE, base.evaluation)
             for path in files:
@@ -201,7 +202,7 @@ def compare(
         for path, row in rows.items()
     ]
     finished.sort(key=lambda row: (row.kind != REFERENCE, -row.evaluation.bytes))
-    model = str(opened[original].kv.get("general.name") or original.stem)
+    model = printable(str(opened[original].kv.get("general.name") or original.stem))
     return Comparison(model, finished, settings, threads)
 
 
@@ -220,24 +221,14 @@ def _beats(one: Row, other: Row) -> bool:
 
 
 def _names(paths: Sequence[Path]) -> dict[Path, str]:
-    """Short names that differ: without the directory where that is enough."""
+    """Short names that differ: without the directory where that is enough.
+
+    Names of files can hold bytes that are no text, which could neither be printed nor drawn.
+    """
     stems = [path.name.removesuffix(".gguf") for path in paths]
-    return {path: stem if stems.count(stem) == 1 else str(path) for path, stem in zip(paths, stems, strict=True)}
-
-
-def _stock_file(original: Path, type_name: str, settings: Settings, directory: Path) -> Path:
-    """Make one, unless it is there from an earlier time and the original hasn't changed since."""
-    target = directory / f"{original.stem}-{type_name}{'-pure' if settings.pure else ''}.gguf"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        fresh = target.is_file() and target.stat().st_mtime >= original.stat().st_mtime
-    except OSError as error:
-        raise D2QError(f"can't use the directory {directory}: {error.strerror or error}") from error
-    if fresh:
-        print(f"{target} is there already", file=sys.stderr)
-    else:
-        make_stock_file(original, type_name, target, settings.calibration, pure=settings.pure)
-    return target
+    return {
+        path: printable(stem if stems.count(stem) == 1 else str(path)) for path, stem in zip(paths, stems, strict=True)
+    }
 
 
 def _speeds(paths: Sequence[Path], settings: Settings, threads: int) -> dict[Path, dict[str, float]]:
@@ -260,14 +251,6 @@ def _speeds(paths: Sequence[Path], settings: Settings, threads: int) -> dict[Pat
     return {path: {phase: statistics.median(found) for phase, found in phases.items()} for path, phases in seen.items()}
 
 
-@contextmanager
-def _room() -> Iterator[Path]:
+def _room() -> AbstractContextManager[Path]:
     """A directory for what is large and is not kept; not the system's, which may be in memory."""
-    base = source.cache_directory().parent
-    try:
-        base.mkdir(parents=True, exist_ok=True)
-        work = tempfile.TemporaryDirectory(dir=base, prefix="compare-", ignore_cleanup_errors=True)
-    except OSError as error:
-        raise D2QError(f"can't write to {base} ({error.strerror or error}); set XDG_CACHE_HOME") from error
-    with work as path:
-        yield Path(path)
+    return scratch_directory(source.cache_directory().parent, "compare-", "set XDG_CACHE_HOME")

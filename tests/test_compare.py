@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from d2q_edge import benchmark, compare, reference, runtime
+from d2q_edge import benchmark, compare, reference, runtime, stock
 from d2q_edge.calibration import load_text
 from d2q_edge.compare import GIVEN, REFERENCE, STOCK, Comparison, Settings, size_text
 from d2q_edge.errors import D2QError
@@ -76,9 +77,7 @@ def test_reference_is_kept_in_half_precision(example_files: ExampleFiles, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_stock_files_and_speeds(
-    example_files: ExampleFiles, tmp_path: Path, room: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stock_files_and_speeds(example_files: ExampleFiles, room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     require_tool("llama-bench")
     asked: list[tuple[str, bool]] = []
 
@@ -86,7 +85,7 @@ def test_stock_files_and_speeds(
         asked.append((kind, pure))
         target.write_bytes(example_files.d2q3.read_bytes())
 
-    monkeypatch.setattr(compare, "make_stock_file", make)
+    monkeypatch.setattr(stock, "make_stock_file", make)
     monkeypatch.setattr(runtime, "find_tool", lambda name: Path(name))
     runs: list[str] = []
 
@@ -100,20 +99,41 @@ def test_stock_files_and_speeds(
     result = compare.compare(example_files.f16, [example_files.d2q2], settings)
     assert asked == [("Q2_K", True)]
     assert {(row.name, row.kind) for row in result.rows} == {("f16", REFERENCE), ("d2q2", GIVEN), ("Q2_K", STOCK)}
-    assert runs == ["f16.gguf", "d2q2.gguf", "f16-Q2_K-pure.gguf"] * 3, "files take turns"
+    assert runs == ["f16.gguf", "d2q2.gguf", runs[2]] * 3, "files take turns"
+    assert re.fullmatch(r"f16-Q2_K-pure-[0-9a-f]{16}\.gguf", runs[2])
     # The medians of 1, 4, 7; of 2, 5, 8; and of 3, 6, 9 seconds.
     speeds = {row.name: row.speeds for row in result.rows}
     assert speeds["f16"] == {"prompt": 128, "generation": 8 / 4}
     assert speeds["Q2_K"]["generation"] == pytest.approx(8 / 6)
     assert list(room.rglob("*")) == [], "nothing large stays"
-    kept = tmp_path / "kept"
-    settings = Settings(chunks=1, context=64, stock=("Q2_K",), speed=False)
-    for expected, age in ((2, 0), (2, 0), (3, 10**6)):
-        for path in kept.glob("*"):
-            os.utime(path, (path.stat().st_mtime - age,) * 2)
-        compare.compare(example_files.f16, [], settings, keep_stock=kept)
-        assert len(asked) == expected, "made again only where the original is newer"
-    assert [path.name for path in kept.iterdir()] == ["f16-Q2_K.gguf"]
+
+
+def test_stock_files_can_be_kept(
+    example_files: ExampleFiles, tmp_path: Path, room: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where, of which text and which kind is passed on to stock.py."""
+    require_runtime()
+    asked: list[tuple[Path, tuple[str, ...], Path, str, bool]] = []
+
+    def make(
+        original: Path, types: tuple[str, ...], directory: Path, calibration: str, *, pure: bool
+    ) -> dict[str, Path]:
+        asked.append((original, types, directory, calibration, pure))
+        return {"Q2_K": example_files.d2q3}
+
+    monkeypatch.setattr(compare, "stock_files", make)
+    monkeypatch.setattr(runtime, "find_tool", lambda name: Path(name))
+    settings = Settings(chunks=1, context=64, stock=("Q2_K",), speed=False, pure=True, calibration="mine.txt")
+    compare.compare(example_files.f16, [], settings, keep_stock=tmp_path / "kept")
+    assert asked == [(example_files.f16, ("Q2_K",), tmp_path / "kept", "mine.txt", True)]
+
+
+def test_what_a_killed_comparison_left_is_removed(example_files: ExampleFiles, room: Path) -> None:
+    require_runtime()
+    (room / "compare-abandoned").mkdir(parents=True)
+    (room / "compare-abandoned" / "reference.f16").write_bytes(bytes(1000))
+    compare.compare(example_files.f16, [example_files.d2q2], Settings(chunks=1, context=64, speed=False))
+    assert list(room.iterdir()) == []
 
 
 def test_reports_are_found(example_files: ExampleFiles, tmp_path: Path) -> None:
@@ -206,3 +226,8 @@ class TestBadRequests:
 def test_names_that_would_be_the_same(tmp_path: Path) -> None:
     paths = [tmp_path / "a.gguf", tmp_path / "b" / "a.gguf", tmp_path / "c.gguf"]
     assert list(compare._names(paths).values()) == [str(paths[0]), str(paths[1]), "c"]
+
+
+def test_names_that_are_no_text() -> None:
+    """Bytes that aren't UTF-8 are half characters in Python, which can't be written to a terminal or a page."""
+    assert list(compare._names([Path(os.fsdecode(b"a\xff\n.gguf"))]).values()) == ["a\\udcff\\n"]

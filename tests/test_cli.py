@@ -190,6 +190,14 @@ class TestCompare:
         assert [row["name"] for row in values["files"]] == ["f16", "d2q2"]
         assert values["files"][1]["kl_divergence_mean"] > 0
 
+    def test_table_before_an_output_that_fails(self, d2q: Call, example_files: ExampleFiles) -> None:
+        require_runtime()
+        Path("r.svg").mkdir()
+        result = d2q("compare", example_files.f16, example_files.d2q2, *self.OPTIONS, "-o", "r.svg")
+        assert result.code == 1
+        assert [line.split()[0] for line in result.out.splitlines()] == ["file", "f16", "d2q2", "*"]
+        assert result.err.splitlines() == ["Error: can't write r.svg: Is a directory"]
+
     def test_bad_requests(self, d2q: Call, example_files: ExampleFiles, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(LlamaModel, "__init__", None)
         own = example_files.f16, example_files.d2q2

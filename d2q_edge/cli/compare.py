@@ -66,6 +66,7 @@ def command(
         rounds=rounds,
     )
     result = compare(reference, files, settings, keep_stock=keep_stock, reports=reports)
+    # First, because it took long: whatever is wrong with an output, the numbers aren't lost.
+    click.echo(json.dumps(result.to_json()) if as_json else result.describe())
     for output in outputs:
         write(result, output)
-    click.echo(json.dumps(result.to_json()) if as_json else result.describe())

@@ -7,6 +7,7 @@ says what to install.
 import importlib.util
 import io
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -115,7 +116,10 @@ def _style(palette: Palette) -> Iterator[None]:
         "legend.frameon": False,
         "legend.fontsize": 9,
     }
-    with rc_context(settings):
+    with rc_context(settings), warnings.catch_warnings():
+        # Names of files can be in any script. In an SVG the reader's fonts draw them; a PNG has boxes in their place.
+        for message in ("Glyph .* missing from", "Matplotlib currently does not support"):
+            warnings.filterwarnings("ignore", message)
         yield
 
 

@@ -122,7 +122,7 @@ def _name_points(axes: Any, palette: Palette, rows: Sequence[Row], values: dict[
         taken.append(box)
         axes.annotate(
             text, (row.evaluation.bytes, values[row.name]), xytext=(dx, dy), textcoords="offset points",
-            ha=side, va="center", fontsize=9, zorder=4,
+            ha=side, va="center", fontsize=9, zorder=4, parse_math=False,
             bbox={"facecolor": palette.paper, "edgecolor": "none", "alpha": 0.75, "pad": 0.6},
         )  # fmt: skip
 

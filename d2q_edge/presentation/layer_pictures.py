@@ -8,10 +8,13 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
+from d2q_edge.errors import printable
 from d2q_edge.presentation.drawing import Picture
 from d2q_edge.presentation.palette import Palette
 
 MARKERS = "osD^vPXd"
+LONGEST = 6
+"""Digits of a block's number; more can't be one."""
 Lines = dict[str, dict[int, float]]
 """Values by block number, of every line."""
 
@@ -71,10 +74,11 @@ def by_block(values: Mapping[str, float]) -> Lines:
     """
     gathered: dict[str, dict[int, list[float]]] = {}
     for name, value in values.items():
-        parts = name.removesuffix(".weight").split(".")
-        numbers = [int(part) for part in parts if part.isdecimal()]
+        # What stands in a report may have been written by anybody.
+        parts = printable(name).removesuffix(".weight").split(".")
+        numbers = [int(part) for part in parts if part.isdecimal() and len(part) <= LONGEST]
         words = [part for part in parts if not part.isdecimal()]
-        if not numbers or not math.isfinite(value):
+        if not numbers or not words or not math.isfinite(value):
             continue
         kind = f"expert {words[-1]}" if "experts" in words else words[-1]
         gathered.setdefault(kind, {}).setdefault(numbers[0], []).append(value)
@@ -93,10 +97,10 @@ def _lines(title: str, label: str, description: str, lines: Lines) -> Picture | 
     def draw(axes: Any, palette: Palette) -> None:
         from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
-        for index, (kind, line) in enumerate(lines.items()):
+        for index, line in enumerate(lines.values()):
             axes.plot(
                 list(line), list(line.values()), color=palette.series[index % len(palette.series)],
-                marker=MARKERS[index % len(MARKERS)], markersize=4.5, linewidth=1.4, label=kind,
+                marker=MARKERS[index % len(MARKERS)], markersize=4.5, linewidth=1.4,
             )  # fmt: skip
         if min(every) > 0 and max(every) > 8 * min(every):
             axes.set_yscale("log")
@@ -109,7 +113,11 @@ def _lines(title: str, label: str, description: str, lines: Lines) -> Picture | 
         axes.set_xlabel("block")
         axes.set_ylabel(label)
         if len(lines) > 1:
-            axes.figure.legend(loc="outside lower center", ncols=4, handlelength=1.4, columnspacing=1.0)
+            legend = axes.figure.legend(
+                axes.lines, list(lines), loc="outside lower center", ncols=4, handlelength=1.4, columnspacing=1.0
+            )
+            for text in legend.get_texts():
+                text.set_parse_math(False)
 
     said = "; ".join(
         f"{kind}: {min(line.values()):.3g} to {max(line.values()):.3g}, median {statistics.median(line.values()):.3g}"

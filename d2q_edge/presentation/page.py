@@ -49,7 +49,8 @@ def write(comparison: Comparison, path: Path) -> None:
         drawing.save([divergence_picture(comparison), *([speed] if speed else [])], path)
         return
     try:
-        path.write_text(page(comparison), encoding="utf-8")
+        # JSON and names of files can hold half a character, which UTF-8 has no bytes for.
+        path.write_text(page(comparison), encoding="utf-8", errors="replace")
     except OSError as error:
         raise D2QError(f"can't write {path}: {error.strerror or error}") from error
 

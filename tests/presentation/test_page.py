@@ -4,6 +4,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
+import warnings
 from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element
@@ -127,6 +128,34 @@ def test_names_of_strangers_are_text() -> None:
     tree = html5lib.HTMLParser(strict=True).parse(text)
     assert [element for element in tree.iter() if element.tag in (f"{HTML}script", f"{HTML}img")] == []
     assert "<script>alert(1)</script>: files compared" in words(tree)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".html"])
+@pytest.mark.parametrize("name", ["$\\foo$", "$x^2$", "模型", "עברית", "_mine", "a$b", "${"])
+def test_names_of_strangers_in_pictures(tmp_path: Path, name: str, suffix: str) -> None:
+    """They aren't formulas, and a font that lacks them is no news."""
+    original = comparison(model=name, name=name)
+    values: dict[str, Any] = conversion()
+    values["layer_errors"] |= {f"model.layers.{block}.{name}.weight": 0.5 for block in range(3)}
+    assert isinstance(original.rows[3].conversion, dict)
+    original.rows[3].conversion.update(values)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write(original, tmp_path / f"x{suffix}")
+    if suffix != ".png":
+        text = (tmp_path / f"x{suffix}").read_text("utf-8")
+        words = re.findall(r"<text [^>]*>([^<]*)</text>", text)
+        assert words.count(name) == (3 if suffix == ".html" else 2), "beside both points, and in a legend"
+
+
+def test_half_characters(tmp_path: Path) -> None:
+    """JSON can have them, UTF-8 can't."""
+    original = comparison()
+    assert isinstance(original.rows[3].conversion, dict)
+    original.rows[3].conversion["layer_errors"]["model.layers.0.\ud800.weight"] = 0.5
+    write(original, tmp_path / "x.html")
+    text = (tmp_path / "x.html").read_text("utf-8")
+    assert "model.layers.0.?.weight" in text and "\\ud800" in text
 
 
 def test_light_and_dark(text: str) -> None:

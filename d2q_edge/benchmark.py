@@ -88,7 +88,7 @@ def run_rounds(runs: Mapping[Key, Sequence[object]], settings: Settings) -> dict
     """Run llama-bench on everything in turn.
 
     Args:
-        runs: for each of them the options that name the file and whatever else is its own.
+        runs: for each of them the options that name the file, as a path, and whatever else is its own.
         settings: see there.
 
     Returns:
@@ -100,14 +100,15 @@ def run_rounds(runs: Mapping[Key, Sequence[object]], settings: Settings) -> dict
     threads = ",".join(map(str, settings.threads))
     options = ("-p", settings.prompt, "-n", settings.generation, "-t", threads, "-r", 1, "-o", "json")
     times: dict[str, list[dict[Key, float]]] = {}
-    for index in range(settings.rounds):
-        for key, own in runs.items():
-            for run in json.loads(run_tool("llama-bench", *own, *options)):
-                phase = f"{PROMPT if run['n_prompt'] else GENERATION}-{run['n_threads']}"
-                rounds = times.setdefault(phase, [])
-                if len(rounds) <= index:
-                    rounds.append({})
-                rounds[index][key] = run["avg_ns"] / 1e9
+    with _without_commas(runs) as linked:
+        for index in range(settings.rounds):
+            for key, own in linked.items():
+                for run in json.loads(run_tool("llama-bench", *own, *options)):
+                    phase = f"{PROMPT if run['n_prompt'] else GENERATION}-{run['n_threads']}"
+                    rounds = times.setdefault(phase, [])
+                    if len(rounds) <= index:
+                        rounds.append({})
+                    rounds[index][key] = run["avg_ns"] / 1e9
     return times
 
 
@@ -164,6 +165,8 @@ def stock_file(like: Path, type_name: str) -> Iterator[Path]:
         D2QError: llama-quantize isn't built, or there is no such type.
     """
     tensors = GGUFFile(like).tensors
+    if "token_embd.weight" not in tensors:
+        raise D2QError(f"{like} has no token embeddings, so that it isn't a language model; name one to compare with")
     embedding = tensors["token_embd.weight"].type_name
     head = tensors.get("output.weight", tensors["token_embd.weight"]).type_name
     tables = ("--token-embedding-type", embedding, "--output-tensor-type", head)
@@ -181,3 +184,23 @@ def stock_file(like: Path, type_name: str) -> Iterator[Path]:
             reason = str(error).splitlines()[-1]
             raise D2QError(f"can't make a {type_name} file of {like} to compare with: {reason}") from error
         yield out
+
+
+@contextmanager
+def _without_commas(runs: Mapping[Key, Sequence[object]]) -> Iterator[dict[Key, Sequence[object]]]:
+    """The same options with links in place of paths that have a comma, where llama-bench would begin another file."""
+    with tempfile.TemporaryDirectory() as work:
+
+        def plain(word: object) -> object:
+            if not isinstance(word, Path) or "," not in str(word):
+                return word
+            if "," in work:
+                raise D2QError(
+                    f"llama-bench takes the comma in {word} for the end of a path; rename it, or set TMPDIR to a "
+                    "directory without a comma in its path"
+                )
+            link = Path(tempfile.mkdtemp(dir=work)) / word.name.replace(",", "_")
+            link.symlink_to(word.resolve())
+            return link
+
+        yield {key: [plain(word) for word in own] for key, own in runs.items()}

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -121,6 +123,58 @@ def test_stock_types_that_there_are_not(small: Path) -> None:
         benchmark.stock_file(small, "Q9_X"),
     ):
         pass
+
+
+def test_files_without_embeddings_have_no_stock_file(tmp_path: Path) -> None:
+    """An importance matrix, for example."""
+    path = tmp_path / "imatrix.gguf"
+    path.write_bytes(b"GGUF" + (3).to_bytes(4, "little") + bytes(16))
+    with (
+        pytest.raises(D2QError, match=r"imatrix.gguf has no token embeddings, so that it isn't a language model; name"),
+        benchmark.stock_file(path, "Q2_K"),
+    ):
+        pass
+
+
+class TestCommas:
+    """llama-bench takes a path with a comma for two."""
+
+    def test_links(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        paths = [tmp_path / "a,b" / "c.gguf", tmp_path / "a,b" / "c,d.gguf", tmp_path / "e.gguf"]
+        (tmp_path / "a,b").mkdir()
+        for path in paths:
+            path.write_text(path.name)
+        calls: list[Path] = []
+
+        def run_tool(tool: str, option: str, path: object, *options: object) -> str:
+            assert isinstance(path, Path) and option == "-m"
+            calls.append(path)
+            assert path.read_text() == paths[(len(calls) - 1) % 3].name
+            return json.dumps([{"n_prompt": 1, "n_threads": 1, "avg_ns": 1}])
+
+        monkeypatch.setattr(benchmark, "run_tool", run_tool)
+        monkeypatch.chdir(tmp_path)
+        runs = {path: ("-m", path.relative_to(tmp_path)) for path in paths}
+        times = benchmark.run_rounds(runs, Settings(threads=(1,), rounds=2))
+        assert [list(each) for each in times["prompt-1"]] == [paths, paths]
+        assert [path.name for path in calls[:3]] == ["c.gguf", "c_d.gguf", "e.gguf"]
+        assert all("," not in str(path) for path in calls) and calls[2] == Path("e.gguf")
+        assert not calls[0].exists() and not calls[0].parent.parent.exists()
+
+    def test_in_the_temporary_directory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "t,p").mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "t,p"))
+        with pytest.raises(D2QError, match=r"takes the comma in a,b.gguf for the end of a path; rename it, or set TMP"):
+            benchmark.run_rounds({"x": ("-m", Path("a,b.gguf"))}, Settings())
+
+    def test_llama_bench(self, example_files: ExampleFiles, tmp_path: Path) -> None:
+        require_tool("llama-bench")
+        (tmp_path / "a,b").mkdir()
+        path = Path(shutil.copy(example_files.d2q2, tmp_path / "a,b" / "c,d.gguf"))
+        settings = Settings(prompt=4, generation=4, threads=(1,), rounds=1)
+        result = benchmark.benchmark({"ours": path}, settings, path)
+        assert result.speeds["ours"]["prompt-1"] > 0
+        assert result.ratios is not None and result.ratios["ours"]["generation-1"] > 0
 
 
 def test_damaged_blocks_are_not_measured(example_files: ExampleFiles, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,7 +202,7 @@ class TestBadRequests:
                 compare.compare(example_files.f16, files, QUICK)
 
     def test_tools_are_looked_for_first(self, example_files: ExampleFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(runtime.installed, "_tool", lambda name: None)
+        monkeypatch.setattr(runtime.installed, "tool_in", lambda directory, name: None)
         monkeypatch.setattr(compare, "reference", None)
         with pytest.raises(D2QError, match="llama-imatrix is not built: run `d2q-edge runtime install --tools`"):
             compare.compare(example_files.f16, [], Settings(stock=("Q2_K",)))
@@ -217,7 +217,7 @@ class TestBadRequests:
         self, example_files: ExampleFiles, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         require_runtime()
-        monkeypatch.setattr(runtime.installed, "_tool", lambda name: None)
+        monkeypatch.setattr(runtime.installed, "tool_in", lambda directory, name: None)
         result = compare.compare(example_files.f16, [example_files.d2q2], Settings(chunks=1, context=64))
         assert all(not row.speeds for row in result.rows)
         assert "no speeds: the tool llama-bench is not built" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from d2q_edge import __version__, pipeline, runtime
+from d2q_edge.conversion_report import fingerprint
 from d2q_edge.errors import D2QError
 from d2q_edge.export import export
 from d2q_edge.llama_model import LlamaModel
@@ -48,11 +49,18 @@ class TestConvert:
         report = json.loads(Path("report.json").read_text())
         assert report.keys() == {
             "bytes", "bits_per_weight", "linear_bits_per_weight", "types", "layer_errors", "column_scales",
-            "norm_shifts", "held_back", "seconds", "refinement",
+            "norm_shifts", "held_back", "seconds", "refinement", "fingerprint",
         }  # fmt: skip
+        assert report["fingerprint"] == fingerprint(Path("out.gguf"))
         assert report["bytes"] == size
         assert report["linear_bits_per_weight"] == 2.5
         assert len(report["layer_errors"]) == 14
+
+    def test_report_of_a_plan(self, d2q: Call, make_checkpoint: Make) -> None:
+        assert d2q("convert", make_checkpoint(), "-o", "out.gguf", "--dry-run", "--report", "plan.json").code == 0
+        assert [path.name for path in Path.cwd().iterdir()] == ["plan.json"]
+        plan = json.loads(Path("plan.json").read_text())
+        assert "fingerprint" not in plan and plan["bytes"] > 0
 
     def test_three_bits_without_calibration(self, d2q: Call, make_checkpoint: Make) -> None:
         model = make_checkpoint(hidden_size=64, intermediate_size=128)

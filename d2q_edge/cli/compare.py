@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from d2q_edge.cli.common import PATH, wait_passively
+from d2q_edge.cli.common import PATH, THREADS, wait_passively
 
 
 @click.command("compare")
@@ -19,7 +19,7 @@ from d2q_edge.cli.common import PATH, wait_passively
 @click.option("--chunks", type=click.IntRange(1), default=50, show_default=True, help="At most that many.")
 @click.option("--context", type=click.IntRange(8), default=512, show_default=True, help="Tokens per chunk.")
 @click.option("--speed/--no-speed", default=True, show_default=True, help="Measure tokens per second, too.")
-@click.option("--threads", type=click.IntRange(1), help="For the speed.  [default: one for each CPU]")
+@click.option("--threads", type=THREADS, help="For the speed.  [default: one for each CPU]")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Of the speed; the median counts.")
 @click.option("--report", "reports", type=PATH, multiple=True, help="Of convert, about a FILE.  [default: FILE.json]")
 @click.option(

@@ -53,6 +53,7 @@ def command(model: Path, output: Path | None, stock_type: str | None, **options:
     from d2q_edge import export
     from d2q_edge.checkpoint import Checkpoint
     from d2q_edge.conversion import convert as quantize
+    from d2q_edge.conversion_report import fingerprint
     from d2q_edge.families import family_for
     from d2q_edge.gguf_file import check_output
     from d2q_edge.hub import locate
@@ -118,7 +119,8 @@ def command(model: Path, output: Path | None, stock_type: str | None, **options:
     if not is_first_process():
         return
     if report:
-        write_json(report, result.to_json())
+        known = {} if options["dry_run"] else {"fingerprint": fingerprint(output)}
+        write_json(report, {**result.to_json(), **known})
     if card and not options["dry_run"]:
         write_card(output, result.to_json())
     click.echo(result.describe(output))

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from d2q_edge.errors import D2QError
+from d2q_edge.families.base import MAX_LAYERS
 
 TEXT_MODELS = {"Gemma3ForConditionalGeneration": ("Gemma3ForCausalLM", "gemma3_text")}
 """Architecture to that of its text part, and the latter's model_type."""
@@ -19,7 +20,7 @@ _WITHOUT_TEXT = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.
 def has_text_part(config: dict[str, Any]) -> bool:
     """Whether config.json describes such a checkpoint."""
     architectures = config.get("architectures")
-    return isinstance(architectures, list) and architectures[:1] != [] and architectures[0] in TEXT_MODELS
+    return isinstance(architectures, list) and any(architectures[:1] == [name] for name in TEXT_MODELS)
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -35,6 +36,9 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     settings = config.get("text_config")
     if not isinstance(settings, dict):
         raise D2QError("config.json has no text_config, which describes the part of the model that is for text")
+    if (layers := settings.get("num_hidden_layers")) is not None and (type(layers) is not int or layers > MAX_LAYERS):
+        # transformers would make a list of so many kinds of layers.
+        raise D2QError(f"config.json: text_config's num_hidden_layers makes no sense: {layers!r:.40}")
     try:
         complete = AutoConfig.for_model(**{**settings, "model_type": model_type}).to_dict()
     except Exception as error:

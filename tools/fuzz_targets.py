@@ -30,7 +30,9 @@ from d2q_edge.export import file_name, model_tokenizer
 from d2q_edge.families import family_for
 from d2q_edge.gguf_file import GGUFTensor, write_gguf
 from d2q_edge.gguf_reader import GGUFFile
+from d2q_edge.json_files import read_json_object
 from d2q_edge.recipe import Options
+from d2q_edge.text_part import has_text_part, text_config
 from d2q_edge.tokenizer.original import load_original
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-qwen3"
@@ -57,6 +59,21 @@ CONFIG: dict[str, Any] = {
     "torch_dtype": "bfloat16",
     "use_sliding_window": False,
     "vocab_size": TOKENS,
+}
+SEEING: dict[str, Any] = {
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "model_type": "gemma3",
+    "eos_token_id": [1, 106],
+    "text_config": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 8,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 64,
+        "vocab_size": TOKENS,
+    },
+    "vision_config": {"hidden_size": 32, "model_type": "siglip_vision_model"},
 }
 DEEP = "@deep@"
 """Stands for a value that is nested too deep for Python to write."""
@@ -203,6 +220,16 @@ def damage_config(seed: int, directory: Path) -> None:
     BlockRunner(checkpoint, family, torch.device("cpu")).load(0)
 
 
+def damage_text_config(seed: int, directory: Path) -> None:
+    """The config.json of a model that takes images with lies in it, up to the shapes of its text part."""
+    rng = random.Random(f"text config {seed}")
+    (directory / "config.json").write_bytes(damage_json(rng, SEEING))
+    config = read_json_object(directory / "config.json", strict=True)
+    config = text_config(config) if has_text_part(config) else config
+    family_for(config)
+    json.dumps(config)
+
+
 def damage_tokenizer(seed: int, directory: Path) -> None:
     """The files of the tokenizer, and others that end up in the file: model card, templates, generation settings."""
     rng = random.Random(f"tokenizer {seed}")
@@ -224,6 +251,7 @@ TARGETS: dict[str, Callable[[int, Path], None]] = {
     "weights": damage_weights,
     "index": damage_index,
     "config": damage_config,
+    "text-config": damage_text_config,
     "tokenizer": damage_tokenizer,
 }
 

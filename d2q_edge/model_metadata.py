@@ -11,13 +11,16 @@ import json
 import logging
 import math
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import gguf
 
 from d2q_edge.checkpoint import Checkpoint
+from d2q_edge.errors import D2QError
 from d2q_edge.hub import Repository, repository
+from d2q_edge.json_files import read_json_object
 
 _INT32 = range(-(2**31), 2**31)
 _YAML_WORDS = {True: "yes", False: "no"}
@@ -47,8 +50,8 @@ def general_metadata(
         # Free text, parsed as YAML; there is no one exception for what can be wrong.
         reason = " ".join(str(error).split())
         notes.append(
-            f"the model card README.md in {directory}, or the name in its config.json, can't be read ({reason}); the "
-            "file goes without them"
+            f"README.md (the model card), generation_config.json or the name in config.json of {directory} can't be "
+            f"read ({reason}); the file goes without what they say"
         )
         metadata = _load_without_card(checkpoint, directory, parameters[0])
     for field in dataclasses.fields(metadata):
@@ -80,9 +83,10 @@ def _load_without_card(checkpoint: Checkpoint, directory: Path, parameters: int)
     """The same of a directory of the same name with nothing but what can be read."""
     name = checkpoint.config.get("_name_or_path")
     files = {"config.json": {"_name_or_path": name} if isinstance(name, str) else {}}
-    generation = gguf.Metadata.load_generation_config(directory)
-    if isinstance(generation, dict):
-        files["generation_config.json"] = generation
+    if (directory / "generation_config.json").is_file():
+        # One that can't be read may have been the reason.
+        with suppress(D2QError):
+            files["generation_config.json"] = read_json_object(directory / "generation_config.json")
     with tempfile.TemporaryDirectory() as place:
         copy = Path(place) / (directory.name or "model")
         copy.mkdir()

@@ -115,7 +115,7 @@ def test_card_that_is_no_yaml(
     assert found.keys() == PLAIN | {"sampling.temp"}
     assert found["name"] == "Tiny" and found["sampling.temp"] == 0.5
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "README.md" in line)
-    assert "can't be read (" in line and line.endswith("; the file goes without them")
+    assert "can't be read (" in line and line.endswith("; the file goes without what they say")
 
 
 @pytest.mark.parametrize(

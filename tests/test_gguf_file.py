@@ -115,6 +115,12 @@ def test_arrays_that_cannot_be_packed(out: Path, value: list[Any]) -> None:
         write_gguf(out, "llama", [], lambda writer: writer.add_array("key", value))
 
 
+def test_a_list_where_a_text_belongs(out: Path) -> None:
+    """It would be packed as an array behind a mark that says text, and nobody could read the file."""
+    with pytest.raises(D2QError, match="the model's metadata can't be written"):
+        write_gguf(out, "llama", [], lambda writer: writer.add_string("general.author", ["a", "b"]))
+
+
 @pytest.mark.parametrize("own", tensor_types.ALL, ids=lambda own: own.name)
 def test_own_types_by_number(out: Path, own: tensor_types.TensorType) -> None:
     packed = np.random.default_rng(0).integers(0, 256, (3, own.row_bytes(512)), np.uint8)

@@ -41,9 +41,7 @@ def main() -> None:
     """The console script: runs the command and turns what happened into an exit code."""
     try:
         with _ended_by_signals():
-            code = cli(standalone_mode=False)
-            sys.stdout.flush()
-        sys.exit(code)
+            sys.exit(cli(standalone_mode=False))
     except D2QError as error:
         click.echo(f"Error: {sentence(error)}", err=True)
         sys.exit(1)

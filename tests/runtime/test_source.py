@@ -1,0 +1,132 @@
+"""The patched source, the machine's key and subprocesses: hashes, cache, unpacking, errors."""
+
+import hashlib
+import io
+import os
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from d2q_edge.errors import D2QError
+from d2q_edge.runtime import machine, process, source
+from tests.runtime.conftest import make_patch
+
+HEX = set("0123456789abcdef")
+
+
+class TestSource:
+    def test_cache_is_where_the_user_wants_it(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert source.cache_directory() == cache
+        for useless in ("", "relative"):
+            monkeypatch.setenv("XDG_CACHE_HOME", useless)
+            assert source.cache_directory() == Path.home() / ".cache/d2q-edge/runtime"
+
+    def test_hash_depends_on_every_byte_and_name(self, tmp_path: Path) -> None:
+        first = source.patch_hash(make_patch(tmp_path / "a"))
+        assert len(first) == 12
+        assert set(first) <= HEX
+        assert first == source.patch_hash(make_patch(tmp_path / "b"))
+        changed = [
+            make_patch(tmp_path / "c", patch="One"),
+            make_patch(tmp_path / "d", code="Two"),
+            make_patch(tmp_path / "e"),
+        ]
+        (changed[2] / "src/x.c").rename(changed[2] / "src/y.c")
+        assert len({first, *map(source.patch_hash, changed)}) == 4
+
+    def test_hash_is_never_only_digits(self, tmp_path: Path) -> None:
+        hashes = [source.patch_hash(make_patch(tmp_path / "a", code=str(i))) for i in range(1000)]
+        assert not any(text.isdigit() for text in hashes)
+
+    def test_version_is_the_releases_with_the_hash(self) -> None:
+        assert source.runtime_version() == f"0.3.36+d2q.{source.patch_hash()}"
+
+    def test_download_of_another_file_is_refused(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def download(command: list[str], *_: object) -> None:
+            (Path(command[command.index("-d") + 1]) / source.SDIST).write_bytes(b"other")
+
+        monkeypatch.setattr(source, "run_logged", download)
+        with pytest.raises(D2QError, match="is not the expected file"):
+            source.fetch_sdist(cache)
+        assert [p for p in cache.rglob("*") if p.is_file()] == []
+
+    def test_damaged_cache_entry_is_downloaded_again(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        content = b"the real one"
+        monkeypatch.setattr(source, "SDIST_SHA256", hashlib.sha256(content).hexdigest())
+        downloads = []
+
+        def download(command: list[str], *_: object) -> None:
+            downloads.append(command)
+            (Path(command[command.index("-d") + 1]) / source.SDIST).write_bytes(content)
+
+        monkeypatch.setattr(source, "run_logged", download)
+        (cache / "sdist").mkdir(parents=True)
+        (cache / "sdist" / source.SDIST).write_bytes(content[:5])
+        assert source.fetch_sdist(cache).read_bytes() == content
+        assert source.fetch_sdist(cache).read_bytes() == content
+        assert len(downloads) == 1
+
+    def test_no_network_is_one_sentence(self, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+        monkeypatch.setenv("PIP_RETRIES", "0")
+        monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+        for name in ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS"):
+            monkeypatch.delenv(name, raising=False)
+        with pytest.raises(D2QError, match=r"can't download llama-cpp-python 0\.3\.36 with pip"):
+            source.fetch_sdist(tmp_path / "log")
+
+    @pytest.mark.parametrize("name", ["top/../../evil", "top/link"])
+    @pytest.mark.parametrize("filtered", [True, False])
+    def test_unpacking_stays_inside(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, filtered: bool
+    ) -> None:
+        if not filtered:  # Python before 3.10.12 and 3.11.4
+            monkeypatch.delattr(tarfile, "data_filter", raising=False)
+        archive = tmp_path / "x.tar.gz"
+        with tarfile.open(archive, "w:gz") as file:
+            for text in ("top/.git/config", "top/good/file"):
+                file.addfile(member := tarfile.TarInfo(text), io.BytesIO(b"x" * member.size))
+            bad = tarfile.TarInfo(name)
+            if name == "top/link":
+                bad.type, bad.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            file.addfile(bad)
+        with pytest.raises((D2QError, tarfile.TarError)):
+            source.unpack(archive, tmp_path / "out" / "tree")
+        written = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if not p.is_dir()}
+        assert written <= {"x.tar.gz", "out/tree/good/file"}
+
+
+class TestMachine:
+    def test_key_names_patch_cpu_and_options(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        del cache
+        first = machine.cache_key("abc")
+        assert first.startswith("abc-")
+        assert first == machine.cache_key("abc")
+        monkeypatch.setenv("CMAKE_ARGS", "-DGGML_OPENMP=OFF")
+        with_options = machine.cache_key("abc")
+        monkeypatch.setattr(machine, "_cpu", lambda: "another")
+        assert len({first, with_options, machine.cache_key("abc")}) == 3
+
+
+class TestProcess:
+    def test_output_goes_to_the_log(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        process.run_logged([sys.executable, "-c", "print('hello')"], tmp_path / "log", "Failed")
+        assert (tmp_path / "log").read_text().endswith("\nhello\n")
+        assert capfd.readouterr() == ("", "")
+
+    def test_failure_is_one_sentence_after_the_last_lines(
+        self, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        code = "for i in range(100): print('line', i)\nraise SystemExit(3)"
+        with pytest.raises(D2QError) as caught:
+            process.run_logged([sys.executable, "-c", code], tmp_path / "log", "Building it failed")
+        assert str(caught.value) == f"Building it failed; see {tmp_path / 'log'}"
+        lines = capfd.readouterr().err.splitlines()
+        assert lines[-1] == "line 99"
+        assert "line 50" not in lines
+
+    def test_program_that_is_missing(self, tmp_path: Path) -> None:
+        with pytest.raises(D2QError, match="Failed: no-such-program can't be started"):
+            process.run_logged(["no-such-program"], tmp_path / "log", "Failed")

@@ -8,7 +8,6 @@ also encodes the stock types, but for those of k_types, which are encoded on the
 from __future__ import annotations
 
 import errno
-import fcntl
 import math
 import os
 import shutil
@@ -29,6 +28,7 @@ from tqdm import tqdm
 
 from d2q_edge import durable, k_types, tensor_types
 from d2q_edge.errors import D2QError
+from d2q_edge.file_lock import open_locked
 
 STOCK_TYPES: dict[str, gguf.GGMLQuantizationType] = {
     name.lower(): gguf.GGMLQuantizationType[name]
@@ -335,20 +335,14 @@ def _partial_file(path: Path) -> Iterator[Path]:
     One that a killed process left is taken over.
     """
     partial = path.with_name(f".{path.name}.partial")
-    handle = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise D2QError(f"another process is writing {path}; wait until it is done") from None
-        except OSError:
-            # Some network file systems can't lock.
-            pass
-        try:
-            yield partial
-        finally:
-            partial.unlink(missing_ok=True)
+        handle, _ = open_locked(partial)
+    except BlockingIOError:
+        raise D2QError(f"another process is writing {path}; wait until it is done") from None
+    try:
+        yield partial
     finally:
+        partial.unlink(missing_ok=True)
         os.close(handle)
 
 

@@ -1,12 +1,11 @@
 """Directories for what is not kept: gone with their with block, or swept up later where the process died in it.
 
 A process that is killed removes nothing, and what it leaves behind may be gigabytes. So its directory has a file that
-it holds locked, and whoever makes the next such directory beside it removes those whose lock is free: the operating
-system drops a lock with the process that holds it, however that ends. Process ids wouldn't do, because they are given
+it holds locked (file_lock.py), and whoever makes the next such directory beside it removes those whose lock is free.
+Process ids wouldn't do, because they are given
 out again, and containers that share a cache have the same ones; an age wouldn't, because a comparison can take days.
 """
 
-import fcntl
 import os
 import shutil
 import tempfile
@@ -15,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from d2q_edge.errors import D2QError
+from d2q_edge.file_lock import open_locked
 
 LOCK = "lock"
 """Name of the locked file in the directory."""
@@ -46,28 +46,18 @@ def scratch_directory(base: Path, prefix: str, remedy: str) -> Iterator[Path]:
 
 
 def _make(base: Path, prefix: str) -> tuple[Path, int]:
-    """The directory, and its lock file, open and locked."""
+    """The directory, and its lock file, open and locked; what can't be locked can't be swept up later, either."""
     while True:
         path = Path(tempfile.mkdtemp(dir=base, prefix=prefix))
         try:
-            handle = _open(path)
-        except FileNotFoundError:
-            # Another process swept it up before it could be locked.
+            handle, _ = open_locked(path / LOCK)
+        except (FileNotFoundError, BlockingIOError):
+            # Another process sweeps it up before it could be locked.
             continue
         except OSError:
             shutil.rmtree(path, ignore_errors=True)
             raise
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            swept = not _is_open(path, handle)
-        except BlockingIOError:
-            swept = True
-        except OSError:
-            # Some network file systems can't lock; what is left behind there stays, because nobody can lock it later.
-            swept = False
-        if not swept:
-            return path, handle
-        os.close(handle)
+        return path, handle
 
 
 def _remove_abandoned(base: Path, prefix: str) -> None:
@@ -77,22 +67,7 @@ def _remove_abandoned(base: Path, prefix: str) -> None:
         with suppress(OSError):
             if path.is_symlink() or not path.is_dir():
                 continue
-            handle = _open(path)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _is_open(path, handle):
-                    shutil.rmtree(path, ignore_errors=True)
-            finally:
-                os.close(handle)
-
-
-def _open(path: Path) -> int:
-    return os.open(path / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
-
-
-def _is_open(path: Path, handle: int) -> bool:
-    """Whether the open file is still the directory's lock file, not one that was removed while it was waited for."""
-    try:
-        return os.path.samestat(os.fstat(handle), (path / LOCK).stat())
-    except FileNotFoundError:
-        return False
+            handle, locked = open_locked(path / LOCK)
+            if locked:
+                shutil.rmtree(path, ignore_errors=True)
+            os.close(handle)

@@ -79,7 +79,7 @@ def test_what_else_is_there_stays(tmp_path: Path) -> None:
 @pytest.mark.parametrize("moment", ["before the file", "before the lock", "while it is locked"])
 def test_swept_up_too_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     """Another process removes the directory before this one has locked it: then it makes another one."""
-    opens, lock, made = scratch._open, fcntl.flock, tempfile.mkdtemp
+    lock, made = fcntl.flock, tempfile.mkdtemp
     seen: list[str] = []
 
     def remove(path: Path) -> None:
@@ -97,7 +97,7 @@ def test_swept_up_too_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mom
         if len(seen) == 1 and moment == "before the lock":
             remove(Path(seen[0]))
         if len(seen) == 1 and moment == "while it is locked":
-            other = opens(Path(seen[0]))
+            other = os.open(Path(seen[0]) / LOCK, os.O_RDWR)
             lock(other, fcntl.LOCK_EX)
             try:
                 lock(handle, operation)
@@ -144,10 +144,10 @@ def test_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         pass
 
-    def full(path: Path) -> int:
+    def full(path: Path) -> tuple[int, bool]:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(scratch, "_open", full)
+    monkeypatch.setattr(scratch, "open_locked", full)
     with (
         pytest.raises(D2QError, match=r"\(No space left on device\); set SOMETHING$"),
         scratch_directory(tmp_path / "new", "work-", "set SOMETHING"),

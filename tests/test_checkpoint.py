@@ -8,30 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from d2q_edge.checkpoint import Checkpoint, _is_finite
 from d2q_edge.errors import D2QError
 from d2q_edge.families import family_for
+from tests.opening import refused, rewrite
 
 Make = Callable[..., Path]
 INDEX = "model.safetensors.index.json"
-
-
-def refused(directory: Path, pattern: str) -> None:
-    """Opening and checking must fail with one sentence that matches."""
-    with pytest.raises(D2QError, match=pattern) as caught:
-        checkpoint = Checkpoint.open(directory)
-        checkpoint.check(family_for(checkpoint.config).tensor_shapes())
-    assert "\n" not in str(caught.value)
-
-
-def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    """Load the one weight file, change the tensors and save them."""
-    path = directory / "model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
 
 
 def test_example_model() -> None:

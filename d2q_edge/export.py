@@ -161,13 +161,11 @@ def write_model(
     Raises:
         D2QError: the tokenizer differs in llama.cpp, or the file can't be written.
     """
-    add_metadata = _metadata_writer(checkpoint, family, file_type, extra, tokenizer)
+    add_metadata = _metadata_writer(checkpoint, family, file_type, extra, tokenizer, quiet=False)
 
     def check(file: Path) -> None:
         verify_tokenizer(file, checkpoint.directory, tokenizer)
 
-    for note in general_metadata(checkpoint, family.parameters(), quantized=extra is not None)[1]:
-        print(note, file=sys.stderr)
     return write_gguf(path, family.gguf_arch, tensors, add_metadata, force=force, check=check if verify else None)
 
 
@@ -206,11 +204,16 @@ def _metadata_writer(
     file_type: int,
     extra: Mapping[str, Value] | None,
     tokenizer: Tokenizer,
+    *,
+    quiet: bool = True,
 ) -> Callable[[gguf.GGUFWriter], None]:
+    """What adds all keys; unless `quiet`, it says on stderr what of the model's card it leaves out."""
 
     def add_metadata(writer: gguf.GGUFWriter) -> None:
         writer.add_type(gguf.GGUFType.MODEL)
-        metadata, _ = general_metadata(checkpoint, writer.get_total_parameter_count(), quantized=extra is not None)
+        metadata, notes = general_metadata(checkpoint, writer.get_total_parameter_count(), quantized=extra is not None)
+        for note in () if quiet else notes:
+            print(note, file=sys.stderr)
         if extra is not None:
             metadata.quantized_by = f"d2q-edge {__version__}"
         metadata.set_gguf_meta_model(writer)

@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from d2q_edge.calibration import Text, load_text
 from d2q_edge.errors import D2QError
-from d2q_edge.generate import fitting_context
 from d2q_edge.gguf_reader import GGUFFile
 from d2q_edge.llama_model import LlamaModel
 
@@ -135,8 +134,11 @@ def evaluate(
     content = load_text(text, "evaluation")
     file = GGUFFile(path)
     file.check_blocks()
-    if (longest := fitting_context(file, context)) < context:
-        print(f"the model was made for {longest} tokens; after those, it doesn't know what to say", file=sys.stderr)
+    if file.context_length is not None and context > file.context_length:
+        print(
+            f"the model was made for {file.context_length} tokens; after those, it doesn't know what to say",
+            file=sys.stderr,
+        )
     if reference is not None:
         GGUFFile(reference).check_blocks()
     with ExitStack() as stack:

@@ -19,8 +19,7 @@ SPARE_TOKENS = 8
 
 def fitting_context(file: GGUFFile, wanted: int) -> int:
     """As many tokens as wanted, but no more than the model was made for, where the file says that."""
-    longest = file.kv.get(f"{file.kv.get('general.architecture')}.context_length")
-    return min(wanted, longest) if type(longest) is int and longest > 0 else wanted
+    return min(wanted, file.context_length or wanted)
 
 
 def load(path: Path, context: int, seed: int | None = None, threads: int | None = None) -> Any:

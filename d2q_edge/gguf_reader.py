@@ -86,6 +86,12 @@ class GGUFFile:
         elements = sum(info.elements for info in self.tensors.values())
         return 8 * sum(info.nbytes for info in self.tensors.values()) / elements if elements else 0.0
 
+    @property
+    def context_length(self) -> int | None:
+        """Tokens that the model was made for, where the file says that."""
+        length = self.kv.get(f"{self.kv.get('general.architecture')}.context_length")
+        return length if type(length) is int and length > 0 else None
+
     def check_blocks(self) -> None:
         """Find out whether every block of our types has a finite scale; all their other bytes are valid whatever they
         are.

@@ -111,7 +111,7 @@ def command(model: Path, output: Path | None, stock_type: str | None, **options:
     # Better now than after the work.
     targets = {"the output": output, "the report": report, "the model card": output.parent / NAME if card else None}
     check_targets({name: path for name, path in targets.items() if path is not None}, model)
-    if report:
+    if report and is_first_process():
         check_output(report, force=force)
     if card:
         check_card(output, force=force)

@@ -33,7 +33,7 @@ HIDDEN, INNER = 10, 5
 SEARCH = 256 * 2**20
 """Bytes of one step of a codebook search (quantize/codebook.py)."""
 CUDA_SEARCH = 14 * SEARCH
-"""The same on a GPU, in larger steps, with what recorded steps keep for every shape (quantize/graphs.py)."""
+"""The same on a GPU, in larger steps."""
 ENCODING = 10
 """Bytes for each weight of a table that is being encoded: as stored, as floats, and the result, twice while its pieces
 are put together."""

@@ -62,8 +62,7 @@ class StageSolver:
             feedback = layer_feedback(statistics, search.tensor_type, self.alpha)
             layer = quantize_layer(own, feedback, search)
             layer = descend(layer, own, statistics, feedback, search, self.rounds)
-        packed = torch.from_numpy(layer.pack(search.tensor_type)).to(weights.device)
-        parts = packed, layer.weights, _squares(own, layer.weights, statistics.hessian)
+        parts = layer.packed(search.tensor_type), layer.weights, _squares(own, layer.weights, statistics.hessian)
         data, restored, squares = (self.ranks.join_parts(part, len(weights)) for part in parts)
         return data.cpu().numpy(), restored, squares
 

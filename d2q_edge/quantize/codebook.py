@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from d2q_edge.codebooks import PAIR_TABLE, SCALAR_TABLE
 from d2q_edge.quantize import uniform
-from d2q_edge.quantize.graphs import Graphs, has_triton
+from d2q_edge.quantize.kernels import has_triton
 from d2q_edge.tensor_types import GROUP, SCALE_MAX, SCALE_TINY, TensorType
 
 SHORTLIST = 3
@@ -23,8 +23,9 @@ CHUNK = 8192
 """Groups per step of a search: bounds memory at about 200 MB, and keeps the working set near the caches."""
 CUDA_CHUNK = 4 * CHUNK
 """The same on a GPU, which is faster with more of them at a time."""
-_REACH, _KNEE = 100.0, 48.0
-_EDGE = _REACH / (_REACH + _KNEE)
+REACH, KNEE = 100.0, 48.0
+"""The look-up table's bins end at this magnitude; they are narrow, and equally wide, up to about that one."""
+EDGE = REACH / (REACH + KNEE)
 
 
 def stored_scale(scale: torch.Tensor) -> torch.Tensor:
@@ -38,23 +39,28 @@ class CodebookSearch:
     Attributes:
         levels: float32 [256, K, V]: V = 2 and K = 16 for pairs, V = 1 and K = 8 for scalars, in units of d. Of q4_0
             [2, 16, 1].
-        graphs: for what is done with this table over and over.
+        columns: the same, float32 [256, V, K].
+        rank_table: float32 [bins ** V, 256], squared error of every bin's centre in every codebook. Not of q4_0.
+        short_table: the same, float16, which takes half the time to read.
+        edge: the largest magnitude of an entry. Not of q4_0.
         unit: RMS of the entries of the median codebook: d is near the RMS of a block over this. Not of q4_0.
     """
 
     def __init__(self, tensor_type: TensorType, device: torch.device | str = "cpu") -> None:
         self.tensor_type = tensor_type
-        self.graphs = Graphs()
         self._chunk = CUDA_CHUNK if torch.device(device).type == "cuda" else CHUNK
         if not tensor_type.switched:
-            self.levels = uniform.levels(device)
+            self.levels = self.rank_table = self.short_table = uniform.levels(device)
+            self.columns = self.levels.transpose(1, 2).contiguous()
             return
         table = PAIR_TABLE if tensor_type.paired else SCALAR_TABLE[:, :, None]
         self.levels = torch.tensor(table, dtype=torch.float32, device=device)
-        self._edge = float(self.levels.abs().max())
+        self.columns = self.levels.transpose(1, 2).contiguous()
+        self.edge = float(self.levels.abs().max())
         self.unit = float(self.levels.square().mean((1, 2)).sqrt().median())
         self._bins = 64 if tensor_type.paired else 1024
-        self._rank_table = self._make_rank_table()
+        self.rank_table = self._make_rank_table()
+        self.short_table = self.rank_table.half()
 
     def vectors(self, weights: torch.Tensor) -> torch.Tensor:
         """Split rows [rows, n * 32] into the vectors that get a code: [rows * n, 32 / V, V], in code order."""
@@ -77,7 +83,7 @@ class CodebookSearch:
         if has_triton(vectors.device):
             from d2q_edge.quantize import codebook_cuda
 
-            return codebook_cuda.search(vectors, self._rank_table, self.levels, SHORTLIST, _KNEE, _EDGE)
+            return codebook_cuda.search(self, vectors)
         books, errors = [], []
         for part in vectors.split(self._chunk):
             candidates = self._rank(part).topk(SHORTLIST, dim=1, largest=False).indices
@@ -100,6 +106,10 @@ class CodebookSearch:
         """
         if not self.tensor_type.switched:
             return stored_scale(uniform.block_scales(weights))
+        if has_triton(weights.device):
+            from d2q_edge.quantize import codebook_cuda
+
+            return codebook_cuda.block_scales(self, self.vectors(weights).reshape(weights.shape))
         base = weights.square().mean(1).sqrt() / self.unit
         vectors = self.vectors(weights)
         best = torch.full_like(base, torch.inf)
@@ -115,34 +125,29 @@ class CodebookSearch:
 
     def _ranked_error(self, vectors: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Approximate error of every block at its scale, with the best codebook for each group: [rows]."""
-        if has_triton(vectors.device):
-            from d2q_edge.quantize import codebook_cuda
-
-            bins = self._rank_table, _KNEE, _EDGE
-            return codebook_cuda.ranked_error(vectors, scales, *bins, _REACH, self._edge)
         per_row = len(vectors) // len(scales)
         scaled = vectors / scales.repeat_interleave(per_row)[:, None, None]
         ranked = torch.cat([self._rank(part).amin(1) for part in scaled.split(self._chunk)])
-        # The rank table ends at _REACH; beyond it the error grows with the distance from the largest entry.
+        # The rank table ends at REACH; beyond it the error grows with the distance from the largest entry.
         size = scaled.abs()
-        nearest = (_REACH - self._edge) ** 2
-        beyond = torch.where(size > _REACH, (size - self._edge).square() - nearest, 0.0).sum((1, 2))
+        nearest = (REACH - self.edge) ** 2
+        beyond = torch.where(size > REACH, (size - self.edge).square() - nearest, 0.0).sum((1, 2))
         return (ranked + beyond).view(-1, per_row).sum(1)
 
     def _rank(self, vectors: torch.Tensor) -> torch.Tensor:
         """Approximate squared errors of every codebook for every group: [groups, 256]."""
         bins = self._bin(vectors)
         index = bins[..., 0] * self._bins + bins[..., 1] if vectors.shape[2] == 2 else bins[..., 0]
-        return F.embedding_bag(index, self._rank_table, mode="sum")
+        return F.embedding_bag(index, self.rank_table, mode="sum")
 
     def _bin(self, values: torch.Tensor) -> torch.Tensor:
-        """Bin of each value: narrow near zero, where entries are dense, wide towards _REACH."""
-        position = values / (values.abs() + _KNEE)
-        return position.mul_(self._bins / 2 / _EDGE).add_(self._bins / 2).long().clamp_(0, self._bins - 1)
+        """Bin of each value: narrow near zero, where entries are dense, wide towards REACH."""
+        position = values / (values.abs() + KNEE)
+        return position.mul_(self._bins / 2 / EDGE).add_(self._bins / 2).long().clamp_(0, self._bins - 1)
 
     def _make_rank_table(self) -> torch.Tensor:
         """Squared error of every bin's centre in every codebook: [bins ** V, 256]."""
-        position = ((torch.arange(self._bins, device=self.levels.device) + 0.5) / (self._bins / 2) - 1) * _EDGE
-        centres = position * _KNEE / (1 - position.abs())
+        position = ((torch.arange(self._bins, device=self.levels.device) + 0.5) / (self._bins / 2) - 1) * EDGE
+        centres = position * KNEE / (1 - position.abs())
         points = torch.cartesian_prod(centres, centres) if self.levels.shape[2] == 2 else centres[:, None]
         return torch.stack([torch.cdist(points, book).square().amin(1) for book in self.levels], 1)

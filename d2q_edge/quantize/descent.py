@@ -14,15 +14,14 @@ The first is as in other scale refits of GPTQ-like methods, the second is block 
 (arXiv 2406.17542), over codebooks. Neither can raise the objective beyond the rounding of a scale to float16.
 """
 
-from functools import partial
-
 import torch
 
 from d2q_edge.quantize.codebook import CodebookSearch, stored_scale
-from d2q_edge.quantize.feedback import corners, round_group
+from d2q_edge.quantize.feedback import corners, diagonal_squares, round_group
 from d2q_edge.quantize.gptaq import Feedback, InputStatistics
+from d2q_edge.quantize.kernels import has_triton
 from d2q_edge.quantize.layer import QuantizedLayer
-from d2q_edge.quantize.precision import product
+from d2q_edge.quantize.precision import product, whole_product
 from d2q_edge.tensor_types import GROUP
 
 ROUNDS = 2
@@ -93,7 +92,7 @@ class _Problem:
         for block in range(blocks):
             # The other half of the matrix is the same.
             here, later = slice(block * size, (block + 1) * size), slice(block * size, None)
-            seen = product(self.units[:, here], self.hessian[here, later])
+            seen = whole_product(self.units[:, here], self.hessian[here, later])
             matrix[:, block, block:] = (seen * self.units[:, later]).view(rows, blocks - block, size).sum(2)
             matrix[:, block:, block] = matrix[:, block, block:]
         wanted = (self.wanted * self.units).view(rows, blocks, size).sum(2)
@@ -124,9 +123,8 @@ class _Problem:
             codes = slice(block * width, (block + 1) * width)
             scale = self.scales[:, block, None]
             before = self.units[:, here].clone()
-            self.units[:, here], self.books[:, books], self.codes[:, codes] = self.search.graphs.run(
-                "descent",
-                partial(_choose_block, self.search),
+            self.units[:, here], self.books[:, books], self.codes[:, codes] = choose_block(
+                self.search,
                 gradient[:, here] / scale,
                 before,
                 self.books[:, books],
@@ -143,7 +141,7 @@ class _Problem:
         """Invert the Hessian's square of every group, and prepare the error feedback inside it."""
         width = self.search.levels.shape[2]
         order = _order(width, self.hessian.device)
-        squares = torch.stack([self.hessian[i : i + GROUP, i : i + GROUP] for i in range(0, len(self.hessian), GROUP)])
+        squares = diagonal_squares(self.hessian)
         # The variants without a check: damped, it can't fail, and a check would wait for the GPU.
         self.inverses = torch.cholesky_inverse(torch.linalg.cholesky_ex(squares).L)
         self.factors = torch.linalg.cholesky_ex(self.inverses[:, order][:, :, order], upper=True).L
@@ -157,7 +155,7 @@ class _Problem:
         return (quantized / self.scales.repeat_interleave(self.kind.block_size, 1)).round()
 
 
-def _choose_block(
+def choose_block(
     search: CodebookSearch,
     gradient: torch.Tensor,
     units: torch.Tensor,
@@ -168,7 +166,7 @@ def _choose_block(
     factors: torch.Tensor,
     inner: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Choose the groups of one block of all rows.
+    """Choose the groups of one block of all rows. On a GPU it is one kernel (descent_cuda.py).
 
     Args:
         search: the codebooks.
@@ -181,6 +179,10 @@ def _choose_block(
     Returns:
         New units, books and codes.
     """
+    if has_triton(units.device):
+        from d2q_edge.quantize import descent_cuda
+
+        return descent_cuda.choose_block(search, gradient, units, books, codes, hessian, inverses, factors, inner)
     width = codes.shape[1] // books.shape[1]
     gradient, units, books, codes = gradient.clone(), units.clone(), books.clone(), codes.clone()
     for group in range(books.shape[1]):
@@ -212,7 +214,7 @@ def _choose_group(
     factor: torch.Tensor,
     inner: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same for one group: its part of everything in `_choose_block`."""
+    """The same for one group: its part of everything in `choose_block`."""
     order = _order(search.levels.shape[2], present.device)
     target = present - gradient @ inverse
     error = ((present - target) @ hessian * (present - target)).sum(1)

@@ -3,14 +3,14 @@
 Columns are in the order of quantization, those of one code side by side. With j the columns of one code, w their values
 and U_jj that square of U, the code minimizes |(w - q) inv(U_jj)|; with E = (w - q) inv(U_jj) the later columns receive
 - E U_j,later, and + w P_j,later where there is a P. Knows nothing else: where U and P come from and how codebooks are
-chosen is its callers' business. On a CUDA device the loop is one kernel (feedback_cuda.py) instead of hundreds.
+chosen is its callers' business. feedback_cuda.py is the same for kernels.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from d2q_edge.quantize.graphs import has_triton
+from d2q_edge.tensor_types import GROUP
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,11 @@ class Rounded:
     quantized: torch.Tensor
     errors: torch.Tensor
     compensated: torch.Tensor
+
+
+def diagonal_squares(matrix: torch.Tensor) -> torch.Tensor:
+    """The squares of 32 columns on the diagonal of a matrix [n, n]: [n / 32, 32, 32]."""
+    return torch.stack([matrix[i : i + GROUP, i : i + GROUP] for i in range(0, len(matrix), GROUP)])
 
 
 def corners(factor: torch.Tensor, width: int) -> torch.Tensor:
@@ -61,10 +66,6 @@ def round_group(
         inverses: from `corners`.
         lead: P of these columns, float32 [32, 32].
     """
-    if has_triton(targets.device):
-        from d2q_edge.quantize import feedback_cuda
-
-        return Rounded(*feedback_cuda.round_group(targets, levels, books, scales, factor, inverses, lead))
     width = levels.shape[2]
     work = targets.clone()
     quantized, errors = torch.empty_like(work), torch.empty_like(work)

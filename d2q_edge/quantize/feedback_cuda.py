@@ -1,101 +1,83 @@
-"""The loop of feedback.py as one Triton kernel: 32 columns of some rows stay in registers until all have their codes.
+"""The loop of feedback.py in Triton: 32 columns of some rows stay in registers until all have their codes.
 
-Knows the arithmetic only. Imported where there is a CUDA device and Triton; results differ from the loop's in the last
-bits, and where two entries are equally good.
+Knows the arithmetic only. It is a part of the kernels of gptaq_cuda.py and descent_cuda.py.
 """
 
-import torch
 import triton
 import triton.language as tl
 
-from d2q_edge.tensor_types import GROUP
 
-FEW_ROWS = 16
-"""Rows per program where a matrix has so few that the GPU isn't full otherwise."""
-MANY_ROWS = {1: 64, 2: 128}
-"""Rows per program where it has more, by the width of a code. (Both were the fastest on an H200.)"""
-FULL = 16384
-"""Rows from which on it is full."""
+@triton.jit
+def _better(cost, code, x, y, other_cost, other_code, other_x, other_y):  # type: ignore[no-untyped-def]
+    """The cheaper one of two entries; of equal ones the first."""
+    other = (other_cost < cost) | ((other_cost == cost) & (other_code < code))
+    return (
+        tl.where(other, other_cost, cost),
+        tl.where(other, other_code, code),
+        tl.where(other, other_x, x),
+        tl.where(other, other_y, y),
+    )
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _round_group(  # type: ignore[no-untyped-def]
-    targets, levels, books, scales, factor, inverses, lead,
-    codes, quantized, errors, compensated,
-    rows,
+def round_rows(  # type: ignore[no-untyped-def]
+    work, book, scale, levels, factor, lead, stride, inverses,
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, HAS_LEAD: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    live = row < rows
+    """One group of some rows, as feedback.round_group. Everything is 32 wide, columns and entries, so that all steps of
+    a row are done by the same few threads, which need not wait for others.
+
+    Args:
+        work: w, float32 [ROWS, 32].
+        book: int32 [ROWS].
+        scale: float32 [ROWS].
+        levels: pointer to the table, [codebooks, V, K].
+        factor, lead: pointers to the group's squares of U and P, rows `stride` apart.
+        inverses: pointer to the group's corners [32 / V, V, V].
+
+    Returns:
+        Of every column its code, int32 [ROWS, 32], and float32 [ROWS, 32] quantized, errors and compensated.
+    """
     column = tl.arange(0, GROUP)
-    place = row[:, None] * GROUP + column[None, :]
-    work = tl.load(targets + place, mask=live[:, None], other=0.0)
-    scale = tl.load(scales + row, mask=live, other=0.0)
-    entry = tl.load(books + row, mask=live, other=0)[:, None] * (K * V) + tl.arange(0, K)[None, :] * V
-    level0 = tl.load(levels + entry) * scale[:, None]
+    entry = column % K
+    table = levels + book[:, None] * (K * V)
+    level0 = tl.load(table + entry[None, :]) * scale[:, None]
     level1 = level0
     if V == 2:
-        level1 = tl.load(levels + entry + 1) * scale[:, None]
-    found = tl.zeros([ROWS, GROUP], tl.float32)
+        level1 = tl.load(table + K + entry[None, :]) * scale[:, None]
+    place = tl.broadcast_to(entry[None, :], [ROWS, GROUP])
+    codes = tl.zeros([ROWS, GROUP], tl.int32)
     lost = tl.zeros([ROWS, GROUP], tl.float32)
     for index in range(GROUP // V):
         first = index * V
         here0 = column[None, :] == first
-        here1 = column[None, :] == first + 1
-        wanted0 = tl.sum(tl.where(here0, work, 0.0), 1)
-        off0 = wanted0[:, None] - level0
+        wanted0 = tl.sum(tl.where(here0, work, 0.0), 1)[:, None]
         corner = inverses + index * V * V
+        row = factor + first * stride + column[None, :]
         if V == 2:
-            wanted1 = tl.sum(tl.where(here1, work, 0.0), 1)
-            off1 = wanted1[:, None] - level1
+            here1 = column[None, :] == first + 1
+            wanted1 = tl.sum(tl.where(here1, work, 0.0), 1)[:, None]
+            off0, off1 = wanted0 - level0, wanted1 - level1
             error0 = off0 * tl.load(corner) + off1 * tl.load(corner + 2)
             error1 = off0 * tl.load(corner + 1) + off1 * tl.load(corner + 3)
-            code = tl.argmin(error0 * error0 + error1 * error1, 1)
+            cost = error0 * error0 + error1 * error1
         else:
             wanted1 = wanted0
-            error0 = off0 * tl.load(corner)
+            error0 = (wanted0 - level0) * tl.load(corner)
             error1 = error0
-            code = tl.argmin(error0 * error0, 1)
-        chosen = tl.arange(0, K)[None, :] == code[:, None]
-        loss0 = tl.sum(tl.where(chosen, error0, 0.0), 1)[:, None]
-        found = tl.where(here0, tl.sum(tl.where(chosen, level0, 0.0), 1)[:, None], found)
+            cost = error0 * error0
+        _least, code, loss0, loss1 = tl.reduce((cost, place, error0, error1), 1, _better)
+        loss0, loss1 = loss0[:, None], loss1[:, None]
+        codes = tl.where(column[None, :] // V == index, code[:, None], codes)
         lost = tl.where(here0, loss0, lost)
-        change = loss0 * tl.load(factor + first * GROUP + column)[None, :]
+        change = loss0 * tl.load(row)
         if HAS_LEAD:
-            change -= wanted0[:, None] * tl.load(lead + first * GROUP + column)[None, :]
+            change -= wanted0 * tl.load(lead + first * stride + column[None, :])
         if V == 2:
-            loss1 = tl.sum(tl.where(chosen, error1, 0.0), 1)[:, None]
-            found = tl.where(here1, tl.sum(tl.where(chosen, level1, 0.0), 1)[:, None], found)
             lost = tl.where(here1, loss1, lost)
-            change += loss1 * tl.load(factor + (first + 1) * GROUP + column)[None, :]
+            change += loss1 * tl.load(row + stride)
             if HAS_LEAD:
-                change -= wanted1[:, None] * tl.load(lead + (first + 1) * GROUP + column)[None, :]
+                change -= wanted1 * tl.load(lead + (first + 1) * stride + column[None, :])
         work = tl.where(column[None, :] >= first + V, work - change, work)
-        tl.store(codes + row * (GROUP // V) + index, code.to(tl.uint8), mask=live)
-    tl.store(quantized + place, found, mask=live[:, None])
-    tl.store(errors + place, lost, mask=live[:, None])
-    tl.store(compensated + place, work, mask=live[:, None])
-
-
-def round_group(
-    targets: torch.Tensor,
-    levels: torch.Tensor,
-    books: torch.Tensor,
-    scales: torch.Tensor,
-    factor: torch.Tensor,
-    inverses: torch.Tensor,
-    lead: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes, quantized, errors and compensated, as feedback.round_group."""
-    targets = targets.contiguous()
-    rows, (_, entries, width) = len(targets), levels.shape
-    per_program = FEW_ROWS if rows < FULL else MANY_ROWS[width]
-    codes = torch.empty(rows, GROUP // width, dtype=torch.uint8, device=targets.device)
-    quantized, errors, compensated = (torch.empty_like(targets) for _ in range(3))
-    _round_group[(triton.cdiv(rows, per_program),)](
-        targets, levels.contiguous(), books.contiguous(), scales.contiguous(), factor.contiguous(),
-        inverses.contiguous(), (factor if lead is None else lead).contiguous(),
-        codes, quantized, errors, compensated, rows,
-        GROUP=GROUP, K=entries, V=width, HAS_LEAD=lead is not None, ROWS=per_program,
-    )  # fmt: skip
-    return codes, quantized, errors, compensated
+    found = tl.load(table + (column % V)[None, :] * K + codes) * scale[:, None]
+    return codes, found, lost, work

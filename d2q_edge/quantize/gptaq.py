@@ -14,13 +14,13 @@ diag(H), which helps like GPTQ's activation order but leaves the storage order a
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
 from d2q_edge.quantize.codebook import CodebookSearch
 from d2q_edge.quantize.factor import inverse_factor, times_upper, times_upper_transposed, upper_times_upper
-from d2q_edge.quantize.feedback import corners, round_group
+from d2q_edge.quantize.feedback import corners, diagonal_squares, round_group
+from d2q_edge.quantize.kernels import has_triton
 from d2q_edge.quantize.layer import QuantizedLayer
 from d2q_edge.quantize.precision import product
 from d2q_edge.tensor_types import GROUP, TensorType
@@ -153,15 +153,17 @@ def quantize_layer(weights: torch.Tensor, feedback: Feedback, search: CodebookSe
         torch.empty(rows, kind.codes(columns), dtype=torch.uint8, device=weights.device),
         torch.empty_like(weights),
     )
-    for start in range(0, columns, kind.block_size):
-        stop = start + kind.block_size
-        here = slice(start, stop)
-        squares = factor[here, here], None if lead is None else lead[here, here]
-        block = _Block(*search.graphs.run("gptaq", partial(_quantize_block, search), work[:, here], *squares))
+    inverses = corners(diagonal_squares(factor), search.levels.shape[2])
+    # All of them at once: asking a GPU for one would wait for it.
+    places = (order.view(-1, kind.block_size).amin(1) // kind.block_size).tolist()
+    for number, index in enumerate(places):
+        start, stop = number * kind.block_size, (number + 1) * kind.block_size
+        here, groups = slice(start, stop), slice(number * kind.groups, (number + 1) * kind.groups)
+        inner = None if lead is None else lead[here, here]
+        block = _Block(*quantize_block(search, work[:, here], factor[here, here], inner, inverses[groups]))
         work[:, stop:] -= product(block.errors, factor[here, stop:])
         if lead is not None:
             work[:, stop:] += product(block.compensated, lead[here, stop:])
-        index = int(order[start:stop].min()) // kind.block_size
         result.scales[:, index] = block.scales.half()
         result.codebooks[:, index * kind.groups : (index + 1) * kind.groups] = block.codebooks
         result.codes[:, index * block.codes.shape[1] : (index + 1) * block.codes.shape[1]] = block.codes
@@ -181,27 +183,44 @@ class _Block:
     compensated: torch.Tensor
 
 
-def _quantize_block(
-    search: CodebookSearch, weights: torch.Tensor, feedback: torch.Tensor, lead: torch.Tensor | None
+def quantize_block(
+    search: CodebookSearch,
+    weights: torch.Tensor,
+    factor: torch.Tensor,
+    lead: torch.Tensor | None,
+    inverses: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
-    """Quantize [rows, block_size] in processing order, feeding errors back inside the block: the fields of a _Block."""
+    """Quantize one block of every row, feeding errors back inside the block. On a GPU it is one kernel (gptaq_cuda.py).
+
+    Args:
+        search: the codebooks.
+        weights: float32 [rows, block_size], in processing order.
+        factor, lead: U and P of these columns, float32 [block_size, block_size].
+        inverses: of each group from `feedback.corners`.
+
+    Returns:
+        Scales d [rows], codebooks [rows, groups], codes [rows, codes], and, float32 [rows, block_size], the quantized
+        weights, the errors, and the weights when their turn came.
+    """
+    if has_triton(weights.device):
+        from d2q_edge.quantize import gptaq_cuda
+
+        return gptaq_cuda.quantize_block(search, weights, factor, lead, inverses)
     kind = search.tensor_type
     work = weights.clone()
     scales = search.block_scales(_storage_order(work, kind))
     codebooks, codes = [], []
     quantized, errors = torch.empty_like(work), torch.empty_like(work)
-    inverses = torch.stack([feedback[i : i + GROUP, i : i + GROUP] for i in range(0, kind.block_size, GROUP)])
-    inverses = corners(inverses, search.levels.shape[2])
     for number, start in enumerate(range(0, kind.block_size, GROUP)):
         stop = start + GROUP
         here = slice(start, stop)
         vectors = search.vectors(_storage_order(work[:, here], kind)) / scales[:, None, None]
         book, _ = search.search(vectors)
         inner = None if lead is None else lead[here, here]
-        group = round_group(work[:, here], search.levels, book, scales, feedback[here, here], inverses[number], inner)
+        group = round_group(work[:, here], search.levels, book, scales, factor[here, here], inverses[number], inner)
         quantized[:, here], errors[:, here], work[:, here] = group.quantized, group.errors, group.compensated
         # The rest of the block follows when the group is done.
-        work[:, stop:] -= group.errors @ feedback[here, stop:]
+        work[:, stop:] -= group.errors @ factor[here, stop:]
         if lead is not None:
             work[:, stop:] += group.compensated @ lead[here, stop:]
         codebooks.append(book)

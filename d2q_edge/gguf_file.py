@@ -8,6 +8,7 @@ also encodes the stock types, but for those of k_types, which are encoded on the
 from __future__ import annotations
 
 import errno
+import functools
 import math
 import os
 import shutil
@@ -29,6 +30,7 @@ from tqdm import tqdm
 from d2q_edge import durable, k_types, tensor_types
 from d2q_edge.errors import D2QError
 from d2q_edge.file_lock import open_locked
+from d2q_edge.pieces import Piece, write_pieces
 
 STOCK_TYPES: dict[str, gguf.GGMLQuantizationType] = {
     name.lower(): gguf.GGMLQuantizationType[name]
@@ -51,7 +53,8 @@ class GGUFTensor:
     `shape` is in numpy's order, (rows, columns) for a matrix. `load` is called once, when it is the tensor's turn, and
     returns either floats of that shape, which are then encoded (stock types only), or the encoded bytes: a numpy array,
     uint8 [rows, bytes per row]. Floats may be torch's, of any float type and on any device. A stack has `parts`, which
-    are loaded and written one after the other.
+    are loaded and written one after the other. Tensors without a `group` are loaded one at a time, in the thread that
+    writes the file; those with one may be loaded in another thread at the same time, one at a time of each group.
     """
 
     name: str
@@ -59,6 +62,7 @@ class GGUFTensor:
     type: str
     load: Callable[[], npt.NDArray[Any] | torch.Tensor]
     parts: tuple[GGUFTensor, ...] = ()
+    group: int | None = None
 
     @classmethod
     def stack(cls, name: str, parts: Sequence[GGUFTensor]) -> GGUFTensor:
@@ -252,14 +256,26 @@ def write_gguf(
 def _write_data(file: BinaryIO, tensors: Sequence[GGUFTensor], size: int) -> None:
     """The tensors' data, `size` bytes, behind the header. (gguf-py's way of doing it loses the reason of errors.)"""
     file.write(bytes(-file.tell() % ALIGNMENT))
+    file.flush()
+    start = file.tell()
     # None: no bar where stderr isn't a terminal.
     with tqdm(total=size, desc="Writing", unit="B", unit_scale=True, disable=None) as progress:
-        for tensor in tensors:
-            for part in tensor.parts or (tensor,):
-                data = np.ascontiguousarray(encode(part)).reshape(-1).view(np.uint8)
-                file.write(data.data)
-                progress.update(data.nbytes)
-            file.write(bytes(-tensor.nbytes % ALIGNMENT))
+        write_pieces(file.fileno(), _pieces(tensors, start), progress.update)
+    # What lies between the tensors was never written and reads as zeros, as padding must; this is the last one's.
+    file.truncate(start + size)
+
+
+def _pieces(tensors: Sequence[GGUFTensor], offset: int) -> Iterator[Piece]:
+    """The data of tensors, of which the first begins at that place of the file."""
+    for tensor in tensors:
+        for part in tensor.parts or (tensor,):
+            yield Piece(offset, functools.partial(_data, part), part.group)
+            offset += part.nbytes
+        offset += -tensor.nbytes % ALIGNMENT
+
+
+def _data(tensor: GGUFTensor) -> memoryview:
+    return np.ascontiguousarray(encode(tensor)).reshape(-1).view(np.uint8).data
 
 
 class _Writer(gguf.GGUFWriter):  # type: ignore[misc]  # gguf-py has no types

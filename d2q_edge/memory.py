@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from d2q_edge import k_types
+from d2q_edge import k_types, pieces
 from d2q_edge.errors import D2QError
 from d2q_edge.expert_pipeline import routing_bytes, statistics_bytes
 from d2q_edge.families import Family
@@ -37,6 +37,9 @@ CUDA_SEARCH = 14 * SEARCH
 ENCODING = 10
 """Bytes for each weight of a table that is being encoded: as stored, as floats, and the result, twice while its pieces
 are put together."""
+WRITING = 2 * pieces.THREADS
+"""Finished blocks at a time while the file is written: each thread copies one out of a file that the system keeps in
+the process's memory meanwhile."""
 CUDA_ENCODING = 40 * k_types.GPU_PIECE
 """The same for what a GPU has in hand at a time."""
 PROGRAM = 700 * 2**20
@@ -102,7 +105,7 @@ def plan_memory(
     working = _working(family, batch_tokens, processes, CUDA_SEARCH if device.type == "cuda" else SEARCH)
     # The first process alone writes, and nothing else is done then.
     table = max(_elements(family, f"{name}.weight") for name in (family.embedding, family.head))
-    writing = ENCODING * table // processes
+    writing = (ENCODING * table + WRITING * packed // family.num_layers) // processes
     free = free_memory() // processes if limit is None else limit // processes
     on_device = 0
     routing = routing_bytes(family, tokens)

@@ -5,6 +5,8 @@ Knows which tensor is packed, which stays float and which is new (norm biases). 
 """
 
 import math
+import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -34,8 +36,14 @@ class Content(Protocol):
     def floats(self, name: str) -> torch.Tensor:
         """Any other tensor, as `float_tensor` wants it: a matrix on the device that is to encode it."""
 
+    def group(self, name: str) -> int | None:
+        """Tensors of one group are asked for by one thread, others meanwhile by others; those without a group one at a
+        time, by the thread that writes the file, as all are unless somebody says that more at once do no harm.
+        """
+        return None
 
-class PlannedContent:
+
+class PlannedContent(Content):
     """Nothing yet: enough to know the file's size."""
 
     def packed(self, name: str) -> Packed:
@@ -45,7 +53,7 @@ class PlannedContent:
         raise RuntimeError(f"{name} is only planned")
 
 
-class RoundedContent:
+class RoundedContent(Content):
     """The checkpoint's weights, rounded to nearest one at a time, without calibration."""
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, device: torch.device) -> None:
@@ -62,15 +70,24 @@ class RoundedContent:
         return stored_floats(self.checkpoint, name, self.device)
 
 
-class QuantizedContent:
-    """What the pipeline left in the work directory; the rest is the checkpoint's."""
+class _Latest(threading.local):
+    """The block that this thread has read last, and its number."""
+
+    block: tuple[int, dict[str, Tensor]] = -1, {}
+
+
+class QuantizedContent(Content):
+    """What the pipeline left in the work directory; the rest is the checkpoint's.
+
+    Every thread keeps one block, so that each is read once by who asks for its tensors together.
+    """
 
     def __init__(
         self, checkpoint: Checkpoint, family: Family, work: WorkDir, device: torch.device, *, refined: bool
     ) -> None:
         self.checkpoint, self.family, self.work, self.device = checkpoint, family, work, device
         self.refined = refined
-        self._block: tuple[int, dict[str, Tensor]] = -1, {}
+        self._latest = _Latest()
 
     def packed(self, name: str) -> Packed:
         data = self._changed(name)
@@ -94,13 +111,17 @@ class QuantizedContent:
                 values = values.to(torch.float32, copy=True).div_(divisor)
         return values
 
+    def group(self, name: str) -> int | None:
+        return self.family.block_of(name)
+
     def _changed(self, name: str) -> Tensor | None:
         index = self.family.block_of(name)
         if index is None:
             index = self.family.num_layers
-        if self._block[0] != index:
-            self._block = index, self.work.read_block(index, refined=self.refined)
-        return self._block[1].get(name)
+        if self._latest.block[0] != index:
+            self._latest.block = -1, {}  # one block at a time
+            self._latest.block = index, self.work.read_block(index, refined=self.refined)
+        return self._latest.block[1].get(name)
 
 
 class Output:
@@ -161,11 +182,13 @@ class Output:
         for name in self.family.tensor_shapes():
             kind = types.get(name, "f32")
             if kind in tensor_types.BY_NAME and name in self.plan.linears:
-                replacements[name] = packed_tensor(self.family, name, kind, partial(content.packed, name))
+                tensor = packed_tensor(self.family, name, kind, partial(content.packed, name))
             else:
-                replacements[name] = float_tensor(self.family, name, kind, partial(content.floats, name))
+                tensor = float_tensor(self.family, name, kind, partial(content.floats, name))
+            replacements[name] = replace(tensor, group=content.group(name))
         biases = []
         for norm in self.norm_biases:
             name, load = f"{norm}.bias", partial(content.floats, f"{norm}.bias")
-            biases.append(GGUFTensor(self.family.gguf_name(name), (self.family.hidden_size,), "f32", load))
+            shape, group = (self.family.hidden_size,), content.group(name)
+            biases.append(GGUFTensor(self.family.gguf_name(name), shape, "f32", load, group=group))
         return [*model_tensors(self.checkpoint, self.family, "f32", replacements), *biases]

@@ -168,8 +168,13 @@ class WorkDir:
     def _read(self, file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """A file's tensors and facts."""
         try:
-            with safe_open(file, framework="np") as stored:
-                tensors: dict[str, Any] = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            # Not as numpy's: safetensors would copy, and let no other thread of Python run meanwhile. torch's lie in
+            # the file, and numpy's copies keep nobody from running.
+            with safe_open(file, framework="pt") as stored:
+                tensors: dict[str, Any] = {
+                    name: stored.get_tensor(name).numpy().copy()
+                    for name in stored.keys()  # noqa: SIM118
+                }
                 expected, facts = json.loads((stored.metadata() or {}).get(_BESIDE, '["", ""]'))
             if _checksum(file, tensors, facts) != expected:
                 raise ValueError("its checksum is wrong")

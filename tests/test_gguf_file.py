@@ -8,7 +8,9 @@ import shutil
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -191,6 +193,28 @@ def test_a_stack_is_its_parts_without_gaps(out: Path) -> None:
     assert encode(stacks[0]).tobytes() == packed.tobytes()
 
 
+@pytest.mark.parametrize("groups", [0, 1, 3, 9])
+def test_groups_change_nothing(out: Path, groups: int) -> None:
+    """Also where parts of a stack belong to groups, and where what is between tensors must be zeros."""
+    generator = np.random.default_rng(0)
+
+    def some(number: int, kind: str, rows: int) -> GGUFTensor:
+        array = generator.normal(size=(rows, 64)).astype(np.float32)
+        return replace(tensor(f"{number}", kind, array), group=number % groups if groups else None)
+
+    tensors = [some(i, kind, 1 + i % 3) for i, kind in enumerate(["f32", "q8_0", "f16", "q4_1", "bf16"] * 4)]
+    tensors += [GGUFTensor.stack(f"stack {i}", [some(i + j, "q5_1", 1) for j in range(3)]) for i in range(4)]
+    tensors.append(tensor("last", "q8_0", MATRIX))
+    # What an earlier attempt left must not show up between the tensors.
+    (out.parent / ".model.gguf.partial").write_bytes(b"x" * 100_000)
+    write_gguf(out, "llama", tensors, no_keys)
+    data = b""
+    for one in tensors:
+        data += b"".join(encode(part).tobytes() for part in one.parts or (one,))
+        data += bytes(-len(data) % 32)
+    assert out.read_bytes()[-len(data) - 1 :] == b"\0" + data
+
+
 def test_existing_file_needs_force(out: Path) -> None:
     out.write_text("precious")
     refused(out, "exists already; use --force")
@@ -239,26 +263,29 @@ def test_too_little_space(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_output(out, force=False, size=data_size(GOOD))
 
 
-@pytest.mark.parametrize("size", [64, 1 << 20], ids=["in a buffer", "at once"])
-def test_disk_that_fills_up(out: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_that_fills_up(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real one: every write to /dev/full fails as on a full disk, those of buffered bytes when they are flushed."""
     out.write_text("precious")
     monkeypatch.setattr(gguf_file, "check_output", lambda *_, **__: None)
     (out.parent / ".model.gguf.partial").symlink_to("/dev/full")
-    values = np.zeros((1, size), np.float32)
-    refused(out, "the disk is full: .*model.gguf could not be written", [tensor("a", "f32", values)], force=True)
+    refused(out, "the disk is full: .*model.gguf could not be written", force=True)
     assert out.read_text() == "precious"
     assert list(out.parent.iterdir()) == [out]
 
 
-def test_file_that_grows_too_large(out: Path) -> None:
-    """For file systems, or limits, that know a largest file."""
-    script = """
+@pytest.mark.parametrize("group", [None, 0])
+def test_file_that_grows_too_large(out: Path, group: int | None) -> None:
+    """For file systems, or limits, that know a largest file; the header, some or all of the data don't fit."""
+    script = f"""
 import resource, sys
+from dataclasses import replace
 from pathlib import Path
-from tests import test_gguf_file
-resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
-test_gguf_file.refused(Path(sys.argv[1]), "can't write .*model.gguf: File too large")
+from tests.test_gguf_file import GOOD, gguf_file, no_keys, refused
+tensors = [replace(tensor, group={group}) for tensor in GOOD]
+size = gguf_file.file_size("llama", tensors, no_keys)
+for limit in (100, size - 600, size - 300, size - 1):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    refused(Path(sys.argv[1]), "can't write .*model.gguf: File too large", tensors)
 """
     root = Path(__file__).parents[1]
     subprocess.run([sys.executable, "-c", script, out], cwd=root, check=True)
@@ -298,13 +325,14 @@ def test_is_flushed_before_it_has_its_name(out: Path, monkeypatch: pytest.Monkey
     assert sizes == [write_gguf(out, "llama", GOOD, no_keys)], "everything must be in the file by then"
 
 
+@pytest.mark.parametrize("group", [None, 7])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, MemoryError])
-def test_nothing_is_left_of_an_interrupted_write(out: Path, error: type[BaseException]) -> None:
+def test_nothing_is_left_of_an_interrupted_write(out: Path, error: type[BaseException], group: int | None) -> None:
     def fail() -> npt.NDArray[Any]:
         assert [path.name for path in out.parent.iterdir()] == [".model.gguf.partial"]
         raise error
 
-    tensors = [*GOOD, GGUFTensor("c.weight", (2, 64), "f32", fail)]
+    tensors = [*GOOD, GGUFTensor("c.weight", (2, 64), "f32", fail, group=group)]
     with pytest.raises(error):
         write_gguf(out, "llama", tensors, no_keys)
     assert list(out.parent.iterdir()) == []
@@ -341,6 +369,7 @@ def test_tensors_are_loaded_one_at_a_time(out: Path) -> None:
 
     def loader(name: str) -> Callable[[], npt.NDArray[Any]]:
         def load() -> npt.NDArray[Any]:
+            assert threading.current_thread() is threading.main_thread()
             loaded.append(name)
             return MATRIX
 

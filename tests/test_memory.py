@@ -14,6 +14,7 @@ from d2q_edge import memory
 from d2q_edge.errors import D2QError
 from d2q_edge.families import Family, family_for
 from d2q_edge.memory import GIB, MemoryPlan, plan_memory
+from d2q_edge.pieces import THREADS
 from tools.random_model import GEOMETRIES, write_model
 
 CPU = torch.device("cpu")
@@ -86,6 +87,15 @@ def test_a_table_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(GEOMETRIES, "wide", {**GEOMETRIES["llama-3.2-1b"], "vocab_size": 2**21})
     needed = plan_memory(family("wide"), 512, 512, torch.device("cuda"), tmp_path / "out.gguf", 1000).device
     assert 2**21 * 2048 * 10 < needed < 2**21 * 2048 * 10 + GIB
+
+
+def test_blocks_that_are_read_while_a_table_is_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda: 64 * GIB)
+    monkeypatch.setitem(GEOMETRIES, "wide", {**GEOMETRIES["llama-3.2-1b"], "vocab_size": 2**19})
+    needed = [
+        plan_memory(family("wide"), 512, 512, CPU, tmp_path / "out.gguf", 16 * block).host for block in (0, 10**7)
+    ]
+    assert needed[1] - needed[0] == 2 * THREADS * 10**7
 
 
 def test_free_memory() -> None:

@@ -1,5 +1,7 @@
 """What a file gets from the work directory and what from the checkpoint, and its size before it is written."""
 
+import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 
 from d2q_edge import tensor_types
 from d2q_edge.checkpoint import Checkpoint
+from d2q_edge.errors import D2QError
 from d2q_edge.export import model_tokenizer
 from d2q_edge.families import family_for
 from d2q_edge.gguf_reader import GGUFFile
@@ -148,6 +151,75 @@ class TestQuantizedContent:
         if not setup.family.tied_embeddings:
             head = content.floats("lm_head.weight")
             assert (head.device, head.dtype) == (meta, torch.float32)
+
+
+class TestThreads:
+    """How the blocks get into the file."""
+
+    @pytest.mark.parametrize("refined", [False, True])
+    def test_every_block_is_read_once(
+        self, setup: Setup, tmp_path: Path, refined: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """And the file is the one that a single thread writes."""
+        read, reads = WorkDir.read_block, []
+
+        def note(work: WorkDir, index: int, *, refined: bool = False) -> dict[str, Tensor]:
+            reads.append((index, refined))
+            return read(work, index, refined=refined)
+
+        monkeypatch.setattr(WorkDir, "read_block", note)
+        output, content = setup.output(refined_norms(setup.family)), setup.content(refined=refined)
+        output.write(tmp_path / "threads.gguf", content, False)
+        assert sorted(reads) == [(index, refined) for index in range(3)]
+        monkeypatch.setattr(content, "group", lambda _: None)
+        output.write(tmp_path / "one.gguf", content, False)
+        assert len(reads) > 6
+        assert (tmp_path / "threads.gguf").read_bytes() == (tmp_path / "one.gguf").read_bytes()
+
+    def test_who_asks_for_what(self, setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Tables, which take much memory, are this thread's; without calibration everything is."""
+        asked: dict[str, bool] = {}
+
+        def noting(ask: Callable[[str], Any]) -> Callable[[str], Any]:
+            def note(name: str) -> Any:
+                asked[name] = threading.current_thread() is threading.main_thread()
+                return ask(name)
+
+            return note
+
+        names = setup.family.tensor_shapes()
+        outside = {name: setup.family.block_of(name) is None for name in names}
+        for content, expected in (
+            (setup.content(refined=True), outside),
+            (RoundedContent(setup.checkpoint, setup.plan, CPU), dict.fromkeys(names, True)),
+        ):
+            for method in ("packed", "floats"):
+                monkeypatch.setattr(content, method, noting(getattr(content, method)))
+            setup.output([]).write(tmp_path / "out.gguf", content, True)
+            assert asked == expected
+
+    def test_a_damaged_block(self, setup: Setup, tmp_path: Path) -> None:
+        file = setup.work.path / "block-0001.safetensors"
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+        with pytest.raises(D2QError, match=r"block-0001.safetensors is damaged \(its checksum is wrong\)"):
+            setup.output([]).write(tmp_path / "file.gguf", setup.content(refined=False), False)
+        assert not list(tmp_path.glob("*file.gguf*"))
+
+    def test_a_thread_keeps_one_block(self, setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The last one is gone before the next is read."""
+        read, kept = WorkDir.read_block, list[weakref.ref[Any]]()
+
+        def note(work: WorkDir, index: int, *, refined: bool = False) -> dict[str, Tensor]:
+            assert all(array() is None for array in kept)
+            block = read(work, index, refined=refined)
+            kept[:] = [weakref.ref(array) for array in block.values()]
+            return block
+
+        monkeypatch.setattr(WorkDir, "read_block", note)
+        content = setup.content(refined=True)
+        for name in setup.plan.linears:
+            content.packed(name)
+        assert kept
 
 
 def test_a_layer_that_is_missing(setup: Setup) -> None:

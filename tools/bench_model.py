@@ -36,7 +36,7 @@ from d2q_edge.conversion import FILE_TYPES
 from d2q_edge.errors import D2QError
 from d2q_edge.export import Value, export, model_tokenizer, stored_floats
 from d2q_edge.families import family_for
-from d2q_edge.output import Output
+from d2q_edge.output import Content, Output
 from d2q_edge.plan import make_plan
 from d2q_edge.quantize.codebook import CodebookSearch
 from d2q_edge.quantize.rtn import round_layer
@@ -77,8 +77,8 @@ class Shape:
         }
 
 
-class _RepeatedRows:
-    """The checkpoint's tensors; of a layer that is packed, the first rows again and again (output.Content)."""
+class _RepeatedRows(Content):
+    """The checkpoint's tensors; of a layer that is packed, the first rows again and again."""
 
     def __init__(self, checkpoint: Checkpoint, types: dict[str, str]) -> None:
         self.checkpoint, self.types = checkpoint, types

@@ -2,7 +2,8 @@
 
 Knows how to build a block, fill it with the checkpoint's weights and run it, whole or by halves (families/base.py says
 what a half is), or just far enough to see the input of one of its layers. Does not know about quantization: pipeline.py
-changes the weights. A block lives as long as its caller keeps it; nothing else of the model is in memory.
+changes the weights. A block lives as long as its caller keeps it; nothing else of the model is in memory. transformers'
+models are imported by the first that needs them, because that takes seconds (ahead.py).
 """
 
 import copy
@@ -13,9 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from d2q_edge import ahead
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.errors import D2QError
 from d2q_edge.experts import separate_experts
@@ -24,6 +24,9 @@ from d2q_edge.families import Family, Half, Stage
 
 def model_config(checkpoint: Checkpoint) -> Any:
     """transformers' config of a checkpoint; whatever it raises is the config's fault."""
+    ahead.wait()
+    from transformers import AutoConfig
+
     rope = checkpoint.config.get("rope_scaling")
     if isinstance(rope, dict) and rope.get("type") == "su":
         # What Phi-3 called longrope at first; transformers knows the new name only.
@@ -32,6 +35,17 @@ def model_config(checkpoint: Checkpoint) -> Any:
     config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True, trust_remote_code=False)
     # Itself, unless the model also takes images (text_part.py).
     return config.get_text_config()
+
+
+def empty_model(config: Any, attention: str) -> Any:
+    """transformers' model without weights, its experts apart; `attention` is the name of an implementation."""
+    ahead.wait()
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    separate_experts(model)
+    return model
 
 
 def add_bias(norm: nn.Module, bias: torch.Tensor) -> RemovableHandle:
@@ -57,9 +71,7 @@ class BlockRunner:
         self.device = device
         try:
             config = model_config(checkpoint)
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, attn_implementation=_attention(device))
-            separate_experts(model)
+            model = empty_model(config, _attention(device))
         except Exception as error:
             # There is no one exception for what can be wrong in a stranger's config.
             raise D2QError(f"transformers can't build the model of {checkpoint.directory} ({error})") from error
@@ -199,6 +211,9 @@ def _attention(device: torch.device) -> str:
     as those for float32."""
     if device.type != "cuda":
         return "sdpa"
+    ahead.wait()
+    from transformers import AttentionInterface
+
     AttentionInterface.register("sdpa_bfloat16", _bfloat16_attention)
     return "sdpa_bfloat16"
 
@@ -206,6 +221,8 @@ def _attention(device: torch.device) -> str:
 def _bfloat16_attention(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **options: Any
 ) -> tuple[torch.Tensor, None]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
     output, _ = sdpa_attention_forward(module, query.bfloat16(), key.bfloat16(), value.bfloat16(), *rest, **options)
     return output.to(query.dtype), None
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from d2q_edge import ahead
+from d2q_edge.block_reader import BlockReader
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.errors import D2QError
 from d2q_edge.experts import separate_experts
@@ -75,6 +76,8 @@ class BlockRunner:
         except Exception as error:
             # There is no one exception for what can be wrong in a stranger's config.
             raise D2QError(f"transformers can't build the model of {checkpoint.directory} ({error})") from error
+        self._reader = BlockReader(checkpoint, family, ahead=device.type == "cuda")
+        self._reader.begin(0)
         self._layers = model.model.layers
         self._final_norm: nn.Module = model.model.norm
         self._layer_types: list[str] = getattr(config, "layer_types", None) or []
@@ -99,14 +102,10 @@ class BlockRunner:
         Raises:
             D2QError: a weight is NaN or infinite, or can't be read.
         """
-        prefix = self.family.block_prefix(index)
         block: nn.Module = copy.deepcopy(self._layers[index])
-        names = [name for name in self.family.tensor_shapes() if name.startswith(prefix)]
-        weights = {
-            # First there, then float32: half the bytes to move.
-            name.removeprefix(prefix): self.checkpoint.tensor(name).to(self.device).float()
-            for name in names
-        }
+        # First there, then float32: half the bytes to move.
+        weights = {name: tensor.to(self.device).float() for name, tensor in self._reader.read(index)}
+        self._reader.begin(index + 1)
         block.load_state_dict(weights, assign=True)
         return block.eval().requires_grad_(False)
 

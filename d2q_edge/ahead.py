@@ -32,4 +32,4 @@ def wait() -> None:
 def _import() -> None:
     # What fails here fails again where it is needed, and is reported there.
     with suppress(Exception):
-        from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: F401
+        from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel  # noqa: F401

@@ -77,12 +77,12 @@ class BlockRunner:
             # There is no one exception for what can be wrong in a stranger's config.
             raise D2QError(f"transformers can't build the model of {checkpoint.directory} ({error})") from error
         self._reader = BlockReader(checkpoint, family, ahead=device.type == "cuda")
-        self._reader.begin(0)
         self._layers = model.model.layers
         self._final_norm: nn.Module = model.model.norm
         self._layer_types: list[str] = getattr(config, "layer_types", None) or []
         # Made anew outside the meta device: its frequencies are computed, not loaded.
         self._rotary: nn.Module = type(model.model.rotary_emb)(config=config).to(device)
+        self._reader.begin(0)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Embeddings of token ids [windows, context]: float32 [windows, context, hidden]."""

@@ -2,7 +2,8 @@
 
 Knows how to build a block, fill it with the checkpoint's weights and run it, whole or by halves (families/base.py says
 what a half is), or just far enough to see the input of one of its layers. Does not know about quantization: pipeline.py
-changes the weights. A block lives as long as its caller keeps it; nothing else of the model is in memory.
+changes the weights. A block lives as long as its caller keeps it; nothing else of the model is in memory. transformers'
+models are imported by the first that needs them, because that takes seconds (ahead.py).
 """
 
 import copy
@@ -13,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from d2q_edge import ahead
+from d2q_edge.block_reader import BlockReader
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.errors import D2QError
 from d2q_edge.experts import separate_experts
@@ -24,6 +25,9 @@ from d2q_edge.families import Family, Half, Stage
 
 def model_config(checkpoint: Checkpoint) -> Any:
     """transformers' config of a checkpoint; whatever it raises is the config's fault."""
+    ahead.wait()
+    from transformers import AutoConfig
+
     rope = checkpoint.config.get("rope_scaling")
     if isinstance(rope, dict) and rope.get("type") == "su":
         # What Phi-3 called longrope at first; transformers knows the new name only.
@@ -32,6 +36,17 @@ def model_config(checkpoint: Checkpoint) -> Any:
     config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True, trust_remote_code=False)
     # Itself, unless the model also takes images (text_part.py).
     return config.get_text_config()
+
+
+def empty_model(config: Any, attention: str) -> Any:
+    """transformers' model without weights, its experts apart; `attention` is the name of an implementation."""
+    ahead.wait()
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    separate_experts(model)
+    return model
 
 
 def add_bias(norm: nn.Module, bias: torch.Tensor) -> RemovableHandle:
@@ -57,27 +72,29 @@ class BlockRunner:
         self.device = device
         try:
             config = model_config(checkpoint)
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, attn_implementation=_attention(device))
-            separate_experts(model)
+            model = empty_model(config, _attention(device))
         except Exception as error:
             # There is no one exception for what can be wrong in a stranger's config.
             raise D2QError(f"transformers can't build the model of {checkpoint.directory} ({error})") from error
+        self._reader = BlockReader(checkpoint, family, ahead=device.type == "cuda")
         self._layers = model.model.layers
         self._final_norm: nn.Module = model.model.norm
         self._layer_types: list[str] = getattr(config, "layer_types", None) or []
         # Made anew outside the meta device: its frequencies are computed, not loaded.
         self._rotary: nn.Module = type(model.model.rotary_emb)(config=config).to(device)
+        self._reader.begin(0)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Embeddings of token ids [windows, context]: float32 [windows, context, hidden], on the CPU."""
+        """Embeddings of token ids [windows, context]: float32 [windows, context, hidden]."""
         return next(self.embed_all([tokens]))
 
     def embed_all(self, batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         """The same for one batch after another; the table is read once."""
         table = self.checkpoint.tensor(f"{self.family.embedding}.weight")
         for tokens in batches:
-            yield table[tokens].float() * self.family.embedding_scale
+            # First there, then float32: half the bytes to move.
+            rows = nn.functional.embedding(tokens, table).to(self.device)
+            yield rows.float() * self.family.embedding_scale
 
     def load(self, index: int) -> nn.Module:
         """Block `index` with the checkpoint's weights, in float32.
@@ -85,14 +102,10 @@ class BlockRunner:
         Raises:
             D2QError: a weight is NaN or infinite, or can't be read.
         """
-        prefix = self.family.block_prefix(index)
         block: nn.Module = copy.deepcopy(self._layers[index])
-        names = [name for name in self.family.tensor_shapes() if name.startswith(prefix)]
-        weights = {
-            # First there, then float32: half the bytes to move.
-            name.removeprefix(prefix): self.checkpoint.tensor(name).to(self.device).float()
-            for name in names
-        }
+        # First there, then float32: half the bytes to move.
+        weights = {name: tensor.to(self.device).float() for name, tensor in self._reader.read(index)}
+        self._reader.begin(index + 1)
         block.load_state_dict(weights, assign=True)
         return block.eval().requires_grad_(False)
 
@@ -199,6 +212,9 @@ def _attention(device: torch.device) -> str:
     as those for float32."""
     if device.type != "cuda":
         return "sdpa"
+    ahead.wait()
+    from transformers import AttentionInterface
+
     AttentionInterface.register("sdpa_bfloat16", _bfloat16_attention)
     return "sdpa_bfloat16"
 
@@ -206,6 +222,8 @@ def _attention(device: torch.device) -> str:
 def _bfloat16_attention(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **options: Any
 ) -> tuple[torch.Tensor, None]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
     output, _ = sdpa_attention_forward(module, query.bfloat16(), key.bfloat16(), value.bfloat16(), *rest, **options)
     return output.to(query.dtype), None
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
+from d2q_edge import ahead
 from d2q_edge.blocks import BlockRunner
 from d2q_edge.calibration import Text, load_text, split_windows
 from d2q_edge.checkpoint import Checkpoint
@@ -30,7 +31,7 @@ from d2q_edge.output_lock import sole_writer
 from d2q_edge.pipeline import BATCH_TOKENS, Method, corrected_norms, quantize_blocks
 from d2q_edge.plan import Plan, check_request, is_mixed, make_plan, rounding_types
 from d2q_edge.quantize.rotation import RotatedCheckpoint, rotation_pays
-from d2q_edge.ranks import Ranks
+from d2q_edge.ranks import Ranks, started
 from d2q_edge.recipe import Options, check, fingerprint, own_keys
 from d2q_edge.refinement import Refinement, refine, refined_norms
 from d2q_edge.report import Report
@@ -142,9 +143,12 @@ def convert(
         D2QError: anything wrong with the checkpoint, the options, the text, the device or the output.
     """
     output, options = Path(output), options or Options()
+    if options.calibrate and not dry_run and started() > 1:
+        # Meeting takes a second; on its own, a process has nothing to wait for before it has looked at its input.
+        ahead.begin()
     ranks = Ranks.join(choose_device(options.device))
     if dry_run:
-        return _Job(model, output, options, ranks).planned()
+        return _Job(model, output, options, ranks, dry_run=True).planned()
     with sole_writer(output) if ranks.is_first else nullcontext():
         if not was_published(output):
             # Before anything that takes time; its size is checked when it is known.
@@ -177,7 +181,9 @@ class _Calibration:
 class _Job:
     """One conversion, planned; then done by `round` or `quantize`."""
 
-    def __init__(self, model: str | Path, output: Path, options: Options, ranks: Ranks) -> None:
+    def __init__(
+        self, model: str | Path, output: Path, options: Options, ranks: Ranks, *, dry_run: bool = False
+    ) -> None:
         self.output, self.options, self.ranks = output, options, ranks
         check(options)
         self.source = Checkpoint.open(model)
@@ -203,6 +209,8 @@ class _Job:
         text = load_text(options.calibration, "calibration") if options.calibrate else None
         windows = held_back = None
         if text is not None:
+            if not dry_run:
+                ahead.begin()
             windows, held_back = self._windows(text, options.calibration_tokens)
         self.method = Method(dsq=options.dsq, dac=options.dac)
         sensitivity = self._sensitivity(windows) if is_mixed(options.bits) else None

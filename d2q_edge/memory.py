@@ -122,7 +122,8 @@ def plan_memory(
                 f"the GPU has {available / GIB:.1f} GiB of free memory, but this model needs {working / GIB:.1f} GiB; "
                 "free some, or use --device cpu"
             )
-        peak = host + max(_largest_block(family), writing)
+        # A block is read ahead, and the memory stays: in the checkpoint's dtype, rounded up to a power of two.
+        peak = host + 2 * _largest_block(family) + writing
     else:
         peak = host + max(working, writing)
     if isinstance(place, torch.device) and place.type == "cpu":

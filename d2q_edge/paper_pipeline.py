@@ -95,7 +95,7 @@ class _Driver:
         self.weights: dict[str, torch.Tensor] = {}
         per_batch = max(1, BATCH_TOKENS // windows.shape[1])
         batches = torch.from_numpy(windows).split(per_batch) if recipe.feedback or recipe.correct else ()
-        self.original = [runner.embed(part).to(runner.device) for part in batches]
+        self.original = [runner.embed(part) for part in batches]
         self.quantized = self.original
 
     def quantize(self, index: int, block: nn.Module) -> None:

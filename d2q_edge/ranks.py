@@ -2,7 +2,8 @@
 
 Knows how to add up what all of them have counted and to hand a part of each to all. Does not know what is in the
 tensors. Calibration batches are dealt out, and the rows of a matrix are cut into as many parts as there are
-processes; every process then holds the same block and goes on.
+processes; what all of them need of it, pieces of a factor, is dealt out by what it costs. Every process then holds the
+same block and goes on. An error in one of them ends all: torchrun sees to that.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ from d2q_edge.errors import D2QError
 from d2q_edge.runtime.machine import usable_cpus
 
 T = TypeVar("T")
+
+
+def started() -> int:
+    """How many processes torchrun started; one without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Ranks:
         Raises:
             D2QError: more processes than GPUs.
         """
-        count = int(os.environ.get("WORLD_SIZE", "1"))
+        count = started()
         if count == 1:
             return cls(device=device)
         # torchrun gives every process one thread only.
@@ -100,6 +106,43 @@ class Ranks:
                 piece.copy_(part)
             torch.distributed.broadcast(piece, rank)
         return whole.to(part.device)
+
+    def share(
+        self, pieces: Sequence[torch.Tensor], costs: Sequence[int], compute: Callable[[int], torch.Tensor]
+    ) -> None:
+        """Fill tensors, each in one process, and give all of them to all.
+
+        Args:
+            pieces: to be filled, in place.
+            costs: of every piece, the time that it takes in any unit.
+            compute: makes the content of a piece, given its number.
+        """
+        owners = self.deal(costs)
+        for number, owner in enumerate(owners):
+            if owner == self.rank:
+                pieces[number].copy_(compute(number))
+        for piece, owner in zip(pieces, owners, strict=True):
+            self.spread(piece, owner)
+
+    def spread(self, tensor: torch.Tensor, owner: int) -> None:
+        """Replace a tensor by that of the process `owner`, in place."""
+        if self.count == 1:
+            return
+        # What is sent must lie in one piece.
+        shared = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
+        if owner == self.rank:
+            shared.copy_(tensor)
+        torch.distributed.broadcast(shared, owner)
+        if owner != self.rank:
+            tensor.copy_(shared)
+
+    def deal(self, costs: Sequence[int]) -> list[int]:
+        """Whose each of some tasks is, so that all are done at about the same time: the largest are dealt out first."""
+        owners, loads = [0] * len(costs), [0] * self.count
+        for number in sorted(range(len(costs)), key=lambda number: -costs[number]):
+            owners[number] = loads.index(min(loads))
+            loads[owners[number]] += costs[number]
+        return owners
 
     def in_turn(self, action: Callable[[], T]) -> T:
         """Do something in the first process, and when it is done in the others."""

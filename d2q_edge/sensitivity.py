@@ -90,7 +90,7 @@ def _run(
     runner: BlockRunner, rounding: _Rounding, windows: npt.NDArray[np.int64], progress: "tqdm[None]"
 ) -> dict[str, torch.Tensor]:
     """The last block's outputs [windows, context, hidden]: of the original under "", of every variant by its layer."""
-    states = {"": runner.embed(torch.from_numpy(windows))}
+    states = {"": runner.embed(torch.from_numpy(windows)).cpu()}
     for index in range(runner.family.num_layers):
         block = runner.load(index)
         variants = {

@@ -59,7 +59,7 @@ class StageSolver:
         """Blocks, what they stand for, and `_squares`; this process makes its part of the rows."""
         own = self.ranks.part(weights)
         with matmul_precision("highest"):
-            feedback = layer_feedback(statistics, search.tensor_type, self.alpha)
+            feedback = layer_feedback(statistics, search.tensor_type, self.alpha, ranks=self.ranks)
             layer = quantize_layer(own, feedback, search)
             layer = descend(layer, own, statistics, feedback, search, self.rounds)
         parts = layer.packed(search.tensor_type), layer.weights, _squares(own, layer.weights, statistics.hessian)

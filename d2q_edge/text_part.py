@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from d2q_edge import ahead
 from d2q_edge.errors import D2QError
 from d2q_edge.families.base import MAX_LAYERS
 
@@ -30,6 +31,7 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
         D2QError: it makes no sense.
     """
     # Takes seconds, which other checkpoints needn't wait for.
+    ahead.wait()
     from transformers import AutoConfig
 
     architecture, model_type = TEXT_MODELS[config["architectures"][0]]

@@ -14,13 +14,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
-from d2q_edge.blocks import add_bias, model_config
+from d2q_edge.blocks import add_bias, empty_model, model_config
 from d2q_edge.calibration import Text
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.errors import D2QError
-from d2q_edge.experts import separate_experts
 from d2q_edge.families import Family
 
 BATCH_TOKENS = 4096
@@ -70,9 +68,7 @@ class WholeModel:
             device: where to.
         """
         config = model_config(checkpoint)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-        separate_experts(model)
+        model = empty_model(config, "sdpa")
         tensors = {
             name: (weights[name] if name in weights else checkpoint.tensor(name)).to(device, torch.float32)
             for name in family.tensor_shapes()

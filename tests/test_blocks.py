@@ -166,3 +166,12 @@ def test_config_that_transformers_refuses(make_checkpoint: Make) -> None:
     (path / "config.json").write_text('{"model_type": "unknown"}')
     with pytest.raises(D2QError, match=r"transformers can't build the model of .*tiny"):
         BlockRunner(checkpoint, family, torch.device("cpu"))
+
+
+def test_embeddings_are_on_the_runners_device(make_checkpoint: Make) -> None:
+    runner = runner_for(make_checkpoint("qwen3"))
+    expected = runner.checkpoint.tensor("model.embed_tokens.weight")[TOKENS].float()
+    assert torch.equal(runner.embed(TOKENS), expected)
+    runner.device = torch.device("meta")
+    embedded = runner.embed(TOKENS)
+    assert (embedded.device, embedded.dtype) == (runner.device, torch.float32)

@@ -246,6 +246,9 @@ class Together(Ranks):
         for tensor, *others in zip(tensors, *self._meet(list(tensors)), strict=True):
             tensor.copy_(others[0] + others[1])
 
+    def spread(self, tensor: torch.Tensor, owner: int) -> None:
+        tensor.copy_(self._meet([tensor])[owner][0])
+
     def join_parts(self, part: torch.Tensor, rows: int) -> torch.Tensor:
         return torch.cat([parts[0] for parts in self._meet([part])])
 

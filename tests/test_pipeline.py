@@ -172,9 +172,9 @@ def test_statistics_are_those_of_the_formulas(
     setup = Setup(make_checkpoint("llama", **SMALL))
     seen: list[tuple[torch.Tensor, torch.Tensor, float]] = []
 
-    def spy(statistics: InputStatistics, kind: TensorType, alpha: float) -> Feedback:
+    def spy(statistics: InputStatistics, kind: TensorType, alpha: float, **options: Any) -> Feedback:
         seen.append((statistics.hessian.clone(), statistics.drift.clone(), alpha))
-        return layer_feedback(statistics, kind, alpha)
+        return layer_feedback(statistics, kind, alpha, **options)
 
     monkeypatch.setattr(stage_solver, "layer_feedback", spy)
     monkeypatch.setattr(pipeline, "BATCH_TOKENS", 160)  # three batches

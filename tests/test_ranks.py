@@ -11,8 +11,13 @@ import torch
 
 from d2q_edge.conversion import convert
 from d2q_edge.gguf_reader import GGUFFile
+from d2q_edge.quantize import factor
+from d2q_edge.quantize.dsq import InputEnergy
+from d2q_edge.quantize.factor import inverse_factor
+from d2q_edge.quantize.gptaq import InputStatistics, layer_feedback
 from d2q_edge.ranks import ALONE, Ranks
 from d2q_edge.recipe import Options
+from d2q_edge.tensor_types import BY_NAME
 from tests.checkpoints import EXAMPLE
 
 TOKENS = "2048"
@@ -27,17 +32,21 @@ ranks.sum([total])
 matrix = torch.arange(14.0).view(7, 2)
 part = ranks.part(matrix) * 2
 whole = ranks.join_parts(part, 7)
+shared = torch.zeros(3, 6)
+made = []
+ranks.share(list(shared.split(2, 1)), [3, 9, 5], lambda number: made.append(number) or torch.full((3, 2), number + 1.0))
 order = []
 ranks.in_turn(lambda: order.append(1))
 facts = [ranks.rank, ranks.count, total.tolist(), len(part), whole.tolist(), list(ranks.own(5)), order]
+facts += [shared.tolist(), made]
 open(f"{sys.argv[1]}/{ranks.rank}.json", "w").write(json.dumps(facts))
 """
 
 
-def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+def torchrun(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=600)
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=timeout)
 
 
 def test_alone() -> None:
@@ -66,7 +75,90 @@ def test_what_two_processes_exchange(tmp_path: Path) -> None:
     doubled = (torch.arange(14.0).view(7, 2) * 2).tolist()
     for rank, rows in ((0, 4), (1, 3)):
         facts = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert facts == [rank, 2, [3.0, 20.0], rows, doubled, [[0, 1], [2, 3, 4]][rank], [1]]
+        assert facts[:-2] == [rank, 2, [3.0, 20.0], rows, doubled, [[0, 1], [2, 3, 4]][rank], [1]]
+        assert facts[-2:] == [[[1.0, 1.0, 2.0, 2.0, 3.0, 3.0]] * 3, [[1], [0, 2]][rank]]
+
+
+FACTORS = """
+import sys
+import torch
+from d2q_edge.quantize import factor
+from d2q_edge.ranks import Ranks
+from tests.test_ranks import factors
+factor.STRIP = 100
+ranks = Ranks.join(torch.device("cpu"))
+found = factors(ranks)
+real, calls = torch.linalg.cholesky_ex, []
+
+def failing(matrix):
+    calls.append(matrix.dtype)
+    lower, failed = real(matrix)
+    return lower, failed + (ranks.rank == 1 and len(calls) == 1)
+
+torch.linalg.cholesky_ex = failing
+again, _ = factor.inverse_factor(torch.eye(256) + torch.ones(256, 256), 0.01, ranks)
+assert calls == [torch.float32, torch.float64]
+torch.save([*found, again], f"{sys.argv[1]}/{ranks.rank}.pt")
+"""
+
+
+def factors(ranks: Ranks) -> list[torch.Tensor]:
+    """What is computed of the statistics of a layer's input, of 256 columns."""
+    inputs = torch.randn(2, 300, 256, generator=torch.Generator().manual_seed(0))
+    statistics, energy = InputStatistics(256), InputEnergy(256)
+    statistics.add_batch(*inputs)
+    energy.add_batch(inputs[0])
+    feedback = layer_feedback(statistics, BY_NAME["d2q2"], ranks=ranks)
+    assert feedback.spread is not None
+    assert feedback.lead is not None
+    return [feedback.factor, feedback.spread, feedback.lead, energy.conditional(ranks)]
+
+
+def test_two_processes_share_factorizations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All get the same, and what one alone computes; a matrix that fails in one of them isn't factored there alone."""
+    script = tmp_path / "factors.py"
+    script.write_text(FACTORS)
+    done = torchrun(str(script), str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(factor, "STRIP", 100)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    again, _ = inverse_factor(torch.eye(256) + torch.ones(256, 256), 0.01)
+    for found, other, expected in zip(first, second, [*factors(ALONE), again], strict=True):
+        assert torch.equal(found, other)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+
+
+ONE_FAILS = """
+import torch
+from d2q_edge.errors import D2QError
+from d2q_edge.ranks import Ranks
+ranks = Ranks.join(torch.device("cpu"))
+
+def compute(number):
+    if number == 1:
+        raise D2QError("one of them can't")
+    return torch.ones(2)
+
+ranks.share([torch.zeros(2), torch.zeros(2)], [2, 1], compute)
+"""
+
+
+def test_an_error_in_one_process_ends_the_others(tmp_path: Path) -> None:
+    script = tmp_path / "fails.py"
+    script.write_text(ONE_FAILS)
+    done = torchrun(str(script), timeout=120)
+    assert done.returncode == 1
+    assert "one of them can't" in done.stderr
+
+
+def test_tasks_are_dealt_out_by_what_they_cost() -> None:
+    assert Ranks(0, 2).deal([1, 5, 2, 4]) == [0, 0, 1, 1]
+    assert ALONE.deal([3, 1]) == [0, 0]
+    costs = [number**2 for number in range(1, 13)]
+    loads = [0] * 4
+    for cost, owner in zip(costs, Ranks(3, 4).deal(costs), strict=True):
+        loads[owner] += cost
+    assert max(loads) < 1.1 * sum(costs) / 4
 
 
 def test_two_processes_make_the_same_model(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ import torch
 from torch import nn
 
 from d2q_edge.errors import D2QError
+from d2q_edge.quantize.factor import inverse_columns, inverse_costs, strips
+from d2q_edge.ranks import ALONE, Ranks
 
 BALANCE = 0.5
 """Share of the weights in the scale, the rest is the input's."""
@@ -77,8 +79,11 @@ class InputEnergy:
         self.gram += rows.T @ rows
         self.tokens += len(rows)
 
-    def conditional(self) -> torch.Tensor:
+    def conditional(self, ranks: Ranks = ALONE) -> torch.Tensor:
         """What is left of every input's mean square when the other inputs have explained what they can.
+
+        Args:
+            ranks: the processes that share the work; all of them call this with the same sums.
 
         Returns:
             1 / inv(H)_jj, float32 [columns]; zero where the input is always zero.
@@ -105,10 +110,15 @@ class InputEnergy:
             raise D2QError(
                 "the calibration statistics of a layer can't be factored; use more or more varied --calibration text"
             )
-        # With C = L L^T the diagonal of inv(C) is that of inv(L)^T inv(L).
-        identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-        inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
-        explained: torch.Tensor = inverse.square().sum(0).to(energy)
+        # With C = L L^T the diagonal of inv(C) is that of inv(L)^T inv(L). Strips round differently from the whole.
+        size = len(factor)
+        cuts = strips(size) if ranks.count > 1 else [(0, size)]
+        explained = torch.empty_like(energy)
+        ranks.share(
+            [explained[start:stop] for start, stop in cuts],
+            inverse_costs(size, cuts),
+            lambda number: inverse_columns(factor, *cuts[number]).square().sum(0),
+        )
         return energy / explained
 
 

@@ -2,24 +2,27 @@
 
 With J the exchange of first and last, J H J = L L^T gives U = J inv(L) J: one Cholesky factorization and the inverse of
 a triangle, where inverting H and factoring the inverse (GPTQ, arXiv 2210.17323) takes several times as long and loses
-more digits. Knows matrices only.
+more digits. Knows matrices only, and that processes share what takes long: all call the same function with the same
+matrices, and every strip is one's.
 """
 
 import torch
 
 from d2q_edge.errors import D2QError
 from d2q_edge.quantize.precision import product
+from d2q_edge.ranks import ALONE, Ranks
 
 STRIP = 1024
 """Columns, or rows, that are computed at a time: the zeros beyond a strip cost nothing."""
 
 
-def inverse_factor(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+def inverse_factor(hessian: torch.Tensor, damping: float, ranks: Ranks = ALONE) -> tuple[torch.Tensor, torch.Tensor]:
     """U with U^T U = inv(H + d I). In float32; float64, then more damping, where that fails.
 
     Args:
         hessian: H, symmetric, float32 [n, n].
         damping: d as a share of the mean of diag(H).
+        ranks: the processes that share the work; all of them call this.
 
     Returns:
         U, float32 [n, n], and d, float32 [].
@@ -33,9 +36,11 @@ def inverse_factor(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor,
         exchanged.diagonal().add_(share * mean)
         lower, failed = torch.linalg.cholesky_ex(exchanged)
         del exchanged
+        # All go on in the same precision.
+        ranks.sum([failed])
         if failed:
             continue
-        factor = inverse_lower(lower).flip(0, 1).float()
+        factor = inverse_lower(lower, ranks).flip(0, 1).float()
         if bool(factor.isfinite().all()):
             return factor, share * mean
     raise D2QError(
@@ -43,40 +48,64 @@ def inverse_factor(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor,
     )
 
 
-def inverse_lower(lower: torch.Tensor) -> torch.Tensor:
+def inverse_lower(lower: torch.Tensor, ranks: Ranks = ALONE) -> torch.Tensor:
     """The inverse of a lower triangle [n, n]."""
-    size = len(lower)
-    inverse = torch.zeros_like(lower)
-    for start, stop in _strips(size):
-        unit = torch.zeros(size - start, stop - start, dtype=lower.dtype, device=lower.device)
-        unit.diagonal().fill_(1)
-        inverse[start:, start:stop] = torch.linalg.solve_triangular(lower[start:, start:], unit, upper=False)
+    inverse, cuts = torch.zeros_like(lower), strips(len(lower))
+    ranks.share(
+        [inverse[start:, start:stop] for start, stop in cuts],
+        inverse_costs(len(lower), cuts),
+        lambda number: inverse_columns(lower, *cuts[number]),
+    )
     return inverse
+
+
+def inverse_columns(lower: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Columns of the inverse of a lower triangle [n, n], from the first that isn't zero: [n - start, stop - start]."""
+    unit = torch.zeros(len(lower) - start, stop - start, dtype=lower.dtype, device=lower.device)
+    unit.diagonal().fill_(1)
+    columns: torch.Tensor = torch.linalg.solve_triangular(lower[start:, start:], unit, upper=False)
+    return columns
+
+
+def inverse_costs(size: int, cuts: list[tuple[int, int]]) -> list[int]:
+    """What `inverse_columns` costs for each of some strips."""
+    return [(size - start) ** 2 * (stop - start) for start, stop in cuts]
 
 
 def times_upper(left: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
     """left [m, n] @ upper [n, n]."""
     result = torch.empty_like(left)
-    for start, stop in _strips(len(upper)):
+    for start, stop in strips(len(upper)):
         result[:, start:stop] = product(left[:, :stop], upper[:stop, start:stop])
     return result
 
 
-def times_upper_transposed(left: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
+def times_upper_transposed(left: torch.Tensor, upper: torch.Tensor, ranks: Ranks = ALONE) -> torch.Tensor:
     """left [m, n] @ upper^T [n, n]."""
-    result = torch.empty_like(left)
-    for start, stop in _strips(len(upper)):
-        result[:, start:stop] = product(left[:, start:], upper[start:stop, start:].T)
+    result, cuts = torch.empty_like(left), strips(len(upper))
+
+    def columns(number: int) -> torch.Tensor:
+        start, stop = cuts[number]
+        return product(left[:, start:], upper[start:stop, start:].T)
+
+    costs = [(len(upper) - start) * (stop - start) for start, stop in cuts]
+    ranks.share([result[:, start:stop] for start, stop in cuts], costs, columns)
     return result
 
 
-def upper_times_upper(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def upper_times_upper(left: torch.Tensor, right: torch.Tensor, ranks: Ranks = ALONE) -> torch.Tensor:
     """left @ right, both upper triangles [n, n]."""
-    result = torch.zeros_like(left)
-    for start, stop in _strips(len(right)):
-        result[:stop, start:stop] = product(left[:stop, :stop], right[:stop, start:stop])
+    result, cuts = torch.zeros_like(left), strips(len(right))
+
+    def columns(number: int) -> torch.Tensor:
+        start, stop = cuts[number]
+        return product(left[:stop, :stop], right[:stop, start:stop])
+
+    costs = [stop**2 * (stop - start) for start, stop in cuts]
+    ranks.share([result[:stop, start:stop] for start, stop in cuts], costs, columns)
     return result
 
 
-def _strips(size: int) -> list[tuple[int, int]]:
+def strips(size: int) -> list[tuple[int, int]]:
+    """Where each strip of so many columns begins and ends."""
     return [(start, min(start + STRIP, size)) for start in range(0, size, STRIP)]

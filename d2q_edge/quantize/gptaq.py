@@ -23,6 +23,7 @@ from d2q_edge.quantize.feedback import corners, diagonal_squares, round_group
 from d2q_edge.quantize.kernels import has_triton
 from d2q_edge.quantize.layer import QuantizedLayer
 from d2q_edge.quantize.precision import product
+from d2q_edge.ranks import ALONE, Ranks
 from d2q_edge.tensor_types import GROUP, TensorType
 
 ALPHA = 0.5
@@ -91,6 +92,7 @@ class Feedback:
         order_of: Callable[[torch.Tensor], torch.Tensor],
         alpha: float,
         damping: float = DAMPING,
+        ranks: Ranks = ALONE,
     ) -> "Feedback":
         """Compute U and P.
 
@@ -99,6 +101,7 @@ class Feedback:
             order_of: the order of the columns, given diag(H).
             alpha: weight of the input's error; 0 is plain GPTQ.
             damping: share of the mean of diag(H) that is added to the diagonal.
+            ranks: the processes that share the work; all of them call this with the same statistics.
 
         Raises:
             D2QError: the Hessian can't be factored even in double precision with strong damping.
@@ -106,12 +109,12 @@ class Feedback:
         hessian = statistics.hessian
         dead = hessian.diagonal() == 0
         order = order_of(hessian.diagonal())
-        factor, added = inverse_factor(hessian[order[:, None], order], damping)
+        factor, added = inverse_factor(hessian[order[:, None], order], damping, ranks)
         del hessian
         spread = lead = None
         if alpha:
-            spread = times_upper_transposed(statistics.drift[order[:, None], order], factor)
-            lead = alpha * upper_times_upper(spread.triu(1), factor)
+            spread = times_upper_transposed(statistics.drift[order[:, None], order], factor, ranks)
+            lead = alpha * upper_times_upper(spread.triu(1), factor, ranks)
         return cls(order, dead, added, factor, spread, lead, alpha)
 
     def arrange(self, weights: torch.Tensor) -> torch.Tensor:
@@ -128,10 +131,14 @@ class Feedback:
 
 
 def layer_feedback(
-    statistics: InputStatistics, kind: TensorType, alpha: float = ALPHA, damping: float = DAMPING
+    statistics: InputStatistics,
+    kind: TensorType,
+    alpha: float = ALPHA,
+    damping: float = DAMPING,
+    ranks: Ranks = ALONE,
 ) -> Feedback:
     """The Feedback for blocks of one tensor type; arguments and errors are those of Feedback.of."""
-    return Feedback.of(statistics, lambda diagonal: _processing_order(diagonal, kind), alpha, damping)
+    return Feedback.of(statistics, lambda diagonal: _processing_order(diagonal, kind), alpha, damping, ranks)
 
 
 def quantize_layer(weights: torch.Tensor, feedback: Feedback, search: CodebookSearch) -> QuantizedLayer:

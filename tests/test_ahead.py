@@ -1,0 +1,86 @@
+"""When transformers' models are imported, and that nobody waits for them who doesn't need them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import EXAMPLE
+
+HEAVY = "transformers.modeling_utils"
+FACTS = """
+import json, sys, threading
+from d2q_edge import ahead, conversion
+seen = {}
+split = conversion.split_windows
+
+def tokenize(*arguments):
+    seen["begun"] = any(thread._target is ahead._import for thread in threading.enumerate()) or HEAVY in sys.modules
+    return split(*arguments)
+
+conversion.split_windows = tokenize
+from d2q_edge.cli import main
+try:
+    main()
+except SystemExit as end:
+    seen |= {"code": end.code or 0, "imported": HEAVY in sys.modules}
+print(json.dumps(seen))
+"""
+
+
+def convert(tmp_path: Path, *arguments: str, program: str = FACTS) -> tuple[dict[str, object], str]:
+    """What a process of its own, in which nothing is imported yet, tells about itself; and its messages."""
+    command = [sys.executable, "-c", program.replace("HEAVY", repr(HEAVY)), "convert", str(EXAMPLE)]
+    command += ["-o", str(tmp_path / "out.gguf"), "--no-verify", "--calibration-tokens", "512", *arguments]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, timeout=300)
+    assert done.stdout, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+@pytest.mark.parametrize("option", ["--dry-run", "--no-calibration"])
+def test_what_needs_no_models_imports_none(tmp_path: Path, option: str) -> None:
+    facts, messages = convert(tmp_path, option)
+    assert not facts.pop("begun", False)
+    assert facts == {"code": 0, "imported": False}, messages
+
+
+def test_bad_input_imports_none(tmp_path: Path) -> None:
+    facts, messages = convert(tmp_path, "--calibration", "nowhere.txt")
+    assert facts == {"code": 1, "imported": False}
+    assert "can't read the text nowhere.txt" in messages
+
+
+def test_a_text_is_tokenized_meanwhile(tmp_path: Path) -> None:
+    facts, messages = convert(tmp_path)
+    assert facts == {"begun": True, "code": 0, "imported": True}, messages
+
+
+FAILING = """
+import sys
+from d2q_edge import ahead
+
+class Nothing:
+    def find_spec(self, name, path, target=None):
+        if name == HEAVY:
+            raise RuntimeError("no memory for models")
+
+sys.meta_path.insert(0, Nothing())
+""" + FACTS.lstrip()
+
+
+def test_an_import_that_fails_is_one_sentence(tmp_path: Path) -> None:
+    """It fails in the thread, without a word, and again where the models are needed."""
+    facts, messages = convert(tmp_path, program=FAILING)
+    assert facts == {"begun": True, "code": 1, "imported": False}
+    assert "transformers can't build the model" in messages
+    assert "Traceback" not in messages
+    assert "Thread" not in messages
+
+
+def test_a_process_may_end_meanwhile(tmp_path: Path) -> None:
+    program = "from d2q_edge import ahead; import d2q_edge.tokenizer.original; ahead.begin(); raise SystemExit(3)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (3, "")

@@ -31,7 +31,7 @@ from d2q_edge.output_lock import sole_writer
 from d2q_edge.pipeline import BATCH_TOKENS, Method, corrected_norms, quantize_blocks
 from d2q_edge.plan import Plan, check_request, is_mixed, make_plan, rounding_types
 from d2q_edge.quantize.rotation import RotatedCheckpoint, rotation_pays
-from d2q_edge.ranks import Ranks, started
+from d2q_edge.ranks import Ranks
 from d2q_edge.recipe import Options, check, fingerprint, own_keys
 from d2q_edge.refinement import Refinement, refine, refined_norms
 from d2q_edge.report import Report
@@ -143,19 +143,19 @@ def convert(
         D2QError: anything wrong with the checkpoint, the options, the text, the device or the output.
     """
     output, options = Path(output), options or Options()
-    if options.calibrate and not dry_run and started() > 1:
-        # Meeting takes a second; on its own, a process has nothing to wait for before it has looked at its input.
-        ahead.begin()
     ranks = Ranks.join(choose_device(options.device))
+    if ranks.device.type == "cuda":
+        # Now, while there is one thread only.
+        torch.cuda.init()
     if dry_run:
         return _Job(model, output, options, ranks, dry_run=True).planned()
     with sole_writer(output) if ranks.is_first else nullcontext():
-        if not was_published(output):
+        if ranks.is_first and not was_published(output):
             # Before anything that takes time; its size is checked when it is known.
-            ranks.in_turn(lambda: check_output(output, force=force))
+            check_output(output, force=force)
         job = _Job(model, output, options, ranks)
-        if not was_published(output):
-            ranks.in_turn(lambda: check_output(output, force=force, size=job.size))
+        if ranks.is_first and not was_published(output):
+            check_output(output, force=force, size=job.size)
         if job.calibration is None:
             return job.round(force=force, verify=verify)
         return job.quantize(job.calibration, force=force, verify=verify)

@@ -24,11 +24,6 @@ from d2q_edge.runtime.machine import usable_cpus
 T = TypeVar("T")
 
 
-def started() -> int:
-    """How many processes torchrun started; one without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 @dataclass(frozen=True)
 class Ranks:
     """All processes, seen from one of them.
@@ -50,7 +45,7 @@ class Ranks:
         Raises:
             D2QError: more processes than GPUs.
         """
-        count = started()
+        count = int(os.environ.get("WORLD_SIZE", "1"))
         if count == 1:
             return cls(device=device)
         # torchrun gives every process one thread only.

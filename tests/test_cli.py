@@ -348,12 +348,37 @@ class TestProcess:
             raise D2QError("x")
 
         monkeypatch.setattr(runtime, "info", info)
+        monkeypatch.setattr(os, "_exit", sys.exit)
         before = signal.getsignal(signal.SIGTERM)
         for expected in (True, False):
             assert d2q("runtime", "info").code == 1
             assert callable(seen[-1]) == expected
             assert signal.getsignal(signal.SIGTERM) == before
             monkeypatch.setenv("WORLD_SIZE", "2")
+
+    @pytest.mark.parametrize("error", ["d2q_edge.errors.D2QError('x')", "ValueError('x')", "KeyboardInterrupt()"])
+    def test_one_of_several_that_fails_waits_for_nobody(self, error: str) -> None:
+        """At the end of Python NCCL waits for the other processes, and these may wait for this one."""
+        script = f"""
+import atexit, sys, threading, time
+import d2q_edge.errors
+from d2q_edge import cli, runtime
+
+def info():
+    raise {error}
+
+runtime.info = info
+atexit.register(time.sleep, 300)
+threading.Thread(target=time.sleep, args=(300,)).start()
+sys.argv = ["d2q-edge", "runtime", "info"]
+cli.main()
+"""
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "WORLD_SIZE": "2"}
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == (130 if "Keyboard" in error else 1)
+        assert done.stderr.strip()
 
     @pytest.mark.parametrize(
         "arguments", [["--help"], ["convert", EXAMPLE, "--dry-run", "-o", "x.gguf"]], ids=["help", "plan"]

@@ -1,4 +1,4 @@
-"""Two processes of one conversion, over gloo on the CPU: what they exchange, and the file that comes out."""
+"""Two or three processes of one conversion, over gloo on the CPU: what they exchange, and the file that comes out."""
 
 import json
 import os
@@ -43,10 +43,12 @@ open(f"{sys.argv[1]}/{ranks.rank}.json", "w").write(json.dumps(facts))
 """
 
 
-def torchrun(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", *arguments]
+def torchrun(*arguments: str, processes: int = 2, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=timeout)
+    return subprocess.run(
+        [*launcher, *arguments], capture_output=True, text=True, check=False, env=environment, timeout=timeout
+    )
 
 
 def test_alone() -> None:
@@ -161,18 +163,43 @@ def test_tasks_are_dealt_out_by_what_they_cost() -> None:
     assert max(loads) < 1.1 * sum(costs) / 4
 
 
-def test_two_processes_make_the_same_model(tmp_path: Path) -> None:
-    """Sums are in another order, so that a few codes near a tie differ; the layers' errors don't."""
+SLOW_TRIAL = """
+import time
+from contextlib import contextmanager
+from d2q_edge import gguf_file
+from d2q_edge.cli import main
+
+trial = gguf_file._partial_file
+
+@contextmanager
+def slow(path):
+    with trial(path) as partial:
+        time.sleep(0.5)
+        yield partial
+
+gguf_file._partial_file = slow
+main()
+"""
+
+
+def test_three_processes_make_the_same_model(tmp_path: Path) -> None:
+    """Sums are in another order, so that a few codes near a tie differ; the layers' errors don't. And no two of them
+    try at the same time whether the output can be written."""
+    script = tmp_path / "slow_trial.py"
+    script.write_text(SLOW_TRIAL)
     alone, shared = tmp_path / "alone.gguf", tmp_path / "shared.gguf"
     conversion = convert(EXAMPLE, alone, Options(calibration_tokens=int(TOKENS)))
     report = tmp_path / "report.json"
     done = torchrun(
-        *("-m", "d2q_edge.cli", "convert", str(EXAMPLE), "-o", str(shared)),
+        *(str(script), "convert", str(EXAMPLE), "-o", str(shared)),
         *("--calibration-tokens", TOKENS, "--report", str(report)),
+        processes=3,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("bits per weight") == 1
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["alone.gguf", "report.json", "shared.gguf"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        *("alone.gguf", "report.json", "shared.gguf", "slow_trial.py")
+    ]
     assert conversion.report is not None
     errors = json.loads(report.read_text())["layer_errors"]
     assert errors.keys() == conversion.report.layer_errors.keys()

@@ -8,8 +8,10 @@ to load and --help should not.
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import click
 
@@ -44,20 +46,40 @@ def main() -> None:
             sys.exit(cli(standalone_mode=False))
     except D2QError as error:
         click.echo(f"Error: {sentence(error)}", err=True)
-        sys.exit(1)
+        _fail(1)
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
+        _fail(error.exit_code)
     except (click.Abort, KeyboardInterrupt, _Ended) as end:
         click.echo(f"Interrupted.{GOES_ON if 'convert' in sys.argv[1:2] else ''}", err=True)
-        sys.exit(128 + (end.number if isinstance(end, _Ended) else signal.SIGINT))
+        _fail(128 + (end.number if isinstance(end, _Ended) else signal.SIGINT))
     except OSError as error:
         # Everything else that can't be written says so itself. `| head` has seen enough.
         if not isinstance(error, BrokenPipeError):
             click.echo(f"Error: can't print the result: {error.strerror or error}", err=True)
         # What is still buffered would fail once more when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        _fail(1)
+    except Exception:
+        if not _of_torchrun():
+            raise
+        traceback.print_exc()
+        _fail(1)
+
+
+def _of_torchrun() -> bool:
+    """Whether this is one of the processes that torchrun started, which share the work (ranks.py)."""
+    return "WORLD_SIZE" in os.environ
+
+
+def _fail(code: int) -> NoReturn:
+    """End the process. One of torchrun's at once: NCCL would first wait for the others, which wait for this one, and
+    torchrun ends them when it is gone."""
+    if _of_torchrun():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 class _Ended(BaseException):
@@ -70,7 +92,7 @@ class _Ended(BaseException):
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
     """Let SIGTERM and SIGHUP end a command as Ctrl-C does, so that it cleans up; torchrun's processes have no time."""
-    signals = [] if "WORLD_SIZE" in os.environ else [signal.SIGTERM, signal.SIGHUP]
+    signals = [] if _of_torchrun() else [signal.SIGTERM, signal.SIGHUP]
     before = {number: signal.getsignal(number) for number in signals}
     for number in signals:
         if before[number] == signal.SIG_DFL:

@@ -13,8 +13,9 @@ from d2q_edge.quantize.codebook_cuda import best_book, block_scales, constants
 from d2q_edge.quantize.feedback_cuda import round_rows
 from d2q_edge.tensor_types import GROUP
 
-ROWS, FEW_ROWS = 16, 8
-"""Rows per program, and where a matrix has so few that not every multiprocessor had a program otherwise."""
+ROWS = 16
+"""Rows per program. Eight would be a little faster on an H200 where a matrix has less than 2048 rows, but would have to
+be compiled, too: seconds at the first conversion."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -78,16 +79,9 @@ def quantize_block(
     codes = torch.empty(rows, kind.codes(size), dtype=torch.uint8, device=work.device)
     quantized, errors = torch.empty_like(work), torch.empty_like(work)
     factor = factor.contiguous()
-    per_program = rows_per_program(work)
-    _quantize_block[(triton.cdiv(rows, per_program),)](
+    _quantize_block[(triton.cdiv(rows, ROWS),)](
         work, scales, search.short_table, search.columns, factor, factor if lead is None else lead.contiguous(),
         inverses.contiguous(), books, codes, quantized, errors, rows,
-        GROUPS=kind.groups, GROUP=GROUP, HAS_LEAD=lead is not None, ROWS=per_program, num_stages=1, **constants(search),
+        GROUPS=kind.groups, GROUP=GROUP, HAS_LEAD=lead is not None, ROWS=ROWS, num_stages=1, **constants(search),
     )  # fmt: skip
     return scales, books, codes, quantized, errors, work
-
-
-def rows_per_program(weights: torch.Tensor) -> int:
-    """How many rows of a matrix [rows, ...] a program takes; measured on an H200."""
-    processors = torch.cuda.get_device_properties(weights.device).multi_processor_count if weights.is_cuda else 1
-    return ROWS if len(weights) >= ROWS * processors else FEW_ROWS

@@ -1,5 +1,4 @@
-"""The Triton kernels against the same steps in torch: on a GPU, or else a few rows in Triton's interpreter (conftest.py).
-"""
+"""The Triton kernels against the same steps in torch: on a GPU, or else in Triton's interpreter (tests/__init__.py)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -9,7 +9,7 @@ import torch
 from d2q_edge.quantize import codebook, descent, gptaq
 from d2q_edge.quantize.codebook import CodebookSearch
 from d2q_edge.quantize.feedback import corners, diagonal_squares
-from d2q_edge.tensor_types import ALL, Q4_0, TensorType
+from d2q_edge.tensor_types import ALL, D2Q2_64, D2Q3_64, Q4_0, TensorType
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -83,8 +83,11 @@ def near_ties(same: torch.Tensor) -> None:
 
 
 @ROWS
-@KINDS
-@pytest.mark.parametrize("with_lead", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "with_lead"),
+    [*((kind, True) for kind in (*ALL, Q4_0)), (D2Q2_64, False), (D2Q3_64, False)],
+    ids=lambda value: value.name if isinstance(value, TensorType) else str(value),
+)
 def test_error_feedback(kind: TensorType, rows: int, with_lead: bool, in_torch: Callable[[], None]) -> None:
     block = Block.make(kind, rows)
     lead = block.lead if with_lead else None

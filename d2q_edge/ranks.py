@@ -1,9 +1,9 @@
-"""The processes that share a conversion, one per GPU, as torchrun starts them; mostly there is just one.
+"""The processes that share a conversion, one per GPU, as launch.py or torchrun start them; mostly there is just one.
 
 Knows how to add up what all of them have counted and to hand a part of each to all. Does not know what is in the
 tensors. Calibration batches are dealt out, and the rows of a matrix are cut into as many parts as there are
 processes; what all of them need of it, pieces of a factor, is dealt out by what it costs. Every process then holds the
-same block and goes on. An error in one of them ends all: torchrun sees to that.
+same block and goes on. An error in one of them ends all: who started them sees to that.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Ranks:
 
     @classmethod
     def join(cls, device: torch.device) -> Ranks:
-        """Meet the other processes that torchrun started; on its own, a process is the only one.
+        """Meet the other processes that were started; on its own, a process is the only one.
 
         Raises:
             D2QError: more processes than GPUs.
@@ -54,8 +54,8 @@ class Ranks:
         if device.type == "cuda":
             if local >= torch.cuda.device_count():
                 raise D2QError(
-                    f"torchrun started more processes than there are GPUs ({torch.cuda.device_count()}); "
-                    "use --nproc-per-node with that number"
+                    f"there are {count} processes for {torch.cuda.device_count()} GPUs; use --gpus, or torchrun's "
+                    "--nproc-per-node, with the number of GPUs"
                 )
             device = torch.device("cuda", local)
             torch.cuda.set_device(device)

@@ -61,21 +61,21 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _fail(1)
     except Exception:
-        if not _of_torchrun():
+        if not _one_of_several():
             raise
         traceback.print_exc()
         _fail(1)
 
 
-def _of_torchrun() -> bool:
-    """Whether this is one of the processes that torchrun started, which share the work (ranks.py)."""
+def _one_of_several() -> bool:
+    """Whether this is one of the processes that share the work (ranks.py), as launch.py and torchrun start them."""
     return "WORLD_SIZE" in os.environ
 
 
 def _fail(code: int) -> NoReturn:
-    """End the process. One of torchrun's at once: NCCL would first wait for the others, which wait for this one, and
-    torchrun ends them when it is gone."""
-    if _of_torchrun():
+    """End the process. One of several at once: NCCL would first wait for the others, which wait for this one, and who
+    started them ends them when it is gone."""
+    if _one_of_several():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -92,7 +92,7 @@ class _Ended(BaseException):
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
     """Let SIGTERM and SIGHUP end a command as Ctrl-C does, so that it cleans up; torchrun's processes have no time."""
-    signals = [] if _of_torchrun() else [signal.SIGTERM, signal.SIGHUP]
+    signals = [] if _one_of_several() else [signal.SIGTERM, signal.SIGHUP]
     before = {number: signal.getsignal(number) for number in signals}
     for number in signals:
         if before[number] == signal.SIG_DFL:

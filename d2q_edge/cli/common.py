@@ -39,7 +39,7 @@ def wait_passively() -> None:
 
 
 def is_first_process() -> bool:
-    """Whether this one speaks, of those that torchrun started."""
+    """Whether this one speaks, of those that share the work (ranks.py)."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -1,11 +1,13 @@
 """`d2q-edge convert`."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from d2q_edge.cli.common import PATH, Number, is_first_process, wait_passively, write_json
+from d2q_edge.launch import together
 
 
 @click.command("convert")
@@ -34,6 +36,7 @@ from d2q_edge.cli.common import PATH, Number, is_first_process, wait_passively, 
 @click.option("--embedding-type", help="Stock type of the embeddings.  [default: by --bits]")
 @click.option("--head-type", help="Stock type of the head, where it isn't tied.  [default: by --bits]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
+@click.option("--gpus", type=click.IntRange(1), default=1, show_default=True, help="That many share the work.")
 @click.option("--memory-limit", type=Number(0.5), help="GiB of memory that may be taken.  [default: what is free]")
 @click.option(
     "--pre-tokenizer", metavar="NAME", help="llama.cpp's name for how the tokenizer splits text, where it isn't known."
@@ -43,13 +46,26 @@ from d2q_edge.cli.common import PATH, Number, is_first_process, wait_passively, 
 @click.option("--force", is_flag=True, help="Replace an existing file, or unfinished work with other options.")
 @click.option("--report", type=PATH, help="Write what was measured to a JSON file.")
 @click.option("--model-card", is_flag=True, help="Write README.md beside the file, as GGUF repositories have it.")
-def command(model: Path, output: Path | None, stock_type: str | None, **options: Any) -> None:
+def command(model: Path, output: Path | None, stock_type: str | None, gpus: int, **options: Any) -> None:
     """Quantize a Hugging Face checkpoint into a GGUF file.
 
     MODEL is a directory, or an id like Qwen/Qwen3-8B, which is fetched into the cache of the Hugging Face hub. For
     gated and private models, HF_TOKEN holds the token.
     """
     wait_passively()
+    if gpus > 1:
+        if options["device"] not in ("auto", "cuda"):
+            raise click.UsageError(
+                f"--gpus shares the work among CUDA devices; it doesn't go with --device {options['device']}"
+            )
+        options["device"] = "cuda"
+    # What takes no calibration is done by one.
+    alone = stock_type is not None or options["dry_run"] or options["no_calibration"]
+    with together(1 if alone else gpus, [sys.executable, "-m", "d2q_edge.cli", *sys.argv[1:]]):
+        _convert(model, output, stock_type, options)
+
+
+def _convert(model: Path, output: Path | None, stock_type: str | None, options: dict[str, Any]) -> None:
     from d2q_edge import export
     from d2q_edge.checkpoint import Checkpoint
     from d2q_edge.conversion import convert as quantize

@@ -163,3 +163,15 @@ def test_scales_and_codebooks(kind: TensorType, rows: int, in_torch: Callable[[]
     # Of zeros many codebooks are equally good, and of small values beside an outlier some.
     alive = vectors.square().sum((1, 2)) > 1e-6
     assert float((books == books_in_torch)[alive].float().mean()) > 0.9
+
+
+@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.name)
+def test_scales_of_outliers(kind: TensorType, in_torch: Callable[[], None]) -> None:
+    """They lie beyond the table, where the error grows with the distance."""
+    search = CodebookSearch(kind, DEVICE)
+    weights = torch.randn(8, kind.block_size, generator=torch.Generator().manual_seed(1))
+    weights[:, 3] = torch.linspace(30, 400, 8)
+    weights = weights.to(DEVICE)
+    scales = codebook_cuda.block_scales(search, search.vectors(weights).reshape(weights.shape))
+    in_torch()
+    near_ties(scales == search.block_scales(weights))

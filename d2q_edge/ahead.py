@@ -13,19 +13,27 @@ import threading
 from contextlib import suppress
 
 _threads: list[threading.Thread] = []
+_lock = threading.Lock()
+"""Held while the thread is started, so that nobody waits for one that isn't running yet."""
 
 
 def begin() -> None:
     """Start importing, in a thread; without effect when repeated."""
-    if not _threads:
-        # Not a daemon: Python would stop it anywhere in torch's C++ when the process ends.
-        _threads.append(threading.Thread(target=_import))
-        _threads[0].start()
+    with _lock:
+        if not _threads:
+            # Not a daemon: Python would stop it anywhere in torch's C++ when the process ends.
+            _threads.append(threading.Thread(target=_import))
+            # Where no thread can be started, everything is imported when it is needed.
+            with suppress(RuntimeError):
+                _threads[0].start()
 
 
 def wait() -> None:
     """Until nothing is being imported."""
-    for thread in _threads:
+    with _lock:
+        # One whose start failed, or was interrupted before it, doesn't run and can't be joined.
+        running = [thread for thread in _threads if thread.ident is not None]
+    for thread in running:
         thread.join()
 
 

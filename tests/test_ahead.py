@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+from d2q_edge import ahead
 from tests.checkpoints import EXAMPLE
 
 HEAVY = "transformers.modeling_utils"
@@ -84,3 +86,53 @@ def test_a_process_may_end_meanwhile(tmp_path: Path) -> None:
     program = "from d2q_edge import ahead; import d2q_edge.tokenizer.original; ahead.begin(); raise SystemExit(3)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
     assert (done.returncode, done.stderr) == (3, "")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), KeyboardInterrupt()], ids=repr)
+def test_a_thread_that_does_not_start_hinders_nobody(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """Also Ctrl-C in a notebook, whose next conversion comes here again."""
+
+    def fail(_: threading.Thread) -> None:
+        raise error
+
+    monkeypatch.setattr(ahead, "_threads", [])
+    with monkeypatch.context() as broken:
+        broken.setattr(threading.Thread, "start", fail)
+        if isinstance(error, KeyboardInterrupt):
+            with pytest.raises(KeyboardInterrupt):
+                ahead.begin()
+        else:
+            ahead.begin()
+    ahead.begin()
+    ahead.wait()
+
+
+def test_two_threads_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them imports, and both wait for that."""
+    failures: list[BaseException] = []
+    imported: list[None] = []
+    monkeypatch.setattr(ahead, "_import", lambda: imported.append(None))
+
+    def both(together: threading.Barrier) -> None:
+        together.wait()
+        try:
+            ahead.begin()
+            ahead.wait()
+        except BaseException as error:
+            failures.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for number in range(300):
+            monkeypatch.setattr(ahead, "_threads", [])
+            together = threading.Barrier(2)
+            threads = [threading.Thread(target=both, args=(together,)) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert not failures
+            assert len(imported) == number + 1
+    finally:
+        sys.setswitchinterval(before)

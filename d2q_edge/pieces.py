@@ -76,7 +76,14 @@ def write_pieces(handle: int, pieces: Iterable[Piece], written: Callable[[int], 
                 making.acquire()
             making.release(THREADS)
     if failures:
-        raise failures[0]
+        first = failures[0]
+        # Its traceback holds what was being written, and this list: it must not hold itself. The list stays full for a
+        # thread that wakes up late.
+        failures[:] = [RuntimeError("over")]
+        try:
+            raise first
+        finally:
+            del first
 
 
 def _write(handle: int, piece: Piece) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +153,21 @@ def test_a_failure_to_write(tmp_path: Path) -> None:
         with pytest.raises(OSError, match="No space left"):
             write_pieces(handle, [piece(0, group)], lambda _: check(False))
         os.close(handle)
+
+
+@pytest.mark.parametrize("group", [None, 0])
+def test_a_failure_keeps_no_piece(group: int | None) -> None:
+    """A caller that goes on after a full disk has its memory back at once."""
+    arrays = [np.zeros(SIZE, np.uint8)]
+    last = weakref.ref(arrays[0])
+    gc.collect()
+    gc.disable()
+    try:
+        with Path("/dev/full").open("wb") as file, suppress(OSError):
+            write_pieces(file.fileno(), [Piece(0, lambda: arrays.pop().data, group)], check)
+        assert last() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("first", [1, 2 * THREADS])

@@ -24,11 +24,12 @@ class QuantizedLayer:
     weights: torch.Tensor
 
     def packed(self, kind: TensorType) -> torch.Tensor:
-        """The blocks as bytes, uint8 [rows, kind.row_bytes(cols)], on the layer's device; as tensor_types.pack."""
+        """The blocks as bytes, uint8 [rows, kind.row_bytes(cols)], as tensor_types.pack; on a CUDA device where the
+        layer is on one. (Others may not have all operations for bytes.)"""
         rows, blocks = self.scales.shape
-        scales = self.scales.reshape(-1, 1)
-        books = self.codebooks.reshape(-1, kind.groups)
-        codes = self.codes.reshape(len(scales), kind.groups, -1)
+        own = self.scales.reshape(-1, 1), self.codebooks.reshape(-1, kind.groups), self.codes
+        scales, books, codes = (part if part.is_cuda else part.cpu() for part in own)
+        codes = codes.reshape(len(scales), kind.groups, -1)
         if not kind.switched:
             turned = books == 1
             scales, codes = torch.where(turned, -scales, scales), torch.where(turned[:, :, None], 15 - codes, codes)

@@ -315,8 +315,9 @@ class TestProcess:
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
     def test_signals(self, make_checkpoint: Make, tmp_path: Path, number: signal.Signals) -> None:
         model = make_checkpoint(hidden_size=64, intermediate_size=128, num_hidden_layers=8)
-        # In a job that started in the background, Python would leave the signal ignored.
+        # In a job that started in the background, Python would leave SIGINT ignored, and under nohup SIGHUP.
         script = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        script += "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         script += "from d2q_edge.cli import main; main()"
         arguments = ["convert", str(model), "-o", str(tmp_path / "out.gguf"), "--calibration-tokens", "16384"]
         environment: dict[str, Any] = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}

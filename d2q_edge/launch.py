@@ -14,14 +14,12 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO
 
 GRACE = 5.0
 """Seconds that the first process has to fail for the same reason, and to say so itself."""
-PARTING = 60.0
-"""Seconds that the others have to end when the first is done."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -50,14 +48,13 @@ def together(count: int, command: Sequence[str]) -> Iterator[None]:
     threading.Thread(target=_watch, args=(others, ending), daemon=True).start()
     try:
         yield
-        for other in others:
-            with suppress(subprocess.TimeoutExpired):
-                other.process.wait(PARTING)
-    finally:
+    except BaseException:
         ending.set()
         for other in others:
             other.process.kill()
-            other.process.wait()
+        raise
+    # The others are not waited for: NCCL lets them end when this one does, and then nothing keeps them.
+    ending.set()
 
 
 @dataclass(frozen=True)

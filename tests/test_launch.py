@@ -82,6 +82,23 @@ def test_all_meet_and_the_first_speaks(tmp_path: Path) -> None:
     assert all_gone(tmp_path)
 
 
+def test_they_may_wait_for_each_other_at_the_end(tmp_path: Path) -> None:
+    """As NCCL does when it is given up."""
+    rest = """
+    import atexit
+    def leave():
+        if rank == "0":
+            (place / "bye").touch()
+        while not (place / "bye").exists():
+            time.sleep(0.01)
+    atexit.register(leave)
+"""
+    with started(tmp_path, rest) as process:
+        _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (0, "")
+    assert all_gone(tmp_path)
+
+
 def test_one_that_fails_ends_all(tmp_path: Path) -> None:
     """The first sits where it notices nothing."""
     rest = """

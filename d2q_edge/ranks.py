@@ -99,7 +99,7 @@ class Ranks:
         for rank, piece in enumerate(whole.tensor_split(self.count)):
             if rank == self.rank:
                 piece.copy_(part)
-            torch.distributed.broadcast(piece, rank)
+            self.spread(piece, rank)
         return whole.to(part.device)
 
     def share(
@@ -124,11 +124,9 @@ class Ranks:
         if self.count == 1:
             return
         # What is sent must lie in one piece.
-        shared = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
-        if owner == self.rank:
-            shared.copy_(tensor)
+        shared = tensor.to(self.device).contiguous()
         torch.distributed.broadcast(shared, owner)
-        if owner != self.rank:
+        if shared is not tensor:
             tensor.copy_(shared)
 
     def deal(self, costs: Sequence[int]) -> list[int]:

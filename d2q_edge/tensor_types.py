@@ -13,6 +13,9 @@ r, or codes[r, 32 * k + j] is the weight 32 * k + j, with k counting groups over
 """
 
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -90,12 +93,6 @@ BY_NAME = {t.name: t for t in (*ALL, Q4_0)}
 BY_ID = {t.id: t for t in ALL}
 
 
-def _pack_pairs(codes: U8) -> U8:
-    """[blocks, groups, 16] -> [blocks, groups * 8]: even groups in low nibbles, the next group in the high ones."""
-    halves = codes.reshape(len(codes), -1, 2, 16)
-    return (halves[:, :, 0] | halves[:, :, 1] << np.uint8(4)).reshape(len(codes), -1)
-
-
 def _unpack_pairs(qs: U8, groups: int) -> U8:
     bytes_ = qs.reshape(len(qs), groups // 2, 1, 16)
     return np.concatenate([bytes_ & 15, bytes_ >> 4], axis=2).reshape(len(qs), groups, 16)
@@ -104,19 +101,32 @@ def _unpack_pairs(qs: U8, groups: int) -> U8:
 # A 3-bit code is split into its low two bits and its high bit. Both layouts below view the weights of a block as
 # [..., slot, byte]: the weights of one byte differ in the slot, which gives the shift. d2q3 uses one slot per group,
 # so that a vector register of bytes holds one group; d2q3_64 has too few groups for that and splits the group too.
-def _low_slots(codes: U8, t: TensorType) -> U8:
+def _low_slots(codes: Any, t: TensorType) -> Any:
     return codes.reshape(len(codes), t.groups // 4, 4, 32) if t.groups == 8 else codes.reshape(len(codes), 1, 4, 16)
 
 
-def _high_slots(codes: U8, t: TensorType) -> U8:
+def _high_slots(codes: Any, t: TensorType) -> Any:
     return codes.reshape(len(codes), 8, t.block_size // 8)
 
 
-def _pack_scalars(codes: U8, t: TensorType) -> U8:
-    low = (_low_slots(codes, t) & 3) << np.array([0, 2, 4, 6], np.uint8)[:, None]
-    high = (_high_slots(codes, t) >> 2) << np.arange(8, dtype=np.uint8)[:, None]
-    qs = np.bitwise_or.reduce(low, axis=2).reshape(len(codes), -1)
-    return np.concatenate([qs, np.bitwise_or.reduce(high, axis=1)], axis=1)
+def code_bytes(t: TensorType, codes: Any) -> list[Any]:
+    """The bytes of a block's codes, in the parts that follow each other: uint8 [blocks, bytes].
+
+    Args:
+        t: the block format.
+        codes: uint8 [blocks, groups, codes], numpy's or torch's; the result is the same kind of array.
+    """
+    if t.codebook_entries == 16:
+        # Pairs: even groups in low nibbles, the next group in the high ones; q4_0: the halves of its group.
+        halves = codes.reshape(len(codes), -1, 2, 16)
+        parts = [halves[:, :, 0] | halves[:, :, 1] << 4]
+    else:
+        low, high = _low_slots(codes, t), _high_slots(codes, t)
+        parts = [
+            reduce(or_, [(low[:, :, slot] & 3) << 2 * slot for slot in range(4)]),
+            reduce(or_, [(high[:, slot] >> 2) << slot for slot in range(8)]),
+        ]
+    return [part.reshape(len(codes), -1) for part in parts]
 
 
 def _unpack_scalars(packed: U8, t: TensorType) -> U8:
@@ -134,7 +144,7 @@ def _pack_uniform(scales: F16, codebooks: U8, codes: U8) -> U8:
     d = np.where(codebooks == 1, -scales, scales)
     stored = np.where(codebooks[:, None] == 1, 15 - codes, codes)
     head = np.ascontiguousarray(d, dtype="<f2").view(np.uint8).reshape(-1, 2)
-    return np.concatenate([head, stored[:, :16] | stored[:, 16:] << np.uint8(4)], axis=1)
+    return np.concatenate([head, *code_bytes(Q4_0, stored)], axis=1)
 
 
 def _unpack_uniform(blocks: U8) -> tuple[F16, U8, U8]:
@@ -173,9 +183,10 @@ def pack(t: TensorType, scales: F16, codebooks: U8, codes: U8) -> U8:
             raise ValueError(f"{t.name}: there are two codebooks, and no negative scales")
         return _pack_uniform(scales.reshape(n), codebooks.reshape(n), codes.reshape(n, -1)).reshape(rows, -1)
     grouped = codes.reshape(n, t.groups, -1)
-    body = _pack_pairs(grouped) if t.paired else _pack_scalars(grouped, t)
     head = np.ascontiguousarray(scales, dtype="<f2").view(np.uint8).reshape(n, 2)
-    return np.concatenate([head, codebooks.reshape(n, t.groups), body], axis=1).reshape(rows, blocks * t.type_size)
+    return np.concatenate([head, codebooks.reshape(n, t.groups), *code_bytes(t, grouped)], axis=1).reshape(
+        rows, blocks * t.type_size
+    )
 
 
 def unpack(t: TensorType, packed: U8) -> tuple[F16, U8, U8]:

@@ -157,12 +157,10 @@ def block_scales(search: CodebookSearch, blocks: torch.Tensor) -> torch.Tensor:
     kind = search.tensor_type
     scales = torch.empty(len(blocks), device=blocks.device)
     factors, begins = _steps(blocks.device)
-    sizes = constants(search)
-    del sizes["K"], sizes["SHORTLIST"]
     _block_scales[(triton.cdiv(len(blocks) * kind.groups, BLOCKS),)](
         blocks, search.short_table, scales, factors, begins, len(blocks), blocks.stride(0),
         search.unit, search.edge, (REACH - search.edge) ** 2, REACH, SCALE_TINY, SCALE_MAX,
-        STEPS=len(factors), PER_BLOCK=kind.groups, GROUPS=BLOCKS, **sizes,
+        STEPS=len(factors), PER_BLOCK=kind.groups, GROUPS=BLOCKS, **_table_constants(search),
     )  # fmt: skip
     return scales
 
@@ -176,16 +174,12 @@ def _steps(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def constants(search: CodebookSearch) -> dict[str, int | float]:
-    """What a kernel is compiled for, of one table."""
-    books, entries, width = search.levels.shape
+    """What a kernel with `best_book` is compiled for, of one type's codebooks."""
+    return {**_table_constants(search), "K": search.levels.shape[1], "SHORTLIST": SHORTLIST}
+
+
+def _table_constants(search: CodebookSearch) -> dict[str, int | float]:
+    """Those of the look-up table."""
+    books, _, width = search.levels.shape
     bins = round(len(search.short_table) ** (1 / width))
-    return {
-        "N": GROUP // width,
-        "V": width,
-        "K": entries,
-        "BINS": bins,
-        "KNEE": KNEE,
-        "EDGE": EDGE,
-        "SHORTLIST": SHORTLIST,
-        "BOOKS": books,
-    }
+    return {"N": GROUP // width, "V": width, "BINS": bins, "KNEE": KNEE, "EDGE": EDGE, "BOOKS": books}

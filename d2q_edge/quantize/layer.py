@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from d2q_edge.tensor_types import U8, TensorType
+from d2q_edge.tensor_types import U8, TensorType, code_bytes
 
 
 @dataclass
@@ -33,26 +33,10 @@ class QuantizedLayer:
         if not kind.switched:
             turned = books == 1
             scales, codes = torch.where(turned, -scales, scales), torch.where(turned[:, :, None], 15 - codes, codes)
-        parts = [scales.contiguous().view(torch.uint8), *([books] if kind.switched else []), *_bits(codes, kind)]
+        parts = [scales.contiguous().view(torch.uint8), *([books] if kind.switched else []), *code_bytes(kind, codes)]
         return torch.cat(parts, 1).view(rows, blocks * kind.type_size)
 
     def pack(self, kind: TensorType) -> U8:
         """The same for numpy."""
         data: U8 = self.packed(kind).cpu().numpy()
         return data
-
-
-def _bits(codes: torch.Tensor, kind: TensorType) -> list[torch.Tensor]:
-    """The bytes of codes [blocks, groups, codes]: of 4-bit ones, or of the low two bits and the high bit of 3-bit ones,
-    in parts [blocks, bytes]."""
-    count = len(codes)
-    if kind.codebook_entries == 16:
-        # Pairs: neighbouring groups share bytes; q4_0: the halves of the group.
-        halves = codes.view(count, -1, 2, 16)
-        return [(halves[:, :, 0] | halves[:, :, 1] << 4).view(count, -1)]
-    slots = codes.view(count, -1, 4, 32 if kind.groups == 8 else 16)
-    low = torch.stack([(slots[:, :, slot] & 3) << 2 * slot for slot in range(4)])
-    slots = codes.view(count, 8, -1)
-    high = torch.stack([(slots[:, slot] >> 2) << slot for slot in range(8)])
-    # No two of them share a bit.
-    return [part.sum(0, dtype=torch.uint8).view(count, -1) for part in (low, high)]

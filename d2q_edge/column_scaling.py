@@ -82,7 +82,7 @@ class ColumnScaling:
             with self.report.timed("statistics"):
                 layers = [block.get_submodule(each) for each in stage.linears]
                 weights = weight_energy(layers, self._shares(stage, energies))
-                scales = column_scales(weights, energies[name].conditional(self.ranks), self._rows(stage))
+                scales = column_scales(weights, energies[name].conditional(), self._rows(stage))
             self.report.add_scales(prefix + name, scales)
             changed |= {f"{name}.{COLUMN_SCALE}": float_array(scales), **self.absorb(block, stage, scales)}
         return changed

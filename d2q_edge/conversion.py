@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from d2q_edge import ahead
+from d2q_edge import ahead, tensor_types
 from d2q_edge.blocks import BlockRunner
 from d2q_edge.calibration import Text, load_text, split_windows
 from d2q_edge.checkpoint import Checkpoint
@@ -34,6 +34,7 @@ from d2q_edge.quantize.rotation import RotatedCheckpoint, rotation_pays
 from d2q_edge.ranks import Ranks
 from d2q_edge.recipe import Options, check, fingerprint, own_keys
 from d2q_edge.refinement import Refinement, refine, refined_norms
+from d2q_edge.rehearsal import Rehearsal
 from d2q_edge.report import Report
 from d2q_edge.sensitivity import choose_windows, measure
 from d2q_edge.targets import check_targets
@@ -143,7 +144,7 @@ def convert(
         D2QError: anything wrong with the checkpoint, the options, the text, the device or the output.
     """
     output, options = Path(output), options or Options()
-    ranks = Ranks.join(choose_device(options.device))
+    ranks = Ranks.started(choose_device(options.device))
     if ranks.device.type == "cuda":
         # Now, while there is one thread only.
         torch.cuda.init()
@@ -244,6 +245,8 @@ class _Job:
     def quantize(self, calibration: _Calibration, *, force: bool, verify: bool) -> Conversion:
         """Quantize block by block, or go on doing it, and write the file."""
         family, ranks, options, memory = self.family, self.ranks, self.options, calibration.memory
+        rehearsal = Rehearsal(tensor_types.BY_NAME.keys() & self.plan.linears.values(), ranks.device)
+        ranks.meet()
         if verify and ranks.is_first:
             check_tokenizer(self.checkpoint, family, self.tokenizer)
         _check_weights(self.source, ranks)
@@ -262,6 +265,7 @@ class _Job:
         if work.finished and ranks.is_first:
             print(f"going on after {work.finished} finished blocks in {work.path}", file=sys.stderr)
         runner = BlockRunner(self.checkpoint, family, ranks.device)
+        rehearsal.wait()
         report = quantize_blocks(
             runner,
             self.plan.linears,
@@ -272,6 +276,11 @@ class _Job:
             place=memory.place,
             ranks=ranks,
         )
+        content = QuantizedContent(self.checkpoint, family, work, ranks.device, refined=options.refine)
+        tables = None
+        if ranks.count > 1 and not options.refine:
+            with report.timed("writing"):
+                tables = self.file.encode_tables(content, ranks)
         if not ranks.is_first:
             ranks.wait()
             return self._result(report, memory)
@@ -280,8 +289,7 @@ class _Job:
             more, _ = self._windows(calibration.text, REFINE_FACTOR * options.calibration_tokens)
             refinement = refine(self.checkpoint, family, self.plan.linears, more, work, ranks.device)
         with report.timed("writing"):
-            content = QuantizedContent(self.checkpoint, family, work, ranks.device, refined=options.refine)
-            self.file.write(work.complete, content, force=True, verify=verify)
+            self.file.write(work.complete, content, force=True, tables=tables, verify=verify)
             if self.output.exists() and not force:
                 raise D2QError(
                     f"{self.output} wasn't there when the conversion began, but is now; move it away, and repeat the "
@@ -311,6 +319,7 @@ class _Job:
                 f"--bits {self.options.bits:g} measures on calibration text which layers need more bits; leave out "
                 "--no-calibration, or use --bits 2 or 3"
             )
+        self.ranks.meet()
         types = rounding_types(self.family)
         measured = dict.fromkeys(types, 0.0)
         if self.ranks.is_first:

@@ -32,11 +32,13 @@ HIDDEN, INNER = 10, 5
 """Activations of a batch, in multiples of its hidden states and of its intermediate ones."""
 SEARCH = 256 * 2**20
 """Bytes of one step of a codebook search (quantize/codebook.py)."""
-CUDA_SEARCH = 14 * SEARCH
-"""The same on a GPU, in larger steps."""
+CUDA_SEARCH = 5 * SEARCH
+"""The same on a GPU, and what torch reserves there without using it."""
 ENCODING = 10
 """Bytes for each weight of a table that is being encoded: as stored, as floats, and the result, twice while its pieces
 are put together."""
+HALVES = 4
+"""The same without the floats."""
 WRITING = 2 * pieces.THREADS
 """Finished blocks at a time while the file is written: each thread copies one out of a file that the system keeps in
 the process's memory meanwhile."""
@@ -103,16 +105,21 @@ def plan_memory(
     own = -(-tokens // processes)
     streams = 2 * own * family.hidden_size * DTYPE.itemsize
     working = _working(family, batch_tokens, processes, CUDA_SEARCH if device.type == "cuda" else SEARCH)
-    # The first process alone writes, and nothing else is done then.
-    table = max(_elements(family, f"{name}.weight") for name in (family.embedding, family.head))
-    writing = (ENCODING * table + WRITING * packed // family.num_layers) // processes
+    # The first process alone writes, and nothing else is done then; GPUs encode the tables together.
+    tables = [size for name in (family.embedding, family.head) if (size := _elements(family, f"{name}.weight"))]
+    encoding = HALVES * sum(tables) if device.type == "cuda" else ENCODING * max(tables) // processes
+    writing = encoding + WRITING * packed // family.num_layers // processes
     free = free_memory() // processes if limit is None else limit // processes
     on_device = 0
     routing = routing_bytes(family, tokens)
     host = PROGRAM + routing
     place: Place = torch.device("cpu")
     if device.type == "cuda":
+        # Only the head, which is divided by column scales, is there as floats. One GPU encodes both tables at a time.
+        table, other = max(tables), sum(tables) - max(tables)
         working = max(working, ENCODING * table + CUDA_ENCODING)
+        if other and processes == 1:
+            working = max(working, ENCODING * table + HALVES * other + 2 * CUDA_ENCODING)
         host, available = CUDA_PROGRAM + routing, torch.cuda.mem_get_info(device)[0]
         on_device = working
         if working + streams <= available:

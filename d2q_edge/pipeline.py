@@ -232,7 +232,7 @@ class _Driver:
             self.ranks.sum(energy.sums)
             head = self.runner.checkpoint.tensor(f"{self.family.head}.weight")
             weights = sum(part.to(self.runner.device).float().square().sum(0) for part in head.split(8192))
-            scales = column_scales(weights, energy.conditional(self.ranks))
+            scales = column_scales(weights, energy.conditional())
             result[f"{name}.weight"] = float_array(self.scaling.scaled_norm(norm, scales))
             result[f"{self.family.head}.{COLUMN_SCALE}"] = float_array(scales)
             self.report.add_scales(self.family.head, scales)

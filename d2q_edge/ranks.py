@@ -22,6 +22,8 @@ from d2q_edge.errors import D2QError
 from d2q_edge.runtime.machine import usable_cpus
 
 T = TypeVar("T")
+FIRST_EXCHANGE = 2**22
+"""Numbers in it: enough for NCCL to take the ways that it takes for matrices."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class Ranks:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @classmethod
-    def join(cls, device: torch.device) -> Ranks:
-        """Meet the other processes that were started; on its own, a process is the only one.
+    def started(cls, device: torch.device) -> Ranks:
+        """Those that were started together; on its own, a process is the only one. `meet` connects them.
 
         Raises:
             D2QError: more processes than GPUs.
@@ -59,14 +61,23 @@ class Ranks:
                 )
             device = torch.device("cuda", local)
             torch.cuda.set_device(device)
-        if not torch.distributed.is_initialized():
-            # The first process writes the file while the others wait.
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            place = device if device.type == "cuda" else None
-            torch.distributed.init_process_group(backend, timeout=timedelta(days=1), device_id=place)
-            # Without it, a process that ends while the others still talk to it may abort them.
-            atexit.register(torch.distributed.destroy_process_group)
-        return cls(torch.distributed.get_rank(), count, device)
+        return cls(int(os.environ.get("RANK", "0")), count, device)
+
+    def meet(self) -> None:
+        """Connect the processes, before anything is exchanged; without effect when repeated."""
+        if self.count == 1 or torch.distributed.is_initialized():
+            return
+        # The first process writes the file while the others wait.
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        place = self.device if self.device.type == "cuda" else None
+        torch.distributed.init_process_group(backend, timeout=timedelta(days=1), device_id=place)
+        # Without it, a process that ends while the others still talk to it may abort them.
+        atexit.register(torch.distributed.destroy_process_group)
+        # The first exchange of either kind makes connections, which takes longer than all that follow in a block.
+        first = torch.zeros(FIRST_EXCHANGE, device=self.device)
+        self.sum([first])
+        for rank in range(self.count):
+            self.spread(first, rank)
 
     @property
     def is_first(self) -> bool:

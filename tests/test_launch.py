@@ -30,7 +30,8 @@ with together(3, [sys.executable, *sys.argv]):
 MEET = """
     import torch
     from d2q_edge.ranks import Ranks
-    ranks = Ranks.join(torch.device("cpu"))
+    ranks = Ranks.started(torch.device("cpu"))
+    ranks.meet()
     total = torch.tensor([1.0 + ranks.rank])
     ranks.sum([total])
     print(f"{ranks.rank} of {ranks.count}: {total.item()}", flush=True)

@@ -26,7 +26,8 @@ EXCHANGE = """
 import json, sys
 import torch
 from d2q_edge.ranks import Ranks
-ranks = Ranks.join(torch.device("cpu"))
+ranks = Ranks.started(torch.device("cpu"))
+ranks.meet()
 total = torch.tensor([1.0 + ranks.rank, 10.0])
 ranks.sum([total])
 matrix = torch.arange(14.0).view(7, 2)
@@ -88,7 +89,8 @@ from d2q_edge.quantize import factor
 from d2q_edge.ranks import Ranks
 from tests.test_ranks import factors
 factor.STRIP = 100
-ranks = Ranks.join(torch.device("cpu"))
+ranks = Ranks.started(torch.device("cpu"))
+ranks.meet()
 found = factors(ranks)
 real, calls = torch.linalg.cholesky_ex, []
 
@@ -113,7 +115,7 @@ def factors(ranks: Ranks) -> list[torch.Tensor]:
     feedback = layer_feedback(statistics, BY_NAME["d2q2"], ranks=ranks)
     assert feedback.spread is not None
     assert feedback.lead is not None
-    return [feedback.factor, feedback.spread, feedback.lead, energy.conditional(ranks)]
+    return [feedback.factor, feedback.spread, feedback.lead, energy.conditional()]
 
 
 def test_two_processes_share_factorizations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +136,8 @@ ONE_FAILS = """
 import torch
 from d2q_edge.errors import D2QError
 from d2q_edge.ranks import Ranks
-ranks = Ranks.join(torch.device("cpu"))
+ranks = Ranks.started(torch.device("cpu"))
+ranks.meet()
 
 def compute(number):
     if number == 1:

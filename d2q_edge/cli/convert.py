@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from d2q_edge.ahead import no_garbage, wake_driver
 from d2q_edge.cli.common import PATH, Number, is_first_process, wait_passively, write_json
 from d2q_edge.launch import together
 
@@ -66,16 +67,19 @@ def command(model: Path, output: Path | None, stock_type: str | None, gpus: int,
 
 
 def _convert(model: Path, output: Path | None, stock_type: str | None, options: dict[str, Any]) -> None:
-    from d2q_edge import export
-    from d2q_edge.checkpoint import Checkpoint
-    from d2q_edge.conversion import convert as quantize
-    from d2q_edge.conversion_report import fingerprint
-    from d2q_edge.families import family_for
-    from d2q_edge.gguf_file import check_output
-    from d2q_edge.hub import locate
-    from d2q_edge.model_card import NAME, check_card, write_card
-    from d2q_edge.recipe import Options
-    from d2q_edge.targets import check_targets
+    if options["device"] in ("auto", "cuda"):
+        wake_driver()
+    with no_garbage():
+        from d2q_edge import export
+        from d2q_edge.checkpoint import Checkpoint
+        from d2q_edge.conversion import convert as quantize
+        from d2q_edge.conversion_report import fingerprint
+        from d2q_edge.families import family_for
+        from d2q_edge.gguf_file import check_output
+        from d2q_edge.hub import locate
+        from d2q_edge.model_card import NAME, check_card, write_card
+        from d2q_edge.recipe import Options
+        from d2q_edge.targets import check_targets
 
     bits, force, report, card = options["bits"], options["force"], options["report"], options["model_card"]
     if stock_type is not None:

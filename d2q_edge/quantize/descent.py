@@ -22,6 +22,7 @@ from d2q_edge.quantize.gptaq import Feedback, InputStatistics
 from d2q_edge.quantize.kernels import has_triton
 from d2q_edge.quantize.layer import QuantizedLayer
 from d2q_edge.quantize.precision import product, whole_product
+from d2q_edge.quantize.trail import Trail, spans
 from d2q_edge.tensor_types import GROUP
 
 ROUNDS = 2
@@ -118,24 +119,26 @@ class _Problem:
         size, groups = self.kind.block_size, self.kind.groups
         width = self.codes.shape[1] // self.scales.shape[1]
         gradient = product(self._quantized() - self.target, self.hessian)
-        for block in range(self.scales.shape[1]):
-            here, books = slice(block * size, (block + 1) * size), slice(block * groups, (block + 1) * groups)
-            codes = slice(block * width, (block + 1) * width)
-            scale = self.scales[:, block, None]
-            before = self.units[:, here].clone()
-            self.units[:, here], self.books[:, books], self.codes[:, codes] = choose_block(
-                self.search,
-                gradient[:, here] / scale,
-                before,
-                self.books[:, books],
-                self.codes[:, codes],
-                self.hessian[here, here],
-                self.inverses[books],
-                self.factors[books],
-                self.corners[books],
-            )
-            later = slice((block + 1) * size, None)
-            gradient[:, later] += product((self.units[:, here] - before) * scale, self.hessian[here, later])
+        for begin, end in spans(self.units.shape[1], size):
+            trail = Trail(gradient[:, begin:end], gradient[:, end:], self.hessian[begin:end, begin:])
+            for block in range(begin // size, end // size):
+                here, books = slice(block * size, (block + 1) * size), slice(block * groups, (block + 1) * groups)
+                codes = slice(block * width, (block + 1) * width)
+                scale = self.scales[:, block, None]
+                before = self.units[:, here].clone()
+                self.units[:, here], self.books[:, books], self.codes[:, codes] = choose_block(
+                    self.search,
+                    gradient[:, here] / scale,
+                    before,
+                    self.books[:, books],
+                    self.codes[:, codes],
+                    self.hessian[here, here],
+                    self.inverses[books],
+                    self.factors[books],
+                    self.corners[books],
+                )
+                trail.add((self.units[:, here] - before) * scale)
+            trail.finish()
 
     def _factor_groups(self) -> None:
         """Invert the Hessian's square of every group, and prepare the error feedback inside it."""

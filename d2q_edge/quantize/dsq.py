@@ -22,8 +22,7 @@ import torch
 from torch import nn
 
 from d2q_edge.errors import D2QError
-from d2q_edge.quantize.factor import inverse_columns, inverse_costs, strips
-from d2q_edge.ranks import ALONE, Ranks
+from d2q_edge.quantize.factor import inverse_lower
 
 BALANCE = 0.5
 """Share of the weights in the scale, the rest is the input's."""
@@ -79,11 +78,8 @@ class InputEnergy:
         self.gram += rows.T @ rows
         self.tokens += len(rows)
 
-    def conditional(self, ranks: Ranks = ALONE) -> torch.Tensor:
+    def conditional(self) -> torch.Tensor:
         """What is left of every input's mean square when the other inputs have explained what they can.
-
-        Args:
-            ranks: the processes that share the work; all of them call this with the same sums.
 
         Returns:
             1 / inv(H)_jj, float32 [columns]; zero where the input is always zero.
@@ -110,16 +106,8 @@ class InputEnergy:
             raise D2QError(
                 "the calibration statistics of a layer can't be factored; use more or more varied --calibration text"
             )
-        # With C = L L^T the diagonal of inv(C) is that of inv(L)^T inv(L). Strips round differently from the whole.
-        size = len(factor)
-        cuts = strips(size) if ranks.count > 1 else [(0, size)]
-        explained = torch.empty_like(energy)
-        ranks.share(
-            [explained[start:stop] for start, stop in cuts],
-            inverse_costs(size, cuts),
-            lambda number: inverse_columns(factor, *cuts[number]).square().sum(0),
-        )
-        return energy / explained
+        # With C = L L^T the diagonal of inv(C) is that of inv(L)^T inv(L).
+        return energy / inverse_lower(factor).square().sum(0).to(energy)
 
 
 def weight_energy(layers: Sequence[nn.Module], shares: Sequence[torch.Tensor] | None = None) -> torch.Tensor:
@@ -168,8 +156,10 @@ def absorb(
 
 def _pooled(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Replace every column's value by the sum over the columns of the same row."""
-    sums = torch.zeros(int(rows.max()) + 1, dtype=values.dtype, device=values.device)
-    return sums.index_add_(0, rows, values)[rows]
+    # On the CPU: GPUs add in another order every time, and the file would differ in more than the last bit of a scale.
+    rows, device = rows.cpu(), values.device
+    sums = torch.zeros(int(rows.max()) + 1, dtype=values.dtype)
+    return sums.index_add_(0, rows, values.cpu())[rows].to(device)
 
 
 def _tensor(value: object) -> torch.Tensor:

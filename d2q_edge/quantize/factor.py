@@ -40,7 +40,7 @@ def inverse_factor(hessian: torch.Tensor, damping: float, ranks: Ranks = ALONE) 
         ranks.sum([failed])
         if failed:
             continue
-        factor = inverse_lower(lower, ranks).flip(0, 1).float()
+        factor = inverse_lower(lower).flip(0, 1).float()
         if bool(factor.isfinite().all()):
             return factor, share * mean
     raise D2QError(
@@ -48,28 +48,31 @@ def inverse_factor(hessian: torch.Tensor, damping: float, ranks: Ranks = ALONE) 
     )
 
 
-def inverse_lower(lower: torch.Tensor, ranks: Ranks = ALONE) -> torch.Tensor:
-    """The inverse of a lower triangle [n, n]."""
-    inverse, cuts = torch.zeros_like(lower), strips(len(lower))
-    ranks.share(
-        [inverse[start:, start:stop] for start, stop in cuts],
-        inverse_costs(len(lower), cuts),
-        lambda number: inverse_columns(lower, *cuts[number]),
-    )
+def inverse_lower(lower: torch.Tensor) -> torch.Tensor:
+    """The inverse of a lower triangle [n, n].
+
+    That of [[A, 0], [B, C]] is [[inv(A), 0], [-inv(C) B inv(A), inv(C)]], so that nearly all of it is matrix products;
+    a solver takes several times as long on a GPU.
+    """
+    inverse = torch.zeros_like(lower)
+    _invert(lower, inverse)
     return inverse
 
 
-def inverse_columns(lower: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """Columns of the inverse of a lower triangle [n, n], from the first that isn't zero: [n - start, stop - start]."""
-    unit = torch.zeros(len(lower) - start, stop - start, dtype=lower.dtype, device=lower.device)
-    unit.diagonal().fill_(1)
-    columns: torch.Tensor = torch.linalg.solve_triangular(lower[start:, start:], unit, upper=False)
-    return columns
-
-
-def inverse_costs(size: int, cuts: list[tuple[int, int]]) -> list[int]:
-    """What `inverse_columns` costs for each of some strips."""
-    return [(size - start) ** 2 * (stop - start) for start, stop in cuts]
+def _invert(lower: torch.Tensor, inverse: torch.Tensor) -> None:
+    """The same into a matrix of zeros."""
+    size = len(lower)
+    if size <= STRIP:
+        inverse.diagonal().fill_(1)
+        inverse.copy_(torch.linalg.solve_triangular(lower, inverse.clone(), upper=False))
+        return
+    cut = (len(strips(size)) + 1) // 2 * STRIP
+    first, second = slice(0, cut), slice(cut, size)
+    _invert(lower[first, first], inverse[first, first])
+    _invert(lower[second, second], inverse[second, second])
+    # The transposes of the inverses are upper triangles.
+    beside = times_upper_transposed(lower[second, first], inverse[first, first].T)
+    inverse[second, first] = -times_upper(beside.T, inverse[second, second].T).T
 
 
 def times_upper(left: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:

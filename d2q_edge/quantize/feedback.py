@@ -32,7 +32,8 @@ class Rounded:
 
 def diagonal_squares(matrix: torch.Tensor) -> torch.Tensor:
     """The squares of 32 columns on the diagonal of a matrix [n, n]: [n / 32, 32, 32]."""
-    return torch.stack([matrix[i : i + GROUP, i : i + GROUP] for i in range(0, len(matrix), GROUP)])
+    groups = len(matrix) // GROUP
+    return matrix.reshape(groups, GROUP, groups, GROUP).diagonal(dim1=0, dim2=2).movedim(-1, 0).contiguous()
 
 
 def corners(factor: torch.Tensor, width: int) -> torch.Tensor:

@@ -22,12 +22,12 @@ def matmul_precision(level: Literal["highest", "high"]) -> Iterator[None]:
 
 
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left @ right of float32 matrices, nearly as exact as float32's own product (relative to |left| @ |right|, 2^-20).
+    """left @ right, of float32 matrices nearly as exact as float32's own product (relative to |left| @ |right|, 2^-20).
 
     On GPUs with TF32 it is three products of what TF32 holds: of the leading 10 bits with each other, and of each with
     what the other leaves (2^-22 of the whole is left out). That is about three times as fast as float32 there.
     """
-    if not _has_tf32(left.device):
+    if left.dtype != torch.float32 or not _has_tf32(left.device):
         return left @ right
     left_high, right_high = _leading_bits(left), _leading_bits(right)
     with matmul_precision("high"):

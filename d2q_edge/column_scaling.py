@@ -74,18 +74,27 @@ class ColumnScaling:
                 with self.report.timed("statistics"):
                     for layer, inputs in seen.items():
                         energies[watched[layer]].add_batch(inputs)
-        for energy in energies.values():
+        for name, energy in energies.items():
             self.ranks.sum(energy.sums)
+            check_sums(energy.sums, f"{prefix}{name}")
+        with self.report.timed("statistics"):
+            conditional = self._conditional(energies)
         changed: dict[str, Tensor] = {}
         for name, stage in stages.items():
-            check_sums(energies[name].sums, f"{prefix}{name}")
             with self.report.timed("statistics"):
                 layers = [block.get_submodule(each) for each in stage.linears]
                 weights = weight_energy(layers, self._shares(stage, energies))
-                scales = column_scales(weights, energies[name].conditional(), self._rows(stage))
+                scales = column_scales(weights, conditional[name], self._rows(stage))
             self.report.add_scales(prefix + name, scales)
             changed |= {f"{name}.{COLUMN_SCALE}": float_array(scales), **self.absorb(block, stage, scales)}
         return changed
+
+    def _conditional(self, energies: Mapping[str, InputEnergy]) -> dict[str, torch.Tensor]:
+        """`InputEnergy.conditional` of every stage, each by one process."""
+        found = {name: torch.empty_like(energy.gram[0]) for name, energy in energies.items()}
+        costs = [len(each) ** 3 for each in found.values()]
+        self.ranks.share(list(found.values()), costs, lambda number: list(energies.values())[number].conditional())
+        return found
 
     def _shares(self, stage: Stage, energies: Mapping[str, InputEnergy]) -> list[torch.Tensor] | None:
         """The part of the tokens that each layer of a stage sees; None where they see all."""

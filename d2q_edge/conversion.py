@@ -276,11 +276,6 @@ class _Job:
             place=memory.place,
             ranks=ranks,
         )
-        content = QuantizedContent(self.checkpoint, family, work, ranks.device, refined=options.refine)
-        tables = None
-        if ranks.count > 1 and not options.refine:
-            with report.timed("writing"):
-                tables = self.file.encode_tables(content, ranks)
         if not ranks.is_first:
             ranks.wait()
             return self._result(report, memory)
@@ -289,7 +284,8 @@ class _Job:
             more, _ = self._windows(calibration.text, REFINE_FACTOR * options.calibration_tokens)
             refinement = refine(self.checkpoint, family, self.plan.linears, more, work, ranks.device)
         with report.timed("writing"):
-            self.file.write(work.complete, content, force=True, tables=tables, verify=verify)
+            content = QuantizedContent(self.checkpoint, family, work, ranks.device, refined=options.refine)
+            self.file.write(work.complete, content, force=True, verify=verify)
             if self.output.exists() and not force:
                 raise D2QError(
                     f"{self.output} wasn't there when the conversion began, but is now; move it away, and repeat the "

@@ -115,19 +115,17 @@ def plan_memory(
     host = PROGRAM + routing
     place: Place = torch.device("cpu")
     if device.type == "cuda":
-        # Only the head, which is divided by column scales, is there as floats. One GPU encodes both tables at a time.
-        table, other = max(tables), sum(tables) - max(tables)
-        working = max(working, ENCODING * table + CUDA_ENCODING)
-        if other and processes == 1:
-            working = max(working, ENCODING * table + HALVES * other + 2 * CUDA_ENCODING)
+        # Both tables are encoded at a time, but only the head, which is divided by column scales, is there as floats.
+        on_tables = ENCODING * max(tables) + HALVES * (sum(tables) - max(tables)) + CUDA_ENCODING * len(tables)
         host, available = CUDA_PROGRAM + routing, torch.cuda.mem_get_info(device)[0]
-        on_device = working
-        if working + streams <= available:
-            place, on_device = device, working + streams
-        elif working > available:
+        on_device = max(working, on_tables)
+        # The hidden states are gone by then.
+        if max(working + streams, on_tables) <= available:
+            place, on_device = device, max(working + streams, on_tables)
+        elif on_device > available:
             raise D2QError(
-                f"the GPU has {available / GIB:.1f} GiB of free memory, but this model needs {working / GIB:.1f} GiB; "
-                "free some, or use --device cpu"
+                f"the GPU has {available / GIB:.1f} GiB of free memory, but this model needs "
+                f"{on_device / GIB:.1f} GiB; free some, or use --device cpu"
             )
         # A block is read ahead, and the memory stays: in the checkpoint's dtype, rounded up to a power of two.
         peak = host + 2 * _largest_block(family) + writing

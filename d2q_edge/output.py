@@ -6,12 +6,10 @@ Knows which tensor is packed, which stays float and which is new (norm biases). 
 
 import math
 import threading
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,15 +19,12 @@ from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.column_scaling import COLUMN_SCALE
 from d2q_edge.export import Value, float_tensor, model_size, model_tensors, packed_tensor, stored_floats, write_model
 from d2q_edge.families import Family
-from d2q_edge.gguf_file import GGUFTensor, encode
+from d2q_edge.gguf_file import GGUFTensor
 from d2q_edge.plan import Plan
 from d2q_edge.quantize.codebook import CodebookSearch
 from d2q_edge.quantize.rtn import round_layer
-from d2q_edge.ranks import Ranks
 from d2q_edge.tokenizer import Tokenizer
 from d2q_edge.work_dir import Packed, Tensor, WorkDir
-
-T = TypeVar("T")
 
 
 class Content(Protocol):
@@ -169,33 +164,8 @@ class Output:
         tensors = self._tensors(PlannedContent())
         return 8 * sum(tensor.nbytes for tensor in tensors) / sum(math.prod(tensor.shape) for tensor in tensors)
 
-    def encode_tables(self, content: Content, ranks: Ranks) -> dict[str, Packed]:
-        """Embeddings and head, encoded, by checkpoint name: each process makes its rows, and all get all of them.
-
-        Args:
-            content: where the tables come from; the same for all processes.
-            ranks: the processes; all of them call this.
-        """
-        tables = {}
-        for name in (f"{each}.weight" for each in (self.family.embedding, self.family.head)):
-            if name in self.family.tensor_shapes():
-                table = self._tensor(content, name)
-                rows = ranks.part(torch.as_tensor(table.load()))
-                encoded = encode(replace(table, shape=tuple(rows.shape), load=partial(_itself, rows)))
-                own = np.ascontiguousarray(encoded).view(np.uint8).reshape(len(rows), -1)
-                tables[name] = ranks.join_parts(torch.from_numpy(own), table.shape[0]).numpy()
-        return tables
-
-    def write(
-        self,
-        path: Path,
-        content: Content,
-        force: bool,
-        *,
-        tables: Mapping[str, Packed] | None = None,
-        verify: bool = True,
-    ) -> None:
-        """Write it; `tables` are from `encode_tables`, or None where they have not been encoded.
+    def write(self, path: Path, content: Content, force: bool, *, verify: bool = True) -> None:
+        """Write it.
 
         Raises:
             D2QError: the file can't be written, or (with `verify`) its tokenizer differs in llama.cpp.
@@ -205,32 +175,25 @@ class Output:
             self.checkpoint,
             self.family,
             self.tokenizer,
-            self._tensors(content, tables or {}),
+            self._tensors(content),
             file_type=self.file_type,
             extra=self.metadata,
             force=force,
             verify=verify,
         )
 
-    def _tensor(self, content: Content, name: str) -> GGUFTensor:
-        """One of the checkpoint's."""
-        kind = self.plan.types.get(name, "f32")
-        if kind in tensor_types.BY_NAME and name in self.plan.linears:
-            return packed_tensor(self.family, name, kind, partial(content.packed, name))
-        return float_tensor(self.family, name, kind, partial(content.floats, name))
-
-    def _tensors(self, content: Content, tables: Mapping[str, Packed] = MappingProxyType({})) -> list[GGUFTensor]:
-        replacements = {}
+    def _tensors(self, content: Content) -> list[GGUFTensor]:
+        replacements, types = {}, self.plan.types
         for name in self.family.tensor_shapes():
-            tensor = replace(self._tensor(content, name), group=content.group(name))
-            replacements[name] = replace(tensor, load=partial(_itself, tables[name])) if name in tables else tensor
+            kind = types.get(name, "f32")
+            if kind in tensor_types.BY_NAME and name in self.plan.linears:
+                tensor = packed_tensor(self.family, name, kind, partial(content.packed, name))
+            else:
+                tensor = float_tensor(self.family, name, kind, partial(content.floats, name))
+            replacements[name] = replace(tensor, group=content.group(name))
         biases = []
         for norm in self.norm_biases:
             name, load = f"{norm}.bias", partial(content.floats, f"{norm}.bias")
             shape, group = (self.family.hidden_size,), content.group(name)
             biases.append(GGUFTensor(self.family.gguf_name(name), shape, "f32", load, group=group))
         return [*model_tensors(self.checkpoint, self.family, "f32", replacements), *biases]
-
-
-def _itself(data: T) -> T:
-    return data

@@ -27,10 +27,10 @@ class Rehearsal:
 
     def __init__(self, kinds: Iterable[str], device: torch.device) -> None:
         """Begin, for some tensor types of ours."""
+        self._kinds, self._device = tuple(kinds), device
+        self._thread = Thread(target=self._run)
         # Triton is imported here: ahead.py says why not by a thread.
-        wanted = has_triton(device)
-        self._thread = Thread(target=_rehearse, args=(tuple(kinds), device))
-        if wanted:
+        if has_triton(device):
             with suppress(RuntimeError):
                 self._thread.start()
 
@@ -39,16 +39,20 @@ class Rehearsal:
         if self._thread.ident is not None:
             self._thread.join()
 
+    def _run(self) -> None:
+        # What fails here fails again where it is needed, and is reported there. Every thread has a present device.
+        with suppress(Exception), torch.cuda.device(self._device):
+            rehearse(self._kinds, self._device)
 
-def _rehearse(kinds: tuple[str, ...], device: torch.device) -> None:
-    # What fails here fails again where it is needed, and is reported there.
-    # Every thread has a present device of its own.
-    with suppress(Exception), torch.cuda.device(device), torch.inference_mode():
-        inputs = torch.randn(2 * COLUMNS, COLUMNS, generator=torch.Generator().manual_seed(0)).to(device)
-        statistics, energy = InputStatistics(COLUMNS, device), InputEnergy(COLUMNS, device)
-        statistics.add_batch(inputs, inputs.round(decimals=1))
-        energy.add_batch(inputs)
-        energy.conditional()
-        solver = StageSolver(device, ALPHA, ROUNDS, ALONE)
-        for kind in kinds:
-            solver.solve({"": inputs[:ROWS]}, kind, statistics)
+
+@torch.inference_mode()
+def rehearse(kinds: Iterable[str], device: torch.device) -> None:
+    """Quantize a matrix to each of some tensor types of ours."""
+    inputs = torch.randn(2 * COLUMNS, COLUMNS, generator=torch.Generator().manual_seed(0)).to(device)
+    statistics, energy = InputStatistics(COLUMNS, device), InputEnergy(COLUMNS, device)
+    statistics.add_batch(inputs, inputs.round(decimals=1))
+    energy.add_batch(inputs)
+    energy.conditional()
+    solver = StageSolver(device, ALPHA, ROUNDS, ALONE)
+    for kind in kinds:
+        solver.solve({"": inputs[:ROWS]}, kind, statistics)

@@ -64,12 +64,19 @@ class StageSolver:
             layer = descend(layer, own, statistics, feedback, search, self.rounds)
         parts = layer.packed(search.tensor_type), layer.weights, _squares(own, layer.weights, statistics.hessian)
         data, restored, squares = (self.ranks.join_parts(part, len(weights)) for part in parts)
-        return data.cpu().numpy(), restored, squares
+        return _on_the_computer(data), restored, squares
 
     def _search(self, kind: str) -> CodebookSearch:
         if kind not in self._searches:
             self._searches[kind] = CodebookSearch(tensor_types.BY_NAME[kind], self.device)
         return self._searches[kind]
+
+
+def _on_the_computer(data: torch.Tensor) -> Packed:
+    """Bytes that may be a GPU's: into pinned memory, which takes a tenth of the time."""
+    host = torch.empty(data.shape, dtype=data.dtype, pin_memory=data.device.type == "cuda")
+    array: Packed = host.copy_(data).numpy()
+    return array
 
 
 def _squares(weights: torch.Tensor, quantized: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """When transformers' models are imported, and that nobody waits for them who doesn't need them."""
 
+import ctypes
+import gc
 import json
 import subprocess
 import sys
@@ -136,3 +138,49 @@ def test_two_threads_begin(monkeypatch: pytest.MonkeyPatch) -> None:
             assert len(imported) == number + 1
     finally:
         sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_nothing_looks_for_garbage(enabled: bool) -> None:
+    before = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with pytest.raises(ImportError), ahead.no_garbage():
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()
+
+
+class Driver:
+    """In place of NVIDIA's."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, bool]] = []
+
+    def cuInit(self, flags: int) -> int:
+        self.calls.append((flags, threading.current_thread() is threading.main_thread()))
+        return 0
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_the_driver_is_woken_by_a_thread(missing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver, names = Driver(), []
+
+    def load(name: str) -> Driver:
+        names.append(name)
+        if missing:
+            raise OSError(f"{name}: cannot open shared object file")
+        return driver
+
+    failures: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", failures.append)
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    before = set(threading.enumerate())
+    ahead.wake_driver()
+    for thread in set(threading.enumerate()) - before:
+        thread.join()
+    assert names == ["libcuda.so.1"]
+    assert driver.calls == ([] if missing else [(0, False)])
+    assert not failures

@@ -92,6 +92,30 @@ cli.main()
         assert done.returncode == (130 if "Keyboard" in error else 1)
         assert done.stderr.strip()
 
+    @pytest.mark.parametrize("gpu", [True, False])
+    def test_what_worked_on_a_gpu_ends_at_once(self, gpu: bool) -> None:
+        """But for what was registered for the end; what is printed gets out."""
+        script = f"""
+import atexit, sys, types
+from d2q_edge import cli
+
+class Slow:
+    def __del__(self):
+        print("taken apart")
+
+sys.modules["torch"] = types.SimpleNamespace(cuda=types.SimpleNamespace(is_initialized=lambda: {gpu}))
+slow = Slow()
+atexit.register(lambda: print("registered", flush=True))
+sys.argv = ["d2q-edge", "--version"]
+cli.main()
+"""
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.splitlines()[1:] == ["registered"] + ["taken apart"] * (not gpu)
+
     @pytest.mark.parametrize(
         "arguments", [["--help"], ["convert", EXAMPLE, "--dry-run", "-o", "x.gguf"]], ids=["help", "plan"]
     )

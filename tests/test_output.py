@@ -198,6 +198,16 @@ class TestThreads:
             setup.output([]).write(tmp_path / "out.gguf", content, True)
             assert asked == expected
 
+    def test_a_gpu_takes_both_tables_at_a_time(self, setup: Setup) -> None:
+        content = setup.content(refined=True)
+        content.device = torch.device("cuda")
+        names = list(setup.family.tensor_shapes())
+        alone = [name for name in names if content.group(name) is None]
+        assert alone == ["model.norm.weight"]
+        tables = [content.group(name) for name in names if setup.family.block_of(name) is None and name not in alone]
+        assert len(set(tables)) == len(tables)
+        assert not {setup.family.block_of(name) for name in names} & set(tables)
+
     def test_a_damaged_block(self, setup: Setup, tmp_path: Path) -> None:
         file = setup.work.path / "block-0001.safetensors"
         file.write_bytes(file.read_bytes()[:-1] + b"?")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from d2q_edge.quantize import descent
+from d2q_edge.quantize import descent, trail
 from d2q_edge.quantize.codebook import CodebookSearch
 from d2q_edge.quantize.descent import descend
 from d2q_edge.quantize.gptaq import Feedback, InputStatistics, layer_feedback, quantize_layer
@@ -180,7 +180,8 @@ def test_an_empty_block_keeps_no_other_scale(kind: TensorType) -> None:
 def test_every_choice_is_the_best_of_its_candidates(kind: TensorType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Group after group: the present codes, or those by error feedback in the present or the nearest codebook."""
     rows = 8
-    case = make(max(64, kind.block_size), rows=rows)
+    monkeypatch.setattr(trail, "SPAN", 2 * kind.block_size)
+    case = make(3 * kind.block_size, rows=rows)
     problem = case.problem(case.quantize(kind), kind)
     inner = descent._choose_group
     agreed: list[Any] = []

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from d2q_edge.errors import D2QError
+from d2q_edge.quantize import trail
 from d2q_edge.quantize.codebook import CodebookSearch
 from d2q_edge.quantize.gptaq import ALPHA, InputStatistics, layer_feedback, quantize_layer
 from d2q_edge.quantize.layer import QuantizedLayer
@@ -78,8 +79,9 @@ def slow_gptaq(
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 @pytest.mark.parametrize("kind", (*ALL, Q4_0), ids=lambda kind: kind.name)
-def test_against_the_slow_version(kind: TensorType, alpha: float) -> None:
-    weights, original, drifted = problem(2 * kind.block_size)
+def test_against_the_slow_version(kind: TensorType, alpha: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trail, "SPAN", 2 * kind.block_size)
+    weights, original, drifted = problem(3 * kind.block_size)
     layer = quantize(weights, statistics_of(original, drifted), CodebookSearch(kind), alpha)
     expected = slow_gptaq(
         weights.double().numpy(), drifted.double().numpy(), original.double().numpy(), kind, alpha, layer

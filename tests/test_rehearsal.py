@@ -1,0 +1,72 @@
+"""The thread that quantizes a matrix that nobody needs."""
+
+import threading
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+
+from d2q_edge import rehearsal
+from d2q_edge.quantize.gptaq import InputStatistics
+from d2q_edge.rehearsal import Rehearsal, rehearse
+from d2q_edge.stage_solver import StageSolver
+from d2q_edge.tensor_types import BY_NAME
+
+CPU = torch.device("cpu")
+
+
+def test_it_takes_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that fails on its way would do no good, and nobody would notice."""
+    real, seen = StageSolver.solve, []
+
+    def solve(solver: StageSolver, weights: dict[str, torch.Tensor], kind: str, statistics: InputStatistics) -> Any:
+        found = real(solver, weights, kind, statistics)
+        ((_, quantized, error),) = found.values()
+        assert quantized.shape == (rehearsal.ROWS, rehearsal.COLUMNS)
+        assert 0 < error < 0.3
+        seen.append(kind)
+        return found
+
+    monkeypatch.setattr(StageSolver, "solve", solve)
+    rehearse(BY_NAME, CPU)
+    assert seen == list(BY_NAME)
+
+
+def test_on_a_device_without_kernels_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearsal, "rehearse", lambda *_: pytest.fail("it was called"))
+    before = threading.active_count()
+    rest = Rehearsal(["d2q2"], CPU)
+    assert threading.active_count() == before
+    rest.wait()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_thread_does_it(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on, done = threading.Event(), threading.Event(), []
+
+    def slow(kinds: tuple[str, ...], device: torch.device) -> None:
+        begun.set()
+        go_on.wait(60)
+        done.append((kinds, device))
+        if fails:
+            raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(rehearsal, "rehearse", slow)
+    monkeypatch.setattr(rehearsal, "has_triton", lambda _: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    here = Rehearsal(["d2q3"], CPU)
+    assert begun.wait(60)
+    assert not done
+    go_on.set()
+    here.wait()
+    assert done == [(("d2q3",), CPU)]
+
+
+def test_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(rehearsal, "has_triton", lambda _: True)
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    Rehearsal(["d2q2"], CPU).wait()

@@ -25,7 +25,7 @@ from d2q_edge.errors import D2QError
 from d2q_edge.export import check_tokenizer, model_tokenizer
 from d2q_edge.families import Family, family_for
 from d2q_edge.gguf_file import check_output
-from d2q_edge.memory import MemoryPlan, plan_memory
+from d2q_edge.memory import MemoryPlan, plan_memory, stage_rows
 from d2q_edge.output import Output, QuantizedContent, RoundedContent
 from d2q_edge.output_lock import sole_writer
 from d2q_edge.pipeline import BATCH_TOKENS, Method, corrected_norms, quantize_blocks
@@ -245,7 +245,9 @@ class _Job:
     def quantize(self, calibration: _Calibration, *, force: bool, verify: bool) -> Conversion:
         """Quantize block by block, or go on doing it, and write the file."""
         family, ranks, options, memory = self.family, self.ranks, self.options, calibration.memory
-        rehearsal = Rehearsal(tensor_types.BY_NAME.keys() & self.plan.linears.values(), ranks.device)
+        rows = [stage_rows(family, stage) // ranks.count for stage in family.stages]
+        kinds = tensor_types.BY_NAME.keys() & self.plan.linears.values()
+        rehearsal = Rehearsal(kinds, {min(rows), max(rows)}, ranks.device)
         ranks.meet()
         if verify and ranks.is_first:
             check_tokenizer(self.checkpoint, family, self.tokenizer)

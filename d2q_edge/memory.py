@@ -17,7 +17,7 @@ import torch
 from d2q_edge import k_types, pieces
 from d2q_edge.errors import D2QError
 from d2q_edge.expert_pipeline import routing_bytes, statistics_bytes
-from d2q_edge.families import Family
+from d2q_edge.families import Family, Stage
 from d2q_edge.families.experts import EXPERTS
 from d2q_edge.streams import DTYPE, Place
 
@@ -167,16 +167,18 @@ def _working(family: Family, batch_tokens: int, processes: int, search: int) -> 
     """Bytes where the blocks are computed, without the hidden states."""
     solving = squares = 0
     for stage in family.stages:
-        shapes = [family.linear_shape(name) for name in stage.linears]
-        columns, rows = shapes[0][1], sum(shape[0] for shape in shapes)
-        if stage.norm is not None and stage.linears[0].startswith(EXPERTS):
-            # One expert's gate and up at a time.
-            rows //= family.num_experts
+        columns, rows = family.linear_shape(stage.linears[0])[1], stage_rows(family, stage)
         squares += columns**2
         solving = max(solving, SQUARES * columns**2 + MATRICES * rows * columns // processes)
     batch = batch_tokens * (HIDDEN * family.hidden_size + INNER * family.intermediate_size)
     blocks = 2 * _largest_block(family)
     return blocks + FLOAT * max(solving, squares + batch) + search + statistics_bytes(family)
+
+
+def stage_rows(family: Family, stage: Stage) -> int:
+    """Rows of what is quantized together; of experts that is one expert's gate and up at a time."""
+    rows = sum(family.linear_shape(name)[0] for name in stage.linears)
+    return rows // family.num_experts if stage.norm is not None and stage.linears[0].startswith(EXPERTS) else rows
 
 
 def _largest_block(family: Family) -> int:

@@ -18,16 +18,16 @@ from d2q_edge.quantize.kernels import has_triton
 from d2q_edge.ranks import ALONE
 from d2q_edge.stage_solver import StageSolver
 
-ROWS, COLUMNS = 64, 512
-"""Of the matrix: multiples of what kernels are specialized for."""
+COLUMNS = 512
+"""Of the matrix."""
 
 
 class Rehearsal:
     """On one device; on one without kernels of ours nothing happens."""
 
-    def __init__(self, kinds: Iterable[str], device: torch.device) -> None:
-        """Begin, for some tensor types of ours."""
-        self._kinds, self._device = tuple(kinds), device
+    def __init__(self, kinds: Iterable[str], rows: Iterable[int], device: torch.device) -> None:
+        """Begin, for some tensor types of ours, and matrices of so many rows: kernels are not the same for all."""
+        self._kinds, self._rows, self._device = tuple(kinds), tuple(rows), device
         self._thread = Thread(target=self._run)
         # Triton is imported here: ahead.py says why not by a thread.
         if has_triton(device):
@@ -42,17 +42,18 @@ class Rehearsal:
     def _run(self) -> None:
         # What fails here fails again where it is needed, and is reported there. Every thread has a present device.
         with suppress(Exception), torch.cuda.device(self._device):
-            rehearse(self._kinds, self._device)
+            rehearse(self._kinds, self._rows, self._device)
 
 
 @torch.inference_mode()
-def rehearse(kinds: Iterable[str], device: torch.device) -> None:
-    """Quantize a matrix to each of some tensor types of ours."""
+def rehearse(kinds: Iterable[str], rows: Iterable[int], device: torch.device) -> None:
+    """Quantize matrices of some sizes to each of some tensor types of ours."""
     inputs = torch.randn(2 * COLUMNS, COLUMNS, generator=torch.Generator().manual_seed(0)).to(device)
     statistics, energy = InputStatistics(COLUMNS, device), InputEnergy(COLUMNS, device)
     statistics.add_batch(inputs, inputs.round(decimals=1))
     energy.add_batch(inputs)
     energy.conditional()
     solver = StageSolver(device, ALPHA, ROUNDS, ALONE)
-    for kind in kinds:
-        solver.solve({"": inputs[:ROWS]}, kind, statistics)
+    for number in rows:
+        for kind in kinds:
+            solver.solve({"": inputs[:1].repeat(number, 1)}, kind, statistics)

@@ -11,7 +11,7 @@ import triton.language as tl
 from d2q_edge.quantize.codebook import CodebookSearch
 from d2q_edge.quantize.codebook_cuda import best_book, constants
 from d2q_edge.quantize.feedback_cuda import round_rows
-from d2q_edge.quantize.gptaq_cuda import ROWS
+from d2q_edge.quantize.kernels import rows_per_program
 from d2q_edge.tensor_types import GROUP
 
 
@@ -100,10 +100,11 @@ def choose_block(
     gradient, units, books, codes = (
         tensor.clone(memory_format=torch.contiguous_format) for tensor in (gradient, units, books, codes)
     )
-    _choose_block[(triton.cdiv(rows, ROWS),)](
+    together = rows_per_program(rows, units.device)
+    _choose_block[(triton.cdiv(rows, together),)](
         gradient, units, books, codes, units.new_empty(rows, GROUP),
         search.short_table, search.columns, *(each.contiguous() for each in (hessian, inverses, factors, corners)),
         rows,
-        GROUPS=groups, GROUP=GROUP, ROWS=ROWS, num_stages=1, **constants(search),
+        GROUPS=groups, GROUP=GROUP, ROWS=together, num_stages=1, **constants(search),
     )  # fmt: skip
     return units, books, codes

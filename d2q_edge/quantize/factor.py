@@ -40,7 +40,7 @@ def inverse_factor(hessian: torch.Tensor, damping: float, ranks: Ranks = ALONE) 
         ranks.sum([failed])
         if failed:
             continue
-        factor = inverse_lower(lower).flip(0, 1).float()
+        factor = inverse_lower(lower, ranks).flip(0, 1).float()
         if bool(factor.isfinite().all()):
             return factor, share * mean
     raise D2QError(
@@ -48,38 +48,41 @@ def inverse_factor(hessian: torch.Tensor, damping: float, ranks: Ranks = ALONE) 
     )
 
 
-def inverse_lower(lower: torch.Tensor) -> torch.Tensor:
+def inverse_lower(lower: torch.Tensor, ranks: Ranks = ALONE) -> torch.Tensor:
     """The inverse of a lower triangle [n, n].
 
     That of [[A, 0], [B, C]] is [[inv(A), 0], [-inv(C) B inv(A), inv(C)]], so that nearly all of it is matrix products;
     a solver takes several times as long on a GPU.
     """
+    size = len(lower)
+    if size <= STRIP:
+        unit = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        solved: torch.Tensor = torch.linalg.solve_triangular(lower, unit, upper=False)
+        return solved
     inverse = torch.zeros_like(lower)
-    _invert(lower, inverse)
+    cut = (len(strips(size)) + 1) // 2 * STRIP
+    first, second = slice(0, cut), slice(cut, size)
+    ranks.share(
+        [inverse[half, half] for half in (first, second)],
+        [cut, size - cut],
+        lambda number: inverse_lower(lower[(first, second)[number], (first, second)[number]]),
+    )
+    # The transposes of the inverses are upper triangles.
+    beside = times_upper_transposed(lower[second, first], inverse[first, first].T, ranks)
+    inverse[second, first] = -times_upper(beside.T, inverse[second, second].T, ranks).T
     return inverse
 
 
-def _invert(lower: torch.Tensor, inverse: torch.Tensor) -> None:
-    """The same into a matrix of zeros."""
-    size = len(lower)
-    if size <= STRIP:
-        inverse.diagonal().fill_(1)
-        inverse.copy_(torch.linalg.solve_triangular(lower, inverse.clone(), upper=False))
-        return
-    cut = (len(strips(size)) + 1) // 2 * STRIP
-    first, second = slice(0, cut), slice(cut, size)
-    _invert(lower[first, first], inverse[first, first])
-    _invert(lower[second, second], inverse[second, second])
-    # The transposes of the inverses are upper triangles.
-    beside = times_upper_transposed(lower[second, first], inverse[first, first].T)
-    inverse[second, first] = -times_upper(beside.T, inverse[second, second].T).T
-
-
-def times_upper(left: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
+def times_upper(left: torch.Tensor, upper: torch.Tensor, ranks: Ranks = ALONE) -> torch.Tensor:
     """left [m, n] @ upper [n, n]."""
-    result = torch.empty_like(left)
-    for start, stop in strips(len(upper)):
-        result[:, start:stop] = product(left[:, :stop], upper[:stop, start:stop])
+    result, cuts = torch.empty_like(left), strips(len(upper))
+
+    def columns(number: int) -> torch.Tensor:
+        start, stop = cuts[number]
+        return product(left[:, :stop], upper[:stop, start:stop])
+
+    costs = [stop * (stop - start) for start, stop in cuts]
+    ranks.share([result[:, start:stop] for start, stop in cuts], costs, columns)
     return result
 
 

@@ -11,11 +11,8 @@ import triton.language as tl
 from d2q_edge.quantize.codebook import CodebookSearch
 from d2q_edge.quantize.codebook_cuda import best_book, block_scales, constants
 from d2q_edge.quantize.feedback_cuda import round_rows
+from d2q_edge.quantize.kernels import rows_per_program
 from d2q_edge.tensor_types import GROUP
-
-ROWS = 16
-"""Rows per program. Eight would be a little faster on an H200 where a matrix has less than 2048 rows, but would have to
-be compiled, too: seconds at the first conversion."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -79,9 +76,10 @@ def quantize_block(
     codes = torch.empty(rows, kind.codes(size), dtype=torch.uint8, device=work.device)
     quantized, errors = torch.empty_like(work), torch.empty_like(work)
     factor = factor.contiguous()
-    _quantize_block[(triton.cdiv(rows, ROWS),)](
+    together = rows_per_program(rows, work.device)
+    _quantize_block[(triton.cdiv(rows, together),)](
         work, scales, search.short_table, search.columns, factor, factor if lead is None else lead.contiguous(),
         inverses.contiguous(), books, codes, quantized, errors, rows,
-        GROUPS=kind.groups, GROUP=GROUP, HAS_LEAD=lead is not None, ROWS=ROWS, num_stages=1, **constants(search),
+        GROUPS=kind.groups, GROUP=GROUP, HAS_LEAD=lead is not None, ROWS=together, num_stages=1, **constants(search),
     )  # fmt: skip
     return scales, books, codes, quantized, errors, work

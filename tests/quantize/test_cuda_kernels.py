@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 from d2q_edge.quantize import codebook_cuda, descent_cuda, gptaq_cuda  # noqa: E402
 
 KINDS = pytest.mark.parametrize("kind", (*ALL, Q4_0), ids=lambda kind: kind.name)
-ROWS = pytest.mark.parametrize("rows", [7, 1000, 20001] if CUDA else [7])
+ROWS = pytest.mark.parametrize("rows", [7, 1000, 20001] if CUDA else [7, 30])
 
 
 @pytest.fixture

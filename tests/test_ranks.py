@@ -89,6 +89,7 @@ from d2q_edge.quantize import factor
 from d2q_edge.ranks import Ranks
 from tests.test_ranks import factors
 factor.STRIP = 100
+factor.prefers_products = lambda _: True
 ranks = Ranks.started(torch.device("cpu"))
 ranks.meet()
 found = factors(ranks)
@@ -125,6 +126,7 @@ def test_two_processes_share_factorizations(tmp_path: Path, monkeypatch: pytest.
     done = torchrun(str(script), str(tmp_path))
     assert done.returncode == 0, done.stderr
     monkeypatch.setattr(factor, "STRIP", 100)
+    monkeypatch.setattr(factor, "prefers_products", lambda _: True)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     again, _ = inverse_factor(torch.eye(256) + torch.ones(256, 256), 0.01)
     for found, other, expected in zip(first, second, [*factors(ALONE), again], strict=True):

@@ -119,8 +119,8 @@ class _Problem:
         size, groups = self.kind.block_size, self.kind.groups
         width = self.codes.shape[1] // self.scales.shape[1]
         gradient = product(self._quantized() - self.target, self.hessian)
-        for begin, end in spans(self.units.shape[1], size):
-            trail = Trail(gradient[:, begin:end], gradient[:, end:], self.hessian[begin:end, begin:])
+        for begin, end in spans(self.units.shape[1], size, gradient.device):
+            trail = Trail(gradient[:, begin:end], gradient[:, end:], [self.hessian[begin:end, begin:]])
             for block in range(begin // size, end // size):
                 here, books = slice(block * size, (block + 1) * size), slice(block * groups, (block + 1) * groups)
                 codes = slice(block * width, (block + 1) * width)

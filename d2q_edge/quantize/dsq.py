@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 from d2q_edge.errors import D2QError
-from d2q_edge.quantize.factor import inverse_lower
+from d2q_edge.quantize.factor import inverse_lower, solved_columns
+from d2q_edge.quantize.precision import prefers_products
 
 BALANCE = 0.5
 """Share of the weights in the scale, the rest is the input's."""
@@ -107,7 +108,9 @@ class InputEnergy:
                 "the calibration statistics of a layer can't be factored; use more or more varied --calibration text"
             )
         # With C = L L^T the diagonal of inv(C) is that of inv(L)^T inv(L).
-        return energy / inverse_lower(factor).square().sum(0).to(energy)
+        products = prefers_products(factor.device)
+        inverse = inverse_lower(factor) if products else solved_columns(factor, 0, len(factor))
+        return energy / inverse.square().sum(0).to(energy)
 
 
 def weight_energy(layers: Sequence[nn.Module], shares: Sequence[torch.Tensor] | None = None) -> torch.Tensor:

@@ -9,7 +9,7 @@ matrices, and every strip is one's.
 import torch
 
 from d2q_edge.errors import D2QError
-from d2q_edge.quantize.precision import product
+from d2q_edge.quantize.precision import prefers_products, product
 from d2q_edge.ranks import ALONE, Ranks
 
 STRIP = 1024
@@ -52,14 +52,14 @@ def inverse_lower(lower: torch.Tensor, ranks: Ranks = ALONE) -> torch.Tensor:
     """The inverse of a lower triangle [n, n].
 
     That of [[A, 0], [B, C]] is [[inv(A), 0], [-inv(C) B inv(A), inv(C)]], so that nearly all of it is matrix products;
-    a solver takes several times as long on a GPU.
+    a solver takes several times as long on a GPU. A CPU has a quick one.
     """
     size = len(lower)
-    if size <= STRIP:
-        unit = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        solved: torch.Tensor = torch.linalg.solve_triangular(lower, unit, upper=False)
-        return solved
     inverse = torch.zeros_like(lower)
+    if size <= STRIP or not prefers_products(lower.device):
+        for start, stop in strips(size):
+            inverse[start:, start:stop] = solved_columns(lower, start, stop)
+        return inverse
     cut = (len(strips(size)) + 1) // 2 * STRIP
     first, second = slice(0, cut), slice(cut, size)
     ranks.share(
@@ -71,6 +71,14 @@ def inverse_lower(lower: torch.Tensor, ranks: Ranks = ALONE) -> torch.Tensor:
     beside = times_upper_transposed(lower[second, first], inverse[first, first].T, ranks)
     inverse[second, first] = -times_upper(beside.T, inverse[second, second].T, ranks).T
     return inverse
+
+
+def solved_columns(lower: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Columns of the inverse of a lower triangle [n, n] from a solver, without the zeros: [n - start, stop - start]."""
+    unit = torch.zeros(len(lower) - start, stop - start, dtype=lower.dtype, device=lower.device)
+    unit.diagonal().fill_(1)
+    columns: torch.Tensor = torch.linalg.solve_triangular(lower[start:, start:], unit, upper=False)
+    return columns
 
 
 def times_upper(left: torch.Tensor, upper: torch.Tensor, ranks: Ranks = ALONE) -> torch.Tensor:

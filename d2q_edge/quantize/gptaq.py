@@ -164,30 +164,22 @@ def quantize_layer(weights: torch.Tensor, feedback: Feedback, search: CodebookSe
     inverses = corners(diagonal_squares(factor), search.levels.shape[2])
     # All of them at once: asking a GPU for one would wait for it.
     places = (order.view(-1, kind.block_size).amin(1) // kind.block_size).tolist()
-    for begin, end in spans(columns, kind.block_size):
-        influence = _influence(factor, lead, begin, end, kind.block_size)
-        trail = Trail(work[:, begin:end], work[:, end:], influence)
+    influences = [factor] if lead is None else [factor, lead]
+    for begin, end in spans(columns, kind.block_size, work.device):
+        trail = Trail(work[:, begin:end], work[:, end:], [each[begin:end, begin:] for each in influences])
         for start in range(begin, end, kind.block_size):
             number = start // kind.block_size
             index, here = places[number], slice(start, start + kind.block_size)
             groups = slice(number * kind.groups, (number + 1) * kind.groups)
             inner = None if lead is None else lead[here, here]
             block = _Block(*quantize_block(search, work[:, here], factor[here, here], inner, inverses[groups]))
-            trail.add(-block.errors if lead is None else torch.cat([-block.errors, block.compensated], 1))
+            trail.add(*(-block.errors, block.compensated)[: len(influences)])
             result.scales[:, index] = block.scales.half()
             result.codebooks[:, index * kind.groups : (index + 1) * kind.groups] = block.codebooks
             result.codes[:, index * block.codes.shape[1] : (index + 1) * block.codes.shape[1]] = block.codes
             result.weights[:, order[here]] = block.quantized
         trail.finish()
     return result
-
-
-def _influence(factor: torch.Tensor, lead: torch.Tensor | None, begin: int, end: int, block_size: int) -> torch.Tensor:
-    """U of a span's columns, and of all later ones; with P, block by block the rows of U, then those of P."""
-    if lead is None:
-        return factor[begin:end, begin:]
-    parts = [each[begin:end, begin:].unflatten(0, (-1, block_size)) for each in (factor, lead)]
-    return torch.stack(parts, 1).flatten(0, 2)
 
 
 @dataclass

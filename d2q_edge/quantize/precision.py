@@ -21,6 +21,11 @@ def matmul_precision(level: Literal["highest", "high"]) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def prefers_products(device: torch.device) -> bool:
+    """Whether matrix products are so much faster than everything else there that more and longer ones pay."""
+    return device.type != "cpu"
+
+
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """left @ right, of float32 matrices nearly as exact as float32's own product (relative to |left| @ |right|, 2^-20).
 

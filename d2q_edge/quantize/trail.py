@@ -1,23 +1,24 @@
-"""Changes of one block of columns after another, carried over to the columns behind them, few large products at a time.
+"""Changes of one block of columns after another, carried over to the columns behind them.
 
-GPTQ's lazy batch updates (arXiv 2210.17323, section 3.3) a second time: what blocks do to each other inside a span is
-done at once, what they do to everything behind the span when the span is done. A product of all rows with 256 columns
-takes most of its time for reading and writing what it is added to. Knows nothing of what changes, or why.
+On a GPU as GPTQ's lazy batch updates (arXiv 2210.17323, section 3.3) a second time: what blocks do to each other inside
+a span is done at once, what they do to everything behind the span when the span is done. There a product of all rows
+with 256 columns takes most of its time for reading and writing what it is added to. Knows nothing of what changes, or
+why.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
-from d2q_edge.quantize.precision import product
+from d2q_edge.quantize.precision import prefers_products, product
 
 SPAN = 1024
 """Columns."""
 
 
-def spans(columns: int, block_size: int) -> Iterator[tuple[int, int]]:
-    """Where each span of whole blocks begins and ends."""
-    width = max(SPAN // block_size, 1) * block_size
+def spans(columns: int, block_size: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """Where each span of whole blocks begins and ends; a CPU, which gains nothing, has one."""
+    width = max(SPAN // block_size, 1) * block_size if prefers_products(device) else columns
     for begin in range(0, columns, width):
         yield begin, min(begin + width, columns)
 
@@ -25,29 +26,41 @@ def spans(columns: int, block_size: int) -> Iterator[tuple[int, int]]:
 class Trail:
     """The changes of one span."""
 
-    def __init__(self, inside: torch.Tensor, behind: torch.Tensor, influence: torch.Tensor) -> None:
+    def __init__(self, inside: torch.Tensor, behind: torch.Tensor, influences: Iterable[torch.Tensor]) -> None:
         """Begin.
 
         Args:
             inside: float32 [rows, columns], the span, changed in place.
             behind: float32 [rows, later columns], everything behind it, changed in place.
-            influence: float32 [changes, columns + later columns]: what every change is multiplied by when it is added
-                to a column; changes in the order of the blocks, as many for each.
+            influences: of every kind of change, float32 [columns, columns + later columns]: what that of a column is
+                multiplied by when it is added to one behind it.
         """
-        self._inside, self._behind, self._influence = inside, behind, influence
-        self._changes = inside.new_empty(len(inside), len(influence))
+        self._inside, self._behind, self._influences = inside, behind, list(influences)
+        # Kept for what is behind only.
+        self._changes = [torch.empty_like(inside) for _ in self._influences if behind.shape[1]]
         self._done = 0
 
-    def add(self, change: torch.Tensor) -> None:
-        """The changes of the next block, float32 [rows, changes of a block]: the rest of the span follows."""
-        columns, changes = self._inside.shape[1], self._changes.shape[1]
-        here = slice(self._done, self._done + change.shape[1])
-        self._changes[:, here], self._done = change, here.stop
-        later = slice(columns * self._done // changes, columns)
-        if later.start < columns:
-            self._inside[:, later] += product(change, self._influence[here, later])
+    def add(self, *changes: torch.Tensor) -> None:
+        """The changes of the next block, of every kind float32 [rows, columns]: the rest of the span follows."""
+        here = slice(self._done, self._done + changes[0].shape[1])
+        for kept, change in zip(self._changes, changes, strict=False):
+            kept[:, here] = change
+        self._done = here.stop
+        later = slice(here.stop, self._inside.shape[1])
+        _carry(self._inside[:, later], changes, [each[here, later] for each in self._influences])
 
     def finish(self) -> None:
         """What is behind the span follows."""
-        if self._behind.shape[1]:
-            self._behind += product(self._changes, self._influence[:, self._inside.shape[1] :])
+        columns = self._inside.shape[1]
+        _carry(self._behind, self._changes, [each[:, columns:] for each in self._influences])
+
+
+def _carry(target: torch.Tensor, changes: Iterable[torch.Tensor], influences: Iterable[torch.Tensor]) -> None:
+    """Add the changes' products with their influences."""
+    if not target.shape[1]:
+        return
+    if prefers_products(target.device):
+        target += product(torch.cat(tuple(changes), 1), torch.cat(tuple(influences)))
+        return
+    for change, influence in zip(changes, influences, strict=True):
+        target += product(change, influence)

@@ -181,6 +181,7 @@ def test_every_choice_is_the_best_of_its_candidates(kind: TensorType, monkeypatc
     """Group after group: the present codes, or those by error feedback in the present or the nearest codebook."""
     rows = 8
     monkeypatch.setattr(trail, "SPAN", 2 * kind.block_size)
+    monkeypatch.setattr(trail, "prefers_products", lambda _: True)
     case = make(3 * kind.block_size, rows=rows)
     problem = case.problem(case.quantize(kind), kind)
     inner = descent._choose_group

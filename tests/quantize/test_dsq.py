@@ -12,6 +12,7 @@ from torch import nn
 from d2q_edge.blocks import BlockRunner
 from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.families import Family, family_for
+from d2q_edge.quantize import dsq, factor
 from d2q_edge.quantize.dsq import InputEnergy, absorb, column_scales, weight_energy
 from tests.float64_model import TOKENS, float64_logits, relative_difference
 
@@ -118,7 +119,11 @@ def conditional_energy(batches: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 class TestEnergies:
-    def test_conditional_energy(self) -> None:
+    @pytest.mark.parametrize("products", [False, True], ids=["solver", "products"])
+    def test_conditional_energy(self, products: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        for module in (dsq, factor):
+            monkeypatch.setattr(module, "prefers_products", lambda _: products)
+        monkeypatch.setattr(factor, "STRIP", 10)
         generator = torch.Generator().manual_seed(1)
         mix = torch.randn(24, 24, generator=generator)
         x = torch.randn(3, 40, 24, generator=generator) @ mix * torch.exp(3 * torch.randn(24, generator=generator))

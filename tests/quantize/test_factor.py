@@ -24,7 +24,11 @@ def random(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
-def test_inverse_factor_is_the_cholesky_factor_of_the_damped_inverse() -> None:
+@pytest.mark.parametrize("products", [False, True], ids=["solver", "products"])
+def test_inverse_factor_is_the_cholesky_factor_of_the_damped_inverse(
+    products: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(factor, "prefers_products", lambda _: products)
     x = random(200, 50) * torch.linspace(0.1, 10, 50)
     hessian = x.T @ x
     found, damping = inverse_factor(hessian, 0.01)
@@ -62,7 +66,9 @@ def test_what_cannot_be_factored_is_an_error(hessian: torch.Tensor) -> None:
         inverse_factor(hessian, 0.01)
 
 
-def test_inverse_lower() -> None:
+@pytest.mark.parametrize("products", [False, True], ids=["solver", "products"])
+def test_inverse_lower(products: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(factor, "prefers_products", lambda _: products)
     lower = random(70, 70).tril() / 70**0.5 + torch.eye(70)
     torch.testing.assert_close(inverse_lower(lower), torch.linalg.inv(lower), rtol=1e-4, atol=1e-5)
 

@@ -81,6 +81,7 @@ def slow_gptaq(
 @pytest.mark.parametrize("kind", (*ALL, Q4_0), ids=lambda kind: kind.name)
 def test_against_the_slow_version(kind: TensorType, alpha: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trail, "SPAN", 2 * kind.block_size)
+    monkeypatch.setattr(trail, "prefers_products", lambda _: True)
     weights, original, drifted = problem(3 * kind.block_size)
     layer = quantize(weights, statistics_of(original, drifted), CodebookSearch(kind), alpha)
     expected = slow_gptaq(

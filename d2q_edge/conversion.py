@@ -30,6 +30,7 @@ from d2q_edge.output import Output, QuantizedContent, RoundedContent
 from d2q_edge.output_lock import sole_writer
 from d2q_edge.pipeline import BATCH_TOKENS, Method, corrected_norms, quantize_blocks
 from d2q_edge.plan import Plan, check_request, is_mixed, make_plan, rounding_types
+from d2q_edge.quantize.kernels import has_triton
 from d2q_edge.quantize.rotation import RotatedCheckpoint, rotation_pays
 from d2q_edge.ranks import Ranks
 from d2q_edge.recipe import Options, check, fingerprint, own_keys
@@ -146,8 +147,9 @@ def convert(
     output, options = Path(output), options or Options()
     ranks = Ranks.started(choose_device(options.device))
     if ranks.device.type == "cuda":
-        # Now, while there is one thread only.
+        # Now, while there is one thread only; the second imports Triton.
         torch.cuda.init()
+        has_triton(ranks.device)
     if dry_run:
         return _Job(model, output, options, ranks, dry_run=True).planned()
     with sole_writer(output) if ranks.is_first else nullcontext():

@@ -29,7 +29,6 @@ class Rehearsal:
         """Begin, for some tensor types of ours, and matrices of so many rows: kernels are not the same for all."""
         self._kinds, self._rows, self._device = tuple(kinds), tuple(rows), device
         self._thread = Thread(target=self._run)
-        # Triton is imported here: ahead.py says why not by a thread.
         if has_triton(device):
             with suppress(RuntimeError):
                 self._thread.start()

@@ -67,7 +67,7 @@ def command(model: Path, output: Path | None, stock_type: str | None, gpus: int,
 
 
 def _convert(model: Path, output: Path | None, stock_type: str | None, options: dict[str, Any]) -> None:
-    if options["device"] in ("auto", "cuda"):
+    if stock_type is None and options["device"] in ("auto", "cuda"):
         wake_driver()
     with no_garbage():
         from d2q_edge import export

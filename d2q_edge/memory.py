@@ -37,8 +37,8 @@ CUDA_SEARCH = 5 * SEARCH
 ENCODING = 10
 """Bytes for each weight of a table that is being encoded: as stored, as floats, and the result, twice while its pieces
 are put together."""
-HALVES = 4
-"""The same without the floats."""
+ON_THE_WAY = 7
+"""The same in the computer's memory where a GPU encodes it: as stored, as floats if it is rotated, and the result."""
 WRITING = 2 * pieces.THREADS
 """Finished blocks at a time while the file is written: each thread copies one out of a file that the system keeps in
 the process's memory meanwhile."""
@@ -105,18 +105,17 @@ def plan_memory(
     own = -(-tokens // processes)
     streams = 2 * own * family.hidden_size * DTYPE.itemsize
     working = _working(family, batch_tokens, processes, CUDA_SEARCH if device.type == "cuda" else SEARCH)
-    # The first process alone writes, and nothing else is done then; GPUs encode the tables together.
+    # The first process alone writes, and nothing else is done then. A GPU encodes both tables at a time.
     tables = [size for name in (family.embedding, family.head) if (size := _elements(family, f"{name}.weight"))]
-    encoding = HALVES * sum(tables) if device.type == "cuda" else ENCODING * max(tables) // processes
-    writing = encoding + WRITING * packed // family.num_layers // processes
+    encoding = ON_THE_WAY * sum(tables) if device.type == "cuda" else ENCODING * max(tables)
+    writing = (encoding + WRITING * packed // family.num_layers) // processes
     free = free_memory() // processes if limit is None else limit // processes
     on_device = 0
     routing = routing_bytes(family, tokens)
     host = PROGRAM + routing
     place: Place = torch.device("cpu")
     if device.type == "cuda":
-        # Both tables are encoded at a time, but only the head, which is divided by column scales, is there as floats.
-        on_tables = ENCODING * max(tables) + HALVES * (sum(tables) - max(tables)) + CUDA_ENCODING * len(tables)
+        on_tables = ENCODING * sum(tables) + CUDA_ENCODING * len(tables)
         host, available = CUDA_PROGRAM + routing, torch.cuda.mem_get_info(device)[0]
         on_device = max(working, on_tables)
         # The hidden states are gone by then.

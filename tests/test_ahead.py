@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import importlib
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from d2q_edge import ahead
 from tests.checkpoints import EXAMPLE
+from tests.command_line import Call
 
 HEAVY = "transformers.modeling_utils"
 FACTS = """
@@ -184,3 +186,16 @@ def test_the_driver_is_woken_by_a_thread(missing: bool, monkeypatch: pytest.Monk
     assert names == ["libcuda.so.1"]
     assert driver.calls == ([] if missing else [(0, False)])
     assert not failures
+
+
+@pytest.mark.parametrize(
+    ("options", "woken"),
+    [([], True), (["--device", "cuda"], True), (["--device", "cpu"], False), (["--type", "f16"], False)],
+)
+def test_who_may_use_a_gpu_wakes_it(
+    options: list[str], woken: bool, d2q: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[None] = []
+    monkeypatch.setattr(importlib.import_module("d2q_edge.cli.convert"), "wake_driver", lambda: calls.append(None))
+    d2q("convert", tmp_path / "no such model", "-o", tmp_path / "out.gguf", *options)
+    assert len(calls) == woken

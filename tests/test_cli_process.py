@@ -92,6 +92,22 @@ cli.main()
         assert done.returncode == (130 if "Keyboard" in error else 1)
         assert done.stderr.strip()
 
+    @pytest.mark.parametrize("several", [False, True])
+    def test_without_stdout(self, several: bool) -> None:
+        """`>&-`: there is nowhere to print to, and Python says None."""
+        script = "import sys, types; from d2q_edge import cli; "
+        if several:
+            script += "sys.argv = ['d2q-edge', 'inspect', 'none.gguf']; "
+        else:
+            script += "cuda = types.SimpleNamespace(is_initialized=lambda: True); "
+            script += "sys.modules['torch'] = types.SimpleNamespace(cuda=cuda); sys.argv = ['d2q-edge', '--version']; "
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+        environment |= {"WORLD_SIZE": "2"} if several else {}
+        command = ["bash", "-c", 'exec "$0" -c "$1" >&-', sys.executable, f"{script}cli.main()"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        expected = (1, "Error: there is no file none.gguf\n") if several else (0, "")
+        assert (done.returncode, done.stderr) == expected
+
     @pytest.mark.parametrize("gpu", [True, False])
     def test_what_worked_on_a_gpu_ends_at_once(self, gpu: bool) -> None:
         """But for what was registered for the end; what is printed gets out."""

@@ -220,3 +220,11 @@ def test_three_processes_make_the_same_model(tmp_path: Path) -> None:
     one, two = GGUFFile(alone), GGUFFile(shared)
     assert one.tensors.keys() == two.tensors.keys()
     assert alone.stat().st_size == shared.stat().st_size
+
+
+def test_two_processes_plan_a_mixture(tmp_path: Path) -> None:
+    """What the first has measured is the others' plan, too: they meet before."""
+    arguments = ["convert", str(EXAMPLE), "--bits", "2.5", "--dry-run", "-o", str(tmp_path / "out.gguf")]
+    done = torchrun("-m", "d2q_edge.cli", *arguments, "--calibration-tokens", TOKENS)
+    assert done.returncode == 0, done.stderr
+    assert "d2q3" in done.stdout

@@ -1,17 +1,23 @@
 """The thread that quantizes a matrix that nobody needs."""
 
 import threading
-from contextlib import nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from d2q_edge import rehearsal
+from d2q_edge import conversion, rehearsal
+from d2q_edge.errors import D2QError
+from d2q_edge.quantize.dsq import InputEnergy
 from d2q_edge.quantize.gptaq import InputStatistics
+from d2q_edge.recipe import Options
 from d2q_edge.rehearsal import Rehearsal, rehearse
 from d2q_edge.stage_solver import StageSolver
 from d2q_edge.tensor_types import BY_NAME
+from tests.checkpoints import EXAMPLE
 
 CPU = torch.device("cpu")
 
@@ -28,8 +34,11 @@ def test_it_takes_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append((kind, len(quantized)))
         return found
 
+    explained, conditional = [], InputEnergy.conditional
+    monkeypatch.setattr(InputEnergy, "conditional", lambda energy: explained.append(conditional(energy)))
     monkeypatch.setattr(StageSolver, "solve", solve)
     rehearse(BY_NAME, (3, 40), CPU)
+    assert [each.shape for each in explained] == [(rehearsal.COLUMNS,)]
     assert sorted(seen) == [(kind, rows) for kind in sorted(BY_NAME) for rows in (3, 40)]
 
 
@@ -44,6 +53,7 @@ def test_on_a_device_without_kernels_nothing_happens(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_thread_does_it(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, go_on, done = threading.Event(), threading.Event(), []
+    devices: list[torch.device] = []
 
     def slow(*arguments: object) -> None:
         begun.set()
@@ -54,13 +64,43 @@ def test_a_thread_does_it(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(rehearsal, "rehearse", slow)
     monkeypatch.setattr(rehearsal, "has_triton", lambda _: True)
-    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+
+    def entered(device: torch.device) -> AbstractContextManager[None]:
+        devices.append(device)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "device", entered)
+    failures: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", failures.append)
     here = Rehearsal(["d2q3"], [8, 9], CPU)
     assert begun.wait(60)
     assert not done
     go_on.set()
     here.wait()
     assert done == [(("d2q3",), (8, 9), CPU)]
+    assert devices == [CPU]
+    assert not failures
+
+
+def test_a_conversion_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[object] = []
+
+    class Noting(Rehearsal):
+        def __init__(self, kinds: Iterable[str], rows: Iterable[int], device: torch.device) -> None:
+            order.append((sorted(kinds), sorted(rows), device))
+
+        def wait(self) -> None:
+            order.append("wait")
+
+    def stop(*_: object, **__: object) -> None:
+        order.append("blocks")
+        raise D2QError("enough")
+
+    monkeypatch.setattr(conversion, "Rehearsal", Noting)
+    monkeypatch.setattr(conversion, "quantize_blocks", stop)
+    with pytest.raises(D2QError, match="enough"):
+        conversion.convert(EXAMPLE, tmp_path / "out.gguf", Options(calibration_tokens=512), verify=False)
+    assert order == [(["d2q2"], [256, 1536], CPU), "wait", "blocks"]
 
 
 def test_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:

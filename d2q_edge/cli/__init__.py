@@ -73,8 +73,7 @@ def _leave(code: int | None) -> NoReturn:
     Python takes two seconds."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
         atexit._run_exitfuncs()
         os._exit(code or 0)
     sys.exit(code)
@@ -89,10 +88,17 @@ def _fail(code: int) -> NoReturn:
     """End the process. One of several at once: NCCL would first wait for the others, which wait for this one, and who
     started them ends them when it is gone."""
     if _one_of_several():
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _flush() -> None:
+    """What is printed, wherever that goes."""
+    for stream in (sys.stdout, sys.stderr):
+        # Python has none for one that was closed when it began.
+        if stream is not None:
+            stream.flush()
 
 
 class _Ended(BaseException):

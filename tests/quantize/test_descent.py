@@ -182,7 +182,7 @@ def test_every_choice_is_the_best_of_its_candidates(kind: TensorType, monkeypatc
     rows = 8
     monkeypatch.setattr(trail, "SPAN", 2 * kind.block_size)
     monkeypatch.setattr(trail, "prefers_products", lambda _: True)
-    case = make(3 * kind.block_size, rows=rows)
+    case = make(4 * kind.block_size, rows=rows)
     problem = case.problem(case.quantize(kind), kind)
     inner = descent._choose_group
     agreed: list[Any] = []

@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,18 @@ from tests.kernels.ggml import Ggml
 
 
 @pytest.fixture(autouse=True)
-def log_on_stderr() -> None:
-    """Undo what earlier tests left behind: LlamaModel keeps llama.cpp's messages, which are read here, off stderr."""
-    if "llama_cpp" in sys.modules:
-        import llama_cpp
+def log_on_stderr() -> Iterator[None]:
+    """Undo what earlier tests left behind: LlamaModel keeps llama.cpp's messages, which are read here, off stderr.
+    Later ones find them where llama-cpp-python puts them."""
+    if "llama_cpp" not in sys.modules:
+        yield
+        return
+    import llama_cpp
+    from llama_cpp._logger import llama_log_callback
 
-        llama_cpp.llama_log_set(llama_cpp.llama_log_callback(), ctypes.c_void_p(0))
+    llama_cpp.llama_log_set(llama_cpp.llama_log_callback(), ctypes.c_void_p(0))
+    yield
+    llama_cpp.llama_log_set(llama_log_callback, ctypes.c_void_p(0))
 
 
 @pytest.fixture(scope="session")

@@ -92,8 +92,9 @@ class ColumnScaling:
     def _conditional(self, energies: Mapping[str, InputEnergy]) -> dict[str, torch.Tensor]:
         """`InputEnergy.conditional` of every stage, each by one process."""
         found = {name: torch.empty_like(energy.gram[0]) for name, energy in energies.items()}
-        costs = [len(each) ** 3 for each in found.values()]
-        self.ranks.share(list(found.values()), costs, lambda number: list(energies.values())[number].conditional())
+        every = list(energies.values())
+        costs = [len(energy.gram) ** 3 for energy in every]
+        self.ranks.share(list(found.values()), costs, lambda number: every[number].conditional())
         return found
 
     def _shares(self, stage: Stage, energies: Mapping[str, InputEnergy]) -> list[torch.Tensor] | None:

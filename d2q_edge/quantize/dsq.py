@@ -107,7 +107,8 @@ class InputEnergy:
             raise D2QError(
                 "the calibration statistics of a layer can't be factored; use more or more varied --calibration text"
             )
-        # With C = L L^T the diagonal of inv(C) is that of inv(L)^T inv(L).
+        # With C = L L^T the diagonal of inv(C) is that of inv(L)^T inv(L). A solver takes L as a whole, because strips
+        # would round differently.
         products = prefers_products(factor.device)
         inverse = inverse_lower(factor) if products else solved_columns(factor, 0, len(factor))
         return energy / inverse.square().sum(0).to(energy)

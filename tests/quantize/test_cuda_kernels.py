@@ -168,13 +168,14 @@ def test_scales_and_codebooks(kind: TensorType, rows: int, in_torch: Callable[[]
     )
     assert lost == pytest.approx(lost_elsewhere, rel=1e-3)
     books_in_torch, errors_in_torch = search.search(vectors)
-    # Far beyond the table, it doesn't tell codebooks apart that do differ.
-    near_ties((errors - errors_in_torch).abs() <= 1e-2 + 2e-3 * errors_in_torch)
+    # Far beyond the table, it doesn't tell codebooks apart that do differ: a few of many groups.
+    off = (errors - errors_in_torch).abs() > 1e-2 + 2e-3 * errors_in_torch
+    assert float(off.sum()) <= 0.01 * len(off) if CUDA else not bool(off.any())
     torch.testing.assert_close(errors, errors_in_torch, rtol=0.1, atol=1e-2)
-    # Of zeros many codebooks are equally good, and of small values, alone or beside an outlier, some.
-    alive = (vectors.square().sum((1, 2)) > 1e-6).view(rows, -1)
-    alive[:3] = False
-    alive = alive.flatten()
+    # Of zeros many codebooks are equally good, and of small values beside an outlier some; on GPUs of small ones alone.
+    alive = vectors.square().sum((1, 2)) > 1e-6
+    if CUDA:
+        alive.view(rows, -1)[:3] = False
     assert float((books == books_in_torch)[alive].float().mean()) > 0.9
 
 

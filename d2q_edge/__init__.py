@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from d2q_edge.conversion import Conversion, convert
     from d2q_edge.errors import D2QError
-    from d2q_edge.evaluation import Evaluation, evaluate
-    from d2q_edge.recipe import Options
+    from d2q_edge.evaluation.perplexity import Evaluation, evaluate
+    from d2q_edge.options import Options
 
 __version__ = "0.1.0"
 __all__ = ["Conversion", "D2QError", "Evaluation", "Options", "convert", "evaluate"]
@@ -27,10 +27,10 @@ __all__ = ["Conversion", "D2QError", "Evaluation", "Options", "convert", "evalua
 _MODULES = {
     "Conversion": "conversion",
     "D2QError": "errors",
-    "Evaluation": "evaluation",
-    "Options": "recipe",
+    "Evaluation": "evaluation.perplexity",
+    "Options": "options",
     "convert": "conversion",
-    "evaluate": "evaluation",
+    "evaluate": "evaluation.perplexity",
 }
 
 

@@ -17,30 +17,30 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from d2q_edge import ahead, tensor_types
-from d2q_edge.blocks import BlockRunner
-from d2q_edge.calibration import Text, load_text, split_windows
-from d2q_edge.checkpoint import Checkpoint
+from d2q_edge.calibration.text import Text, load_text
+from d2q_edge.calibration.windows import split_windows
+from d2q_edge.distributed.process_group import ProcessGroup
 from d2q_edge.errors import D2QError
-from d2q_edge.export import check_tokenizer, model_tokenizer
-from d2q_edge.families import Family, family_for
-from d2q_edge.gguf_file import check_output
-from d2q_edge.memory import MemoryPlan, plan_memory, stage_rows
-from d2q_edge.output import Output, QuantizedContent, RoundedContent
-from d2q_edge.output_lock import sole_writer
-from d2q_edge.pipeline import BATCH_TOKENS, Method, corrected_norms, quantize_blocks
-from d2q_edge.plan import Plan, check_request, is_mixed, make_plan, rounding_types
-from d2q_edge.quantize.kernels import has_triton
-from d2q_edge.quantize.rotation import RotatedCheckpoint, rotation_pays
-from d2q_edge.ranks import Ranks
-from d2q_edge.recipe import Options, check, fingerprint, own_keys
-from d2q_edge.refinement import Refinement, refine, refined_norms
-from d2q_edge.rehearsal import Rehearsal
-from d2q_edge.report import Report
-from d2q_edge.sensitivity import choose_windows, measure
-from d2q_edge.targets import check_targets
-from d2q_edge.tokenizer.original import load_original
-from d2q_edge.work_dir import WorkDir, was_published
+from d2q_edge.export.model_file import check_tokenizer, model_tokenizer
+from d2q_edge.export.targets import check_targets
+from d2q_edge.formats.gguf_writer import check_output
+from d2q_edge.model.blocks import BlockRunner
+from d2q_edge.model.checkpoint import Checkpoint
+from d2q_edge.model.families import Family, family_for
+from d2q_edge.model.rotated_checkpoint import RotatedCheckpoint, rotation_pays
+from d2q_edge.model.tokenizer.original import load_original
+from d2q_edge.options import Options, check
+from d2q_edge.pipeline.block_loop import BATCH_TOKENS, Method, corrected_norms, quantize_blocks
+from d2q_edge.pipeline.memory import MemoryPlan, plan_memory
+from d2q_edge.pipeline.output import Output, QuantizedContent, RoundedContent
+from d2q_edge.pipeline.recipe import fingerprint, own_keys
+from d2q_edge.pipeline.refinement import Refinement, refine, refined_norms
+from d2q_edge.pipeline.report import Report
+from d2q_edge.pipeline.sensitivity import choose_windows, measure
+from d2q_edge.pipeline.type_plan import Plan, check_request, is_mixed, make_plan, rounding_types
+from d2q_edge.pipeline.work_dir import WorkDir, was_published
+from d2q_edge.quantize.triton.support import has_triton
+from d2q_edge.utils.output_lock import sole_writer
 
 REFINE_FACTOR = 8
 """Refinement uses that many times the calibration tokens, as far as the text goes."""
@@ -73,7 +73,7 @@ class Conversion:
     def to_json(self) -> dict[str, Any]:
         """Plain values for json.dump: bytes, bits per weight, the type of every matrix, and what was measured.
 
-        layer_errors, column_scales, norm_shifts, held_back, seconds: see report.Report. refinement: see there.
+        layer_errors, column_scales, norm_shifts, validation, seconds: see report.Report. refinement: see there.
         """
         return {
             "bytes": self.size,
@@ -100,7 +100,7 @@ class Conversion:
             ]
         if self.report and self.report.seconds:
             lines.append("time: " + ", ".join(f"{phase} {spent:.1f} s" for phase, spent in self.report.seconds.items()))
-        if found := self.report.held_back if self.report else None:
+        if found := self.report.validation if self.report else None:
             lines.append(
                 f"KL divergence on {found.tokens:,} tokens of held-back calibration text: {found.kl_divergence:.4f} "
                 f"± {found.kl_divergence_stderr:.4f} (estimate, with embeddings and head unrounded)"
@@ -145,19 +145,19 @@ def convert(
         D2QError: anything wrong with the checkpoint, the options, the text, the device or the output.
     """
     output, options = Path(output), options or Options()
-    ranks = Ranks.started(choose_device(options.device))
-    if ranks.device.type == "cuda":
+    processes = ProcessGroup.from_environment(choose_device(options.device))
+    if processes.device.type == "cuda":
         # Now, while there is one thread only; the second imports Triton.
         torch.cuda.init()
-        has_triton(ranks.device)
+        has_triton(processes.device)
     if dry_run:
-        return _Job(model, output, options, ranks, dry_run=True).planned()
-    with sole_writer(output) if ranks.is_first else nullcontext():
-        if ranks.is_first and not was_published(output):
+        return _Job(model, output, options, processes, dry_run=True).planned()
+    with sole_writer(output) if processes.is_main else nullcontext():
+        if processes.is_main and not was_published(output):
             # Before anything that takes time; its size is checked when it is known.
             check_output(output, force=force)
-        job = _Job(model, output, options, ranks)
-        if ranks.is_first and not was_published(output):
+        job = _Job(model, output, options, processes)
+        if processes.is_main and not was_published(output):
             check_output(output, force=force, size=job.size)
         if job.calibration is None:
             return job.round(force=force, verify=verify)
@@ -171,13 +171,13 @@ class _Calibration:
     Attributes:
         text: the whole text.
         windows: token ids [windows, context].
-        held_back: other windows, to measure the result on.
+        validation: other windows, to measure the result on.
         memory: what it takes.
     """
 
     text: Text
     windows: npt.NDArray[np.int64]
-    held_back: npt.NDArray[np.int64]
+    validation: npt.NDArray[np.int64]
     memory: MemoryPlan
 
 
@@ -185,9 +185,9 @@ class _Job:
     """One conversion, planned; then done by `round` or `quantize`."""
 
     def __init__(
-        self, model: str | Path, output: Path, options: Options, ranks: Ranks, *, dry_run: bool = False
+        self, model: str | Path, output: Path, options: Options, processes: ProcessGroup, *, dry_run: bool = False
     ) -> None:
-        self.output, self.options, self.ranks = output, options, ranks
+        self.output, self.options, self.processes = output, options, processes
         check(options)
         self.source = Checkpoint.open(model)
         texts = [] if options.calibration == "builtin" else [Path(options.calibration)]
@@ -210,11 +210,9 @@ class _Job:
             raise D2QError("--refine can't tune a mixture of experts; leave it out")
         self.tokenizer = model_tokenizer(self.checkpoint, family, options.pre_tokenizer)
         text = load_text(options.calibration, "calibration") if options.calibrate else None
-        windows = held_back = None
+        windows = validation = None
         if text is not None:
-            if not dry_run:
-                ahead.begin()
-            windows, held_back = self._windows(text, options.calibration_tokens)
+            windows, validation = self._windows(text, options.calibration_tokens)
         self.method = Method(dsq=options.dsq, dac=options.dac)
         sensitivity = self._sensitivity(windows) if is_mixed(options.bits) else None
         self.plan = make_plan(family, options.bits, *tables, sensitivity)
@@ -225,13 +223,15 @@ class _Job:
         self.file = Output(self.checkpoint, family, self.tokenizer, self.plan, norm_biases, metadata, file_type)
         # Also finds out, before the long work, whether the metadata can be exported.
         self.size = self.file.size()
-        if ranks.is_first:
+        if processes.is_main:
             _say_notes((*self.checkpoint.notes, *self.tokenizer.notes, *family.notes), self.plan, family, options)
         self.calibration = None
-        if text is not None and windows is not None and held_back is not None:
-            tokens, limit, disk = windows.size + held_back.size, options.memory_limit, self.plan.linear_bytes
-            memory = plan_memory(family, tokens, BATCH_TOKENS, ranks.device, output, disk, limit, ranks.count)
-            self.calibration = _Calibration(text, windows, held_back, memory)
+        if text is not None and windows is not None and validation is not None:
+            tokens, limit, disk = windows.size + validation.size, options.memory_limit, self.plan.linear_bytes
+            memory = plan_memory(
+                family, tokens, BATCH_TOKENS, processes.device, output, disk, limit, processes.world_size
+            )
+            self.calibration = _Calibration(text, windows, validation, memory)
 
     def planned(self) -> Conversion:
         """What would be done."""
@@ -239,56 +239,52 @@ class _Job:
 
     def round(self, *, force: bool, verify: bool) -> Conversion:
         """Write the file without calibration."""
-        if self.ranks.is_first:
-            content = RoundedContent(self.checkpoint, self.plan, self.ranks.device)
+        if self.processes.is_main:
+            content = RoundedContent(self.checkpoint, self.plan, self.processes.device)
             self.file.write(self.output, content, force, verify=verify)
         return self._result(Report())
 
     def quantize(self, calibration: _Calibration, *, force: bool, verify: bool) -> Conversion:
         """Quantize block by block, or go on doing it, and write the file."""
-        family, ranks, options, memory = self.family, self.ranks, self.options, calibration.memory
-        rows = [stage_rows(family, stage) // ranks.count for stage in family.stages]
-        kinds = tensor_types.BY_NAME.keys() & self.plan.linears.values()
-        rehearsal = Rehearsal(kinds, {min(rows), max(rows)}, ranks.device)
-        ranks.meet()
-        if verify and ranks.is_first:
+        family, processes, options, memory = self.family, self.processes, self.options, calibration.memory
+        processes.connect()
+        if verify and processes.is_main:
             check_tokenizer(self.checkpoint, family, self.tokenizer)
-        _check_weights(self.source, ranks)
-        if ranks.is_first:
+        _check_weights(self.source, processes)
+        if processes.is_main:
             print(memory.describe(), file=sys.stderr)
             if calibration.windows.size + options.context <= options.calibration_tokens:
                 print(f"the calibration text has {calibration.windows.size} tokens only; all are used", file=sys.stderr)
-        key = fingerprint(self.checkpoint, self.plan, self.file.metadata, calibration.windows, ranks)
-        work = ranks.in_turn(lambda: WorkDir(self.output, key, force=force and ranks.is_first))
+        key = fingerprint(self.checkpoint, self.plan, self.file.metadata, calibration.windows, processes)
+        work = processes.main_first(lambda: WorkDir(self.output, key, force=force and processes.is_main))
         if was_published(self.output):
             # Killed at the very end: there is nothing left to do but tidying up.
-            ranks.wait()
-            if ranks.is_first:
+            processes.barrier()
+            if processes.is_main:
                 work.remove()
             return self._result(Report(), memory)
-        if work.finished and ranks.is_first:
+        if work.finished and processes.is_main:
             print(f"going on after {work.finished} finished blocks in {work.path}", file=sys.stderr)
-        runner = BlockRunner(self.checkpoint, family, ranks.device)
-        rehearsal.wait()
+        runner = BlockRunner(self.checkpoint, family, processes.device)
         report = quantize_blocks(
             runner,
             self.plan.linears,
             calibration.windows,
             work,
             self.method,
-            held_back=calibration.held_back,
+            validation=calibration.validation,
             place=memory.place,
-            ranks=ranks,
+            processes=processes,
         )
-        if not ranks.is_first:
-            ranks.wait()
+        if not processes.is_main:
+            processes.barrier()
             return self._result(report, memory)
         refinement = None
         if options.refine and not work.has_block(family.num_layers, refined=True):
             more, _ = self._windows(calibration.text, REFINE_FACTOR * options.calibration_tokens)
-            refinement = refine(self.checkpoint, family, self.plan.linears, more, work, ranks.device)
+            refinement = refine(self.checkpoint, family, self.plan.linears, more, work, processes.device)
         with report.timed("writing"):
-            content = QuantizedContent(self.checkpoint, family, work, ranks.device, refined=options.refine)
+            content = QuantizedContent(self.checkpoint, family, work, processes.device, refined=options.refine)
             self.file.write(work.complete, content, force=True, verify=verify)
             if self.output.exists() and not force:
                 raise D2QError(
@@ -297,7 +293,7 @@ class _Job:
                 )
             work.publish()
         work.remove()
-        ranks.wait()
+        processes.barrier()
         return self._result(report, memory, refinement)
 
     def _result(
@@ -319,14 +315,14 @@ class _Job:
                 f"--bits {self.options.bits:g} measures on calibration text which layers need more bits; leave out "
                 "--no-calibration, or use --bits 2 or 3"
             )
-        self.ranks.meet()
+        self.processes.connect()
         types = rounding_types(self.family)
         measured = dict.fromkeys(types, 0.0)
-        if self.ranks.is_first:
-            runner = BlockRunner(self.checkpoint, self.family, self.ranks.device)
+        if self.processes.is_main:
+            runner = BlockRunner(self.checkpoint, self.family, self.processes.device)
             measured = measure(runner, types, choose_windows(windows))
         shared = torch.tensor(list(measured.values()), dtype=torch.float32)
-        self.ranks.sum([shared])
+        self.processes.all_reduce([shared])
         return dict(zip(measured, shared.tolist(), strict=True))
 
 
@@ -363,12 +359,12 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _check_weights(checkpoint: Checkpoint, ranks: Ranks) -> None:
+def _check_weights(checkpoint: Checkpoint, processes: ProcessGroup) -> None:
     """Read everything once, each process its part: better find a damaged tensor of the last block now than in an hour.
 
     Raises:
         D2QError: a tensor can't be read, or is NaN or infinite.
     """
-    names = list(checkpoint.names)[ranks.rank :: ranks.count]
-    for name in tqdm(names, desc="Checking", unit="tensor", disable=None if ranks.is_first else True):
+    names = list(checkpoint.names)[processes.rank :: processes.world_size]
+    for name in tqdm(names, desc="Checking", unit="tensor", disable=None if processes.is_main else True):
         checkpoint.tensor(name)

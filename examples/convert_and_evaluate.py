@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from d2q_edge import D2QError, Options, convert, evaluate
-from d2q_edge.export import export
+from d2q_edge.export.model_file import export
 
 
 def main(model: Path, out: Path, calibration_tokens: int = 65536, chunks: int = 20) -> None:

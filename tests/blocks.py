@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from d2q_edge import tensor_types
-from d2q_edge.column_scaling import COLUMN_SCALE
-from d2q_edge.work_dir import WorkDir
+from d2q_edge.formats import tensor_types
+from d2q_edge.pipeline.column_scaling import COLUMN_SCALE
+from d2q_edge.pipeline.work_dir import WorkDir
 
 
 def changed_tensors(work: WorkDir, types: Mapping[str, str]) -> dict[str, torch.Tensor]:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from d2q_edge.families import family_for
+from d2q_edge.model.families import family_for
+from tests.paths import ROOT
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny-qwen3"
+EXAMPLE = ROOT / "examples" / "tiny-qwen3"
 LLAMA_REGEX = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"

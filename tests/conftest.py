@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from d2q_edge import cli, generate, llama_model
+from d2q_edge import cli
 from d2q_edge.conversion import convert
-from d2q_edge.export import export
-from d2q_edge.recipe import Options
-from d2q_edge.report import Report
-from d2q_edge.runtime import source
+from d2q_edge.export.model_file import export
+from d2q_edge.options import Options
+from d2q_edge.pipeline.report import Report
+from d2q_edge.runtime import generate, llama_model, source
 from tests import stock
 from tests.availability import fetch_sdist
 from tests.checkpoints import EXAMPLE, write_checkpoint

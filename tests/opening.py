@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.errors import D2QError
-from d2q_edge.families import family_for
+from d2q_edge.model.checkpoint import Checkpoint
+from d2q_edge.model.families import family_for
 
 
 def refused(directory: Path, pattern: str) -> None:

@@ -19,25 +19,27 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from d2q_edge import tensor_types
-from d2q_edge.blocks import BlockRunner
-from d2q_edge.calibration import load_text, token_windows
-from d2q_edge.checkpoint import Checkpoint
-from d2q_edge.column_scaling import COLUMN_SCALE
+from d2q_edge.calibration.text import load_text
+from d2q_edge.calibration.windows import token_windows
 from d2q_edge.conversion import REFINE_FACTOR, choose_device
 from d2q_edge.errors import D2QError
-from d2q_edge.export import model_tokenizer
-from d2q_edge.families import Family, family_for
-from d2q_edge.paper_pipeline import Recipe, quantize_model
-from d2q_edge.pipeline import Method, quantize_blocks
-from d2q_edge.plan import make_plan
-from d2q_edge.quantize.codebook import CodebookSearch
-from d2q_edge.quantize.rotation import RotatedCheckpoint
+from d2q_edge.export.model_file import model_tokenizer
+from d2q_edge.formats import tensor_types
+from d2q_edge.model.blocks import BlockRunner
+from d2q_edge.model.checkpoint import Checkpoint
+from d2q_edge.model.families import Family, family_for
+from d2q_edge.model.rotated_checkpoint import RotatedCheckpoint
+from d2q_edge.model.tokenizer.original import load_original
+from d2q_edge.model.whole_model import Weights, WholeModel
+from d2q_edge.pipeline.block_loop import Method, quantize_blocks
+from d2q_edge.pipeline.column_scaling import COLUMN_SCALE
+from d2q_edge.pipeline.refinement import refine
+from d2q_edge.pipeline.type_plan import make_plan
+from d2q_edge.pipeline.work_dir import WorkDir
+from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.rtn import round_layer
-from d2q_edge.refinement import refine
-from d2q_edge.tokenizer.original import load_original
-from d2q_edge.torch_evaluate import Distance, Reference, Weights, WholeModel, evaluation_chunks
-from d2q_edge.work_dir import WorkDir
+from tools.paper_recipe.pipeline import Recipe, quantize_model
+from tools.torch_evaluation import Distance, Reference, evaluation_chunks
 
 
 @dataclass(frozen=True)

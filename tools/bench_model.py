@@ -28,17 +28,17 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import save_file
 
-from d2q_edge import codebooks, tensor_types
-from d2q_edge.benchmark import PROMPT, Settings, run_rounds
-from d2q_edge.calibration import BUILTIN
-from d2q_edge.checkpoint import Checkpoint
+from d2q_edge.calibration.text import BUILTIN
 from d2q_edge.conversion import FILE_TYPES
 from d2q_edge.errors import D2QError
-from d2q_edge.export import Value, export, model_tokenizer, stored_floats
-from d2q_edge.families import family_for
-from d2q_edge.output import Content, Output
-from d2q_edge.plan import make_plan
-from d2q_edge.quantize.codebook import CodebookSearch
+from d2q_edge.evaluation.benchmark import PROMPT, Settings, run_rounds
+from d2q_edge.export.model_file import Value, export, model_tokenizer, stored_floats
+from d2q_edge.formats import codebooks, tensor_types
+from d2q_edge.model.checkpoint import Checkpoint
+from d2q_edge.model.families import family_for
+from d2q_edge.pipeline.output import Content, Output
+from d2q_edge.pipeline.type_plan import make_plan
+from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.rtn import round_layer
 from d2q_edge.runtime import run_tool
 

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import click
 
-from d2q_edge.benchmark import GENERATION, Settings, benchmark
-from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.conversion import convert
 from d2q_edge.errors import D2QError
-from d2q_edge.evaluation import Evaluation, evaluate
-from d2q_edge.export import export
-from d2q_edge.families import family_for
-from d2q_edge.generate import generate
-from d2q_edge.recipe import Options
-from d2q_edge.runtime.machine import usable_cpus
-from d2q_edge.stock import make_stock_file
+from d2q_edge.evaluation.benchmark import GENERATION, Settings, benchmark
+from d2q_edge.evaluation.perplexity import Evaluation, evaluate
+from d2q_edge.evaluation.stock import make_stock_file
+from d2q_edge.export.model_file import export
+from d2q_edge.model.checkpoint import Checkpoint
+from d2q_edge.model.families import family_for
+from d2q_edge.options import Options
+from d2q_edge.runtime.generate import generate
+from d2q_edge.utils.machine import usable_cpus
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-qwen3"
 STOCK = ("Q8_0", "Q4_K", "Q3_K", "Q2_K")

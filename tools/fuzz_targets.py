@@ -22,18 +22,19 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-from d2q_edge import inspection, tensor_types
-from d2q_edge.blocks import BlockRunner
-from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.conversion import convert
-from d2q_edge.export import file_name, model_tokenizer
-from d2q_edge.families import family_for
-from d2q_edge.gguf_file import GGUFTensor, write_gguf
-from d2q_edge.gguf_reader import GGUFFile
-from d2q_edge.json_files import read_json_object
-from d2q_edge.recipe import Options
-from d2q_edge.text_part import has_text_part, text_config
-from d2q_edge.tokenizer.original import load_original
+from d2q_edge.export import inspection
+from d2q_edge.export.model_file import file_name, model_tokenizer
+from d2q_edge.formats import tensor_types
+from d2q_edge.formats.gguf_reader import GGUFFile
+from d2q_edge.formats.gguf_writer import GGUFTensor, write_gguf
+from d2q_edge.model.blocks import BlockRunner
+from d2q_edge.model.checkpoint import Checkpoint
+from d2q_edge.model.families import family_for
+from d2q_edge.model.text_part import has_text_part, text_config
+from d2q_edge.model.tokenizer.original import load_original
+from d2q_edge.options import Options
+from d2q_edge.utils.json_files import read_json_object
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-qwen3"
 TOKENS = 300

@@ -4,7 +4,7 @@ d2q-tables-metal.h for Metal, where what a kernel looks up together is one word.
     python tools/generate_tables.py            write the headers
     python tools/generate_tables.py --check    exit with 1 when a header is not what would be written
 
-Knows the headers' form only; the tables and their checksum come from d2q_edge.codebooks.
+Knows the headers' form only; the tables and their checksum come from d2q_edge.formats.codebooks.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from d2q_edge.codebooks import PAIR_TABLE, SCALAR_TABLE, TABLE_SHA256
+from d2q_edge.formats.codebooks import PAIR_TABLE, SCALAR_TABLE, TABLE_SHA256
 
 SOURCES = Path(__file__).resolve().parent.parent / "cpp_patch" / "src"
 

@@ -26,7 +26,7 @@ import torch
 
 from d2q_edge.conversion import convert
 from d2q_edge.errors import D2QError
-from d2q_edge.recipe import Options
+from d2q_edge.options import Options
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-qwen3"
 OPERATIONS = ((Path, "replace"), (Path, "unlink"), (Path, "mkdir"), (os, "fsync"), (os, "rmdir"), (os, "unlink"))

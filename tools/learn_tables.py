@@ -30,7 +30,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from d2q_edge.codebooks import CODEBOOKS, ENTRY_MAX, ENTRY_MIN, format_tables, table_sha256
+from d2q_edge.formats.codebooks import CODEBOOKS, ENTRY_MAX, ENTRY_MIN, format_tables, table_sha256
 
 BLOCK, GROUP = 256, 32
 TEST_BLOCKS = 8192

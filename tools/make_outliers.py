@@ -26,9 +26,9 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import save_file
 
-from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.errors import D2QError
-from d2q_edge.families import Family, family_for
+from d2q_edge.model.checkpoint import Checkpoint
+from d2q_edge.model.families import Family, family_for
 
 OUTLIERS = 0.01
 """The share of channels that become outliers."""
@@ -75,19 +75,19 @@ def draw_scales(family: Family, sigma: float, seed: int) -> dict[str, Scales]:
     scales = {name: Scales() for name in family.tensor_shapes()}
     for index in range(family.num_layers):
         prefix = family.block_prefix(index)
-        for stage in family.stages:
-            if stage.norm is not None:
+        for group in family.linear_groups:
+            if group.norm is not None:
                 factors = draw_factors(family.hidden_size, sigma, generator)
-                scales[f"{prefix}{stage.norm}.weight"].rows = factors
-                for linear in stage.linears:
+                scales[f"{prefix}{group.norm}.weight"].rows = factors
+                for linear in group.linears:
                     scales[f"{prefix}{linear}.weight"].columns = factors
-            if stage.source is not None:
-                factors = draw_factors(family.linear_shape(stage.source)[0], sigma, generator)
-                scales[f"{prefix}{stage.source}.weight"].rows = factors
-                if stage.source in family.biased_linears():
-                    scales[f"{prefix}{stage.source}.bias"].rows = factors
-                for linear in stage.linears:
-                    scales[f"{prefix}{linear}.weight"].columns = factors[family.source_rows(stage.source)]
+            if group.source is not None:
+                factors = draw_factors(family.linear_shape(group.source)[0], sigma, generator)
+                scales[f"{prefix}{group.source}.weight"].rows = factors
+                if group.source in family.biased_linears():
+                    scales[f"{prefix}{group.source}.bias"].rows = factors
+                for linear in group.linears:
+                    scales[f"{prefix}{linear}.weight"].columns = factors[family.source_rows(group.source)]
     if not family.tied_embeddings:
         factors = draw_factors(family.hidden_size, sigma, generator)
         scales[f"{family.final_norm}.weight"].rows = factors

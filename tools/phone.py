@@ -17,8 +17,8 @@ import click
 
 from d2q_edge.errors import D2QError
 from d2q_edge.runtime import source
-from d2q_edge.runtime.machine import usable_cpus
 from d2q_edge.runtime.process import run_logged, say
+from d2q_edge.utils.machine import usable_cpus
 
 PROGRAMS = ("llama-completion", "llama-bench", "llama-simple")
 """Chat and completion with all options; the benchmark; the smallest program that generates text."""

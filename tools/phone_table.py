@@ -14,9 +14,9 @@ from typing import Any
 
 import click
 
-from d2q_edge.families import Family, family_for
-from d2q_edge.gguf_file import block_and_type_size
-from d2q_edge.plan import make_plan
+from d2q_edge.formats.gguf_writer import block_and_type_size
+from d2q_edge.model.families import Family, family_for
+from d2q_edge.pipeline.type_plan import make_plan
 
 MODELS = Path(__file__).with_name("phone_models.json")
 CONTEXT = 4096

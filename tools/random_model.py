@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from d2q_edge.families import family_for
+from d2q_edge.model.families import family_for
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny-qwen3"
 SHARD_BYTES = 4 * 2**30

@@ -45,8 +45,8 @@ def command(
     Prints tokens per second, medians of rounds in which the files take turns. With --stock, ratios of speeds follow:
     above 1, FILE is faster. Needs llama.cpp's tools: `d2q-edge runtime install --tools`.
     """
-    from d2q_edge.benchmark import Settings, benchmark, stock_file
-    from d2q_edge.runtime.machine import usable_cpus
+    from d2q_edge.evaluation.benchmark import Settings, benchmark, stock_file
+    from d2q_edge.utils.machine import usable_cpus
 
     settings = Settings(prompt, generation, threads or (usable_cpus(),), rounds)
     with ExitStack() as stack:

@@ -12,7 +12,7 @@ from d2q_edge.cli.common import PATH, THREADS, Number
 from d2q_edge.errors import D2QError
 
 if TYPE_CHECKING:
-    from d2q_edge.chat import Conversation
+    from d2q_edge.runtime.chat import Conversation
 
 HELP = """\
 /help   this list
@@ -45,7 +45,7 @@ def command(
     Ctrl-C stops an answer, Ctrl-D ends; /help lists what else can be typed. When the input isn't a terminal, every
     line of it is a message, and only the answers are printed to stdout.
     """
-    from d2q_edge.chat import Conversation
+    from d2q_edge.runtime.chat import Conversation
 
     with Conversation(
         file,

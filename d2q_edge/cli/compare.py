@@ -48,9 +48,9 @@ def command(
     Stock files are made with an importance matrix by llama.cpp's own tools: `d2q-edge runtime install --tools`.
     """
     wait_passively()
-    from d2q_edge.compare import Settings, compare
-    from d2q_edge.presentation.page import check_target, write
-    from d2q_edge.stock import parse_types
+    from d2q_edge.evaluation.compare import Settings, compare
+    from d2q_edge.evaluation.report.page import check_target, write
+    from d2q_edge.evaluation.stock import parse_types
 
     for output in outputs:
         check_target(output)

@@ -6,9 +6,8 @@ from typing import Any
 
 import click
 
-from d2q_edge.ahead import no_garbage, wake_driver
 from d2q_edge.cli.common import PATH, Number, is_first_process, wait_passively, write_json
-from d2q_edge.launch import together
+from d2q_edge.distributed.launch import together
 
 
 @click.command("convert")
@@ -67,19 +66,16 @@ def command(model: Path, output: Path | None, stock_type: str | None, gpus: int,
 
 
 def _convert(model: Path, output: Path | None, stock_type: str | None, options: dict[str, Any]) -> None:
-    if stock_type is None and options["device"] in ("auto", "cuda"):
-        wake_driver()
-    with no_garbage():
-        from d2q_edge import export
-        from d2q_edge.checkpoint import Checkpoint
-        from d2q_edge.conversion import convert as quantize
-        from d2q_edge.conversion_report import fingerprint
-        from d2q_edge.families import family_for
-        from d2q_edge.gguf_file import check_output
-        from d2q_edge.hub import locate
-        from d2q_edge.model_card import NAME, check_card, write_card
-        from d2q_edge.recipe import Options
-        from d2q_edge.targets import check_targets
+    from d2q_edge.conversion import convert as quantize
+    from d2q_edge.export import model_file
+    from d2q_edge.export.conversion_report import fingerprint
+    from d2q_edge.export.model_card import NAME, check_card, write_card
+    from d2q_edge.export.targets import check_targets
+    from d2q_edge.formats.gguf_writer import check_output
+    from d2q_edge.model.checkpoint import Checkpoint
+    from d2q_edge.model.families import family_for
+    from d2q_edge.model.hub import locate
+    from d2q_edge.options import Options
 
     bits, force, report, card = options["bits"], options["force"], options["report"], options["model_card"]
     if stock_type is not None:
@@ -93,9 +89,9 @@ def _convert(model: Path, output: Path | None, stock_type: str | None, options: 
     model = locate(model, options["revision"])
     if output is None:
         checkpoint = Checkpoint.open(model)
-        output = Path(export.file_name(checkpoint, family_for(checkpoint.config), stock_type or f"D2Q{bits:g}"))
+        output = Path(model_file.file_name(checkpoint, family_for(checkpoint.config), stock_type or f"D2Q{bits:g}"))
     if stock_type is not None:
-        size = export.export(
+        size = model_file.export(
             model,
             output,
             stock_type.lower(),

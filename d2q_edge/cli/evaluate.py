@@ -18,7 +18,7 @@ from d2q_edge.cli.common import PATH, wait_passively
 def command(file: Path, reference: Path | None, text: str, chunks: int | None, context: int, as_json: bool) -> None:
     """Perplexity of a GGUF FILE, and its distance from a reference, as llama-perplexity measures them."""
     wait_passively()
-    from d2q_edge.evaluation import evaluate
+    from d2q_edge.evaluation.perplexity import evaluate
 
     result = evaluate(file, reference, text, chunks, context)
     click.echo(json.dumps(result.to_json()) if as_json else result.describe())

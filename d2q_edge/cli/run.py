@@ -22,7 +22,7 @@ def command(file: Path, prompt: str, tokens: int, temperature: float, seed: int,
     Prints prompt and continuation, until the model ends the text or --tokens are reached. No chat template is
     applied: `d2q-edge chat` does that.
     """
-    from d2q_edge.generate import generate
+    from d2q_edge.runtime.generate import generate
 
     pieces = generate(file, prompt, tokens, temperature, seed, threads)
     click.echo(prompt, nl=False)

@@ -24,6 +24,6 @@ def command(file: Path, host: str, port: int, context: int, api_key: str | None,
       curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
         -d '{"messages": [{"role": "user", "content": "Hello!"}]}'
     """
-    from d2q_edge.server import serve
+    from d2q_edge.runtime.server import serve
 
     serve(file, host, port, context=context, api_key=api_key, threads=threads)

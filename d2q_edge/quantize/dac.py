@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-HELD_BACK = 4
+VALIDATION_EVERY = 4
 """Every fourth batch is held back."""
 SIGNAL = 1e-3
 """A channel's shift mu is signal where mu^2 / (mu^2 + sigma^2) is above this; sigma over tokens."""
@@ -59,7 +59,11 @@ class MeanShift:
 
     def add_batch(self, index: int, teacher: torch.Tensor, student: torch.Tensor) -> None:
         """Add batch number `index`: float32 [..., channels] of the same tokens."""
-        held = index == self._batches - 1 if self._batches < HELD_BACK else index % HELD_BACK == HELD_BACK - 1
+        held = (
+            index == self._batches - 1
+            if self._batches < VALIDATION_EVERY
+            else index % VALIDATION_EVERY == VALIDATION_EVERY - 1
+        )
         self.moments[int(held)] += _moments((teacher - student).flatten(0, -2), teacher.flatten(0, -2))
 
     def bias(self) -> torch.Tensor | None:

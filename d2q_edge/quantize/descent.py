@@ -16,14 +16,14 @@ The first is as in other scale refits of GPTQ-like methods, the second is block 
 
 import torch
 
-from d2q_edge.quantize.codebook import CodebookSearch, stored_scale
+from d2q_edge.formats.tensor_types import GROUP
+from d2q_edge.quantize.codebook_search import CodebookSearch, stored_scale
 from d2q_edge.quantize.feedback import corners, diagonal_squares, round_group
 from d2q_edge.quantize.gptaq import Feedback, InputStatistics
-from d2q_edge.quantize.kernels import has_triton
-from d2q_edge.quantize.layer import QuantizedLayer
-from d2q_edge.quantize.precision import product, whole_product
-from d2q_edge.quantize.trail import Trail, spans
-from d2q_edge.tensor_types import GROUP
+from d2q_edge.quantize.lazy_update import LazyUpdate, spans
+from d2q_edge.quantize.matmul import product, whole_product
+from d2q_edge.quantize.quantized_layer import QuantizedLayer
+from d2q_edge.quantize.triton.support import has_triton
 
 ROUNDS = 2
 """A third round gains less than a tenth of what the first two do."""
@@ -120,7 +120,7 @@ class _Problem:
         width = self.codes.shape[1] // self.scales.shape[1]
         gradient = product(self._quantized() - self.target, self.hessian)
         for begin, end in spans(self.units.shape[1], size, gradient.device):
-            trail = Trail(gradient[:, begin:end], gradient[:, end:], [self.hessian[begin:end, begin:]])
+            update = LazyUpdate(gradient[:, begin:end], gradient[:, end:], [self.hessian[begin:end, begin:]])
             for block in range(begin // size, end // size):
                 here, books = slice(block * size, (block + 1) * size), slice(block * groups, (block + 1) * groups)
                 codes = slice(block * width, (block + 1) * width)
@@ -137,8 +137,8 @@ class _Problem:
                     self.factors[books],
                     self.corners[books],
                 )
-                trail.add((self.units[:, here] - before) * scale)
-            trail.finish()
+                update.add((self.units[:, here] - before) * scale)
+            update.finish()
 
     def _factor_groups(self) -> None:
         """Invert the Hessian's square of every group, and prepare the error feedback inside it."""
@@ -169,7 +169,7 @@ def choose_block(
     factors: torch.Tensor,
     inner: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Choose the groups of one block of all rows. On a GPU it is one kernel (descent_cuda.py).
+    """Choose the groups of one block of all rows. On a GPU it is one kernel (descent.py).
 
     Args:
         search: the codebooks.
@@ -183,9 +183,9 @@ def choose_block(
         New units, books and codes.
     """
     if has_triton(units.device):
-        from d2q_edge.quantize import descent_cuda
+        from d2q_edge.quantize.triton import descent
 
-        return descent_cuda.choose_block(search, gradient, units, books, codes, hessian, inverses, factors, inner)
+        return descent.choose_block(search, gradient, units, books, codes, hessian, inverses, factors, inner)
     width = codes.shape[1] // books.shape[1]
     gradient, units, books, codes = gradient.clone(), units.clone(), books.clone(), codes.clone()
     for group in range(books.shape[1]):

@@ -13,7 +13,7 @@ which is least for c_j^2 = sqrt(w_j / h_j) (BALANCE one half; 1 is weight-only, 
 of input j's energy when the other inputs have explained what they can, as error feedback lets them; with H's diagonal
 in its place, as without error feedback (AWQ, arXiv 2306.00978), the result was a little worse. Scaling a channel up in
 the weights and down in the input, which is what outlier channels are, changes c by the same factor and W / c not at
-all. Knows one stage of a block (layers that share an input); pipeline.py says which, and collects the input.
+all. Knows one linear group of a block (layers that share an input); pipeline.py says which, and collects the input.
 """
 
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from d2q_edge.errors import D2QError
-from d2q_edge.quantize.factor import inverse_lower, solved_columns
-from d2q_edge.quantize.precision import prefers_products
+from d2q_edge.quantize.cholesky import inverse_lower, solved_columns
+from d2q_edge.quantize.matmul import prefers_products
 
 BALANCE = 0.5
 """Share of the weights in the scale, the rest is the input's."""
@@ -42,7 +42,7 @@ def column_scales(
     """The scale of every column.
 
     Args:
-        weight_energy: w, float32 [columns]: sum of the squared weights of a column, over all layers of the stage.
+        weight_energy: w, float32 [columns]: sum of the squared weights of a column, over all layers of the linear group.
         input_energy: h, float32 [columns], from InputEnergy.
         rows: int64 [columns], the row of the source layer behind each column; columns of one row share their scale.
             None where every column has its own.
@@ -62,7 +62,7 @@ def column_scales(
 
 
 class InputEnergy:
-    """Gathers the input of a stage's layers, and tells how much of each of its channels the others don't explain."""
+    """Gathers the input of a linear group's layers, and tells how much of each of its channels the others don't explain."""
 
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
         self.gram = torch.zeros(columns, columns, device=device)

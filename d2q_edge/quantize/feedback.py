@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from d2q_edge.tensor_types import GROUP
+from d2q_edge.formats.tensor_types import GROUP
 
 
 @dataclass(frozen=True)

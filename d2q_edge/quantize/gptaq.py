@@ -17,15 +17,15 @@ from dataclasses import dataclass
 
 import torch
 
-from d2q_edge.quantize.codebook import CodebookSearch
-from d2q_edge.quantize.factor import inverse_factor, times_upper, times_upper_transposed, upper_times_upper
+from d2q_edge.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from d2q_edge.formats.tensor_types import GROUP, TensorType
+from d2q_edge.quantize.cholesky import inverse_factor, times_upper, times_upper_transposed, upper_times_upper
+from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.feedback import corners, diagonal_squares, round_group
-from d2q_edge.quantize.kernels import has_triton
-from d2q_edge.quantize.layer import QuantizedLayer
-from d2q_edge.quantize.precision import product
-from d2q_edge.quantize.trail import Trail, spans
-from d2q_edge.ranks import ALONE, Ranks
-from d2q_edge.tensor_types import GROUP, TensorType
+from d2q_edge.quantize.lazy_update import LazyUpdate, spans
+from d2q_edge.quantize.matmul import product
+from d2q_edge.quantize.quantized_layer import QuantizedLayer
+from d2q_edge.quantize.triton.support import has_triton
 
 ALPHA = 0.5
 """Weight of the input's error; 0.5 gave the least KL divergence on qwen3-34m (DESIGN section 3)."""
@@ -93,7 +93,7 @@ class Feedback:
         order_of: Callable[[torch.Tensor], torch.Tensor],
         alpha: float,
         damping: float = DAMPING,
-        ranks: Ranks = ALONE,
+        processes: ProcessGroup = SINGLE_PROCESS,
     ) -> "Feedback":
         """Compute U and P.
 
@@ -102,7 +102,7 @@ class Feedback:
             order_of: the order of the columns, given diag(H).
             alpha: weight of the input's error; 0 is plain GPTQ.
             damping: share of the mean of diag(H) that is added to the diagonal.
-            ranks: the processes that share the work; all of them call this with the same statistics.
+            processes: the processes that share the work; all of them call this with the same statistics.
 
         Raises:
             D2QError: the Hessian can't be factored even in double precision with strong damping.
@@ -110,12 +110,12 @@ class Feedback:
         hessian = statistics.hessian
         dead = hessian.diagonal() == 0
         order = order_of(hessian.diagonal())
-        factor, added = inverse_factor(hessian[order[:, None], order], damping, ranks)
+        factor, added = inverse_factor(hessian[order[:, None], order], damping, processes)
         del hessian
         spread = lead = None
         if alpha:
-            spread = times_upper_transposed(statistics.drift[order[:, None], order], factor, ranks)
-            lead = alpha * upper_times_upper(spread.triu(1), factor, ranks)
+            spread = times_upper_transposed(statistics.drift[order[:, None], order], factor, processes)
+            lead = alpha * upper_times_upper(spread.triu(1), factor, processes)
         return cls(order, dead, added, factor, spread, lead, alpha)
 
     def arrange(self, weights: torch.Tensor) -> torch.Tensor:
@@ -136,10 +136,10 @@ def layer_feedback(
     kind: TensorType,
     alpha: float = ALPHA,
     damping: float = DAMPING,
-    ranks: Ranks = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> Feedback:
     """The Feedback for blocks of one tensor type; arguments and errors are those of Feedback.of."""
-    return Feedback.of(statistics, lambda diagonal: _processing_order(diagonal, kind), alpha, damping, ranks)
+    return Feedback.of(statistics, lambda diagonal: _processing_order(diagonal, kind), alpha, damping, processes)
 
 
 def quantize_layer(weights: torch.Tensor, feedback: Feedback, search: CodebookSearch) -> QuantizedLayer:
@@ -166,19 +166,19 @@ def quantize_layer(weights: torch.Tensor, feedback: Feedback, search: CodebookSe
     places = (order.view(-1, kind.block_size).amin(1) // kind.block_size).tolist()
     influences = [factor] if lead is None else [factor, lead]
     for begin, end in spans(columns, kind.block_size, work.device):
-        trail = Trail(work[:, begin:end], work[:, end:], [each[begin:end, begin:] for each in influences])
+        update = LazyUpdate(work[:, begin:end], work[:, end:], [each[begin:end, begin:] for each in influences])
         for start in range(begin, end, kind.block_size):
             number = start // kind.block_size
             index, here = places[number], slice(start, start + kind.block_size)
             groups = slice(number * kind.groups, (number + 1) * kind.groups)
             inner = None if lead is None else lead[here, here]
             block = _Block(*quantize_block(search, work[:, here], factor[here, here], inner, inverses[groups]))
-            trail.add(*(-block.errors, block.compensated)[: len(influences)])
+            update.add(*(-block.errors, block.compensated)[: len(influences)])
             result.scales[:, index] = block.scales.half()
             result.codebooks[:, index * kind.groups : (index + 1) * kind.groups] = block.codebooks
             result.codes[:, index * block.codes.shape[1] : (index + 1) * block.codes.shape[1]] = block.codes
             result.weights[:, order[here]] = block.quantized
-        trail.finish()
+        update.finish()
     return result
 
 
@@ -201,7 +201,7 @@ def quantize_block(
     lead: torch.Tensor | None,
     inverses: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
-    """Quantize one block of every row, feeding errors back inside the block. On a GPU it is one kernel (gptaq_cuda.py).
+    """Quantize one block of every row, feeding errors back inside the block. On a GPU it is one kernel (gptaq.py).
 
     Args:
         search: the codebooks.
@@ -214,9 +214,9 @@ def quantize_block(
         weights, the errors, and the weights when their turn came.
     """
     if has_triton(weights.device):
-        from d2q_edge.quantize import gptaq_cuda
+        from d2q_edge.quantize.triton import gptaq
 
-        return gptaq_cuda.quantize_block(search, weights, factor, lead, inverses)
+        return gptaq.quantize_block(search, weights, factor, lead, inverses)
     kind = search.tensor_type
     work = weights.clone()
     scales = search.block_scales(_storage_order(work, kind))

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from d2q_edge.torch_evaluate import WholeModel
+from d2q_edge.model.whole_model import WholeModel
 
 PASSES = 6
 """Over the windows."""
@@ -30,7 +30,7 @@ BATCH = 16
 """Windows per step."""
 MICRO_TOKENS = 4096
 """Tokens per forward pass; gradients add up to a batch."""
-HELD_BACK = 32
+VALIDATION_EVERY = 32
 """One window in so many is held back, or the last one."""
 SCALE_RATE = 1e-3
 """Learning rate of everything but the codes."""
@@ -87,7 +87,7 @@ def tune(
         state: of an interrupted run with the same arguments, to go on from; its tensors are copied.
         keep: called after every pass but the last with the state, whose tensors change when it has returned.
     """
-    held = np.arange(len(windows)) % HELD_BACK == min(HELD_BACK, len(windows)) - 1
+    held = np.arange(len(windows)) % VALIDATION_EVERY == min(VALIDATION_EVERY, len(windows)) - 1
     train, check = torch.from_numpy(windows[~held]), torch.from_numpy(windows[held])
     if not len(train):
         return Progress(_mean_loss(original, quantized, check))

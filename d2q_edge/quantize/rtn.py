@@ -6,8 +6,8 @@ minutes. No error feedback: gptaq.py does that.
 
 import torch
 
-from d2q_edge.quantize.codebook import CHUNK, CodebookSearch
-from d2q_edge.quantize.layer import QuantizedLayer
+from d2q_edge.quantize.codebook_search import CHUNK, CodebookSearch
+from d2q_edge.quantize.quantized_layer import QuantizedLayer
 
 
 def round_layer(weights: torch.Tensor, search: CodebookSearch) -> QuantizedLayer:

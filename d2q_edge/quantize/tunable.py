@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from d2q_edge.quantize.codebook import CodebookSearch, stored_scale
-from d2q_edge.quantize.layer import QuantizedLayer
-from d2q_edge.tensor_types import GROUP
+from d2q_edge.formats.tensor_types import GROUP
+from d2q_edge.quantize.codebook_search import CodebookSearch, stored_scale
+from d2q_edge.quantize.quantized_layer import QuantizedLayer
 
 CHUNK = 1 << 18
 """Codes whose nearest entries are found at once: bounds the memory at about 50 MB."""

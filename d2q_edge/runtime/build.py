@@ -26,8 +26,8 @@ from d2q_edge.runtime.installed import (
     library_directory,
     tool_in,
 )
-from d2q_edge.runtime.machine import cache_key, usable_cpus
 from d2q_edge.runtime.process import run_logged, say
+from d2q_edge.utils.machine import cache_key, usable_cpus
 
 WHEEL_OPTIONS = ("-DLLAVA_BUILD=OFF", "-DLLAMA_BUILD_COMMON=OFF", "-DGGML_NATIVE=ON")
 """The package imports mtmd (images) only when it is asked to, and never uses llama.cpp's common library."""

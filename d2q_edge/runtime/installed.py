@@ -14,11 +14,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from d2q_edge.codebooks import TABLE_SHA256
 from d2q_edge.errors import D2QError
-from d2q_edge.runtime.machine import cache_key
+from d2q_edge.formats.codebooks import TABLE_SHA256
+from d2q_edge.formats.tensor_types import ALL
 from d2q_edge.runtime.source import PACKAGE, VERSION, cache_directory, patch_hash
-from d2q_edge.tensor_types import ALL
+from d2q_edge.utils.machine import cache_key
 
 TOOLS = ("llama-quantize", "llama-imatrix", "llama-perplexity", "llama-bench")
 INSTALL = "run `d2q-edge runtime install`"

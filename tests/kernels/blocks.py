@@ -3,8 +3,8 @@
 import numpy as np
 import numpy.typing as npt
 
-from d2q_edge.codebooks import PAIR_TABLE, SCALAR_TABLE
-from d2q_edge.tensor_types import GROUP, TensorType, pack
+from d2q_edge.formats.codebooks import PAIR_TABLE, SCALAR_TABLE
+from d2q_edge.formats.tensor_types import GROUP, TensorType, pack
 
 U8 = npt.NDArray[np.uint8]
 SCALES = np.array([0, -0.0, 6e-8, -6e-8, 6.1e-5, 1, -1, 65504, -65504], np.float16)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from d2q_edge.tensor_types import D2Q2, D2Q3, TensorType
+from d2q_edge.formats.tensor_types import D2Q2, D2Q3, TensorType
 
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]

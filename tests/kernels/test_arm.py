@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from d2q_edge.calibration import BUILTIN
-from d2q_edge.generate import generate
+from d2q_edge.calibration.text import BUILTIN
+from d2q_edge.runtime.generate import generate
 from d2q_edge.runtime.installed import library_directory
 from tests.conftest import ExampleFiles
 from tests.kernels import arm

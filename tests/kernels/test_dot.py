@@ -5,7 +5,7 @@ import ctypes
 import numpy as np
 import pytest
 
-from d2q_edge.tensor_types import ALL, TensorType, dequantize
+from d2q_edge.formats.tensor_types import ALL, TensorType, dequantize
 from tests.kernels.blocks import every_entry, every_scale, largest_entries, random_rows
 from tests.kernels.ggml import F32, U8, Ggml
 

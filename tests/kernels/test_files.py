@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from d2q_edge.codebooks import TABLE_SHA256
+from d2q_edge.formats.codebooks import TABLE_SHA256
+from d2q_edge.formats.tensor_types import ALL, D2Q2, TensorType
 from d2q_edge.runtime import source
-from d2q_edge.tensor_types import ALL, D2Q2, TensorType
 from tests.kernels.ggml import SUFFIX, Ggml
 from tests.kernels.gguf_bytes import one_tensor_file
 from tests.kernels.gguf_init import accepts

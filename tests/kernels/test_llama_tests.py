@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from d2q_edge.formats.tensor_types import ALL, TensorType
 from d2q_edge.runtime.installed import library_directory
-from d2q_edge.tensor_types import ALL, TensorType
 from tests.availability import unavailable
 from tests.kernels.ggml import Ggml
 

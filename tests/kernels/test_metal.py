@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from d2q_edge.codebooks import PAIR_TABLE, SCALAR_TABLE
-from d2q_edge.tensor_types import ALL, GROUP, TensorType, pack
+from d2q_edge.formats.codebooks import PAIR_TABLE, SCALAR_TABLE
+from d2q_edge.formats.tensor_types import ALL, GROUP, TensorType, pack
 from tests.availability import unavailable
 from tests.kernels import blocks
 from tests.kernels.metal.build import LIBRARIES, build, configure, embedded_sources

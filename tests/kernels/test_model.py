@@ -6,9 +6,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from d2q_edge.codebooks import TABLE_SHA256
+from d2q_edge.formats.codebooks import TABLE_SHA256
+from d2q_edge.formats.tensor_types import ALL, TensorType, dequantize
 from d2q_edge.runtime.installed import require
-from d2q_edge.tensor_types import ALL, TensorType, dequantize
 from tests.kernels.ggml import Ggml
 from tests.kernels.tiny_model import ARCHITECTURES, F32, WIDTH, logits, random_tensors, write
 

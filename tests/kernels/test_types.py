@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from d2q_edge.tensor_types import ALL, TensorType, dequantize, unpack
+from d2q_edge.formats.tensor_types import ALL, TensorType, dequantize, unpack
 from tests.kernels.blocks import every_entry, every_scale, random_rows
 from tests.kernels.ggml import Ggml
 
@@ -40,7 +40,7 @@ def test_encoder_error_on_gaussian_weights(ggml: Ggml, t: TensorType) -> None:
 
 @pytest.mark.parametrize("distribution", ["gaussian", "laplace", "columns"])
 def test_encoder_is_as_good_as_numpys(ggml: Ggml, t: TensorType, distribution: str) -> None:
-    encoder = pytest.importorskip("d2q_edge.encoder")
+    encoder = pytest.importorskip("tests.reference_encoder")
     rng = np.random.default_rng(3)
     drawn = rng.standard_normal((8, 1024)) if distribution != "laplace" else rng.laplace(size=(8, 1024))
     if distribution == "columns":

@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from d2q_edge.tensor_types import TensorType
+from d2q_edge.formats.tensor_types import TensorType
 
 F32 = npt.NDArray[np.float32]
 WIDTH, FEED_FORWARD, HEADS, VOCABULARY = 256, 512, 4, 96

@@ -3,9 +3,9 @@
 import numpy as np
 import numpy.typing as npt
 
-from d2q_edge.codebooks import PAIR_TABLE, SCALAR_TABLE
-from d2q_edge.quantize.layer import QuantizedLayer
-from d2q_edge.tensor_types import TensorType, entries
+from d2q_edge.formats.codebooks import PAIR_TABLE, SCALAR_TABLE
+from d2q_edge.formats.tensor_types import TensorType, entries
+from d2q_edge.quantize.quantized_layer import QuantizedLayer
 
 Matrix = npt.NDArray[np.float64]
 

@@ -25,7 +25,7 @@ def streams(batches: int, shifts: dict[int, float], *, tokens: int = 300, seed: 
     return teacher, student
 
 
-def held_back(batches: int) -> list[int]:
+def validation(batches: int) -> list[int]:
     return [index for index in range(batches) if index % 4 == 3] or [batches - 1]
 
 
@@ -39,7 +39,7 @@ def mean_shift(teacher: Batches, student: Batches) -> torch.Tensor | None:
 def slow_mean_shift(teacher: Batches, student: Batches) -> list[float] | None:
     """Channel by channel, with squared errors computed as they are defined."""
     differences = [(a.double() - b.double()).numpy() for a, b in zip(teacher, student, strict=True)]
-    held = held_back(len(differences))
+    held = validation(len(differences))
     result, before, after = [], 0.0, 0.0
     for channel in range(CHANNELS):
         fit = np.concatenate([part[:, channel] for index, part in enumerate(differences) if index not in held])
@@ -100,7 +100,7 @@ def test_gain_is_relative_to_the_held_back_error() -> None:
     """The same shift everywhere is worth it where the rest of the error is small, not where it is large."""
     teacher, student = streams(8, dict.fromkeys(range(CHANNELS), 0.08), tokens=1000)
     assert mean_shift(teacher, student) is not None
-    for index in held_back(8):
+    for index in validation(8):
         noise = torch.randn(teacher[index].shape, generator=torch.Generator().manual_seed(index))
         teacher[index] += 3 * (noise - noise.mean(0))
     assert mean_shift(teacher, student) is None
@@ -113,7 +113,7 @@ def test_a_shift_that_reverses_is_refused(batches: int) -> None:
     honest = mean_shift(teacher, student)
     assert honest is not None
     assert float(honest[5]) > 0.3
-    for index in held_back(batches):
+    for index in validation(batches):
         teacher[index][:, 5] = 2 * student[index][:, 5] - teacher[index][:, 5]
     found = mean_shift(teacher, student)
     assert found is None or float(found[5]) == 0
@@ -143,7 +143,7 @@ def test_held_back_error_never_grows(batches: int) -> None:
         found = mean_shift(teacher, student)
         if found is None:
             continue
-        difference = torch.cat([teacher[index] - student[index] for index in held_back(batches)]).double()
+        difference = torch.cat([teacher[index] - student[index] for index in validation(batches)]).double()
         before, after = difference.square().sum(0), (difference - found).square().sum(0)
         assert bool((after <= before * (1 + 1e-6)).all())
         assert float(after.sum()) < float(before.sum())
@@ -175,8 +175,10 @@ def test_facts(shifts: dict[int, float]) -> None:
     assert facts.applied == (bias is not None) == bool(shifts)
     if bias is not None:
         assert facts.channels == int((bias != 0).sum())
-        held = np.concatenate([(teacher[index] - student[index]).double().numpy() for index in held_back(8)])
-        fitted = [(teacher[index] - student[index]).double().numpy() for index in range(8) if index not in held_back(8)]
+        held = np.concatenate([(teacher[index] - student[index]).double().numpy() for index in validation(8)])
+        fitted = [
+            (teacher[index] - student[index]).double().numpy() for index in range(8) if index not in validation(8)
+        ]
         shift = np.where(bias.numpy() != 0, np.concatenate(fitted).mean(0), 0)
         gain = 1 - ((held - shift) ** 2).sum() / (held**2).sum()
         assert facts.gain == pytest.approx(gain, rel=1e-4)

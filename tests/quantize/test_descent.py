@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from d2q_edge.quantize import descent, trail
-from d2q_edge.quantize.codebook import CodebookSearch
+from d2q_edge.formats.tensor_types import ALL, D2Q2, D2Q2_64, D2Q3_64, Q4_0, TensorType, dequantize
+from d2q_edge.quantize import descent, lazy_update
+from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.descent import descend
 from d2q_edge.quantize.gptaq import Feedback, InputStatistics, layer_feedback, quantize_layer
-from d2q_edge.quantize.layer import QuantizedLayer
+from d2q_edge.quantize.quantized_layer import QuantizedLayer
 from d2q_edge.quantize.rtn import round_layer
-from d2q_edge.tensor_types import ALL, D2Q2, D2Q2_64, D2Q3_64, Q4_0, TensorType, dequantize
 from tests.quantize.slow_descent import Matrix, least_squares, slow_feedback, slow_nearest
 
 KINDS = pytest.mark.parametrize("kind", (*ALL, Q4_0), ids=lambda kind: kind.name)
@@ -180,8 +180,8 @@ def test_an_empty_block_keeps_no_other_scale(kind: TensorType) -> None:
 def test_every_choice_is_the_best_of_its_candidates(kind: TensorType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Group after group: the present codes, or those by error feedback in the present or the nearest codebook."""
     rows = 8
-    monkeypatch.setattr(trail, "SPAN", 2 * kind.block_size)
-    monkeypatch.setattr(trail, "prefers_products", lambda _: True)
+    monkeypatch.setattr(lazy_update, "SPAN", 2 * kind.block_size)
+    monkeypatch.setattr(lazy_update, "prefers_products", lambda _: True)
     case = make(4 * kind.block_size, rows=rows)
     problem = case.problem(case.quantize(kind), kind)
     inner = descent._choose_group

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from d2q_edge.blocks import BlockRunner
-from d2q_edge.checkpoint import Checkpoint
-from d2q_edge.families import Family, family_for
-from d2q_edge.quantize import dsq, factor
+from d2q_edge.model.blocks import BlockRunner
+from d2q_edge.model.checkpoint import Checkpoint
+from d2q_edge.model.families import Family, family_for
+from d2q_edge.quantize import cholesky, dsq
 from d2q_edge.quantize.dsq import InputEnergy, absorb, column_scales, weight_energy
 from tests.float64_model import TOKENS, float64_logits, relative_difference
 
@@ -121,9 +121,9 @@ def conditional_energy(batches: Sequence[torch.Tensor]) -> torch.Tensor:
 class TestEnergies:
     @pytest.mark.parametrize("products", [False, True], ids=["solver", "products"])
     def test_conditional_energy(self, products: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-        for module in (dsq, factor):
+        for module in (dsq, cholesky):
             monkeypatch.setattr(module, "prefers_products", lambda _: products)
-        monkeypatch.setattr(factor, "STRIP", 10)
+        monkeypatch.setattr(cholesky, "STRIP", 10)
         if products:
             monkeypatch.setattr(dsq, "solved_columns", lambda *_: pytest.fail("a GPU's solver is slow"))
         generator = torch.Generator().manual_seed(1)
@@ -167,12 +167,12 @@ class TestAbsorb:
         scales = computed_scales(checkpoint, bound) if computed else random_scales(bound)
         changed = dict(tensors)
         for index in range(bound.num_layers):
-            for stage in bound.stages:
-                maker = stage.norm or stage.source
+            for group in bound.linear_groups:
+                maker = group.norm or group.source
                 assert maker is not None
-                rows = torch.from_numpy(bound.source_rows(stage.source)) if stage.source else None
+                rows = torch.from_numpy(bound.source_rows(group.source)) if group.source else None
                 prefix = bound.block_prefix(index)
-                absorb_into(changed, [prefix + name for name in stage.linears], prefix + maker, scales, rows)
+                absorb_into(changed, [prefix + name for name in group.linears], prefix + maker, scales, rows)
         if not bound.tied_embeddings:
             absorb_into(changed, [bound.head], bound.final_norm, scales, None)
         assert relative_difference(float64_logits(path, changed, tied=bound.tied_embeddings), expected) < 1e-9
@@ -209,17 +209,17 @@ def random_scales(family: Family) -> Scales:
 
 
 def computed_scales(checkpoint: Checkpoint, family: Family) -> Scales:
-    """Those of the original model's own inputs, in float32, by the stage's first layer."""
+    """Those of the original model's own inputs, in float32, by the linear group's first layer."""
     runner = BlockRunner(checkpoint, family, torch.device("cpu"))
     found = {}
     hidden = runner.embed(TOKENS)
     for index in range(family.num_layers):
         block, prefix = runner.load(index), family.block_prefix(index)
-        seen, hidden = runner.trace(block, tuple(stage.linears[0] for stage in family.stages), hidden)
-        for stage in family.stages:
-            rows = torch.from_numpy(family.source_rows(stage.source)) if stage.source else None
-            energy = weight_energy([block.get_submodule(name) for name in stage.linears])
-            found[prefix + stage.linears[0]] = column_scales(energy, conditional_energy([seen[stage.linears[0]]]), rows)
+        seen, hidden = runner.trace(block, tuple(group.linears[0] for group in family.linear_groups), hidden)
+        for group in family.linear_groups:
+            rows = torch.from_numpy(family.source_rows(group.source)) if group.source else None
+            energy = weight_energy([block.get_submodule(name) for name in group.linears])
+            found[prefix + group.linears[0]] = column_scales(energy, conditional_energy([seen[group.linears[0]]]), rows)
     if not family.tied_embeddings:
         head = checkpoint.tensor(f"{family.head}.weight").square().sum(0)
         found[family.head] = column_scales(head, conditional_energy([runner.final_norm()(hidden)]))

@@ -5,9 +5,9 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from d2q_edge.quantize.codebook import CodebookSearch
+from d2q_edge.formats.tensor_types import D2Q2, D2Q3, Q4_0, TensorType
+from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.feedback import Rounded, corners, round_group
-from d2q_edge.tensor_types import D2Q2, D2Q3, Q4_0, TensorType
 
 KINDS = pytest.mark.parametrize("kind", [D2Q2, D2Q3, Q4_0], ids=lambda kind: kind.name)
 F64 = npt.NDArray[np.float64]

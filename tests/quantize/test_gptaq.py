@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from d2q_edge.errors import D2QError
-from d2q_edge.quantize import trail
-from d2q_edge.quantize.codebook import CodebookSearch
+from d2q_edge.formats.tensor_types import ALL, D2Q2, D2Q3, Q4_0, TensorType, dequantize
+from d2q_edge.quantize import lazy_update
+from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.gptaq import ALPHA, InputStatistics, layer_feedback, quantize_layer
-from d2q_edge.quantize.layer import QuantizedLayer
-from d2q_edge.tensor_types import ALL, D2Q2, D2Q3, Q4_0, TensorType, dequantize
+from d2q_edge.quantize.quantized_layer import QuantizedLayer
 
 Matrix = npt.NDArray[np.float64]
 
@@ -80,8 +80,8 @@ def slow_gptaq(
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 @pytest.mark.parametrize("kind", (*ALL, Q4_0), ids=lambda kind: kind.name)
 def test_against_the_slow_version(kind: TensorType, alpha: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trail, "SPAN", 2 * kind.block_size)
-    monkeypatch.setattr(trail, "prefers_products", lambda _: True)
+    monkeypatch.setattr(lazy_update, "SPAN", 2 * kind.block_size)
+    monkeypatch.setattr(lazy_update, "prefers_products", lambda _: True)
     weights, original, drifted = problem(3 * kind.block_size)
     layer = quantize(weights, statistics_of(original, drifted), CodebookSearch(kind), alpha)
     expected = slow_gptaq(

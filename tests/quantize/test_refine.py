@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from d2q_edge.model.whole_model import WholeModel
 from d2q_edge.quantize import refine
 from d2q_edge.quantize.refine import Progress, State, tune
-from d2q_edge.torch_evaluate import WholeModel
 
 VOCABULARY = 11
 

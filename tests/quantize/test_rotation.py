@@ -11,15 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from d2q_edge.blocks import BlockRunner
-from d2q_edge.checkpoint import Checkpoint
 from d2q_edge.errors import D2QError
-from d2q_edge.export import FILE_TYPES, export, model_tensors, model_tokenizer, write_model
-from d2q_edge.families import family_for
-from d2q_edge.gguf_reader import GGUFFile
-from d2q_edge.llama_model import LlamaModel
+from d2q_edge.export.model_file import FILE_TYPES, export, model_tensors, model_tokenizer, write_model
+from d2q_edge.formats.gguf_reader import GGUFFile
+from d2q_edge.model.blocks import BlockRunner
+from d2q_edge.model.checkpoint import Checkpoint
+from d2q_edge.model.families import family_for
+from d2q_edge.model.rotated_checkpoint import RotatedCheckpoint
 from d2q_edge.quantize import rotation
-from d2q_edge.quantize.rotation import RotatedCheckpoint, Rotation, group_size, walsh_hadamard
+from d2q_edge.quantize.rotation import Rotation, group_size, walsh_hadamard
+from d2q_edge.runtime.llama_model import LlamaModel
 from tests.availability import require_runtime
 from tests.float64_model import TOKENS, float64_logits, relative_difference
 from tools.make_outliers import make_outliers

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from d2q_edge.encoder import encode
-from d2q_edge.quantize.codebook import CodebookSearch
+from d2q_edge.formats.tensor_types import ALL, TensorType, dequantize
+from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.rtn import round_layer
-from d2q_edge.tensor_types import ALL, TensorType, dequantize
+from tests.reference_encoder import encode
 
 
 @pytest.mark.parametrize("tails", [False, True], ids=["normal", "heavy"])

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
-from d2q_edge.codebooks import PAIR_TABLE, SCALAR_TABLE
+from d2q_edge.formats.codebooks import PAIR_TABLE, SCALAR_TABLE
+from d2q_edge.formats.tensor_types import ALL, D2Q2, D2Q2_64, D2Q3_64, Q4_0, SCALE_MAX, TensorType, dequantize
 from d2q_edge.quantize import tunable
-from d2q_edge.quantize.codebook import CodebookSearch
-from d2q_edge.quantize.layer import QuantizedLayer
+from d2q_edge.quantize.codebook_search import CodebookSearch
+from d2q_edge.quantize.quantized_layer import QuantizedLayer
 from d2q_edge.quantize.rtn import round_layer
 from d2q_edge.quantize.tunable import TunableLinear, TunableNorm
-from d2q_edge.tensor_types import ALL, D2Q2, D2Q2_64, D2Q3_64, Q4_0, SCALE_MAX, TensorType, dequantize
 
 KINDS = pytest.mark.parametrize("kind", (*ALL, Q4_0), ids=lambda kind: kind.name)
 SEARCHES = {kind: CodebookSearch(kind) for kind in (*ALL, Q4_0)}

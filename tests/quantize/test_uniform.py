@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from d2q_edge.quantize.codebook import CodebookSearch
+from d2q_edge.formats.tensor_types import Q4_0
+from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.rtn import round_layer
-from d2q_edge.tensor_types import Q4_0
 
 TYPE = gguf.GGMLQuantizationType.Q4_0
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from d2q_edge.errors import D2QError
-from d2q_edge.runtime import build, installed, machine, source
+from d2q_edge.runtime import build, installed, source
+from d2q_edge.utils import machine
 from tests.runtime.conftest import put, wheel_address
 
 HEX = set("0123456789abcdef")

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from d2q_edge.errors import D2QError
-from d2q_edge.runtime import machine, process, source
+from d2q_edge.runtime import process, source
+from d2q_edge.utils import machine
 from tests.runtime.conftest import make_patch
 
 HEX = set("0123456789abcdef")

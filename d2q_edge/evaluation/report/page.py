@@ -1,0 +1,131 @@
+"""A comparison as one HTML page that needs nothing else: no other file, no network, no script.
+
+Knows what goes into the page; the words and the looks are in page.html, the pictures in file_pictures.py and
+layer_pictures.py.
+"""
+
+import platform
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from d2q_edge import __version__, runtime
+from d2q_edge.errors import D2QError
+from d2q_edge.evaluation.compare import GIVEN, REFERENCE, Comparison, Row, size_text
+from d2q_edge.evaluation.report import drawing
+from d2q_edge.evaluation.report.file_pictures import divergence_picture, speed_picture
+from d2q_edge.evaluation.report.layer_pictures import layer_pictures
+from d2q_edge.evaluation.report.palette import NIGHT, PAPER, SERIES, variables
+
+PICTURES = (".png", ".svg")
+PAGES = (".html", ".htm")
+LAYERS = ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+"""In the order of the model; others come behind."""
+
+
+def check_target(path: Path) -> None:
+    """Make sure that `write` can write to a path, before the long work.
+
+    Raises:
+        D2QError: the suffix is none of .html, .png, .svg, the directory doesn't exist, or matplotlib isn't installed.
+    """
+    if path.suffix.lower() not in (*PAGES, *PICTURES):
+        raise D2QError(f"{path} should end in .html for a report, or in .png or .svg for a picture")
+    if not path.absolute().parent.is_dir():
+        raise D2QError(f"the output directory {path.parent} doesn't exist; create it first")
+    drawing.require()
+
+
+def write(comparison: Comparison, path: Path) -> None:
+    """Write a comparison as a page (.html) or as pictures side by side (.png, .svg).
+
+    Raises:
+        D2QError: see check_target; or the file can't be written.
+    """
+    check_target(path)
+    if path.suffix.lower() in PICTURES:
+        speed = speed_picture(comparison)
+        drawing.save([divergence_picture(comparison), *([speed] if speed else [])], path)
+        return
+    try:
+        # JSON and names of files can hold half a character, which UTF-8 has no bytes for.
+        path.write_text(page(comparison), encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise D2QError(f"can't write {path}: {error.strerror or error}") from error
+
+
+def page(comparison: Comparison) -> str:
+    """The page's HTML."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("d2q_edge", "presentation"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["size"] = size_text
+    pictures = [divergence_picture(comparison), speed_picture(comparison)]
+    best = comparison.best()
+    return environment.get_template("page.html").render(
+        comparison=comparison,
+        rows=[{"row": row, "best": row in best, "is_reference": row.kind == REFERENCE} for row in comparison.rows],
+        speeds=any(row.speeds for row in comparison.rows),
+        pictures=[_shown(picture, f"p{index}") for index, picture in enumerate(pictures) if picture],
+        files=[_inside(row, index) for index, row in enumerate(comparison.rows) if row.kind == GIVEN],
+        allocations=_allocations([row for row in comparison.rows if row.allocation and row.kind != REFERENCE]),
+        light=variables(PAPER),
+        dark=variables(NIGHT),
+        version=__version__,
+        runtime=runtime.info().version,
+        machine=f"{platform.system()} on {platform.machine()}",
+    )
+
+
+def _inside(row: Row, index: int) -> dict[str, Any]:
+    """What is known about how a file came about."""
+    conversion: Mapping[str, Any] = row.conversion or {}
+    errors = conversion.get("layer_errors") or {}
+    scales, shifts = conversion.get("column_scales") or {}, conversion.get("norm_shifts") or {}
+    return {
+        "name": row.name,
+        "known": row.conversion is not None,
+        "pictures": [_shown(each, f"f{index}l{number}") for number, each in enumerate(layer_pictures(conversion))],
+        "errors": sorted(errors.items(), key=lambda item: -item[1]),
+        "types": conversion.get("types") or {},
+        "scales": scales,
+        "shifts": shifts,
+        "validation": conversion.get("validation"),
+        "seconds": sum((conversion.get("seconds") or {}).values()),
+    }
+
+
+def _shown(picture: drawing.Picture, name: str) -> dict[str, Any]:
+    from markupsafe import Markup
+
+    return {"title": picture.title, "svg": Markup(drawing.inline(picture, name))}
+
+
+def _allocations(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Where the bits of every file go, one colour for a type in all of them."""
+    kinds = sorted({kind for row in rows for types in row.allocation.values() for kind in types.values()})
+    colours = {kind: index % SERIES for index, kind in enumerate(kinds)}
+    found = []
+    for row in rows:
+        own = sorted({kind for types in row.allocation.values() for kind in types.values()})
+        layers = sorted(row.allocation, key=lambda layer: (LAYERS.index(layer) if layer in LAYERS else 99, layer))
+        spans = {layer: _spans(row.allocation[layer]) for layer in layers} if len(own) > 1 else {}
+        found.append({"name": row.name, "kinds": own, "layers": spans, "colours": colours})
+    return found
+
+
+def _spans(types: Mapping[int, str]) -> list[dict[str, Any]]:
+    """The runs of blocks that have a matrix in one type, or don't have it at all."""
+    runs = []
+    for kind, run in groupby(range(max(types) + 1), key=types.get):
+        numbers = list(run)
+        label = f"block {numbers[0]}" if len(numbers) == 1 else f"blocks {numbers[0]} to {numbers[-1]}"
+        runs.append({"type": kind or "", "columns": len(numbers), "label": label})
+    return runs

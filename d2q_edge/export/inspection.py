@@ -1,0 +1,170 @@
+"""What a GGUF file holds: types, sizes, recipe, and whether the installed runtime can run it. Stock files too.
+
+Knows tensor names as llama.cpp gives them ("blk.N." is a block's, token_embd and output are the tables). The file is
+read without the runtime; only the question whether that one can run it needs it (trial_load.py).
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from d2q_edge import runtime
+from d2q_edge.errors import printable
+from d2q_edge.formats.gguf_reader import GGUFFile, TensorInfo
+from d2q_edge.runtime.trial_load import why_not
+from d2q_edge.utils.json_files import parse_json
+
+BLOCK = re.compile(r"(?:\w+\.)?blk\.(\d+)\.(.+)")
+"""A tensor of a block; encoders and vision parts have a prefix."""
+EMBEDDINGS = ("token_embd", "position_embd", "token_types", "per_layer_token_embd")
+HEADS = ("output.", "cls.")
+PARTS = ("blocks", "embeddings", "head", "other")
+
+
+def inspect(path: Path, *, try_to_load: bool = True) -> dict[str, Any]:
+    """Facts about one file, as plain values for json.dump.
+
+    Args:
+        path: the GGUF file.
+        try_to_load: ask the installed runtime whether it can run the file, which takes about a second.
+
+    Returns:
+        architecture, name, bytes, parameters, bits_per_weight (of all tensors), types (type name to tensors, bytes and
+        elements, largest first), norm_biases (number of mean-shift tensors), recipe and table_sha256 (None in files
+        that d2q-edge didn't quantize); parts (blocks, embeddings, head, other to the same three numbers; a tied head
+        has none), metadata_bytes (whatever isn't tensors: keys, tokenizer, padding), layers (a block's matrix to its
+        types and how many blocks have it in that type), biased_norms (norm to how many have a bias), context_length,
+        base_model, license, quantized_by, split (None, or which part of how many), runtime (version; runs: whether it
+        can run the file, None if not asked; reason: why not).
+
+    Raises:
+        D2QError: the file can't be read, is malformed, or has blocks of ours that can't be used.
+    """
+    file = GGUFFile(path)
+    file.check_blocks()
+    tensors = file.tensors.values()
+    types: dict[str, list[TensorInfo]] = {}
+    parts: dict[str, list[TensorInfo]] = {part: [] for part in PARTS}
+    for info in tensors:
+        types.setdefault(info.type_name, []).append(info)
+        parts[part_of(info.name)].append(info)
+    biases = [name.removesuffix(".bias") for name in file.tensors if name.endswith("_norm.bias")]
+    reason = why_not(path) if try_to_load else None
+    return {
+        "file": str(path),
+        "architecture": file.kv.get("general.architecture"),
+        "name": file.kv.get("general.name"),
+        "bytes": file.size,
+        "parameters": sum(info.elements for info in tensors),
+        "bits_per_weight": file.bits_per_weight,
+        "types": dict(
+            sorted(((name, _sums(members)) for name, members in types.items()), key=lambda item: -item[1]["bytes"])
+        ),
+        "norm_biases": len(biases),
+        "recipe": _parse(file.kv.get("d2q.recipe")),
+        "table_sha256": file.kv.get("d2q.table_sha256"),
+        "parts": {part: _sums(members) for part, members in parts.items()},
+        "metadata_bytes": file.size - sum(info.nbytes for info in tensors),
+        "layers": {layer: dict(Counter(blocks.values()).most_common()) for layer, blocks in allocation(file).items()},
+        "biased_norms": dict(Counter(match[2] if (match := BLOCK.fullmatch(name)) else name for name in biases)),
+        "context_length": file.kv.get(f"{file.kv.get('general.architecture')}.context_length"),
+        "base_model": file.kv.get("general.base_model.0.name"),
+        "license": file.kv.get("general.license"),
+        "quantized_by": file.kv.get("general.quantized_by"),
+        "split": _split(file),
+        "runtime": {
+            "version": runtime.info().version if try_to_load else None,
+            "runs": reason is None if try_to_load else None,
+            "reason": reason,
+        },
+    }
+
+
+def part_of(name: str) -> str:
+    """Which of PARTS a tensor belongs to, by its name."""
+    if BLOCK.fullmatch(name):
+        return "blocks"
+    if name.split(".")[0] in EMBEDDINGS:
+        return "embeddings"
+    return "head" if name.startswith(HEADS) else "other"
+
+
+def allocation(file: GGUFFile) -> dict[str, dict[int, str]]:
+    """Where the bits go: for every matrix that blocks have ("attn_q", ...), its type by block number."""
+    found: dict[str, dict[int, str]] = {}
+    for info in file.tensors.values():
+        match = BLOCK.fullmatch(info.name)
+        if match and len(info.shape) > 1:
+            found.setdefault(match[2].removesuffix(".weight"), {})[int(match[1])] = info.type_name
+    return found
+
+
+def describe(facts: dict[str, Any]) -> str:
+    """The same facts as a short text for people."""
+    lines = [
+        f"{facts['file']}: {facts['name'] or 'unnamed'} ({facts['architecture'] or 'unknown architecture'})",
+        f"{facts['bytes']:,} bytes, {facts['parameters']:,} parameters, {facts['bits_per_weight']:.3f} bits per weight",
+    ]
+    if facts["split"]:
+        lines.append(f"part {facts['split']['part']} of {facts['split']['of']} of a split file")
+    lines += ["", f"{'type':20} {'tensors':>7} {'bytes':>15} {'bits/weight':>11} {'share':>6}"]
+    lines += [_row(name, entry, facts["bytes"]) for name, entry in facts["types"].items()]
+    lines += ["", f"{'part':20} {'tensors':>7} {'bytes':>15} {'bits/weight':>11} {'share':>6}"]
+    lines += [_row(name, entry, facts["bytes"]) for name, entry in facts["parts"].items() if entry["tensors"]]
+    metadata = {"tensors": 0, "bytes": facts["metadata_bytes"], "elements": 0}
+    lines += [_row("keys and tokenizer", metadata, facts["bytes"])]
+    if not facts["parts"]["head"]["tensors"] and facts["parts"]["embeddings"]["tensors"]:
+        lines.append("the embeddings serve as the head, too")
+    lines.append("")
+    if any(len(kinds) > 1 for kinds in facts["layers"].values()):
+        lines += ["types in the blocks:"]
+        lines += [
+            f"  {layer}: " + ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+            for layer, kinds in facts["layers"].items()
+        ]
+    if facts["biased_norms"]:
+        lines.append("norm biases: " + ", ".join(f"{count} x {norm}" for norm, count in facts["biased_norms"].items()))
+    if facts["recipe"]:
+        recipe = {key: f"{value:.12}..." if "sha256" in key else value for key, value in facts["recipe"].items()}
+        lines.append("recipe: " + ", ".join(f"{key} {value}" for key, value in recipe.items()))
+    for key in ("base_model", "license", "quantized_by", "context_length"):
+        if facts[key]:
+            lines.append(f"{key.replace('_', ' ')}: {facts[key]}")
+    found = facts["runtime"]
+    if found["runs"]:
+        lines.append(f"runtime: llama-cpp-python {found['version']} can run it")
+    elif found["runs"] is False:
+        lines.append(f"runtime: can't run it here: {found['reason']}")
+    return "\n".join(printable(line) for line in lines)
+
+
+def _split(file: GGUFFile) -> dict[str, int] | None:
+    number, count = file.kv.get("split.no", 0), file.kv.get("split.count", 1)
+    if not isinstance(number, int) or not isinstance(count, int) or count < 2:
+        return None
+    return {"part": number + 1, "of": count}
+
+
+def _sums(tensors: Iterable[TensorInfo]) -> dict[str, int]:
+    members = list(tensors)
+    return {
+        "tensors": len(members),
+        "bytes": sum(info.nbytes for info in members),
+        "elements": sum(info.elements for info in members),
+    }
+
+
+def _row(name: str, entry: dict[str, int], total: int) -> str:
+    bits = f"{8 * entry['bytes'] / entry['elements']:.4f}" if entry["elements"] else ""
+    tensors = f"{entry['tensors']}" if entry["tensors"] else ""
+    return f"{name:20} {tensors:>7} {entry['bytes']:15,} {bits:>11} {entry['bytes'] / total:6.1%}"
+
+
+def _parse(recipe: Any) -> dict[str, Any] | None:
+    try:
+        parsed = parse_json(recipe.encode())
+    except (AttributeError, ValueError):
+        return None
+    return parsed if isinstance(parsed, dict) else None

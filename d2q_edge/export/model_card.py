@@ -1,0 +1,190 @@
+"""A model card, as repositories of GGUF files have it: README.md with metadata in front, for people and for the hub.
+
+Everything in it comes from the finished file and from what its conversion measured. Knows the conventions of cards and
+how a file is run; reads the file through inspection.py.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from d2q_edge import __version__
+from d2q_edge.errors import D2QError
+from d2q_edge.export.inspection import inspect
+from d2q_edge.formats import tensor_types
+from d2q_edge.formats.gguf_reader import GGUFFile
+
+NAME = "README.md"
+OWN = "quantized_by: d2q-edge"
+"""A line that no other README.md has."""
+
+
+def check_card(output: Path, *, force: bool) -> None:
+    """Make sure that a card can be written beside a file, before the long work.
+
+    Args:
+        output: the GGUF file.
+        force: a card of ours may be replaced; never anything else that has its name.
+
+    Raises:
+        D2QError: there is a README.md.
+    """
+    card = output.parent / NAME
+    if not card.exists():
+        return
+    try:
+        own = OWN in card.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        own = False
+    if not own:
+        raise D2QError(f"{card} exists and isn't a model card of d2q-edge; write the file into a directory of its own")
+    if not force:
+        raise D2QError(f"{card} exists already; use --force to replace it")
+
+
+def write_card(output: Path, report: Mapping[str, Any]) -> Path:
+    """Write the card beside a finished file, and return where it is.
+
+    Args:
+        output: the GGUF file.
+        report: what its conversion measured (`Conversion.to_json`).
+
+    Raises:
+        D2QError: the file can't be read, or the card can't be written.
+    """
+    card = output.parent / NAME
+    try:
+        card.write_text(model_card(output, report), encoding="utf-8")
+    except OSError as error:
+        raise D2QError(f"can't write {card}: {error.strerror or error}") from error
+    return card
+
+
+def model_card(path: Path, report: Mapping[str, Any]) -> str:
+    """The card's text.
+
+    Raises:
+        D2QError: the file can't be read.
+    """
+    facts, kv = inspect(path, try_to_load=False), GGUFFile(path).kv
+    base = _base_model(kv)
+    recipe = facts["recipe"] or {}
+    own = [name for name in facts["types"] if name in tensor_types.BY_NAME]
+    title = facts["name"] or path.stem
+    front = ModelCardData(
+        base_model=base,
+        base_model_relation="quantized" if base else None,
+        library_name="gguf",
+        license=_text(kv, "general.license"),
+        license_name=_text(kv, "general.license.name"),
+        license_link=_text(kv, "general.license.link"),
+        language=kv.get("general.languages"),
+        pipeline_tag="text-generation",
+        tags=["gguf", "d2q-edge", "quantized", *own],
+        quantized_by="d2q-edge",
+    ).to_yaml()
+    link = f"[{base}](https://huggingface.co/{base})" if base else title
+    lines = [
+        "---",
+        front,
+        "---",
+        "",
+        f"# {title} in {facts['bits_per_weight']:.2f} bits per weight",
+        "",
+        f"A GGUF file of {link} for the CPU of a laptop or a phone, made by d2q-edge {__version__}.",
+        "",
+        "| File | Bytes | Bits per weight | Bits per weight in the blocks |",
+        "|---|---:|---:|---:|",
+        f"| {path.name} | {facts['bytes']:,} | {facts['bits_per_weight']:.3f} | {_block_bits(facts):.3f} |",
+        "",
+        *_runtime(path, own),
+        *_measured(report, path),
+        *_contents(facts),
+        *_recipe(recipe),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _base_model(kv: Mapping[str, Any]) -> str | None:
+    """The original's name on the hub, if the file knows it."""
+    for key in ("general.base_model.0.repo_url", "general.source.repo_url", "general.repo_url"):
+        url = _text(kv, key)
+        if url and "huggingface.co/" in url:
+            return "/".join(url.partition("huggingface.co/")[2].strip("/").split("/")[:2])
+    return None
+
+
+def _text(kv: Mapping[str, Any], key: str) -> str | None:
+    value = kv.get(key)
+    return value if isinstance(value, str) and value else None
+
+
+def _block_bits(facts: Mapping[str, Any]) -> float:
+    blocks = facts["parts"]["blocks"]
+    return 8 * blocks["bytes"] / blocks["elements"] if blocks["elements"] else 0.0
+
+
+def _runtime(path: Path, own: list[str]) -> list[str]:
+    kinds = " and ".join(own)
+    refuse = f"It has tensors of our types ({kinds}), which stock llama.cpp and programs built on it refuse to load. "
+    return [
+        "## How to run it",
+        "",
+        (refuse if own else "") + "The patched llama-cpp-python that d2q-edge builds runs it:",
+        "",
+        "```sh",
+        "pip install d2q-edge",
+        "d2q-edge runtime install                  # once: builds the patched llama-cpp-python",
+        f'd2q-edge run {path.name} -p "Once upon a time"',
+        f"d2q-edge chat {path.name}",
+        f"d2q-edge serve {path.name}                 # an OpenAI-compatible server",
+        "```",
+        "",
+    ]
+
+
+def _measured(report: Mapping[str, Any], path: Path) -> list[str]:
+    lines = ["## How near it is to the original", ""]
+    validation = report.get("validation")
+    if validation:
+        lines += [
+            f"KL divergence of its predictions from the original's on {validation['tokens']:,} tokens of calibration "
+            f"text that were held back: **{validation['kl_divergence']:.4f}** "
+            f"± {validation['kl_divergence_stderr']:.4f} nats "
+            f"per token; the most likely token is the same in {validation['top1_agreement']:.1%} of them. (Estimated "
+            "while converting, with embeddings and head unrounded.)",
+            "",
+        ]
+    if report.get("refinement"):
+        found = report["refinement"]
+        lines += [
+            f"Tuning the whole model brought it from {found['before']:.4f} to {found['after']:.4f} on held-back text.",
+            "",
+        ]
+    lines += [
+        "To measure it on your own text, against a file that `d2q-edge convert --type f16` makes:",
+        "",
+        "```sh",
+        f"d2q-edge eval {path.name} --reference original-f16.gguf --text your.txt",
+        "```",
+        "",
+    ]
+    return lines
+
+
+def _contents(facts: Mapping[str, Any]) -> list[str]:
+    lines = ["## What is in it", "", "| Type | Tensors | Bytes | Bits per weight |", "|---|---:|---:|---:|"]
+    lines += [
+        f"| {name} | {entry['tensors']} | {entry['bytes']:,} | {8 * entry['bytes'] / entry['elements']:.4f} |"
+        for name, entry in facts["types"].items()
+    ]
+    return [*lines, ""]
+
+
+def _recipe(recipe: Mapping[str, Any]) -> list[str]:
+    if not recipe:
+        return []
+    lines = ["## How it was made", "", "| Setting | Value |", "|---|---|"]
+    return [*lines, *(f"| {key} | {value} |" for key, value in recipe.items()), ""]

@@ -1,0 +1,30 @@
+"""What a conversion writes must not be what it reads, nor twice the same file, whatever --force allows."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from d2q_edge.errors import D2QError
+from d2q_edge.model.checkpoint import READ_SUFFIXES
+
+
+def check_targets(targets: Mapping[str, Path], model: Path, texts: Iterable[Path] = ()) -> None:
+    """Compare files that will be written with each other and with what is read.
+
+    Args:
+        targets: the files that will be written, by what they are ("the output", ...).
+        model: the checkpoint's directory; its GGUF files don't belong to the checkpoint.
+        texts: other files that are read.
+
+    Raises:
+        D2QError: one is the same file as another one, or is read.
+    """
+    seen: dict[Path, str] = {}
+    for name, path in targets.items():
+        if (other := seen.setdefault(path.resolve(), name)) != name:
+            raise D2QError(f"{other} and {name} are the same file, {path}; give them different names")
+    files = model.iterdir() if model.is_dir() else ()
+    inputs = {file.resolve(): "the model" for file in files if file.suffix in READ_SUFFIXES}
+    inputs |= {text.resolve(): "what is read" for text in texts}
+    for path, name in seen.items():
+        if path in inputs:
+            raise D2QError(f"{name}, {path}, belongs to {inputs[path]} and won't be replaced; choose another name")

@@ -1,0 +1,195 @@
+"""Checks that a written file tokenizes text as the original does: llama.cpp against transformers, on a probe.
+
+A tokenizer that is almost right makes a file that runs and is worse than it should be, which nobody notices. The probe
+is a list of texts (data/tokenizer_probe.json), the model's special tokens within text, and a sample of its vocabulary.
+Kinds of text that llama.cpp is known to tokenize in another way (`Tokenizer.gaps`) are mentioned, not refused.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from d2q_edge import runtime
+from d2q_edge.errors import D2QError
+from d2q_edge.model.tokenizer import Tokenizer
+from d2q_edge.runtime.llama_vocabulary import LlamaVocabulary
+
+PROBE = Path(__file__).parents[1] / "data" / "tokenizer_probe.json"
+_SPECIAL_SAMPLES, _VOCABULARY_SAMPLES, _WORDS_PER_TEXT = 64, 2000, 50
+# llama.cpp takes some texts for control tokens wherever a vocabulary has them, such as Qwen's ordinary "</s>".
+_LOOKS_SPECIAL = re.compile(r"\s*[<\[_].*[>\]]\s*")
+_GAPS = {
+    "decomposed": "text that isn't in Unicode's composed form (NFC)",
+    "marks": "words with combining marks",
+    "camel": "words with letters beyond ASCII that have upper case inside",
+    "leading": "text that starts with a space",
+    "special": "white space around special tokens",
+}
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """The original tokenizer.
+
+    Attributes:
+        name: for messages.
+        encode: text to ids.
+        decode: one id to text.
+        special: whether `encode` adds and finds special tokens.
+    """
+
+    name: str
+    encode: Callable[[str], list[int]]
+    decode: Callable[[int], str]
+    special: bool
+
+
+def verify(path: Path, directory: Path, tokenizer: Tokenizer, *, quiet: bool = False) -> None:
+    """Compare a file's tokenizer with the original, on the probe.
+
+    Args:
+        path: the GGUF file.
+        directory: of the Hugging Face model that it was made from.
+        tokenizer: what was written into the file.
+        quiet: don't say on stderr what was left out or is known to differ.
+
+    Raises:
+        D2QError: a token differs, or llama.cpp or transformers can't load their file.
+    """
+
+    def say(message: str) -> None:
+        if not quiet:
+            print(message, file=sys.stderr)
+
+    try:
+        runtime.require()
+    except D2QError as error:
+        say(f"the file's tokenizer was not compared with the model's: {error}")
+        return
+    reference = _load_reference(directory)
+    if reference is None:
+        say(
+            "the file's tokenizer was not compared with the model's: for a tokenizer.model without a tokenizer.json "
+            "that takes SentencePiece (pip install 'd2q-edge[sentencepiece]')"
+        )
+        return
+    known: set[str] = set()
+    with LlamaVocabulary(path) as vocabulary:
+        for text, gaps in _probes(tokenizer, reference):
+            ours, theirs = vocabulary.tokenize(text, special=reference.special), reference.encode(text)
+            if ours != theirs and not gaps:
+                raise D2QError(_difference(text, ours, theirs, reference))
+            if ours != theirs:
+                known.add(min(gaps))
+    if known:
+        kinds = ", ".join(_GAPS[gap] for gap in sorted(known))
+        say(f"llama.cpp is known to tokenize some text of such models in another way than {reference.name}: {kinds}")
+
+
+def text_gaps(text: str) -> frozenset[str]:
+    """Which of the gaps a text falls into: "decomposed", "marks", "camel", "leading"; see _GAPS."""
+    gaps = set()
+    if text.startswith((" ", "\u2581")):
+        gaps.add("leading")
+    if unicodedata.normalize("NFC", text) != text:
+        gaps.add("decomposed")
+    if any(unicodedata.category(character)[0] == "M" for character in text):
+        gaps.add("marks")
+    for word in re.findall(r"[^\W\d_]{2,}", text):
+        cased = any(not letter.isascii() and letter.lower() != letter.upper() for letter in word)
+        if cased and any(letter != letter.lower() for letter in word[1:]):
+            gaps.add("camel")
+    return frozenset(gaps)
+
+
+def _load_reference(directory: Path) -> _Reference | None:
+    """What tokenizer.json does in transformers, or a tokenizer.model alone in SentencePiece; None without the latter.
+
+    transformers guesses at what a tokenizer.model alone leaves open.
+
+    Raises:
+        D2QError: transformers can't load it.
+    """
+    if (directory / "tokenizer.json").is_file():
+        # Takes seconds to import, which a conversion without verification should not.
+        from d2q_edge.model.tokenizer.original import load_original
+
+        loaded: Any = load_original(directory)
+        return _Reference(
+            "transformers",
+            lambda text: list(loaded.encode(text, verbose=False)),
+            lambda token_id: str(loaded.decode([token_id])),
+            special=True,
+        )
+    if importlib.util.find_spec("sentencepiece") is None:
+        return None
+    from sentencepiece import SentencePieceProcessor
+
+    model: Any = SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
+    size = model.vocab_size()
+    return _Reference(
+        "SentencePiece",
+        lambda text: list(model.encode(text)),
+        lambda token_id: str(model.decode([token_id])) if token_id < size else "",
+        special=False,
+    )
+
+
+def _probes(tokenizer: Tokenizer, reference: _Reference) -> Iterator[tuple[str, frozenset[str]]]:
+    """Texts, each with those of the tokenizer's gaps that it falls into."""
+    kinds = (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED)
+    special = [text for text, kind in zip(tokenizer.tokens, tokenizer.types, strict=True) if kind in kinds]
+    texts: list[str] = json.loads(PROBE.read_text(encoding="utf-8"))
+    for text in [*texts, *_vocabulary(tokenizer, reference)]:
+        if any(token in text for token in tokenizer.left_out):
+            continue
+        gaps = text_gaps(text)
+        if any(token in text for token in special):
+            if not reference.special:
+                continue
+            gaps |= {"special"}
+        yield text, gaps & tokenizer.gaps
+    if not reference.special:
+        return
+    named = [tokenizer.tokens[token_id] for token_id in tokenizer.special_ids.values()]
+    for token in dict.fromkeys([*named, *special[:: len(special) // _SPECIAL_SAMPLES + 1]]):
+        yield token, frozenset()
+        for text in (f"one {token} two", f"three{token}four", f"\n{token}\n{token}"):
+            yield text, tokenizer.gaps & {"special"}
+
+
+def _vocabulary(tokenizer: Tokenizer, reference: _Reference) -> Iterator[str]:
+    """Texts made of an even sample of the normal tokens, apart from those that are only parts of characters."""
+    normal = [i for i, kind in enumerate(tokenizer.types) if kind == gguf.TokenType.NORMAL]
+    decoded = (reference.decode(token_id) for token_id in normal[:: len(normal) // _VOCABULARY_SAMPLES + 1])
+    # Where tokenizer.json has no decoder, spaces are still spelled as in the vocabulary.
+    words = [word.replace("\u2581", " ") if tokenizer.model == "llama" else word for word in decoded]
+    words = [word for word in words if not _LOOKS_SPECIAL.fullmatch(word)]
+    words = [word for word in words if word and "\ufffd" not in word and not text_gaps(word) & tokenizer.gaps]
+    for start in range(0, len(words), _WORDS_PER_TEXT):
+        yield " ".join(words[start : start + _WORDS_PER_TEXT])
+
+
+def _difference(text: str, ours: list[int], theirs: list[int], reference: _Reference) -> str:
+    """The first difference in one sentence."""
+    start = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    shown = text if len(text) <= 60 else text[:57] + "..."
+
+    def piece(ids: list[int]) -> str:
+        return f"{ids[start : start + 3]} ({' | '.join(reference.decode(i) for i in ids[start : start + 3])!r})"
+
+    return (
+        f"llama.cpp would tokenize {shown!r} in another way than {reference.name}: from token {start} on it has "
+        f"{piece(ours)} where {reference.name} has {piece(theirs)}; the file was not written, because it would be "
+        "worse than the model (--no-verify writes it all the same)"
+    )

@@ -1,0 +1,274 @@
+"""Reading GGUF files: keys, tensor infos, raw bytes, dequantized weights, with our tensor types and unknown ones too.
+
+gguf-py's own reader raises on type numbers that it doesn't know and trusts the file; this one trusts nothing, so that a
+truncated or malformed file ends in one clear sentence. It knows nothing about models.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+from d2q_edge.errors import D2QError
+from d2q_edge.formats import tensor_types
+
+VERSIONS = (2, 3)
+MAX_DIMS = 4
+# More items than any key's array has; they become Python objects, which take thirty times the file's memory.
+MAX_ITEMS = 1 << 22
+# A float16 whose exponent is all ones is NaN or infinite.
+_EXPONENT = 0x7C00
+_CHECKED_BLOCKS = 1 << 20
+# GGUF's value types: number -> struct format. Strings are 8, arrays are 9.
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a file. `shape` is in numpy's order; `offset` counts from the start of the file.
+
+    `type_name` is lower case ("f16", "q8_0", "d2q2"), or "type" and the number for a type that we don't know. The size
+    of such a tensor isn't known either: `nbytes` then reaches to the next tensor or the end of the file.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type_id: int
+    type_name: str
+    offset: int
+    nbytes: int
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+class GGUFFile:
+    """An opened GGUF. The header is parsed at once; tensor data stays on disk until it is asked for."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Open and check a file.
+
+        Raises:
+            D2QError: it can't be read, isn't a GGUF, is truncated, or contradicts itself.
+        """
+        self.path = Path(path)
+        try:
+            if not self.path.is_file():
+                raise D2QError(f"there is no file {self.path}")
+            self.size = self.path.stat().st_size
+            if self.size < 24:
+                raise D2QError(f"{self.path} is too short to be a GGUF file")
+            self._data: npt.NDArray[np.uint8] = np.memmap(self.path, dtype=np.uint8, mode="r")
+        except OSError as error:
+            raise D2QError(f"can't read {self.path}: {error.strerror or error}") from error
+        # For the many small reads of the header; slicing the array would take several times as long.
+        self._bytes = self._data.data
+        self._position = 0
+        self.kv: dict[str, Any] = {}
+        """All keys; arrays are lists."""
+        self.tensors: dict[str, TensorInfo] = {}
+        """Tensors by name, in the order of the file."""
+        self._parse()
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean over the elements of all tensors; 0 for a file without any."""
+        elements = sum(info.elements for info in self.tensors.values())
+        return 8 * sum(info.nbytes for info in self.tensors.values()) / elements if elements else 0.0
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens that the model was made for, where the file says that."""
+        length = self.kv.get(f"{self.kv.get('general.architecture')}.context_length")
+        return length if type(length) is int and length > 0 else None
+
+    def check_blocks(self) -> None:
+        """Find out whether every block of our types has a finite scale; all their other bytes are valid whatever they
+        are.
+
+        llama.cpp would calculate on with NaN. This reads through the file once, at the speed of memory or of the disk;
+        whoever runs the model needs all of it in memory anyway.
+
+        Raises:
+            D2QError: a block's scale is NaN or infinite.
+        """
+        for info in self.tensors.values():
+            own = tensor_types.BY_ID.get(info.type_id)
+            if own is None:
+                continue
+            blocks = self.raw(info.name).reshape(-1, own.type_size)
+            for start in range(0, len(blocks), _CHECKED_BLOCKS):
+                scales = np.ascontiguousarray(blocks[start : start + _CHECKED_BLOCKS, :2]).view("<u2")
+                bad = (scales & _EXPONENT) == _EXPONENT
+                if bad.any():
+                    raise D2QError(
+                        f"{self.path} is damaged: the scale of block {start + int(bad.argmax())} of tensor {info.name} "
+                        "is NaN or infinite; convert or download it again"
+                    )
+
+    def raw(self, name: str) -> npt.NDArray[np.uint8]:
+        """A tensor's bytes, uint8 [nbytes], mapped from the file.
+
+        Raises:
+            D2QError: there is no such tensor.
+        """
+        info = self._info(name)
+        return self._data[info.offset : info.offset + info.nbytes]
+
+    def dequantize(self, name: str) -> npt.NDArray[np.float32]:
+        """A tensor's values, float32 of its shape; ours exactly as `tensor_types.dequantize` defines them.
+
+        Raises:
+            D2QError: there is no such tensor, or nothing here can decode its type.
+        """
+        info = self._info(name)
+        raw = self.raw(name)
+        own = tensor_types.BY_ID.get(info.type_id)
+        if own is not None:
+            return tensor_types.dequantize(own, raw.reshape(-1, own.row_bytes(info.shape[-1]))).reshape(info.shape)
+        try:
+            values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(info.type_id))
+        except (ValueError, NotImplementedError):
+            raise D2QError(
+                f"tensor {name} of {self.path} has the type {info.type_name}, which can't be decoded"
+            ) from None
+        return np.asarray(values, dtype=np.float32).reshape(info.shape)
+
+    def _info(self, name: str) -> TensorInfo:
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise D2QError(f"{self.path} has no tensor {name}") from None
+
+    def _parse(self) -> None:
+        magic, version = self._take("4sI")
+        if magic != b"GGUF":
+            raise D2QError(f"{self.path} isn't a GGUF file")
+        if version not in VERSIONS:
+            swapped = int.from_bytes(int(version).to_bytes(4, "little"), "big") in VERSIONS
+            raise D2QError(
+                f"{self.path} is a {'big-endian GGUF' if swapped else f'GGUF of version {version}'}; "
+                f"only little-endian files of the versions {VERSIONS[0]} and {VERSIONS[1]} can be read"
+            )
+        self.version = version
+        tensor_count, key_count = self._take("QQ")
+        for _ in range(key_count):
+            key = self._name()
+            if key in self.kv:
+                raise self._malformed(f"the key {key} comes twice")
+            (value_type,) = self._take("I")
+            self.kv[key] = self._value(value_type)
+        self.alignment = self.kv.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
+        if type(self.alignment) is not int or self.alignment <= 0 or self.alignment & (self.alignment - 1):
+            raise self._malformed("general.alignment isn't a power of two")
+        found = []
+        names = set()
+        for _ in range(tensor_count):
+            name = self._name()
+            if name in names:
+                raise self._malformed(f"the tensor {name} comes twice")
+            names.add(name)
+            (dims,) = self._take("I")
+            if dims > MAX_DIMS:
+                raise self._malformed(f"the tensor {name} has {dims} dimensions")
+            shape = self._take(f"{dims}Q")[::-1]
+            if 0 in shape:
+                raise self._malformed(f"the tensor {name} is empty")
+            type_id, offset = self._take("IQ")
+            found.append((name, shape, type_id, offset))
+        start = -(-self._position // self.alignment) * self.alignment
+        self._place(found, start)
+
+    def _place(self, found: list[tuple[str, tuple[int, ...], int, int]], start: int) -> None:
+        """Turn parsed tensor infos into `tensors`, sizes worked out and checked against the file."""
+        borders = sorted({offset for *_, offset in found} | {self.size - start})
+        following = dict(pairwise(borders))
+        for name, shape, type_id, offset in found:
+            if offset % self.alignment:
+                raise self._malformed(f"the tensor {name} isn't aligned")
+            type_name, block, size = _type(type_id)
+            if block is None:
+                nbytes = max(following.get(offset, offset) - offset, 0)
+            else:
+                width = shape[-1] if shape else 1
+                if width % block:
+                    raise self._malformed(f"{block} doesn't divide the width {width} of the {type_name} tensor {name}")
+                nbytes = math.prod(shape) // block * size
+            if start + offset + nbytes > self.size:
+                raise D2QError(f"{self.path} is truncated: it ends after {self.size} bytes, before tensor {name} does")
+            self.tensors[name] = TensorInfo(name, shape, type_id, type_name, start + offset, nbytes)
+        extents = sorted((info.offset, info.offset + info.nbytes, info.name) for info in self.tensors.values())
+        for (_, end, name), (begin, _, other) in pairwise(extents):
+            if begin < end:
+                raise self._malformed(f"the tensors {name} and {other} overlap")
+
+    def _value(self, value_type: int) -> Any:
+        if value_type in _SCALARS:
+            return self._take(_SCALARS[value_type])[0]
+        if value_type == _STRING:
+            return self._string()
+        if value_type != _ARRAY:
+            raise self._malformed(f"there is no value type {value_type}")
+        item_type, count = self._take("IQ")
+        if count > MAX_ITEMS:
+            raise self._malformed(f"an array has {count} items")
+        if item_type in _SCALARS:
+            return list(self._take(f"{count}{_SCALARS[item_type]}"))
+        if item_type != _STRING:
+            raise self._malformed(f"an array holds items of type {item_type}")
+        return [self._string() for _ in range(count)]
+
+    def _name(self) -> str:
+        """Of a key or tensor: it ends up in messages, and so in terminals."""
+        name = self._string()
+        if not name.isprintable() or "\ufffd" in name:
+            raise self._malformed(f"a key or tensor has the name {name[:100]!r}")
+        return name
+
+    def _string(self) -> str:
+        (length,) = self._take("Q")
+        self._require(length)
+        begin = self._position
+        self._position += length
+        return str(self._bytes[begin : begin + length], "utf-8", "replace")
+
+    def _take(self, layout: str) -> tuple[Any, ...]:
+        """Read the next values, little-endian and unpadded."""
+        try:
+            size = struct.calcsize("<" + layout)
+        except (struct.error, OverflowError):
+            raise self._malformed("a count is impossibly large") from None
+        self._require(size)
+        begin = self._position
+        self._position += size
+        return struct.unpack_from("<" + layout, self._bytes, begin)
+
+    def _require(self, count: int) -> None:
+        if count > self.size - self._position:
+            raise D2QError(f"{self.path} is truncated or malformed: its header reaches beyond the end of the file")
+
+    def _malformed(self, what: str) -> D2QError:
+        return D2QError(f"{self.path} is malformed: {what}")
+
+
+def _type(type_id: int) -> tuple[str, int | None, int]:
+    """(name, weights per block, bytes per block) of a tensor type; the block is None when the type is unknown."""
+    own = tensor_types.BY_ID.get(type_id)
+    if own is not None:
+        return own.name, own.block_size, own.type_size
+    try:
+        stock = gguf.GGMLQuantizationType(type_id)
+    except ValueError:
+        return f"type{type_id}", None, 0
+    block, size = gguf.GGML_QUANT_SIZES[stock]
+    return stock.name.lower(), int(block), int(size)

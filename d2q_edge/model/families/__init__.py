@@ -1,0 +1,43 @@
+"""The model families that can be converted, one file each.
+
+A new family is a new file and one more line in FAMILIES. This module only chooses; `base` says what a family is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from d2q_edge.errors import D2QError
+from d2q_edge.model.families.base import Family
+from d2q_edge.model.families.gemma3 import Gemma3
+from d2q_edge.model.families.llama import Llama
+from d2q_edge.model.families.mistral import Mistral
+from d2q_edge.model.families.olmoe import Olmoe
+from d2q_edge.model.families.parts import LinearGroup, Sublayer
+from d2q_edge.model.families.phi3 import Phi3
+from d2q_edge.model.families.qwen2 import Qwen2
+from d2q_edge.model.families.qwen3 import Qwen3
+from d2q_edge.model.families.qwen3_moe import Qwen3Moe
+from d2q_edge.model.families.smollm3 import SmolLM3
+
+__all__ = ["FAMILIES", "Family", "LinearGroup", "Sublayer", "family_for"]
+
+FAMILIES: tuple[type[Family], ...] = (Llama, Mistral, Qwen2, Qwen3, SmolLM3, Gemma3, Phi3, Qwen3Moe, Olmoe)
+
+
+def family_for(config: Mapping[str, Any]) -> Family:
+    """The family of a config.json's content, bound to it.
+
+    Raises:
+        D2QError: the architecture isn't supported (the message lists those that are), or the config has settings
+            that can't be exported faithfully.
+    """
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        raise D2QError("config.json names no architecture (its architectures entry is missing or empty)")
+    for family in FAMILIES:
+        if architectures[0] in family.architectures:
+            return family(config)
+    supported = ", ".join(sorted(name for family in FAMILIES for name in family.architectures))
+    raise D2QError(f"the architecture {architectures[0]} isn't supported; these are: {supported}")

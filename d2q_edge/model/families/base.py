@@ -1,0 +1,396 @@
+"""What a model family is: its layers, their order and shapes, and how its tensors and settings are written in a GGUF.
+
+A family is bound to one config.json and refuses configs that it can't represent. It is pure data and arithmetic on
+shapes and rows: it does not read weights, and it knows nothing about quantization.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from d2q_edge.errors import D2QError
+from d2q_edge.model.families.parts import LinearGroup, Sublayer
+from d2q_edge.model.families.settings import Settings, positive_float
+
+# More layers than any model has; a guard against a config.json that would make us build names forever.
+MAX_LAYERS = 10_000
+
+Values = npt.NDArray[Any] | torch.Tensor
+
+
+class Family(Settings, ABC):
+    """A decoder family, bound to one model's config. Get one with `families.family_for`.
+
+    The attributes set from the config: num_layers, hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim,
+    vocab_size, context_length, norm_eps, rope_type, rope_theta, rope_scaling (a dict when it isn't the default),
+    tied_embeddings.
+    """
+
+    architectures: ClassVar[tuple[str, ...]]
+    """The names in config.json's `architectures` that this family handles."""
+    model_type: ClassVar[str] = ""
+    """config.json's `model_type`, by which transformers chooses the code; empty where it isn't checked."""
+    gguf_arch: ClassVar[str]
+    """llama.cpp's name for the architecture, the prefix of its GGUF keys."""
+    rope_types: ClassVar[tuple[str, ...]] = ("default",)
+    """Values of rope_scaling's type that the exported file can express."""
+    records_space_prefix: ClassVar[bool] = False
+    """Whether llama.cpp's converter records the tokenizer's add_prefix_space for this architecture."""
+    activation: ClassVar[tuple[str, str]] = ("hidden_act", "silu")
+    """Key and value in config.json of the only activation that llama.cpp has for this architecture."""
+    norm_offset: ClassVar[float] = 0.0
+    """What is added to a norm's weight before it multiplies."""
+
+    # What transformers takes for settings that config.json leaves out.
+    default_norm_eps: ClassVar[float] = 1e-6
+    default_rope_theta: ClassVar[float] = 10000.0
+    default_kv_heads: ClassVar[int | None] = None
+    """None: as many as there are heads."""
+    tied_by_default: ClassVar[bool] = False
+
+    num_experts: int = 0
+    """Experts of every block; 0 where it has an ordinary mlp."""
+    experts_per_token: int = 0
+    """How many of them a token goes through."""
+
+    linear_groups: tuple[LinearGroup, ...] = (
+        LinearGroup("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        LinearGroup(None, ("self_attn.o_proj",), source="self_attn.v_proj"),
+        LinearGroup("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+        LinearGroup(None, ("mlp.down_proj",), source="mlp.up_proj"),
+    )
+    sublayers: ClassVar[tuple[Sublayer, ...]] = (
+        Sublayer("self_attn", "input_layernorm"),
+        Sublayer("mlp", "post_attention_layernorm"),
+    )
+    embedding: ClassVar[str] = "model.embed_tokens"
+    final_norm: ClassVar[str] = "model.norm"
+    head: ClassVar[str] = "lm_head"
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        """Read and check the config.
+
+        Raises:
+            D2QError: a setting is missing, makes no sense, or is one that this family can't export faithfully.
+        """
+        super().__init__(config)
+        self.num_layers = self._int("num_hidden_layers", maximum=MAX_LAYERS)
+        self.hidden_size = self._int("hidden_size")
+        self.intermediate_size = self._int("intermediate_size")
+        self.num_heads = self._int("num_attention_heads")
+        given = self.default_kv_heads is None or "num_key_value_heads" in config
+        self.num_kv_heads = self._int("num_key_value_heads", default=self.num_heads if given else self.default_kv_heads)
+        self.head_dim = self._int("head_dim", default=self._default_head_dim())
+        self.vocab_size = self._int("vocab_size")
+        self.context_length = self._int("max_position_embeddings")
+        self.norm_eps = self._float("rms_norm_eps", default=self.default_norm_eps)
+        self.tied_embeddings = self._flag("tie_word_embeddings", default=self.tied_by_default)
+        if self.num_heads % self.num_kv_heads:
+            raise D2QError(
+                f"config.json: num_attention_heads ({self.num_heads}) must be a multiple of num_key_value_heads "
+                f"({self.num_kv_heads})"
+            )
+        if self.head_dim % 2:
+            raise D2QError(f"config.json: head_dim must be even, not {self.head_dim}")
+        self._read_rope()
+        self._refuse_unsupported()
+
+    @property
+    def block_linears(self) -> tuple[str, ...]:
+        """All linear layers of one block in forward order, relative to the block."""
+        return tuple(linear for group in self.linear_groups for linear in group.linears)
+
+    @property
+    def residual_readers(self) -> Mapping[str, str]:
+        """The block's linear layers that read the residual stream, each with the norm through which it does."""
+        return {
+            linear: group.norm for group in self.linear_groups if group.norm is not None for linear in group.linears
+        }
+
+    @property
+    def residual_writers(self) -> tuple[str, ...]:
+        """The block's linear layers whose outputs are added to the residual stream: the last of every branch, which in
+        these blocks are those that no norm feeds."""
+        return tuple(linear for group in self.linear_groups if group.norm is None for linear in group.linears)
+
+    @property
+    def embedding_scale(self) -> float:
+        """What embeddings are multiplied by before the first block."""
+        return 1.0
+
+    @property
+    def can_rotate(self) -> bool:
+        """Whether the residual stream may be put into another basis (quantize/rotation.py)."""
+        return True
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on where llama.cpp computes otherwise than the original; empty where it doesn't."""
+        return ()
+
+    def sliding_window(self, index: int) -> int | None:
+        """How many tokens block `index` looks back on, itself included; None for all."""
+        return None
+
+    def sublayer_of(self, group: LinearGroup) -> Sublayer:
+        """The sublayer of the block to which a linear group belongs."""
+        return next(sublayer for sublayer in self.sublayers if group.linears[0].startswith(f"{sublayer.module}."))
+
+    def block_prefix(self, index: int) -> str:
+        """The prefix that turns a name relative to block `index` into a full one."""
+        return f"model.layers.{index}."
+
+    def block_of(self, name: str) -> int | None:
+        """The number of the block that a tensor or module belongs to, by its full name; None outside the blocks."""
+        match = re.fullmatch(re.escape(self.block_prefix(0)).replace("0", r"(\d+)", 1) + ".*", name)
+        return int(match[1]) if match else None
+
+    def split_name(self, name: str) -> tuple[int | None, str]:
+        """Split the full name of a tensor or module into its block's number and its name in the block.
+
+        Outside the blocks the number is None, and the name is the full one.
+        """
+        index = self.block_of(name)
+        return index, name if index is None else name.removeprefix(self.block_prefix(index))
+
+    def inner_name(self, name: str) -> str:
+        """A name inside of a block, relative to it."""
+        index, inner = self.split_name(name)
+        if index is None:
+            raise ValueError(f"{name} isn't inside of a block")
+        return inner
+
+    def linear_weights(self) -> list[str]:
+        """The weight tensors of every block's linear layers, by full name, in forward order."""
+        return [
+            f"{self.block_prefix(i)}{linear}.weight" for i in range(self.num_layers) for linear in self.block_linears
+        ]
+
+    def linear_shape(self, linear: str) -> tuple[int, int]:
+        """(out_features, in_features) of a block's linear layer, the shape of its weight."""
+        attention, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return {
+            "self_attn.q_proj": (attention, self.hidden_size),
+            "self_attn.k_proj": (kv, self.hidden_size),
+            "self_attn.v_proj": (kv, self.hidden_size),
+            "self_attn.o_proj": (self.hidden_size, attention),
+            "mlp.gate_proj": (self.intermediate_size, self.hidden_size),
+            "mlp.up_proj": (self.intermediate_size, self.hidden_size),
+            "mlp.down_proj": (self.hidden_size, self.intermediate_size),
+        }[linear]
+
+    def source_rows(self, source: str) -> npt.NDArray[np.int64]:
+        """For every column of the input that `source` makes, the row of `source` that it is proportional to.
+
+        One to one for the gated activation; a row of v serves its channel in all query heads of its group.
+        """
+        if source != "self_attn.v_proj":
+            return np.arange(self.linear_shape(source)[0])
+        rows = np.arange(self.num_kv_heads * self.head_dim).reshape(self.num_kv_heads, 1, self.head_dim)
+        return rows.repeat(self.num_heads // self.num_kv_heads, axis=1).reshape(-1)
+
+    def biased_linears(self) -> tuple[str, ...]:
+        """The block's linear layers that have a bias."""
+        return ()
+
+    def block_norms(self) -> dict[str, int]:
+        """The block's norm weights and their lengths, relative to the block, without ".weight"."""
+        names = [
+            name for sublayer in self.sublayers for name in (sublayer.norm, sublayer.output_norm) if name is not None
+        ]
+        return dict.fromkeys(names, self.hidden_size)
+
+    def block_routers(self) -> dict[str, tuple[int, int]]:
+        """The block's routers, which choose experts, and the shapes of their weights, named as in `block_norms`."""
+        return {}
+
+    def is_router(self, hf_name: str) -> bool:
+        """Whether a tensor is a router's weight, which stays f32 whatever the file's type."""
+        inside = self.block_of(hf_name) is not None
+        return inside and self.inner_name(hf_name).removesuffix(".weight") in self.block_routers()
+
+    @property
+    def stacks(self) -> Mapping[str, tuple[str, ...]]:
+        """Weights that the file holds as one tensor [parts, out, in]: its name and its parts', in the file's order.
+
+        The stack's own name is one that `gguf_name` knows; the checkpoint has the parts only. All parts must be of one
+        type.
+        """
+        return {}
+
+    def parameters(self) -> tuple[int, int, int, int]:
+        """Number of weights: all, those outside stacks, those of one part of every stack, and the parts of a stack.
+
+        From these gguf-py makes a size label.
+        """
+        sizes = {name: math.prod(shape) for name, shape in self.tensor_shapes().items()}
+        stacked = sum(sizes[part] for parts in self.stacks.values() for part in parts)
+        one_part = sum(sizes[parts[0]] for parts in self.stacks.values())
+        total = sum(sizes.values())
+        return total, total - stacked, one_part, self.num_experts
+
+    def tensor_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Name and shape of every tensor that the checkpoint must have, and there are no others."""
+        return self._tensor_shapes
+
+    @cached_property
+    def _tensor_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {f"{self.embedding}.weight": (self.vocab_size, self.hidden_size)}
+        for index in range(self.num_layers):
+            prefix = self.block_prefix(index)
+            for linear in self.block_linears:
+                shapes[f"{prefix}{linear}.weight"] = self.linear_shape(linear)
+            for linear in self.biased_linears():
+                shapes[f"{prefix}{linear}.bias"] = self.linear_shape(linear)[:1]
+            for norm, width in self.block_norms().items():
+                shapes[f"{prefix}{norm}.weight"] = (width,)
+            for router, shape in self.block_routers().items():
+                shapes[f"{prefix}{router}.weight"] = shape
+        shapes[f"{self.final_norm}.weight"] = (self.hidden_size,)
+        if not self.tied_embeddings:
+            shapes[f"{self.head}.weight"] = (self.vocab_size, self.hidden_size)
+        return MappingProxyType(shapes)
+
+    def gguf_name(self, hf_name: str) -> str:
+        """The GGUF name of a tensor, for example "blk.0.attn_q.weight".
+
+        Raises:
+            KeyError: llama.cpp's architecture has no such tensor.
+        """
+        name = self._gguf_names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
+        if name is None:
+            raise KeyError(hf_name)
+        return str(name)
+
+    def export_rows(self, hf_name: str, array: Values) -> Values:
+        """Reorder a tensor's rows (first axis) for the file; the identity here.
+
+        Works on weights, biases and packed rows of any dtype, because whole rows move.
+        """
+        return array
+
+    def export_values(self, hf_name: str, array: Values) -> Values:
+        """A float tensor's values as the file has them: llama.cpp multiplies by a norm's weight (float32) alone."""
+        if self.norm_offset and self._is_norm(hf_name.removesuffix(".weight")):
+            return array + self.norm_offset
+        return array
+
+    def _is_norm(self, module: str) -> bool:
+        index = self.block_of(module)
+        if index is None:
+            return module == self.final_norm
+        return module.removeprefix(self.block_prefix(index)) in self.block_norms()
+
+    def extra_tensors(self) -> dict[str, npt.NDArray[np.float32]]:
+        """Tensors that the file needs and the checkpoint doesn't have, by GGUF name."""
+        return {}
+
+    def add_metadata(self, writer: gguf.GGUFWriter, file_type: int) -> None:
+        """Add the model's settings, the `ARCH.*` keys and general.file_type, in llama.cpp's converter's order."""
+        writer.add_block_count(self.num_layers)
+        writer.add_context_length(self.context_length)
+        writer.add_embedding_length(self.hidden_size)
+        writer.add_feed_forward_length(self.intermediate_size)
+        writer.add_head_count(self.num_heads)
+        writer.add_head_count_kv(self.num_kv_heads)
+        self._add_rope(writer)
+        writer.add_layer_norm_rms_eps(self.norm_eps)
+        if self.num_experts:
+            writer.add_expert_count(self.num_experts)
+            writer.add_expert_used_count(self.experts_per_token)
+        if self._writes_head_dim():
+            writer.add_key_length(self.head_dim)
+            writer.add_value_length(self.head_dim)
+        writer.add_file_type(file_type)
+
+    def _add_rope(self, writer: gguf.GGUFWriter) -> None:
+        writer.add_rope_freq_base(self.rope_theta)
+
+    def _writes_head_dim(self) -> bool:
+        return True
+
+    def _default_head_dim(self) -> int | None:
+        """head_dim when the config doesn't say; None when it must say (or the widths don't divide)."""
+        return self.hidden_size // self.num_heads if self.hidden_size % self.num_heads == 0 else None
+
+    @cached_property
+    def _gguf_names(self) -> Any:
+        arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.gguf_arch)
+        return gguf.get_tensor_name_map(arch, self.num_layers)
+
+    def _rope_settings(self) -> Mapping[str, Any]:
+        """Rotary settings: `rope_parameters` (transformers 5) or `rope_scaling` (before), which lacks rope_theta."""
+        new, old = self.config.get("rope_parameters"), self.config.get("rope_scaling")
+        if new and old and new != old:
+            raise D2QError("config.json has both rope_parameters and rope_scaling, and they differ; remove one of them")
+        settings = new or old or {}
+        if not isinstance(settings, Mapping):
+            raise D2QError("config.json: rope_scaling must be an object")
+        return settings
+
+    def _read_rope(self) -> None:
+        settings = self._rope_settings()
+        kind = settings.get("rope_type") or settings.get("type") or "default"
+        if kind not in self.rope_types or any(isinstance(value, Mapping) for value in settings.values()):
+            raise D2QError(
+                f"config.json: rope_scaling of type {kind!r} isn't supported for {self.gguf_arch} "
+                f"(supported: {', '.join(self.rope_types)})"
+            )
+        self.rope_type: str = kind
+        self.rope_scaling: Mapping[str, Any] = settings
+        theta = settings.get("rope_theta", self.config.get("rope_theta"))
+        self.rope_theta = positive_float("rope_theta", self.default_rope_theta if theta is None else theta)
+        self._read_rotary_share(settings)
+
+    def _read_rotary_share(self, settings: Mapping[str, Any]) -> None:
+        """Refuse heads that are rotated in part."""
+        for place in (self.config, settings):
+            if place.get("partial_rotary_factor", 1.0) not in (1, None):
+                raise D2QError("config.json: a partial_rotary_factor other than 1 isn't supported")
+
+    def _refuse_unsupported(self) -> None:
+        config = self.config
+        if self.model_type and config.get("model_type", self.model_type) != self.model_type:
+            raise D2QError(
+                f"config.json contradicts itself: the architecture {config['architectures'][0]} has the model_type "
+                f"{self.model_type!r}, not {config['model_type']!r}"
+            )
+        if config.get("quantization_config"):
+            raise D2QError(
+                "config.json has a quantization_config: the checkpoint is quantized already; convert the original one"
+            )
+        key, activation = self.activation
+        if config.get(key, activation) != activation:
+            raise D2QError(f"config.json: the activation {config[key]!r} isn't supported, only {activation} is")
+        if config.get("is_causal") is False:
+            raise D2QError("config.json: the model isn't causal (is_causal is false), so it isn't a text generator")
+        self._check_attention()
+
+    def _check_attention(self) -> None:
+        """Refuse layers that don't attend to all earlier tokens."""
+        layer_types = self.config.get("layer_types") or []
+        sliding = isinstance(layer_types, Iterable) and any(kind != "full_attention" for kind in layer_types)
+        if self.config.get("use_sliding_window") or sliding:
+            raise D2QError(
+                f"config.json: the model uses sliding-window attention, which llama.cpp's {self.gguf_arch} doesn't have"
+            )
+
+    def _window_note(self, window: int | None) -> tuple[str, ...]:
+        """For an architecture whose sliding window llama.cpp ignores."""
+        if window is None or window >= self.context_length:
+            return ()
+        return (
+            f"the model attends to the last {window} tokens, llama.cpp's {self.gguf_arch} to all of them: in texts of "
+            f"more than {window} tokens it isn't the same model",
+        )

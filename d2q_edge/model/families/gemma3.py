@@ -1,0 +1,130 @@
+"""Gemma 3, text only: a norm on both sides of every sublayer of a block, norms that multiply by one plus their weight,
+scaled embeddings, and five layers with a sliding window and a rotary base of its own to one that sees everything.
+
+Facts: llama.cpp's src/models/gemma3.cpp and conversion/gemma.py. It has the pattern of six built in, and the scale of
+attention, 1 / sqrt(head_dim), except for one number of layers. The file's norm weights include the one.
+
+Where column scales go: into input_layernorm and pre_feedforward_layernorm, and into the rows of v and up, as
+everywhere; the gate's GELU doesn't notice. The norms behind o and down stay as they are. Their weights are between the
+layer that writes and the residual stream, which therefore can't be rotated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import gguf
+
+from d2q_edge.errors import D2QError
+from d2q_edge.model.families.base import Family
+from d2q_edge.model.families.parts import LinearGroup, Sublayer
+from d2q_edge.model.families.settings import positive_float
+
+FULL_INTERVAL = 6
+"""Every layer of this number attends to all tokens; llama.cpp's default for this architecture."""
+WIDE_LAYERS = 62
+"""With so many layers (27B) llama.cpp scales attention by the width per head instead of head_dim."""
+
+
+class Gemma3(Family):
+    """Gemma3ForCausalLM."""
+
+    architectures = ("Gemma3ForCausalLM",)
+    model_type = "gemma3_text"
+    gguf_arch = "gemma3"
+    rope_types = ("default", "linear")
+    activation = ("hidden_activation", "gelu_pytorch_tanh")
+    norm_offset = 1.0
+    default_rope_theta = 1000000.0
+    default_kv_heads = 4
+    tied_by_default = True
+
+    sublayers = (
+        Sublayer("self_attn", "input_layernorm", "post_attention_layernorm"),
+        Sublayer("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    )
+    linear_groups = (
+        LinearGroup("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        LinearGroup(None, ("self_attn.o_proj",), source="self_attn.v_proj"),
+        LinearGroup("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+        LinearGroup(None, ("mlp.down_proj",), source="mlp.up_proj"),
+    )
+
+    @property
+    def embedding_scale(self) -> float:
+        """The square root of the width. A model in bfloat16 would round it; transformers in float32 and llama.cpp
+        don't."""
+        return math.sqrt(self.hidden_size)
+
+    @property
+    def can_rotate(self) -> bool:
+        return False
+
+    def sliding_window(self, index: int) -> int | None:
+        return self.window if (index + 1) % FULL_INTERVAL else None
+
+    def block_norms(self) -> dict[str, int]:
+        return {**super().block_norms(), "self_attn.q_norm": self.head_dim, "self_attn.k_norm": self.head_dim}
+
+    def add_metadata(self, writer: gguf.GGUFWriter, file_type: int) -> None:
+        super().add_metadata(writer, file_type)
+        writer.add_sliding_window(self.window)
+
+    def _add_rope(self, writer: gguf.GGUFWriter) -> None:
+        if self.rope_type == "linear":
+            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(self.rope_scaling["factor"])
+        writer.add_rope_freq_base(self.rope_theta)
+        writer.add_rope_freq_base_swa(self.sliding_rope_theta)
+
+    def _default_head_dim(self) -> int | None:
+        return 256
+
+    def _rope_settings(self) -> Mapping[str, Any]:
+        """Of the layers that see everything; those of the others are read here, too."""
+        both = self.config.get("rope_parameters") or {}
+        if not isinstance(both, Mapping) or not both.keys() <= {"full_attention", "sliding_attention"}:
+            raise D2QError("config.json: rope_parameters must be an object with full_attention and sliding_attention")
+        full, sliding = (both.get(kind) or {} for kind in ("full_attention", "sliding_attention"))
+        scaling = self.config.get("rope_scaling") or {}
+        if not all(isinstance(settings, Mapping) for settings in (full, sliding, scaling)):
+            raise D2QError("config.json: rope_scaling must be an object")
+        if sliding.get("rope_type", "default") != "default":
+            raise D2QError("config.json: scaled rotary embeddings of the sliding-window layers aren't supported")
+        self._read_rotary_share(sliding)
+        theta = sliding.get("rope_theta", self.config.get("rope_local_base_freq"))
+        self.sliding_rope_theta = positive_float("rope_local_base_freq", 10000.0 if theta is None else theta)
+        return {**full, **scaling}
+
+    def _read_rope(self) -> None:
+        super()._read_rope()
+        if self.rope_type == "linear":
+            positive_float("rope_scaling's factor", self.rope_scaling.get("factor"))
+
+    def _check_attention(self) -> None:
+        config = self.config
+        self.window = self._int("sliding_window", default=4096)
+        interval = self._int("sliding_window_pattern", default=FULL_INTERVAL)
+        numbers = range(1, self.num_layers + 1)
+        types = config.get("layer_types")
+        if types is None:
+            types = ["sliding_attention" if number % interval else "full_attention" for number in numbers]
+        if types != ["sliding_attention" if number % FULL_INTERVAL else "full_attention" for number in numbers]:
+            raise D2QError(
+                f"config.json: layer_types must make every {FULL_INTERVAL}th layer and no other attend to all tokens; "
+                "llama.cpp's gemma3 expects that"
+            )
+        self._refuse_flags(("use_bidirectional_attention",), "then the model isn't a text generator")
+        self._refuse_flags(("attention_bias",), "llama.cpp's gemma3 has no bias on the output layer")
+        for key in ("final_logit_softcapping", "attn_logit_softcapping"):
+            if config.get(key) is not None:
+                raise D2QError(f"config.json: {key} is set, which isn't supported")
+        scalar = positive_float("query_pre_attn_scalar", config.get("query_pre_attn_scalar", 256))
+        expected = self.hidden_size // self.num_heads if self.num_layers == WIDE_LAYERS else self.head_dim
+        if scalar != expected:
+            raise D2QError(
+                f"config.json: query_pre_attn_scalar is {scalar:g}, but llama.cpp's gemma3 computes with {expected} "
+                f"in a model of {self.num_layers} layers with {self.num_heads} heads"
+            )

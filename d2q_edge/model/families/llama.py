@@ -1,0 +1,86 @@
+"""Llama: Llama 2, 3, 3.1, 3.2, SmolLM2 and models of the same architecture.
+
+llama.cpp (src/models/llama.cpp, conversion/llama.py) rotates neighbouring pairs of rows in this architecture, Hugging
+Face the two halves of a head; the rows of q and k are reordered on export. Llama 3.1's frequency scaling becomes the
+tensor rope_freqs.weight.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from d2q_edge.errors import D2QError
+from d2q_edge.model.families.base import Family, Values
+from d2q_edge.model.families.settings import positive_float
+
+
+class Llama(Family):
+    """LlamaForCausalLM, with optional attention and MLP biases."""
+
+    architectures = ("LlamaForCausalLM",)
+    model_type = "llama"
+    gguf_arch = "llama"
+    rope_types: ClassVar[tuple[str, ...]] = ("default", "llama3")
+    records_space_prefix = True
+
+    def biased_linears(self) -> tuple[str, ...]:
+        attention = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+        mlp = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+        return (attention if self._flag("attention_bias") else ()) + (mlp if self._flag("mlp_bias") else ())
+
+    def export_rows(self, hf_name: str, array: Values) -> Values:
+        """Interleave the two halves of every head of q and k: row (half, i) of a head becomes row (i, half)."""
+        module = hf_name.rpartition(".")[0]
+        heads = {"q_proj": self.num_heads, "k_proj": self.num_kv_heads}.get(module.rpartition(".")[2])
+        if heads is None:
+            return array
+        split = array.reshape(heads, 2, self.head_dim // 2, *array.shape[1:])
+        return split.swapaxes(1, 2).reshape(array.shape)
+
+    def extra_tensors(self) -> dict[str, npt.NDArray[np.float32]]:
+        return {"rope_freqs.weight": self._rope_factors()} if self.rope_type == "llama3" else {}
+
+    def add_metadata(self, writer: gguf.GGUFWriter, file_type: int) -> None:
+        super().add_metadata(writer, file_type)
+        writer.add_vocab_size(self.vocab_size)
+        writer.add_rope_dimension_count(self.head_dim)
+
+    def _refuse_unsupported(self) -> None:
+        super()._refuse_unsupported()
+        # Both read settings that the base doesn't; a bad one must be found now, not when the file is written.
+        self.biased_linears()
+        self.extra_tensors()
+
+    def _rope_factors(self) -> npt.NDArray[np.float32]:
+        """What each rotary frequency is divided by, [head_dim / 2]: 1 for short wavelengths, `factor` for those longer
+        than the original context allows, interpolated between (Llama 3.1's rule, as transformers computes it).
+
+        In torch and float32, in llama.cpp's order of operations, so that the tensor equals its converter's bit by bit.
+
+        Raises:
+            D2QError: the factors contradict each other.
+        """
+        factor, low, high, context = (
+            positive_float(f"rope_scaling's {key}", self.rope_scaling.get(key, default))
+            for key, default in (
+                ("factor", 8.0),
+                ("low_freq_factor", 1.0),
+                ("high_freq_factor", 4.0),
+                ("original_max_position_embeddings", 8192),
+            )
+        )
+        if high <= low:
+            raise D2QError("config.json: rope_scaling's high_freq_factor must be larger than its low_freq_factor")
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim
+        wavelengths = 2 * math.pi / (1.0 / (self.rope_theta**exponents))
+        smooth = (context / wavelengths - low) / (high - low)
+        factors = 1 / ((1 - smooth) / factor + smooth)
+        factors[wavelengths < context / high] = 1.0
+        factors[wavelengths > context / low] = factor
+        return factors.numpy()

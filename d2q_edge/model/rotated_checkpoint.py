@@ -1,0 +1,91 @@
+"""A checkpoint whose residual stream is rotated (quantize/rotation.py); it is used like any other checkpoint."""
+
+from typing import Any
+
+import torch
+
+from d2q_edge.errors import D2QError
+from d2q_edge.model.checkpoint import Checkpoint
+from d2q_edge.model.families import Family, family_for
+from d2q_edge.quantize.rotation import Rotation
+
+
+def rotation_pays(family: Family) -> bool:
+    """What `--rotation auto` does. No: on the models measured so far the codebooks gained nothing from it (DESIGN
+    section 3), and where embeddings are tied it costs the bytes of a head."""
+    return False
+
+
+class RotatedCheckpoint(Checkpoint):
+    """A checkpoint whose tensors are rotated when they are asked for, one at a time.
+
+    Every tensor is float32, so that nothing is rounded to the 16 bits of the original. The config is the original's
+    with untied embeddings: make the family of the rotated model from it. The directory is the original's, for the
+    tokenizer, the rest of the config and the weights' identity.
+    """
+
+    def __init__(self, source: Checkpoint, seed: int, dtype: torch.dtype = torch.float32) -> None:
+        """Wrap a checkpoint that was checked against its family's shapes; no weights are loaded.
+
+        Args:
+            source: the original.
+            seed: of the signs.
+            dtype: of every tensor.
+
+        Raises:
+            D2QError: the config isn't one of a supported family, or rotating would change this family's models.
+        """
+        self._tied = family_for(source.config).tied_embeddings
+        config: dict[str, Any] = {**source.config, "tie_word_embeddings": False}
+        family = family_for(config)
+        if not family.can_rotate:
+            raise D2QError(
+                f"models of the architecture {family.gguf_arch} can't be rotated without changing what they compute; "
+                "leave out --rotation on"
+            )
+        self._source, self._dtype = source, dtype
+        self._rotation = Rotation(family.hidden_size, seed)
+        self._embedding, self._head = f"{family.embedding}.weight", f"{family.head}.weight"
+        entries = dict(source._entries)
+        if self._tied:
+            # First, where it is in checkpoints with a head: names are sorted.
+            entries = {self._head: entries[self._embedding], **entries}
+        super().__init__(source.directory, config, entries)
+
+        self._norm_of = {self._head: f"{family.final_norm}.weight"}
+        self._writers: set[str] = set()
+        for index in range(family.num_layers):
+            prefix = family.block_prefix(index)
+            for linear, norm in family.residual_readers.items():
+                self._norm_of[f"{prefix}{linear}.weight"] = f"{prefix}{norm}.weight"
+            self._writers.update(f"{prefix}{linear}" for linear in family.residual_writers)
+        self._folded = set(self._norm_of.values())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype that `tensor` returns, without loading it.
+
+        Raises:
+            D2QError: there is no such tensor, or it is stored in a dtype that isn't supported.
+        """
+        super().dtype(name)
+        return self._dtype
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Load and rotate one tensor; every call does it again.
+
+        Raises:
+            D2QError: as `Checkpoint.tensor`, also for the norm weights that a tensor takes in.
+        """
+        self.dtype(name)
+        tied = name == self._head and self._tied
+        tensor = self._source.tensor(self._embedding if tied else name)
+        module, _, kind = name.rpartition(".")
+        if name in self._folded:
+            return torch.ones_like(tensor, dtype=self._dtype)
+        if name in self._norm_of:
+            return self._rotation.inputs(tensor, self._source.tensor(self._norm_of[name]), self._dtype)
+        if module in self._writers and kind == "weight":
+            return self._rotation.outputs(tensor, self._dtype)
+        if module in self._writers or name == self._embedding:
+            return self._rotation.inputs(tensor, None, self._dtype)
+        return tensor.to(self._dtype)

@@ -1,0 +1,52 @@
+"""Decides which kind of tokenizer a model directory has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from d2q_edge.errors import D2QError
+from d2q_edge.model.tokenizer import bpe, sentencepiece
+from d2q_edge.model.tokenizer.content import Tokenizer
+from d2q_edge.model.tokenizer.files import Files
+
+
+def read_tokenizer(
+    directory: Path, config: Mapping[str, Any], vocab_size: int, pre_tokenizer: str | None = None
+) -> Tokenizer:
+    """Read the tokenizer files and chat templates of a model directory.
+
+    tokenizer.json decides, as in transformers; a tokenizer.model beside it gives the scores of a SentencePiece
+    tokenizer, and is passed over where tokenizer.json is byte-level.
+
+    Args:
+        directory: where the files are.
+        config: config.json's content; its `ROLE_token_id` entries are the last resort for special ids.
+        vocab_size: rows of the embedding matrix; ids beyond the tokenizer's become unused "[PADi]" tokens.
+        pre_tokenizer: llama.cpp's name for the way text is split before merging; None finds it.
+
+    Raises:
+        D2QError: files are missing, unreadable or contradictory, or llama.cpp has no tokenizer that does the same.
+    """
+    files = Files.open(directory, config, vocab_size)
+    try:
+        if not files.content or _is_sentencepiece(files):
+            if pre_tokenizer is not None:
+                raise D2QError(f"--pre-tokenizer is for byte-level BPE; {directory} has a SentencePiece tokenizer")
+            return sentencepiece.build(files)
+        return bpe.build(files, pre_tokenizer)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise D2QError(f"{files.json} doesn't have the structure of a tokenizer ({error!r})") from error
+
+
+def _is_sentencepiece(files: Files) -> bool:
+    """Whether tokenizer.json holds what transformers makes of a SentencePiece model: BPE with bytes as last resort.
+
+    Raises:
+        D2QError: it holds neither that nor byte-level BPE.
+    """
+    model = files.content["model"]
+    if model.get("type") != "BPE":
+        raise D2QError(f"{files.json} holds a {model.get('type')} tokenizer; only BPE is supported")
+    return bool(model.get("byte_fallback"))

@@ -1,0 +1,61 @@
+"""Every option of a conversion, and its default, stated once."""
+
+from dataclasses import dataclass
+
+from d2q_edge.errors import D2QError
+
+ROTATIONS = "auto", "on", "off"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the content of the file.
+
+    Attributes:
+        bits: 2, 3, or the mean over the blocks' linear layers of a mixture of types.
+        calibrate: quantize with error feedback on calibration text; otherwise round to nearest, in seconds.
+        calibration: a text file, or "builtin".
+        calibration_tokens: how many.
+        context: tokens per calibration window.
+        seed: of the choice of windows, and of the rotation.
+        rotation: "on", "off", or "auto" for what pays (quantize/rotation.py).
+        dsq: column scales (quantize/dsq.py).
+        dac: norm biases (quantize/dac.py).
+        refine: tune the whole model afterwards (quantize/refine.py).
+        embedding_type, head_type: stock types; None chooses.
+        device: "auto", "cpu", "cuda" or "mps".
+        memory_limit: bytes of the computer's memory that may be taken; None for what is free.
+        pre_tokenizer: llama.cpp's name for the way the tokenizer splits text; None finds it.
+    """
+
+    bits: float = 2
+    calibrate: bool = True
+    calibration: str = "builtin"
+    calibration_tokens: int = 65536
+    context: int = 512
+    seed: int = 0
+    rotation: str = "auto"
+    dsq: bool = True
+    dac: bool = True
+    refine: bool = False
+    embedding_type: str | None = None
+    head_type: str | None = None
+    device: str = "auto"
+    memory_limit: int | None = None
+    pre_tokenizer: str | None = None
+
+
+def check(options: Options) -> None:
+    """Refuse values that make no sense, whoever they come from.
+
+    Raises:
+        D2QError: there is one.
+    """
+    for name, least in (("calibration_tokens", 1), ("context", 8), ("seed", 0)):
+        value = getattr(options, name)
+        if type(value) is not int or value < least:
+            raise D2QError(f"{name} must be a whole number from {least}, not {value!r}")
+    if isinstance(options.bits, bool) or not isinstance(options.bits, (int, float)):
+        raise D2QError(f"bits must be a number, not {options.bits!r}")
+    if options.rotation not in ROTATIONS:
+        raise D2QError(f"rotation must be one of {', '.join(ROTATIONS)}, not {options.rotation!r}")

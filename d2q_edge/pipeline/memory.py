@@ -1,0 +1,201 @@
+"""How much memory and disk a conversion will take, found out before it starts, and where its hidden states go.
+
+Knows the sizes of what the pipeline holds at a time; the factors are measured. Does not measure anything itself but
+what is free.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from d2q_edge.calibration.hidden_states import DTYPE, Place
+from d2q_edge.errors import D2QError
+from d2q_edge.formats import k_quants, pieces
+from d2q_edge.model.families import Family, LinearGroup
+from d2q_edge.model.families.experts import EXPERTS
+from d2q_edge.pipeline.expert_statistics import routing_bytes, statistics_bytes
+
+GIB = 2**30
+FLOAT = 4
+"""Bytes of a float32."""
+SQUARES = 9
+"""Matrices [columns, columns] at once: H, D, their sums and permutations, the factors, and what lies between."""
+MATRICES = 8
+"""Matrices [rows, columns] at once: weights, targets, units, gradients, and what lies between."""
+HIDDEN, INNER = 10, 5
+"""Activations of a batch, in multiples of its hidden states and of its intermediate ones."""
+SEARCH = 256 * 2**20
+"""Bytes of one step of a codebook search (quantize/codebook.py)."""
+CUDA_SEARCH = 5 * SEARCH
+"""The same on a GPU, and what torch reserves there without using it."""
+ENCODING = 10
+"""Bytes for each weight of a table that is being encoded: as stored, as floats, and the result, twice while its pieces
+are put together."""
+ON_THE_WAY = 7
+"""The same in the computer's memory where a GPU encodes it: as stored, as floats if it is rotated, and the result."""
+WRITING = 2 * pieces.THREADS
+"""Finished blocks at a time while the file is written: each thread copies one out of a file that the system keeps in
+the process's memory meanwhile."""
+CUDA_ENCODING = 40 * k_quants.GPU_PIECE
+"""The same for what a GPU has in hand at a time."""
+PROGRAM = 700 * 2**20
+"""Bytes of Python, torch and transformers themselves."""
+CUDA_PROGRAM = 3 * GIB
+"""The same with CUDA's libraries."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a conversion will take at most, in bytes.
+
+    Attributes:
+        place: where the hidden states are kept.
+        host: the process's memory.
+        device: the GPU's; zero without one.
+        disk: beside the output, apart from the output itself.
+    """
+
+    place: Place
+    host: int
+    device: int
+    disk: int
+
+    def describe(self) -> str:
+        """One line for people."""
+        where = "on disk" if isinstance(self.place, Path) else "on the GPU" if self.place.type != "cpu" else "in memory"
+        parts = [f"at most {self.host / GIB:.1f} GiB of memory"]
+        if self.device:
+            parts.append(f"{self.device / GIB:.1f} GiB of GPU memory")
+        if self.disk >= GIB / 10:
+            parts.append(f"{self.disk / GIB:.1f} GiB of disk for unfinished work")
+        return f"needs {', '.join(parts)}; hidden states are kept {where}"
+
+
+def plan_memory(
+    family: Family,
+    tokens: int,
+    batch_tokens: int,
+    device: torch.device,
+    output: Path,
+    packed: int,
+    limit: int | None = None,
+    processes: int = 1,
+) -> MemoryPlan:
+    """Choose where hidden states are kept, and make sure that everything fits.
+
+    Args:
+        family: of the model.
+        tokens: of the calibration windows, all together.
+        batch_tokens: of one forward pass.
+        device: that computes.
+        output: the file to be written; unfinished work is kept beside it.
+        packed: bytes of all finished blocks together.
+        limit: bytes of memory that the process may take; None for what is free.
+        processes: that share the work on this computer.
+
+    Raises:
+        D2QError: it doesn't fit in the memory (or the limit), the GPU's memory, or on the disk.
+    """
+    own = -(-tokens // processes)
+    streams = 2 * own * family.hidden_size * DTYPE.itemsize
+    working = _working(family, batch_tokens, processes, CUDA_SEARCH if device.type == "cuda" else SEARCH)
+    # The first process alone writes, and nothing else is done then. A GPU encodes both tables at a time.
+    tables = [size for name in (family.embedding, family.head) if (size := _elements(family, f"{name}.weight"))]
+    encoding = ON_THE_WAY * sum(tables) if device.type == "cuda" else ENCODING * max(tables)
+    writing = (encoding + WRITING * packed // family.num_layers) // processes
+    free = free_memory() // processes if limit is None else limit // processes
+    on_device = 0
+    routing = routing_bytes(family, tokens)
+    host = PROGRAM + routing
+    place: Place = torch.device("cpu")
+    if device.type == "cuda":
+        on_tables = ENCODING * sum(tables) + CUDA_ENCODING * len(tables)
+        host, available = CUDA_PROGRAM + routing, torch.cuda.mem_get_info(device)[0]
+        on_device = max(working, on_tables)
+        # The hidden states are gone by then.
+        if max(working + streams, on_tables) <= available:
+            place, on_device = device, max(working + streams, on_tables)
+        elif on_device > available:
+            raise D2QError(
+                f"the GPU has {available / GIB:.1f} GiB of free memory, but this model needs "
+                f"{on_device / GIB:.1f} GiB; free some, or use --device cpu"
+            )
+        # A block is read ahead, and the memory stays: in the checkpoint's dtype, rounded up to a power of two.
+        peak = host + 2 * _largest_block(family) + writing
+    else:
+        peak = host + max(working, writing)
+    if isinstance(place, torch.device) and place.type == "cpu":
+        if peak + streams <= free:
+            peak += streams
+        else:
+            place = output.absolute().parent
+    if peak > free:
+        raise D2QError(
+            f"this conversion needs {_at_least(peak * processes)} GiB of memory, but "
+            + (
+                f"{free * processes / GIB:.1f} GiB are free"
+                if limit is None
+                else f"--memory-limit allows {limit / GIB:.1f}"
+            )
+            + "; use a machine with more, or --no-calibration"
+        )
+    disk = packed + (streams * processes if isinstance(place, Path) else 0)
+    # A plan may be asked for before there is a directory.
+    beside = next(parent for parent in output.absolute().parents if parent.exists())
+    available = shutil.disk_usage(beside).free
+    if available < disk:
+        raise D2QError(
+            f"{beside} has {available / GIB:.1f} GiB of free space, but unfinished work needs "
+            f"{disk / GIB:.1f} GiB; free some, or write the output to another disk"
+        )
+    return MemoryPlan(place, peak * processes, on_device, disk)
+
+
+def _at_least(size: int) -> str:
+    """GiB, rounded up: a limit of what is said to be needed must do."""
+    return f"{math.ceil(10 * size / GIB) / 10:.1f}"
+
+
+def _working(family: Family, batch_tokens: int, processes: int, search: int) -> int:
+    """Bytes where the blocks are computed, without the hidden states."""
+    solving = squares = 0
+    for group in family.linear_groups:
+        columns, rows = family.linear_shape(group.linears[0])[1], group_rows(family, group)
+        squares += columns**2
+        solving = max(solving, SQUARES * columns**2 + MATRICES * rows * columns // processes)
+    batch = batch_tokens * (HIDDEN * family.hidden_size + INNER * family.intermediate_size)
+    blocks = 2 * _largest_block(family)
+    return blocks + FLOAT * max(solving, squares + batch) + search + statistics_bytes(family)
+
+
+def group_rows(family: Family, group: LinearGroup) -> int:
+    """Rows of what is quantized together; of experts that is one expert's gate and up at a time."""
+    rows = sum(family.linear_shape(name)[0] for name in group.linears)
+    return rows // family.num_experts if group.norm is not None and group.linears[0].startswith(EXPERTS) else rows
+
+
+def _largest_block(family: Family) -> int:
+    """Bytes of a block's weights as floats."""
+    prefix = family.block_prefix(0)
+    return FLOAT * sum(_elements(family, name) for name in family.tensor_shapes() if name.startswith(prefix))
+
+
+def _elements(family: Family, name: str) -> int:
+    return torch.Size(family.tensor_shapes().get(name, (0,))).numel()
+
+
+def free_memory() -> int:
+    """Bytes that this process can have: what is free, and what the system would give up for it."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,185 @@
+"""The searches of codebook.py in Triton: the errors of a group in all 256 codebooks stay in registers, instead of going
+to memory and back for every step.
+
+Knows the arithmetic only. `best_book` is also part of the kernels of gptaq_cuda.py and descent_cuda.py. Results differ
+from codebook.py's in the last bits, and where two codebooks are equally good.
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+from d2q_edge.formats.tensor_types import GROUP, SCALE_MAX, SCALE_TINY
+from d2q_edge.quantize.codebook_search import EDGE, KNEE, REACH, SCALE_STEPS, SHORTLIST, CodebookSearch
+
+GROUPS = 4
+"""Groups per program of a search."""
+BLOCKS = 16
+"""Groups per program of a search for scales, those of a few blocks; the fastest on an H200."""
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _bin(values, BINS: tl.constexpr, KNEE: tl.constexpr, EDGE: tl.constexpr):  # type: ignore[no-untyped-def]
+    position = values / (tl.abs(values) + KNEE) * (BINS / 2 / EDGE) + BINS / 2
+    return tl.minimum(tl.maximum(position.to(tl.int32), 0), BINS - 1)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _ranks(  # type: ignore[no-untyped-def]
+    place, scale, live, table,
+    N: tl.constexpr, V: tl.constexpr, BINS: tl.constexpr, KNEE: tl.constexpr, EDGE: tl.constexpr,
+    BOOKS: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """Errors of every codebook [ROWS, BOOKS] by the table, for the groups whose values begin at `place` [ROWS]."""
+    book = tl.arange(0, BOOKS)
+    total = tl.zeros([ROWS, BOOKS], tl.float32)
+    for index in tl.range(0, N, loop_unroll_factor=UNROLL):
+        entry = _bin(tl.load(place + index * V, mask=live, other=0.0) / scale, BINS, KNEE, EDGE)
+        if V == 2:
+            second = tl.load(place + index * V + 1, mask=live, other=0.0) / scale
+            entry = entry * BINS + _bin(second, BINS, KNEE, EDGE)
+        total += tl.load(table + entry[:, None] * BOOKS + book[None, :]).to(tl.float32)
+    return total
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def best_book(  # type: ignore[no-untyped-def]
+    place, scale, live, table, levels,
+    N: tl.constexpr, V: tl.constexpr, K: tl.constexpr, BINS: tl.constexpr, KNEE: tl.constexpr, EDGE: tl.constexpr,
+    SHORTLIST: tl.constexpr, BOOKS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The best codebook of the groups whose values begin at `place` [ROWS]; all are measured where there are few.
+
+    Args:
+        scale: what the values are divided by, float32 [ROWS].
+        live: which groups there are, bool [ROWS].
+        table: pointer to the rank table.
+        levels: pointer to the codebooks, [codebooks, V, K].
+
+    Returns:
+        int32 [ROWS], and its error in units of the scale squared, float32 [ROWS].
+    """
+    # As wide as a group, so that the same few threads do all that belongs to a row.
+    lane = tl.arange(0, N * V) % K
+    best = tl.full([ROWS], float("inf"), tl.float32)
+    chosen = tl.zeros([ROWS], tl.int32)
+    if BOOKS > SHORTLIST:
+        ranks = _ranks(place, scale, live, table, N, V, BINS, KNEE, EDGE, BOOKS, ROWS, 4)
+    for turn in range(SHORTLIST if BOOKS > SHORTLIST else BOOKS):
+        if BOOKS > SHORTLIST:
+            candidate = tl.argmin(ranks, 1)
+            ranks = tl.where(tl.arange(0, BOOKS)[None, :] == candidate[:, None], float("inf"), ranks)
+        else:
+            candidate = tl.zeros([ROWS], tl.int32) + turn
+        entry = levels + candidate[:, None] * (K * V) + lane[None, :]
+        level0 = tl.load(entry)
+        level1 = level0
+        if V == 2:
+            level1 = tl.load(entry + K)
+        error = tl.zeros([ROWS], tl.float32)
+        for index in tl.range(0, N, loop_unroll_factor=4):
+            off = (tl.load(place + index * V, mask=live, other=0.0) / scale)[:, None] - level0
+            square = off * off
+            if V == 2:
+                off = (tl.load(place + index * V + 1, mask=live, other=0.0) / scale)[:, None] - level1
+                square += off * off
+            error += tl.min(square, 1)
+        better = error < best
+        best = tl.where(better, error, best)
+        chosen = tl.where(better, candidate, chosen)
+    return chosen, best
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _search(  # type: ignore[no-untyped-def]
+    vectors, table, levels, books, errors, groups,
+    N: tl.constexpr, V: tl.constexpr, K: tl.constexpr, BINS: tl.constexpr, KNEE: tl.constexpr, EDGE: tl.constexpr,
+    SHORTLIST: tl.constexpr, BOOKS: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    live = group < groups
+    one = tl.full([GROUPS], 1.0, tl.float32)
+    place = vectors + group * (N * V)
+    chosen, best = best_book(place, one, live, table, levels, N, V, K, BINS, KNEE, EDGE, SHORTLIST, BOOKS, GROUPS)
+    tl.store(books + group, chosen.to(tl.int64), mask=live)
+    tl.store(errors + group, best, mask=live)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _block_scales(  # type: ignore[no-untyped-def]
+    weights, table, scales, factors, begins, blocks, stride, unit, edge, nearest, reach, tiny, huge,
+    STEPS: tl.constexpr, PER_BLOCK: tl.constexpr, N: tl.constexpr, V: tl.constexpr, BINS: tl.constexpr,
+    KNEE: tl.constexpr, EDGE: tl.constexpr, BOOKS: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    # One entry per group; what belongs to a block is the same in all of its groups.
+    COUNT: tl.constexpr = GROUPS // PER_BLOCK
+    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    block = group // PER_BLOCK
+    live = block < blocks
+    place = weights + block * stride + (group % PER_BLOCK) * (N * V)
+    values = tl.load(place[:, None] + tl.arange(0, N * V)[None, :], mask=live[:, None], other=0.0)
+    power = tl.sum(tl.reshape(tl.sum(values * values, 1), [COUNT, PER_BLOCK]), 1)
+    base = tl.sqrt(power / (PER_BLOCK * N * V)) / unit
+    base = tl.reshape(tl.broadcast_to(base[:, None], [COUNT, PER_BLOCK]), [GROUPS])
+    scale = tl.minimum(tl.maximum(base, tiny), huge).to(tl.float16).to(tl.float32)
+    centre = scale
+    best = tl.full([GROUPS], float("inf"), tl.float32)
+    for step in range(STEPS):
+        centre = tl.where(tl.load(begins + step) != 0, scale, centre)
+        trial = tl.minimum(tl.maximum(centre * tl.load(factors + step), tiny), huge).to(tl.float16).to(tl.float32)
+        ranks = _ranks(place, trial, live, table, N, V, BINS, KNEE, EDGE, BOOKS, GROUPS, 1)
+        size = tl.abs(values / trial[:, None])
+        beyond = tl.where(size > reach, (size - edge) * (size - edge) - nearest, 0.0)
+        error = tl.sum(tl.reshape(tl.min(ranks, 1) + tl.sum(beyond, 1), [COUNT, PER_BLOCK]), 1)
+        error = trial * trial * tl.reshape(tl.broadcast_to(error[:, None], [COUNT, PER_BLOCK]), [GROUPS])
+        better = error < best
+        best = tl.where(better, error, best)
+        scale = tl.where(better, trial, scale)
+    tl.store(scales + block, scale, mask=live & (group % PER_BLOCK == 0))
+
+
+def search(search: CodebookSearch, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As CodebookSearch.search."""
+    groups = len(vectors)
+    books = torch.empty(groups, dtype=torch.int64, device=vectors.device)
+    errors = torch.empty(groups, device=vectors.device)
+    _search[(triton.cdiv(groups, GROUPS),)](
+        vectors.contiguous(), search.short_table, search.columns, books, errors, groups,
+        GROUPS=GROUPS, **constants(search),
+    )  # fmt: skip
+    return books, errors
+
+
+def block_scales(search: CodebookSearch, blocks: torch.Tensor) -> torch.Tensor:
+    """As CodebookSearch.block_scales; but the weights, float32 [rows, block_size], are in the order of their codes."""
+    kind = search.tensor_type
+    scales = torch.empty(len(blocks), device=blocks.device)
+    factors, begins = _steps(blocks.device)
+    _block_scales[(triton.cdiv(len(blocks) * kind.groups, BLOCKS),)](
+        blocks, search.short_table, scales, factors, begins, len(blocks), blocks.stride(0),
+        search.unit, search.edge, (REACH - search.edge) ** 2, REACH, SCALE_TINY, SCALE_MAX,
+        STEPS=len(factors), PER_BLOCK=kind.groups, GROUPS=BLOCKS, **_table_constants(search),
+    )  # fmt: skip
+    return scales
+
+
+@cache
+def _steps(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """All of SCALE_STEPS one after the other, float32, and where one of its parts begins, int32."""
+    factors = [factor for part in SCALE_STEPS for factor in part]
+    begins = [int(at == 0) for part in SCALE_STEPS for at in range(len(part))]
+    return torch.tensor(factors, device=device), torch.tensor(begins, dtype=torch.int32, device=device)
+
+
+def constants(search: CodebookSearch) -> dict[str, int | float]:
+    """What a kernel with `best_book` is compiled for, of one type's codebooks."""
+    return {**_table_constants(search), "K": search.levels.shape[1], "SHORTLIST": SHORTLIST}
+
+
+def _table_constants(search: CodebookSearch) -> dict[str, int | float]:
+    """Those of the look-up table."""
+    books, _, width = search.levels.shape
+    bins = round(len(search.short_table) ** (1 / width))
+    return {"N": GROUP // width, "V": width, "BINS": bins, "KNEE": KNEE, "EDGE": EDGE, "BOOKS": books}

@@ -1,0 +1,93 @@
+"""Text from a GGUF file, through the patched llama-cpp-python's high-level interface.
+
+Knows how a file is loaded to generate. Does not know about conversations (chat.py).
+"""
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from d2q_edge import runtime
+from d2q_edge.errors import D2QError
+from d2q_edge.formats.gguf_reader import GGUFFile
+from d2q_edge.utils.machine import usable_cpus
+
+SPARE_TOKENS = 8
+"""Room for the special tokens around a prompt."""
+
+
+def fitting_context(file: GGUFFile, wanted: int) -> int:
+    """As many tokens as wanted, but no more than the model was made for, where the file says that."""
+    return min(wanted, file.context_length or wanted)
+
+
+def load(path: Path, context: int, seed: int | None = None, threads: int | None = None) -> Any:
+    """Open a file as a llama_cpp.Llama, which the caller closes.
+
+    Args:
+        path: the GGUF file.
+        context: tokens of prompt and answer together; what the model was made for is the limit.
+        seed: of the sampling; None takes another one every time.
+        threads: None takes as many as there are CPUs for this process.
+
+    Raises:
+        D2QError: the runtime is not installed, or the file can't be loaded.
+    """
+    api: Any = runtime.require()
+    file = GGUFFile(path)
+    file.check_blocks()
+    try:
+        return api.Llama(
+            str(path),
+            n_ctx=fitting_context(file, context),
+            n_threads=threads or usable_cpus(),
+            n_threads_batch=threads or usable_cpus(),
+            seed=api.LLAMA_DEFAULT_SEED if seed is None else seed,
+            verbose=False,
+        )
+    except Exception as error:
+        # Besides llama.cpp's ValueError, whatever a chat template by strangers makes of jinja2's parser.
+        raise D2QError(f"llama.cpp can't load {path}: {error}") from error
+
+
+def generate(
+    path: Path, prompt: str, max_tokens: int, temperature: float, seed: int, threads: int | None = None
+) -> Iterator[str]:
+    """Continue a prompt. The model is loaded at once; the iterator yields pieces of text as they come.
+
+    It ends where the model ends the text, or after `max_tokens`.
+
+    Args:
+        path: the GGUF file.
+        prompt: plain text; no chat template is applied.
+        max_tokens: to generate at most.
+        temperature: 0 takes the likeliest token every time.
+        seed: of the sampling.
+        threads: None takes as many as there are CPUs for this process.
+
+    Raises:
+        D2QError: the runtime is not installed, the file can't be loaded, or the prompt is empty, not UTF-8, or longer
+            than its context.
+    """
+    try:
+        length = len(prompt.encode())
+    except UnicodeEncodeError as error:
+        raise D2QError("the prompt isn't valid UTF-8; give it in that encoding") from error
+    # No token is shorter than a byte. The model's own context can be so long that its cache doesn't fit in memory.
+    model = load(path, length + max_tokens + SPARE_TOKENS, seed, threads)
+    return _pieces(model, prompt, max_tokens, temperature)
+
+
+def _pieces(model: Any, prompt: str, max_tokens: int, temperature: float) -> Iterator[str]:
+    with closing(model):
+        try:
+            for piece in model(prompt, max_tokens=max_tokens, temperature=temperature, stream=True):
+                yield piece["choices"][0]["text"]
+        except ValueError as error:
+            raise D2QError(f"llama.cpp can't continue the prompt: {error}") from error
+        except AssertionError as error:
+            # llama-cpp-python's, where there is no token to begin with.
+            raise D2QError(
+                "the prompt is empty, and the model has no token that begins a text; give some text"
+            ) from error

@@ -1,0 +1,104 @@
+"""llama-cpp-python's OpenAI-compatible server, with the patched runtime and one file.
+
+Knows what the server has to be told, and what it would otherwise take from the environment. Its packages are an extra:
+pip install 'd2q-edge[serve]'.
+"""
+
+import importlib
+import ipaddress
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+from d2q_edge import runtime
+from d2q_edge.errors import D2QError
+from d2q_edge.formats.gguf_reader import GGUFFile
+from d2q_edge.runtime.chat import has_template
+from d2q_edge.runtime.generate import fitting_context
+from d2q_edge.runtime.process import say
+from d2q_edge.utils.machine import usable_cpus
+
+EXTRA = "the server's packages are missing: pip install 'd2q-edge[serve]'"
+
+
+def serve(
+    path: Path,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    *,
+    context: int = 4096,
+    api_key: str | None = None,
+    threads: int | None = None,
+) -> None:
+    """Answer requests until the process gets SIGINT or SIGTERM.
+
+    Args:
+        path: the GGUF file.
+        host: the address to listen on; others than the loopback's let other machines in.
+        port: 0 takes a free one, which the message on stderr names.
+        context: tokens of one conversation; what the model was made for is the limit.
+        api_key: what clients must send as bearer token, if anything.
+        threads: None takes as many as there are CPUs for this process.
+
+    Raises:
+        D2QError: runtime or packages are missing, the file can't be loaded, or the address can't be listened on.
+    """
+    runtime.require()
+    file = GGUFFile(path)
+    file.check_blocks()
+    try:
+        uvicorn: Any = importlib.import_module("uvicorn")
+        app: Any = importlib.import_module("llama_cpp.server.app")
+        settings: Any = importlib.import_module("llama_cpp.server.settings")
+    except ImportError as error:
+        raise D2QError(f"{EXTRA} ({error})") from error
+    with _listen(host, port) as listener:
+        if not has_template(path):
+            say("The file has no chat template: use /v1/completions, because /v1/chat/completions has to guess one.")
+        if api_key is None and not _is_loopback(host):
+            say("Everybody who can reach this address can use the server; --api-key asks them for a key.")
+        # Would name a file whose settings replace the ones below.
+        os.environ.pop("CONFIG_FILE", None)
+        model = settings.ModelSettings(
+            model=str(path),
+            model_alias=path.stem,
+            n_ctx=fitting_context(file, context),
+            n_threads=threads or usable_cpus(),
+            n_threads_batch=threads or usable_cpus(),
+            # Otherwise a row of logits is kept for each token of the context, which can be gigabytes.
+            logits_all=False,
+            verbose=False,
+        )
+        server = settings.ServerSettings(host=host, port=port, api_key=api_key)
+        try:
+            application = app.create_app(server_settings=server, model_settings=[model])
+        except Exception as error:
+            # Besides llama.cpp's ValueError, whatever a chat template by strangers makes of jinja2's parser.
+            raise D2QError(f"llama.cpp can't load {path}: {error}") from error
+        name = f"[{host}]" if ":" in host else host
+        say(f"{path} is served at http://{name}:{listener.getsockname()[1]}/v1 (Ctrl-C ends)")
+        try:
+            uvicorn.Server(uvicorn.Config(application, log_level="warning")).run(sockets=[listener])
+        except KeyboardInterrupt:
+            # uvicorn has ended in order and passes the signal on; this is how a server is meant to end.
+            return
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket. It is opened before the model is loaded, which takes longer than to find the port in use."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except (OSError, UnicodeError) as error:
+        # Python adds the address, a resolver's codes are negative.
+        code = getattr(error, "errno", None) or 0
+        reason = os.strerror(code) if code > 0 else getattr(error, "strerror", None) or error
+        raise D2QError(f"can't listen on {host}, port {port} ({reason}): choose others by --host, --port") from error
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,63 @@
+"""Whether the installed runtime can run a file: found out by letting it try, so that nothing has to be guessed.
+
+llama.cpp reads the file's keys, makes the model they describe and looks for its tensors, all without reading weights
+or allocating memory for them. It happens in a process of its own, because llama.cpp ends the process when it finds some
+kinds of nonsense in a file. Knows llama_cpp's loader and nothing about formats.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from d2q_edge import runtime
+from d2q_edge.errors import D2QError
+from d2q_edge.runtime.llama_file import Log
+
+TIMEOUT = 120
+"""Seconds; it usually takes one."""
+
+
+def why_not(path: Path) -> str | None:
+    """Why the installed runtime can't run a GGUF file, as one sentence; None if it can.
+
+    Never fails: a missing runtime is a reason too.
+    """
+    command = [sys.executable, "-m", "d2q_edge.runtime.trial_load", str(path)]
+    # The child finds the package where this process found it, and doesn't start a debugger when llama.cpp aborts.
+    root = str(Path(__file__).resolve().parents[2])
+    search = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": search, "GGML_NO_BACKTRACE": "1"}
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIMEOUT)
+        answer: str | None = json.loads(result.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        return f"llama.cpp has not read its header after {TIMEOUT} seconds"
+    except (ValueError, IndexError):
+        lines = result.stderr.strip().splitlines()
+        said = next((line for line in lines if "GGML_ASSERT" in line or "GGML_ABORT" in line), "")
+        return "llama.cpp crashes when it loads the file" + (f": {said.strip()}" if said else "")
+    return answer
+
+
+def attempt(path: Path) -> str | None:
+    """The same, in this process."""
+    try:
+        api = runtime.require()
+    except D2QError as error:
+        return str(error)
+    log = Log(api)
+    api.llama_backend_init()
+    parameters = api.llama_model_default_params()
+    parameters.no_alloc = True
+    parameters.load_mode = api.LLAMA_LOAD_MODE_NONE
+    model = api.llama_model_load_from_file(str(path).encode(), parameters)
+    if not model:
+        return log.cause
+    api.llama_model_free(model)
+    return None
+
+
+if __name__ == "__main__":
+    print(json.dumps(attempt(Path(sys.argv[1]))))

@@ -1,0 +1,204 @@
+"""Every family through the quantizing path: blocks, column scales, rotation, the file in llama.cpp, refinement."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from d2q_edge import conversion as convert_module
+from d2q_edge.conversion import convert
+from d2q_edge.distributed.process_group import SINGLE_PROCESS
+from d2q_edge.errors import D2QError
+from d2q_edge.formats.gguf_reader import GGUFFile
+from d2q_edge.model.blocks import BlockRunner
+from d2q_edge.model.checkpoint import Checkpoint
+from d2q_edge.model.families import Family, family_for
+from d2q_edge.model.rotated_checkpoint import RotatedCheckpoint
+from d2q_edge.model.whole_model import WholeModel
+from d2q_edge.options import Options
+from d2q_edge.pipeline.block_loop import Method, _Driver
+from d2q_edge.pipeline.column_scaling import COLUMN_SCALE
+from d2q_edge.pipeline.refinement import Refinement, refine
+from d2q_edge.pipeline.type_plan import make_plan
+from d2q_edge.quantize import refine as refine_module
+from tests.export.test_family_exports import llama_logits
+from tests.family_models import MODELS, write_model
+
+CPU = torch.device("cpu")
+TOKENS = np.random.default_rng(5).integers(0, 4000, (2, 100))
+CONVERTED = ("smollm2", "mistral", "smollm3", "gemma3", "phi4-mini")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tests must not change them."""
+    directory = tmp_path_factory.mktemp("models")
+    return {name: write_model(directory / name / "tiny", name) for name in MODELS}
+
+
+def runner_for(model: Path) -> BlockRunner:
+    checkpoint = Checkpoint.open(model)
+    return BlockRunner(checkpoint, family_for(checkpoint.config), CPU)
+
+
+def log_probabilities(model: WholeModel, tokens: npt.NDArray[np.int64]) -> torch.Tensor:
+    with torch.inference_mode():
+        return model.log_probabilities(model.states(torch.from_numpy(tokens)))
+
+
+def divergence(expected: torch.Tensor, actual: torch.Tensor) -> float:
+    return float((expected.exp() * (expected - actual)).sum(-1).mean())
+
+
+def file_weights(path: Path, family: Family) -> dict[str, torch.Tensor]:
+    """A file's tensors by their names in the checkpoint, in its order of rows and with its meaning of norms."""
+    file = GGUFFile(path)
+    names = list(family.tensor_shapes())
+    weights = {}
+    for name in [*names, *(name.replace("norm.weight", "norm.bias") for name in names if name.endswith("norm.weight"))]:
+        if family.gguf_name(name) not in file.tensors:
+            continue
+        values = np.array(file.dequantize(family.gguf_name(name)), np.float32)
+        heads = {"q_proj": family.num_heads, "k_proj": family.num_kv_heads}.get(name.split(".")[-2])
+        if family.gguf_arch in ("llama", "smollm3") and heads is not None:
+            pairs = values.reshape(heads, family.head_dim // 2, 2, *values.shape[1:])
+            values = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
+        if family.gguf_arch == "gemma3" and name.endswith("norm.weight"):
+            values -= 1
+        weights[name] = torch.from_numpy(values)
+    return weights
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.inference_mode()
+def test_blocks_and_their_halves_are_the_model(models: dict[str, Path], name: str) -> None:
+    """In a context that is longer than the sliding windows."""
+    runner, tokens = runner_for(models[name]), torch.from_numpy(TOKENS)
+    model = AutoModelForCausalLM.from_pretrained(models[name], dtype=torch.float32).eval()
+    expected = model.model(tokens, use_cache=False).last_hidden_state
+    hidden = runner.embed(tokens)
+    for index in range(runner.family.num_layers):
+        block = runner.load(index)
+        residual = hidden
+        for sublayer in runner.family.sublayers:
+            residual = runner.sublayer_forward(block, sublayer, residual)
+        hidden = runner.forward(block, hidden)
+        torch.testing.assert_close(residual, hidden, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(runner.final_norm()(hidden), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_longrope_under_its_first_name(models: dict[str, Path], tmp_path: Path) -> None:
+    """Phi-3-mini-128k's first config.json, and those of its fine-tunes, say "su"."""
+    old = shutil.copytree(models["phi4-mini"], tmp_path / "old")
+    settings = json.loads((old / "config.json").read_text())
+    rope = settings.pop("rope_parameters")
+    settings |= {"rope_theta": rope["rope_theta"], "partial_rotary_factor": rope["partial_rotary_factor"]}
+    settings["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
+    factors = {f"{kind}_factor": rope[f"{kind}_factor"] for kind in ("long", "short")}
+    settings["rope_scaling"] = {"type": "su", **factors}
+    (old / "config.json").write_text(json.dumps(settings))
+    tokens = torch.from_numpy(TOKENS)
+    new_runner, old_runner = runner_for(models["phi4-mini"]), runner_for(old)
+    hidden = new_runner.embed(tokens)
+    found = [runner.forward(runner.load(0), hidden) for runner in (new_runner, old_runner)]
+    assert torch.equal(*found)
+    wholes = [WholeModel(runner.checkpoint, runner.family, {}, CPU) for runner in (new_runner, old_runner)]
+    assert torch.equal(*(whole.states(tokens) for whole in wholes))
+    default = {**settings, "rope_scaling": None}
+    (old / "config.json").write_text(json.dumps(default))
+    assert not torch.equal(found[0], runner_for(old).forward(old_runner.load(0), hidden)), "the factors matter"
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.inference_mode()
+def test_column_scales_leave_the_blocks_function_alone(models: dict[str, Path], name: str) -> None:
+    runner = runner_for(models[name])
+    types = make_plan(runner.family, 2).linears
+    driver = _Driver(runner, types, TOKENS, Method(), CPU, SINGLE_PROCESS)
+    hidden = runner.embed(torch.from_numpy(TOKENS))
+    for index in (0, runner.family.num_layers - 1):
+        block, original = runner.load(index), runner.load(index)
+        expected = runner.forward(block, hidden)
+        changed = driver.scaling.apply(block, "", driver.original, driver.own)
+        found = runner.forward(block, hidden)
+        assert float((found - expected).norm() / expected.norm()) < 3e-6
+        for group in runner.family.linear_groups:
+            assert changed[f"{group.linears[0]}.{COLUMN_SCALE}"].std() > 0.02
+            for linear in group.linears:
+                before, after = (part.get_submodule(linear).get_parameter("weight") for part in (original, block))
+                assert float((after / before - 1).abs().median()) > 0.01
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rotation_is_exact_or_refused(models: dict[str, Path], tmp_path: Path, name: str) -> None:
+    checkpoint = Checkpoint.open(models[name])
+    family = family_for(checkpoint.config)
+    if name.startswith("gemma3"):
+        with pytest.raises(D2QError, match=r"architecture gemma3 can't be rotated .*leave out --rotation on$"):
+            convert(models[name], tmp_path / "out.gguf", Options(rotation="on"))
+        return
+    rotated = RotatedCheckpoint(checkpoint, seed=0)
+    original = log_probabilities(WholeModel(checkpoint, family, {}, CPU), TOKENS)
+    found = log_probabilities(WholeModel(rotated, family_for(rotated.config), {}, CPU), TOKENS)
+    assert divergence(original, found) < 1e-5
+    name = f"{family.block_prefix(0)}{family.block_linears[0]}.weight"
+    assert not torch.allclose(rotated.tensor(name), checkpoint.tensor(name).float(), atol=0.1)
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_file_computes_what_torch_does(models: dict[str, Path], tmp_path: Path, name: str) -> None:
+    result = convert(models[name], tmp_path / "out.gguf", Options(calibration_tokens=1280, context=128))
+    checkpoint = Checkpoint.open(models[name])
+    family = family_for(checkpoint.config)
+    weights = file_weights(tmp_path / "out.gguf", family)
+    assert weights.keys() >= family.tensor_shapes().keys()
+    norms = [f"{family.block_prefix(index)}{family.sublayers[1].norm}" for index in range(family.num_layers)]
+    assert weights.keys() - family.tensor_shapes().keys() == {f"{norm}.bias" for norm in [*norms, family.final_norm]}
+    kinds = {info.type_name for info in GGUFFile(tmp_path / "out.gguf").tensors.values()}
+    assert "d2q2_64" in kinds
+    assert result.plan.linear_bits_per_weight == 2.5
+    original = log_probabilities(WholeModel(checkpoint, family, {}, CPU), TOKENS)
+    dequantized = log_probabilities(WholeModel(checkpoint, family, weights, CPU), TOKENS)
+    lost = divergence(original, dequantized)
+    assert lost > 0.01
+    for window, expected in zip(TOKENS, dequantized, strict=True):
+        found = torch.from_numpy(llama_logits(tmp_path / "out.gguf", window.astype(np.int32))).log_softmax(-1)
+        # llama.cpp rounds activations to 8 bits.
+        assert divergence(expected, found) < 0.01 * lost
+
+
+@pytest.mark.parametrize("name", ["gemma3", "phi4-mini"])
+def test_refinement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The file is what the refinement ended with: as far from the original, on the windows that it held back."""
+    seen: list[npt.NDArray[np.int64]] = []
+
+    def keeping(*arguments: Any) -> Refinement:
+        seen.append(arguments[3])
+        return refine(*arguments)
+
+    monkeypatch.setattr(convert_module, "REFINE_FACTOR", 1)
+    monkeypatch.setattr(convert_module, "refine", keeping)
+    # A few large steps, so that a mistake shows.
+    monkeypatch.setattr(refine_module, "SCALE_RATE", 0.004)
+    model = write_model(tmp_path / "tiny", name, num_hidden_layers=2)
+    options = Options(calibration_tokens=2048, context=64, refine=True, embedding_type="f32")
+    result = convert(model, tmp_path / "out.gguf", options).refinement
+    assert result is not None
+    assert result.after < result.before
+    checkpoint = Checkpoint.open(model)
+    family = family_for(checkpoint.config)
+    validation = seen[0][[min(len(seen[0]), refine_module.VALIDATION_EVERY) - 1]]
+    original, refined = (
+        log_probabilities(WholeModel(checkpoint, family, weights, CPU), validation)
+        for weights in ({}, file_weights(tmp_path / "out.gguf", family))
+    )
+    assert divergence(original, refined) == pytest.approx(result.after, rel=1e-3)

@@ -1,0 +1,190 @@
+"""Benchmarks: arithmetic by hand, the stock file that is made to compare with, and llama-bench itself."""
+
+import json
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+
+from d2q_edge.conversion import convert
+from d2q_edge.errors import D2QError
+from d2q_edge.evaluation import benchmark
+from d2q_edge.evaluation.benchmark import Settings
+from d2q_edge.formats.gguf_reader import GGUFFile
+from d2q_edge.options import Options
+from tests.availability import require_tool
+from tests.conftest import ExampleFiles
+
+TIMES = {
+    # seconds of the three rounds; the second round is slow as a whole
+    ("a.gguf", None): (1.0, 10.0, 2.0),
+    ("b.gguf", None): (4.0, 40.0, 4.0),
+    ("s.gguf", "1"): (2.0, 20.0, 2.0),
+    ("s.gguf", "0"): (3.0, 15.0, 3.0),
+}
+
+
+@pytest.fixture
+def llama_bench(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
+    """Files and --repack of all calls; a call takes what TIMES says, generating takes half of it."""
+    calls: list[tuple[str, str | None]] = []
+
+    def run_tool(tool: str, *arguments: object) -> str:
+        options = {str(k): str(v) for k, v in zip(arguments[::2], arguments[1::2], strict=True)}
+        assert tool == "llama-bench"
+        assert [options[name] for name in ("-t", "-p", "-n", "-r")] == ["4", "100", "10", "1"]
+        calls.append((options["-m"], options.get("--repack")))
+        seconds = TIMES[calls[-1]][calls.count(calls[-1]) - 1]
+        runs = [{"n_prompt": 100, "n_threads": 4, "avg_ns": seconds * 1e9}]
+        return json.dumps([*runs, {"n_prompt": 0, "n_threads": 4, "avg_ns": seconds / 2 * 1e9}])
+
+    monkeypatch.setattr(benchmark, "run_tool", run_tool)
+    monkeypatch.setattr(benchmark, "GGUFFile", lambda path: Mock())
+    return calls
+
+
+def test_speeds_and_ratios(llama_bench: list[tuple[str, str | None]]) -> None:
+    settings = Settings(prompt=100, generation=10, threads=(4,), rounds=3)
+    files = {"ours": Path("a.gguf"), "other": Path("b.gguf")}
+    result = benchmark.benchmark(files, settings, Path("s.gguf"))
+    assert llama_bench == 3 * list(TIMES), "in turn"
+    # medians: 2 s and 4 s for 100 tokens; 1 s and 2 s for 10
+    assert result.speeds["ours"] == {"prompt-4": 50, "generation-4": 10}
+    assert result.speeds["other"] == {"prompt-4": 25, "generation-4": 5}
+    assert result.stock == {"prompt-4": 50, "generation-4": 10}, "the faster form: 2 s, the other takes 3 s"
+    # round by round, repacked: 2/1, 20/10, 2/2; as it is: 3/1, 15/10, 3/2
+    assert result.ratios is not None
+    assert result.ratios["ours"] == {"prompt-4": 1.5, "generation-4": 1.5}
+    assert result.ratios["other"] == {"prompt-4": 0.5, "generation-4": 0.5}
+    assert result.to_json()["speed_ratios"]["ours"]["prompt-4"] == 1.5
+    lines = result.describe("Q2_K").splitlines()
+    assert len({len(line) for line in lines}) == 1, "columns line up"
+    assert [re.split(r" {2,}", line) for line in lines] == [
+        ["tokens/s", "prompt-4", "generation-4"],
+        ["ours", "50.0", "10.0"],
+        ["other", "25.0", "5.0"],
+        ["Q2_K (stock)", "50.0", "10.0"],
+        ["ours / stock", "1.50", "1.50"],
+        ["other / stock", "0.50", "0.50"],
+    ]
+
+
+def test_without_a_stock_file(llama_bench: list[tuple[str, str | None]]) -> None:
+    settings = Settings(prompt=100, generation=10, threads=(4,), rounds=1)
+    result = benchmark.benchmark({"ours": Path("a.gguf")}, settings)
+    assert llama_bench == [("a.gguf", None)]
+    assert (result.stock, result.ratios) == (None, None)
+    assert result.to_json() == {
+        "prompt": 100,
+        "generation": 10,
+        "threads": [4],
+        "rounds": 1,
+        "tokens_per_second": {"ours": {"prompt-4": 100, "generation-4": 20}},
+        "stock_tokens_per_second": None,
+        "speed_ratios": None,
+    }
+    assert len(result.describe().splitlines()) == 2
+
+
+@pytest.fixture
+def small(make_checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
+    """A model of one block in d2q2."""
+    model = make_checkpoint(hidden_size=256, intermediate_size=256, num_hidden_layers=1, head_dim=64)
+    convert(model, tmp_path / "small.gguf", Options(bits=2, calibrate=False))
+    return tmp_path / "small.gguf"
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "iq2_xs"])
+def test_stock_file_is_the_same_model(small: Path, name: str) -> None:
+    require_tool("llama-quantize")
+    require_tool("llama-imatrix")
+    ours = GGUFFile(small).tensors
+    with benchmark.stock_file(small, name) as path:
+        stock = GGUFFile(path).tensors
+        assert stock.keys() == ours.keys()
+        for tensor, own in ours.items():
+            kind = name.lower() if own.type_name == "d2q2" else own.type_name
+            assert (stock[tensor].type_name, stock[tensor].shape) == (kind, own.shape)
+    types = Counter(own.type_name for own in ours.values())
+    assert types["d2q2"] > 3
+    assert types.keys() >= {"q4_k", "q5_k"}, "embeddings and head, which keep their types"
+    assert not path.exists()
+
+
+def test_stock_types_that_there_are_not(small: Path) -> None:
+    require_tool("llama-quantize")
+    with (
+        pytest.raises(D2QError, match=r"can't make a Q9_X file of .*: .*invalid ftype 'Q9_X'$"),
+        benchmark.stock_file(small, "Q9_X"),
+    ):
+        pass
+
+
+def test_files_without_embeddings_have_no_stock_file(tmp_path: Path) -> None:
+    """An importance matrix, for example."""
+    path = tmp_path / "imatrix.gguf"
+    path.write_bytes(b"GGUF" + (3).to_bytes(4, "little") + bytes(16))
+    with (
+        pytest.raises(D2QError, match=r"imatrix.gguf has no token embeddings, so that it isn't a language model; name"),
+        benchmark.stock_file(path, "Q2_K"),
+    ):
+        pass
+
+
+class TestCommas:
+    """llama-bench takes a path with a comma for two."""
+
+    def test_links(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        paths = [tmp_path / "a,b" / "c.gguf", tmp_path / "a,b" / "c,d.gguf", tmp_path / "e.gguf"]
+        (tmp_path / "a,b").mkdir()
+        for path in paths:
+            path.write_text(path.name)
+        calls: list[Path] = []
+
+        def run_tool(tool: str, option: str, path: object, *options: object) -> str:
+            assert isinstance(path, Path) and option == "-m"
+            calls.append(path)
+            assert path.read_text() == paths[(len(calls) - 1) % 3].name
+            return json.dumps([{"n_prompt": 1, "n_threads": 1, "avg_ns": 1}])
+
+        monkeypatch.setattr(benchmark, "run_tool", run_tool)
+        monkeypatch.chdir(tmp_path)
+        runs = {path: ("-m", path.relative_to(tmp_path)) for path in paths}
+        times = benchmark.run_rounds(runs, Settings(threads=(1,), rounds=2))
+        assert [list(each) for each in times["prompt-1"]] == [paths, paths]
+        assert [path.name for path in calls[:3]] == ["c.gguf", "c_d.gguf", "e.gguf"]
+        assert all("," not in str(path) for path in calls) and calls[2] == Path("e.gguf")
+        assert not calls[0].exists() and not calls[0].parent.parent.exists()
+
+    def test_in_the_temporary_directory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "t,p").mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "t,p"))
+        with pytest.raises(D2QError, match=r"takes the comma in a,b.gguf for the end of a path; rename it, or set TMP"):
+            benchmark.run_rounds({"x": ("-m", Path("a,b.gguf"))}, Settings())
+
+    def test_llama_bench(self, example_files: ExampleFiles, tmp_path: Path) -> None:
+        require_tool("llama-bench")
+        (tmp_path / "a,b").mkdir()
+        path = Path(shutil.copy(example_files.d2q2, tmp_path / "a,b" / "c,d.gguf"))
+        settings = Settings(prompt=4, generation=4, threads=(1,), rounds=1)
+        result = benchmark.benchmark({"ours": path}, settings, path)
+        assert result.speeds["ours"]["prompt-1"] > 0
+        assert result.ratios is not None and result.ratios["ours"]["generation-1"] > 0
+
+
+def test_damaged_blocks_are_not_measured(example_files: ExampleFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "run_tool", None)
+    monkeypatch.setattr(GGUFFile, "check_blocks", Mock(side_effect=D2QError("a scale is not finite")))
+    with pytest.raises(D2QError, match="not finite"):
+        benchmark.benchmark({"ours": example_files.d2q2}, Settings())
+
+
+def test_files_are_checked_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "run_tool", None)
+    with pytest.raises(D2QError, match="there is no file"):
+        benchmark.benchmark({"none": tmp_path / "none.gguf"}, Settings())

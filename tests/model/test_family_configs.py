@@ -1,0 +1,228 @@
+"""Real configs are understood as transformers understands them, and those that llama.cpp can't express are refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from d2q_edge.errors import D2QError
+from d2q_edge.model.families import Family, Sublayer, family_for
+from d2q_edge.model.families.gemma3 import Gemma3
+from d2q_edge.pipeline.type_plan import make_plan
+from tests.real_configs import REAL
+
+
+def make(name: str, **changes: Any) -> Family:
+    return family_for({**REAL[name][1], **changes})
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_number_of_parameters(name: str) -> None:
+    assert sum(math.prod(shape) for shape in make(name).tensor_shapes().values()) == REAL[name][0]
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_tensors_are_those_of_transformers(tmp_path: Path, name: str) -> None:
+    """Of the first layers; one more than a period where layers differ."""
+    layers = 7 if "gemma" in name or "SmolLM3" in name else 2
+    changes: dict[str, Any] = {"num_hidden_layers": layers}
+    changes |= {key: REAL[name][1][key][:layers] for key in ("layer_types", "no_rope_layers") if key in REAL[name][1]}
+    family = make(name, **changes)
+    (tmp_path / "config.json").write_text(json.dumps(family.config))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    if family.tied_embeddings:
+        assert model.config.tie_word_embeddings
+        del expected[f"{family.head}.weight"]
+    assert dict(family.tensor_shapes()) == expected
+    for sublayer in family.sublayers:
+        block = model.model.layers[0]
+        for module in (sublayer.module, sublayer.norm, sublayer.output_norm):
+            assert module is None or block.get_submodule(module)
+    assert family.embedding_scale == pytest.approx(getattr(model.model.embed_tokens, "scalar_embed_scale", 1.0))
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_keys_that_llama_cpp_reads(tmp_path: Path, name: str) -> None:
+    family = make(name)
+    writer = gguf.GGUFWriter(tmp_path / "unused", family.gguf_arch)
+    family.add_metadata(writer, 1)
+    keys = {key.partition(".")[2]: value.value for key, value in writer.kv_data[0].items()}
+    assert keys["block_count"] == REAL[name][1]["num_hidden_layers"]
+    assert keys["embedding_length"] == REAL[name][1]["hidden_size"]
+    assert keys["attention.head_count_kv"] == REAL[name][1]["num_key_value_heads"]
+    assert keys["rope.freq_base"] == REAL[name][1].get("rope_theta", 10000.0)
+
+
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize(
+    "keys",
+    [("num_key_value_heads",), ("rope_theta", "rope_local_base_freq"), ("rms_norm_eps",), ("sliding_window",)],
+    ids=lambda keys: keys[0],
+)
+def test_what_is_left_out_is_what_transformers_takes(tmp_path: Path, name: str, keys: tuple[str, ...]) -> None:
+    entries = {key: value for key, value in REAL[name][1].items() if key not in keys}
+    (tmp_path / "config.json").write_text(json.dumps(entries))
+    config = AutoConfig.from_pretrained(tmp_path)
+    ropes = config.rope_parameters
+    full, sliding = ropes.get("full_attention", ropes), ropes.get("sliding_attention", ropes)
+    if entries["num_attention_heads"] % config.num_key_value_heads:
+        with pytest.raises(D2QError, match="multiple of num_key_value_heads"):
+            family_for(entries)
+        return
+    family = family_for(entries)
+    assert family.num_kv_heads == config.num_key_value_heads
+    assert family.head_dim == getattr(config, "head_dim", family.hidden_size // family.num_heads)
+    assert family.norm_eps == config.rms_norm_eps
+    assert family.rope_theta == full["rope_theta"]
+    assert family.tied_embeddings == config.tie_word_embeddings
+    windowed = not hasattr(config, "layer_types") or "sliding_attention" in config.layer_types
+    if name != "Llama-2-7b" and family.model_type != "llama":
+        assert family.sliding_window(0) == (config.sliding_window if windowed else None)
+    if isinstance(family, Gemma3):
+        assert family.sliding_rope_theta == sliding["rope_theta"]
+
+
+def test_types_of_real_models() -> None:
+    """Every width is one of our blocks'; those that 256 doesn't divide cost the promised bits."""
+    plans = {name: make_plan(make(name), 2) for name in REAL}
+    assert [name for name, plan in plans.items() if plan.fallbacks] == []
+    narrow = {
+        name: plan.linear_bits_per_weight for name, plan in plans.items() if plan.linear_bits_per_weight != 2.3125
+    }
+    assert narrow.keys() == {"Qwen2.5-0.5B", "SmolLM2-135M", "SmolLM2-360M", "gemma-3-270m", "gemma-3-1b-it"}
+    # Down is as wide as a multiple of 256 in all of them: a quarter of SmolLM2's weights. Gemma's o is, too.
+    assert narrow["SmolLM2-135M"] == narrow["SmolLM2-360M"] == 2.5 - 0.1875 / 4
+    wide = 640 * 2048 + 640 * 1024
+    narrow_weights = 640 * (1024 + 2 * 256) + 2 * 640 * 2048
+    assert narrow["gemma-3-270m"] == pytest.approx(2.5 - 0.1875 * wide / (wide + narrow_weights))
+
+
+def test_facts_about_some_models() -> None:
+    assert make("SmolLM2-135M").head_dim == make("SmolLM2-360M").head_dim == 64
+    gemma = make("gemma-3-1b-it")
+    assert (gemma.tied_embeddings, gemma.norm_offset, gemma.can_rotate) == (True, 1.0, False)
+    assert gemma.sublayers[1] == Sublayer("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+    assert make("SmolLM3-3B").tied_embeddings
+    assert make("Phi-4-mini").linear_shape("self_attn.qkv_proj") == (5120, 3072)
+    assert make("Phi-3-mini-4k").can_rotate and make("Phi-3-mini-4k").extra_tensors() == {}
+
+
+def test_what_is_noted() -> None:
+    noted = [name for name in REAL if make(name).notes]
+    assert noted == ["Phi-3-mini-4k"]
+    assert make("Mistral-7B-v0.3", sliding_window=4096).notes == (
+        "the model attends to the last 4096 tokens, llama.cpp's llama to all of them: in texts of more than 4096 "
+        "tokens it isn't the same model",
+    )
+    config = {key: value for key, value in REAL["Mistral-7B-v0.3"][1].items() if key != "sliding_window"}
+    assert "last 4096 tokens" in family_for(config).notes[0]
+
+
+def test_columns_of_o_and_down_come_from_rows_of_fused_layers() -> None:
+    family = make("Phi-3-mini-4k", hidden_size=24, num_attention_heads=6, num_key_value_heads=2)
+    # 24 rows of q, 8 of k, then v: heads of 4, each serving 3 heads of q.
+    assert family.source_rows("self_attn.qkv_proj").tolist() == [32, 33, 34, 35] * 3 + [36, 37, 38, 39] * 3
+    family = make("Phi-3-mini-4k", intermediate_size=3)
+    assert family.source_rows("mlp.gate_up_proj").tolist() == [3, 4, 5]
+
+
+def test_gemmas_norms_get_their_one_in_the_file() -> None:
+    family = make("gemma-3-1b-it")
+    weight = np.array([0.5, -0.25], np.float32)
+    prefix = "model.layers.3."
+    norms = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+    for name in (*(prefix + norm for norm in (*norms, "self_attn.q_norm", "self_attn.k_norm")), "model.norm"):
+        assert family.export_values(f"{name}.weight", weight).tolist() == [1.5, 0.75]
+        assert family.export_values(f"{name}.bias", weight) is weight
+    for name in (f"{prefix}self_attn.q_proj", "model.embed_tokens"):
+        assert family.export_values(f"{name}.weight", weight) is weight
+    assert make("Qwen3-8B").export_values("model.norm.weight", weight) is weight
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "pattern"),
+    [
+        ("Llama-3.2-1B", {"model_type": "qwen3"}, "contradicts itself: .* LlamaForCausalLM has the model_type 'llama'"),
+        ("Llama-3.2-1B", {"rope_parameters": {"rope_type": "default"}}, "both rope_parameters and rope_scaling"),
+        ("Llama-3.2-1B", {"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false"),
+        ("Mistral-7B-v0.3", {"sliding_window": "all"}, "sliding_window must be a whole number"),
+        ("Mistral-7B-v0.3", {"layer_types": ["sliding_attention"] * 32}, "sliding-window attention, .* llama doesn't"),
+        ("SmolLM3-3B", {"no_rope_layers": [1] * 36}, "no_rope_layers must leave out .* every 4th layer"),
+        ("SmolLM3-3B", {"no_rope_layers": None, "no_rope_layer_interval": 6}, "no_rope_layers must leave out"),
+        ("SmolLM3-3B", {"no_rope_layers": 5}, "no_rope_layers must leave out"),
+        ("SmolLM3-3B", {"mlp_bias": True}, "mlp_bias is set, but llama.cpp's smollm3 has no biases"),
+        ("SmolLM3-3B", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "type 'yarn' isn't supported for smollm3"),
+        ("gemma-3-1b-it", {"hidden_activation": "silu"}, "activation 'silu' isn't supported, only gelu_pytorch_tanh"),
+        ("gemma-3-1b-it", {"sliding_window_pattern": 4}, "layer_types must make every 6th layer"),
+        ("gemma-3-270m", {"layer_types": ["full_attention"] * 18}, "layer_types must make every 6th layer"),
+        ("gemma-3-1b-it", {"sliding_window": 0}, "sliding_window must be a whole number"),
+        ("gemma-3-1b-it", {"query_pre_attn_scalar": 168}, "query_pre_attn_scalar is 168, but .* computes with 256"),
+        ("gemma-3-1b-it", {"num_hidden_layers": 62}, "query_pre_attn_scalar is 256, but .* computes with 288"),
+        ("gemma-3-1b-it", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is set"),
+        ("gemma-3-1b-it", {"use_bidirectional_attention": True}, "use_bidirectional_attention is set"),
+        ("gemma-3-1b-it", {"rope_parameters": [1]}, "rope_parameters must be an object"),
+        ("gemma-3-1b-it", {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters must be an object"),
+        ("gemma-3-1b-it", {"rope_scaling": {"rope_type": "linear"}}, "rope_scaling's factor must be a positive"),
+        (
+            "gemma-3-1b-it",
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            "of the sliding-window layers aren't supported",
+        ),
+        ("Phi-3-mini-4k", {"hidden_size": 3200, "head_dim": 96}, "num_attention_heads . head_dim = hidden_size"),
+        ("Phi-3-mini-4k", {"partial_rotary_factor": 0.01}, "partial_rotary_factor of 0.01 doesn't suit heads of 96"),
+        ("Phi-3-mini-4k", {"partial_rotary_factor": 2}, "partial_rotary_factor must be at most 1"),
+        ("Phi-3-mini-4k", {"original_max_position_embeddings": 1}, "original_max_position_embeddings must be"),
+        ("Phi-4-mini", {"lm_head_bias": True}, "lm_head_bias is set"),
+        ("Phi-4-mini", {"partial_rotary_factor": 0.5}, "long_factor must have 32 numbers"),
+        ("Phi-3-mini-128k", {"max_position_embeddings": "128k"}, "max_position_embeddings must be"),
+        (
+            "Phi-3-mini-128k",
+            {"rope_scaling": {**REAL["Phi-3-mini-128k"][1]["rope_scaling"], "attention_factor": 1.5}},
+            "attention_factor is 1.5, but llama.cpp computes with 1.19",
+        ),
+        ("Phi-3-mini-128k", {"rope_scaling": {"type": "longrope", "long_factor": "1"}}, "long_factor must have 48"),
+    ],
+)
+def test_refused_configs(name: str, changes: dict[str, Any], pattern: str) -> None:
+    with pytest.raises(D2QError, match=pattern) as caught:
+        make(name, **changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_gemma_of_62_layers_scales_by_the_width_of_a_head() -> None:
+    config = {"num_hidden_layers": 62, "hidden_size": 5376, "num_attention_heads": 32, "head_dim": 128}
+    assert make("gemma-3-1b-it", **config, query_pre_attn_scalar=168).num_layers == 62
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2**70) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=3,
+)
+KEYS = sorted({key for _, config in REAL.values() for key in config} | {"rope_parameters", "quantization_config"})
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.sampled_from(sorted(REAL)), st.dictionaries(st.sampled_from(KEYS), ANYTHING, min_size=1, max_size=3))
+def test_lies_are_refused_or_harmless(name: str, lies: dict[str, Any]) -> None:
+    try:
+        family = make(name, **{"num_hidden_layers": 2, "layer_types": None, "no_rope_layers": None, **lies})
+    except D2QError as error:
+        assert "\n" not in str(error)
+        return
+    if family.num_layers < 100:
+        assert family.tensor_shapes()
+    writer = gguf.GGUFWriter("unused", family.gguf_arch)
+    family.add_metadata(writer, 1)

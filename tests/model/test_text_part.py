@@ -1,0 +1,154 @@
+"""Gemma 3 with eyes: its text part becomes the file that the text model alone becomes, which is llama.cpp's, too."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, Gemma3ForConditionalGeneration
+
+from d2q_edge.conversion import convert
+from d2q_edge.errors import D2QError
+from d2q_edge.export.model_file import export
+from d2q_edge.formats.gguf_reader import GGUFFile
+from d2q_edge.model.blocks import BlockRunner
+from d2q_edge.model.checkpoint import Checkpoint
+from d2q_edge.model.families import family_for
+from d2q_edge.model.text_part import text_config, text_names
+from d2q_edge.model.whole_model import WholeModel
+from d2q_edge.options import Options
+from tests.family_models import write_model
+
+CPU = torch.device("cpu")
+TOKENS = np.random.default_rng(5).integers(0, 4000, (2, 100))
+VISION = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14, "model_type": "siglip_vision_model",
+}  # fmt: skip
+PUBLISHED = {
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "boi_token_index": 255999,
+    "eoi_token_index": 256000,
+    "eos_token_id": [1, 106],
+    "image_token_index": 262144,
+    "initializer_range": 0.02,
+    "mm_tokens_per_image": 256,
+    "model_type": "gemma3",
+    "text_config": {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    },
+    "torch_dtype": "bfloat16",
+    "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model"},
+}
+"""config.json of the published 4B model."""
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The text model alone."""
+    return write_model(tmp_path_factory.mktemp("plain") / "tiny", "gemma3")
+
+
+@pytest.fixture(scope="module", params=["saved", "in memory"])
+def seeing(request: pytest.FixtureRequest, plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with eyes, under the names that are published and saved, or that transformers has in memory."""
+    directory = shutil.copytree(plain, tmp_path_factory.mktemp("seeing") / "tiny")
+    config = json.loads((plain / "config.json").read_text())
+    tokens = {key: config.pop(key) for key in list(config) if key.endswith("_token_id")}
+    whole = AutoConfig.for_model("gemma3", text_config=config, vision_config=VISION, mm_tokens_per_image=4)
+    model = Gemma3ForConditionalGeneration(whole).bfloat16()
+    model.save_pretrained(directory)
+    settings = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**settings, **tokens}))
+    saved, text = load_file(directory / "model.safetensors"), load_file(plain / "model.safetensors")
+    eyes = {name: tensor for name, tensor in saved.items() if "vision" in name or "multi_modal" in name}
+    assert len(eyes) > 10
+    wrapped = {f"language_model.{name}": tensor for name, tensor in text.items()}
+    assert wrapped.keys() | eyes.keys() == saved.keys()
+    if request.param == "in memory":
+        wrapped = {"model.language_model." + name.removeprefix("model."): text[name] for name in text}
+        eyes = {f"model.{name}": tensor for name, tensor in eyes.items()}
+        assert wrapped.keys() | eyes.keys() == model.state_dict().keys() - {"lm_head.weight"}
+    save_file({**wrapped, **eyes}, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def test_file_is_the_stock_converters(
+    seeing: Path, stock_convert: Callable[[Path, str, str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export(seeing, tmp_path / "ours.gguf", "f16")
+    assert "the model's part for images is left out; the file is for text" in capsys.readouterr().err
+    ours, theirs = GGUFFile(tmp_path / "ours.gguf"), GGUFFile(stock_convert(seeing, "f16", "qwen2"))
+    assert ours.kv == theirs.kv
+    assert list(ours.tensors) == list(theirs.tensors)
+    for name in ours.tensors:
+        assert np.array_equal(ours.raw(name), theirs.raw(name)), name
+
+
+@torch.inference_mode()
+def test_it_is_the_text_model(seeing: Path, plain: Path, tmp_path: Path) -> None:
+    """In transformers, block by block and as a whole, and in the quantized file."""
+    model = Gemma3ForConditionalGeneration.from_pretrained(seeing, dtype=torch.float32).eval()
+    tokens = torch.from_numpy(TOKENS)
+    expected = model(tokens).logits
+    checkpoint = Checkpoint.open(seeing)
+    family = family_for(checkpoint.config)
+    checkpoint.check(family.tensor_shapes())
+    whole = WholeModel(checkpoint, family, {}, CPU)
+    found = whole.log_probabilities(whole.states(tokens))
+    torch.testing.assert_close(found, expected.log_softmax(-1), rtol=1e-4, atol=1e-4)
+    runner = BlockRunner(checkpoint, family, CPU)
+    hidden = runner.embed(tokens)
+    for index in range(family.num_layers):
+        hidden = runner.forward(runner.load(index), hidden)
+    torch.testing.assert_close(runner.final_norm()(hidden), whole.states(tokens), rtol=1e-4, atol=1e-4)
+    options = Options(calibration_tokens=256, context=32)
+    for model_directory, name in ((plain, "plain.gguf"), (seeing, "seeing.gguf")):
+        convert(model_directory, tmp_path / name, options)
+    one, other = GGUFFile(tmp_path / "plain.gguf"), GGUFFile(tmp_path / "seeing.gguf")
+    assert one.tensors.keys() == other.tensors.keys()
+    assert all(np.array_equal(one.raw(name), other.raw(name)) for name in one.tensors)
+
+
+def test_published_config() -> None:
+    family = family_for(text_config(PUBLISHED))
+    assert (family.num_layers, family.hidden_size, family.num_heads, family.num_kv_heads) == (34, 2560, 8, 4)
+    assert (family.head_dim, family.vocab_size, family.context_length) == (256, 262208, 131072)
+    assert (family.rope_type, family.rope_scaling["factor"], family.rope_theta) == ("linear", 8.0, 1e6)
+    assert family.sliding_window(0) == 1024 and family.sliding_window(5) is None
+    assert family.tied_embeddings
+    assert text_config(PUBLISHED)["eos_token_id"] == [1, 106]
+
+
+def test_names() -> None:
+    names = ["language_model.model.norm.weight", "model.language_model.norm.bias", "odd", "model.vision_tower.x"]
+    assert text_names([*names, "vision_tower.y", "multi_modal_projector.z"]) == {
+        "model.norm.weight": names[0], "model.norm.bias": names[1], "odd": "odd",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text_config": None}, "has no text_config"),
+        ({"text_config": {"num_hidden_layers": "x"}}, "text_config's num_hidden_layers makes no sense: 'x'"),
+        ({"text_config": {"num_hidden_layers": 10_001}}, "text_config's num_hidden_layers makes no sense: 10001"),
+        ({"text_config": {**PUBLISHED["text_config"], "hidden_size": -1}}, "hidden_size|text_config"),  # type: ignore[dict-item]
+        ({"quantization_config": {"bits": 4}}, "is quantized already"),
+    ],
+)
+def test_refusals(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(D2QError, match=message):
+        family_for(text_config({**PUBLISHED, **change}))

@@ -1,0 +1,209 @@
+"""Refining what the pipeline left: the same model before and after, everything that may move, and nothing else."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from d2q_edge.formats import tensor_types
+from d2q_edge.model.blocks import BlockRunner
+from d2q_edge.model.checkpoint import Checkpoint
+from d2q_edge.model.families import family_for
+from d2q_edge.model.whole_model import WholeModel
+from d2q_edge.pipeline import refinement
+from d2q_edge.pipeline.block_loop import quantize_blocks
+from d2q_edge.pipeline.column_scaling import COLUMN_SCALE
+from d2q_edge.pipeline.refinement import Refinement, refine, refined_norms
+from d2q_edge.pipeline.type_plan import make_plan
+from d2q_edge.pipeline.work_dir import Tensor, WorkDir
+from d2q_edge.quantize import refine as tuning
+from d2q_edge.quantize.refine import Progress
+from tests.checkpoints import write_checkpoint
+
+CPU = torch.device("cpu")
+WINDOWS = np.random.default_rng(4).integers(0, 300, (9, 24))
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    # With biases, and a head that has a column scale.
+    "untied": ("qwen2", {"hidden_size": 64, "intermediate_size": 128}),
+    # With norms of queries and keys, and down projections that are q4_0.
+    "tied": ("qwen3", {"hidden_size": 64, "intermediate_size": 96, "tie_word_embeddings": True}),
+}
+
+
+class Finished:
+    """A quantized model, not refined, and what it is made of."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        family, options = MODELS[name]
+        write_checkpoint(directory / name, family, vocab_size=300, **options)
+        self.checkpoint = Checkpoint.open(directory / name)
+        self.family = family_for(self.checkpoint.config)
+        self.types = make_plan(self.family, 2).linears
+        self.work = WorkDir(directory / "first.gguf", {})
+        quantize_blocks(BlockRunner(self.checkpoint, self.family, CPU), self.types, WINDOWS, self.work)
+        # So that there is something to gain: logits that are too large, and a bias.
+        last = self.work.read_block(2)
+        norm = last.get("model.norm.weight", self.checkpoint.tensor("model.norm.weight").float().numpy())
+        bias = np.linspace(-0.1, 0.1, len(norm), dtype=np.float32)
+        self.work.write_block(2, {**last, "model.norm.weight": 3 * norm, "model.norm.bias": bias})
+        self.original = self.model({})
+
+    def blocks(self, work: WorkDir, *, refined: bool) -> dict[str, Tensor]:
+        blocks = [work.read_block(index, refined=refined) for index in range(self.family.num_layers + 1)]
+        return {name: data for block in blocks for name, data in block.items()}
+
+    def both(self, work: WorkDir) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return self.blocks(work, refined=False), self.blocks(work, refined=True)
+
+    def model(self, tensors: Mapping[str, Tensor]) -> WholeModel:
+        """The model of the blocks' tensors, put together once more."""
+        weights = {}
+        for name, data in tensors.items():
+            if data.dtype == np.uint8:
+                kind = tensor_types.BY_NAME[self.types[name]]
+                weights[name] = torch.from_numpy(tensor_types.dequantize(kind, data.view(np.uint8)))
+            elif name == f"lm_head.{COLUMN_SCALE}":
+                weights["lm_head.weight"] = self.checkpoint.tensor("lm_head.weight") / torch.from_numpy(data)
+            elif not name.endswith(COLUMN_SCALE):
+                weights[name] = torch.from_numpy(data)
+        return WholeModel(self.checkpoint, self.family, weights, CPU)
+
+    def divergence(self, model: WholeModel, windows: Any = WINDOWS) -> float:
+        """Mean KL divergence of the original from it, summed in float64."""
+        p, q = (log_probabilities(each, windows) for each in (self.original, model))
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    def refine(self, directory: Path, *, memory: int = 1 << 40, rate: float = 0.01) -> "Refined":
+        """Into a copy of the work directory, in few large steps; also returns the model that was tuned."""
+        work, tuned = WorkDir(directory / "out.gguf", {}), []
+        for index in range(self.family.num_layers + 1):
+            work.write_block(index, self.work.read_block(index))
+
+        def spy(original: WholeModel, quantized: WholeModel, windows: Any, **more: Any) -> Progress:
+            tuned.append(quantized)
+            return tuning.tune(original, quantized, windows, **more)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(refinement, "tune", spy)
+            patch.setattr(refinement, "_free_memory", lambda _device: memory)
+            patch.setattr(tuning, "SCALE_RATE", rate)
+            patch.setattr(tuning, "CODE_RATE", 1.4)
+            patch.setattr(tuning, "PASSES", 2)
+            patch.setattr(tuning, "BATCH", 4)
+            result = refine(self.checkpoint, self.family, self.types, WINDOWS, work, CPU)
+        return work, result, tuned[0]
+
+
+Refined = tuple[WorkDir, Refinement, WholeModel]
+
+
+@torch.no_grad()
+def log_probabilities(model: WholeModel, windows: Any) -> torch.Tensor:
+    return model.log_probabilities(model.states(torch.from_numpy(windows))).double()
+
+
+def difference(first: WholeModel, second: WholeModel) -> float:
+    return float((log_probabilities(first, WINDOWS) - log_probabilities(second, WINDOWS)).abs().max())
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    return Finished(tmp_path_factory.mktemp("finished"), request.param)
+
+
+@pytest.fixture(scope="module")
+def refined(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Refined:
+    return finished.refine(tmp_path_factory.mktemp("refined"))
+
+
+def test_the_blocks_are_the_tuned_model(finished: Finished, refined: Refined) -> None:
+    """But for float16 scales. And the model that tuning began with is the one that the pipeline left."""
+    before = finished.blocks(finished.work, refined=False)
+    start = finished.model(before)
+    work, result, tuned = refined
+    assert result.before == pytest.approx(finished.divergence(start, WINDOWS[8:]), rel=1e-3)
+    assert result.after < result.before
+    assert result.codes
+    after = finished.blocks(work, refined=True)
+    model = finished.model(after)
+    assert difference(model, tuned) < 0.03 * difference(start, tuned)
+    assert result.after == pytest.approx(finished.divergence(model, WINDOWS[8:]), rel=5e-3)
+    assert finished.divergence(model) < 0.97 * finished.divergence(start)
+    # What the pipeline left is still there.
+    assert all((data == before[name]).all() for name, data in finished.blocks(work, refined=False).items())
+
+
+def test_what_moves(finished: Finished, refined: Refined) -> None:
+    work = refined[0]
+    before, after = finished.both(work)
+    norms = [f"model.layers.{i}.{norm}" for i in (0, 1) for norm in ("input_layernorm", "post_attention_layernorm")]
+    norms.append("model.norm")
+    assert refined_norms(finished.family) == norms
+    small = [f"model.layers.{i}.self_attn.{norm}" for i in (0, 1) for norm in ("q_norm", "k_norm")]
+    small = small if finished.family.tied_embeddings else []
+    expected = {*before, *(f"{norm}.weight" for norm in norms + small), *(f"{norm}.bias" for norm in norms)}
+    assert after.keys() == expected
+    changed = []
+    for name, data in after.items():
+        module, _, parameter = name.rpartition(".")
+        if module in norms + small:
+            old = before[name] if name in before else np.zeros(64) if parameter == "bias" else None
+            if old is None:
+                old = finished.checkpoint.tensor(name).float().numpy()
+            assert data.dtype == np.float32
+            assert not np.array_equal(data, old), name
+            assert np.abs(data - old).max() < 0.1 * max(1, np.abs(old).max())
+        elif data.dtype == np.uint8:
+            kind = tensor_types.BY_NAME[finished.types[name]]
+            (d, books, codes), (d_old, books_old, codes_old) = (
+                tensor_types.unpack(kind, each[name].view(np.uint8)) for each in (after, before)
+            )
+            assert not np.array_equal(d, d_old)
+            np.testing.assert_allclose(d, d_old, rtol=0.1)
+            np.testing.assert_array_equal(books, books_old)
+            changed.append((codes != codes_old).mean())
+        else:
+            np.testing.assert_array_equal(data, before[name])
+    assert 0.0005 < np.mean(changed) < 0.3
+    for index in range(3):
+        block = f"model.layers.{index}." if index < 2 else ""
+        names = work.read_block(index, refined=True)
+        assert all(name.startswith(block) for name in names)
+        assert any(name.endswith("norm.bias") for name in names)
+
+
+def test_without_memory_codes_stay(finished: Finished, tmp_path: Path) -> None:
+    weights = sum(int(np.prod(finished.family.tensor_shapes()[name])) for name in finished.types)
+    work, result, tuned = finished.refine(tmp_path, memory=16 * weights)
+    assert not result.codes
+    assert not any(name.endswith("latent") for name in tuned.parameters())
+    assert result.after < result.before
+    before, after = finished.both(work)
+    for name in finished.types:
+        kind = tensor_types.BY_NAME[finished.types[name]]
+        old, new = (tensor_types.unpack(kind, each[name].view(np.uint8)) for each in (before, after))
+        np.testing.assert_array_equal(new[2], old[2])
+        assert not np.array_equal(new[0], old[0])
+
+
+def test_worse_everywhere_changes_nothing(finished: Finished, tmp_path: Path) -> None:
+    work, result, _ = finished.refine(tmp_path, rate=3.0)
+    assert result.after == result.before
+    before, after = finished.both(work)
+    for name, data in after.items():
+        if name in before:
+            np.testing.assert_array_equal(data, before[name])
+        elif name.endswith("bias"):
+            assert not data.any()
+        else:
+            np.testing.assert_array_equal(data, finished.checkpoint.tensor(name).float().numpy())
+
+
+def test_same_twice(finished: Finished, refined: Refined, tmp_path: Path) -> None:
+    works = finished.refine(tmp_path)[0], refined[0]
+    files = [{file.name: file.read_bytes() for file in work.path.iterdir()} for work in works]
+    assert files[0] == files[1]
+    assert len(files[0]) == 7

@@ -1,0 +1,72 @@
+"""Perplexity and KL divergence of dequantized weights in torch, without a file and without the runtime.
+
+The protocol is llama-perplexity's, as in evaluation/perplexity.py: chunks of equal length, the tokens of the second
+half scored.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from d2q_edge.calibration.text import Text
+from d2q_edge.errors import D2QError
+from d2q_edge.model.whole_model import WholeModel
+
+BATCH_TOKENS = 4096
+"""Tokens per forward pass."""
+
+
+@dataclass(frozen=True)
+class Distance:
+    """What was measured on one text; kl_divergence is from the original model, in nats per token."""
+
+    perplexity: float
+    kl_divergence: float
+
+
+def evaluation_chunks(
+    tokenizer: Any, text: Text, chunks: int | None, context: int, bos: int | None
+) -> npt.NDArray[np.int64]:
+    """The first chunks of a text, int64 [chunks, context]; BOS replaces the first token of each, where there is one.
+
+    Raises:
+        D2QError: the text is shorter than one chunk.
+    """
+    ids = np.array(tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+    available = len(ids) // context
+    if available == 0:
+        raise D2QError(
+            f"the text {text.source} has {len(ids)} tokens, less than one chunk of {context}; use a longer one"
+        )
+    windows = ids[: context * min(available, chunks or available)].reshape(-1, context)
+    if bos is not None:
+        windows[:, 0] = bos
+    return windows
+
+
+class Reference:
+    """The original model on one text. Keeps what its head reads, a fraction of the size of its probabilities."""
+
+    @torch.inference_mode()
+    def __init__(self, model: WholeModel, windows: npt.NDArray[np.int64]) -> None:
+        self._model = model
+        self._batches = torch.from_numpy(windows).split(max(1, BATCH_TOKENS // windows.shape[1]))
+        self._states = [model.scored_states(tokens) for tokens in self._batches]
+
+    @torch.inference_mode()
+    def compare(self, model: WholeModel) -> Distance:
+        """Measure another model of the same tokens."""
+        loss = divergence = torch.zeros((), dtype=torch.float64, device=model.device)
+        count = 0
+        for tokens, states in zip(self._batches, self._states, strict=True):
+            expected = self._model.log_probabilities(states)
+            found = model.log_probabilities(model.scored_states(tokens))
+            targets = tokens[:, tokens.shape[1] // 2 + 1 :, None].to(model.device)
+            loss = loss - found.gather(-1, targets).sum(dtype=torch.float64)
+            divergence = divergence + (expected.exp() * (expected - found)).sum(dtype=torch.float64)
+            count += targets.numel()
+        return Distance(math.exp(float(loss) / count), float(divergence) / count)

@@ -34,7 +34,7 @@ from d2q_edge.model.whole_model import Weights, WholeModel
 from d2q_edge.pipeline.block_loop import Method, quantize_blocks
 from d2q_edge.pipeline.column_scaling import COLUMN_SCALE
 from d2q_edge.pipeline.refinement import refine
-from d2q_edge.pipeline.type_plan import make_plan
+from d2q_edge.pipeline.type_plan import plan_types
 from d2q_edge.pipeline.work_dir import WorkDir
 from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.rtn import round_layer
@@ -89,7 +89,7 @@ def paper(subject: Subject, bits: int, recipe: Recipe) -> Outcome:
 
 def ours_rounded(subject: Subject, bits: int) -> Outcome:
     """Our types without calibration."""
-    plan = make_plan(subject.family, bits)
+    plan = plan_types(subject.family, bits)
     searches = {
         kind: CodebookSearch(tensor_types.BY_NAME[kind], subject.device)
         for kind in set(plan.linears.values()) & tensor_types.BY_NAME.keys()
@@ -105,7 +105,7 @@ def ours_rounded(subject: Subject, bits: int) -> Outcome:
 def ours(subject: Subject, bits: int, method: Method, *, refined: bool = False) -> Outcome:
     """Our types through the product's pipeline, and refinement on more of the same text."""
     checkpoint, family = subject.checkpoint, subject.family
-    plan = make_plan(family, bits)
+    plan = plan_types(family, bits)
     weights: dict[str, torch.Tensor] = {}
     with tempfile.TemporaryDirectory() as directory:
         work = WorkDir(Path(directory) / "model", {})

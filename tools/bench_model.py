@@ -37,7 +37,7 @@ from d2q_edge.formats import codebooks, tensor_types
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
 from d2q_edge.pipeline.output import Content, Output
-from d2q_edge.pipeline.type_plan import make_plan
+from d2q_edge.pipeline.type_plan import plan_types
 from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.rtn import round_layer
 from d2q_edge.runtime import run_tool
@@ -133,7 +133,7 @@ def make_files(model: Path, out: Path) -> dict[str, Path]:
     family = family_for(checkpoint.config)
     for name, bits in OURS.items():
         files[name] = out / f"{name}.gguf"
-        plan = make_plan(family, bits, "q8_0", None if family.tied_embeddings else "q8_0")
+        plan = plan_types(family, bits, "q8_0", None if family.tied_embeddings else "q8_0")
         metadata: dict[str, Value] = {"d2q.table_sha256": codebooks.TABLE_SHA256}
         content = _RepeatedRows(checkpoint, dict(plan.linears))
         Output(checkpoint, family, model_tokenizer(checkpoint, family), plan, [], metadata, FILE_TYPES[bits]).write(

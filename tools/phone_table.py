@@ -16,7 +16,7 @@ import click
 
 from d2q_edge.formats.gguf_writer import block_and_type_size
 from d2q_edge.model.families import Family, family_for
-from d2q_edge.pipeline.type_plan import make_plan
+from d2q_edge.pipeline.type_plan import plan_types
 
 MODELS = Path(__file__).with_name("phone_models.json")
 CONTEXT = 4096
@@ -80,7 +80,7 @@ def need(config: Mapping[str, Any]) -> Need:
     shapes = family.tensor_shapes()
     files = {}
     for bits in (2, 3):
-        types = make_plan(family, bits).types
+        types = plan_types(family, bits).types
         files[bits] = TOKENIZER_BYTES * family.vocab_size
         for name, shape in shapes.items():
             block, size = block_and_type_size(types.get(name, "f32"))

@@ -1,9 +1,7 @@
-"""Hidden states of all calibration tokens at one place of a model, batch by batch.
+"""Hidden states of the calibration tokens between two blocks, batch by batch: on the GPU, in memory, or on disk.
 
-Knows where they are kept: on the device that computes, in the computer's memory, or in a file without a name, which
-vanishes with the process. Does not know what they mean; pipeline.py moves them past one half of a block after another.
-They are bfloat16, as in most models' own inference: the KL divergence of the finished models did not change measurably
-against float32 (docs/accuracy.md).
+They are kept as bfloat16, as in most models' own inference; against float32 the KL divergence of the finished models
+did not change measurably (docs/accuracy.md).
 """
 
 from __future__ import annotations
@@ -13,38 +11,51 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from torch import nn
 
+from d2q_edge.distributed.process_group import ProcessGroup
 from d2q_edge.errors import D2QError
+from d2q_edge.model.blocks import BlockRunner
 
 DTYPE = torch.bfloat16
 Place: TypeAlias = torch.device | Path
-"""Where a stream's batches are kept."""
+"""Where hidden states are kept: a torch device, or a directory for a temporary file."""
 
 
-class Stream:
-    """Hidden states of numbered batches; `stream[i]` is float32 [windows, context, hidden] on the device."""
+class HiddenStates:
+    """Hidden states of numbered batches; `states[i]` is float32 [windows, context, hidden] on the computing device."""
 
-    def __init__(self, windows: Sequence[int], shape: tuple[int, int], device: torch.device, place: Place) -> None:
-        """Make room.
+    def __init__(
+        self,
+        windows: Sequence[int],
+        shape: tuple[int, int],
+        device: torch.device,
+        place: Place,
+        dtype: torch.dtype = DTYPE,
+    ) -> None:
+        """Prepare the storage.
 
         Args:
-            windows: of every batch, how many it has.
+            windows: number of windows of every batch.
             shape: (context, hidden).
-            device: where batches are wanted.
-            place: where they are kept: a torch device, or a directory for a file.
+            device: the computing device.
+            place: where the batches are kept.
+            dtype: in which they are kept.
 
         Raises:
             D2QError: the file can't be made.
         """
-        self.device, self._shape, self._windows = device, shape, tuple(windows)
-        self._bytes = [count * shape[0] * shape[1] * DTYPE.itemsize for count in windows]
+        self.device, self._shape, self._windows, self._dtype = device, shape, tuple(windows), dtype
+        self._bytes = [count * shape[0] * shape[1] * dtype.itemsize for count in windows]
         self._place = place
         self._kept: dict[int, torch.Tensor] = {}
         if isinstance(place, Path):
             try:
                 place.mkdir(parents=True, exist_ok=True)
-                # Open as long as the stream lives.
+                # Without a name, so that it vanishes with the process; open as long as this object lives.
                 self._file = tempfile.TemporaryFile(dir=place, buffering=0)  # noqa: SIM115
             except OSError as error:
                 raise D2QError(f"can't keep hidden states in {place}: {error.strerror or error}") from error
@@ -53,7 +64,7 @@ class Stream:
         return len(self._windows)
 
     def tokens(self, index: int) -> int:
-        """How many tokens batch `index` has."""
+        """Return the number of tokens in batch `index`."""
         return self._windows[index] * self._shape[0]
 
     def __getitem__(self, index: int) -> torch.Tensor:
@@ -62,13 +73,13 @@ class Stream:
             self._file.seek(sum(self._bytes[:index]))
             if self._file.readinto(buffer) != len(buffer):
                 raise D2QError(f"hidden states kept in {self._place} can't be read back; is the disk full?")
-            kept = torch.frombuffer(buffer, dtype=DTYPE).view(self._windows[index], *self._shape)
+            kept = torch.frombuffer(buffer, dtype=self._dtype).view(self._windows[index], *self._shape)
         else:
             kept = self._kept[index]
         return kept.to(self.device).float()
 
     def __setitem__(self, index: int, hidden: torch.Tensor) -> None:
-        kept = hidden.detach().to(DTYPE)
+        kept = hidden.detach().to(self._dtype)
         if not isinstance(self._place, Path):
             self._kept[index] = kept.to(self._place)
             return
@@ -83,3 +94,52 @@ class Stream:
             ) from error
         if written != len(data):
             raise D2QError(f"can't keep hidden states in {self._place}: the disk is full; free some and run it again")
+
+
+class StreamPair:
+    """The hidden states of the same windows in the original and in the quantized model, between two blocks.
+
+    Attributes:
+        original, quantized: HiddenStates of both models.
+        own: the batches that are this process's share.
+    """
+
+    def __init__(
+        self,
+        runner: BlockRunner,
+        windows: npt.NDArray[np.int64],
+        batch_tokens: int,
+        place: Place,
+        processes: ProcessGroup,
+        dtype: torch.dtype = DTYPE,
+    ) -> None:
+        """Embed the windows.
+
+        Args:
+            runner: of the model.
+            windows: token ids [windows, context].
+            batch_tokens: tokens per batch, a multiple of the context where that is less.
+            place: where the hidden states are kept.
+            processes: that share the batches.
+            dtype: in which hidden states are kept.
+        """
+        self.runner, self.windows = runner, windows
+        batches = torch.from_numpy(windows).split(max(1, batch_tokens // windows.shape[1]))
+        self.sizes = [len(batch) for batch in batches]
+        self.own = processes.shard_range(len(batches))
+        shape = windows.shape[1], runner.family.hidden_size
+        self.original, self.quantized = (
+            HiddenStates(self.sizes, shape, runner.device, place, dtype) for _ in ("original", "quantized")
+        )
+        for index, hidden in zip(self.own, runner.embed_all([batches[index] for index in self.own]), strict=True):
+            self.original[index] = self.quantized[index] = hidden
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def advance(self, original: nn.Module, quantized: nn.Module) -> None:
+        """Run both models' hidden states through a block, sublayer by sublayer, as quantizing it does."""
+        for states, block in ((self.original, original), (self.quantized, quantized)):
+            for index in self.own:
+                for sublayer in self.runner.family.sublayers:
+                    states[index] = self.runner.sublayer_forward(block, sublayer, states[index])

@@ -1,12 +1,8 @@
-"""Spreading a budget of bits over tensors: the multiple-choice knapsack, by its convex hull.
-
-Knows numbers only: for every item a few choices, each with its bits and its cost. Does not know what the items are
-(plan.py) or where costs come from (sensitivity.py).
+"""Spread a budget of bits over tensors: the multiple-choice knapsack problem, solved along its convex hull.
 
 Of each item only the choices on the lower convex hull of (bits, cost) are steps that can pay: from one to the next, the
-gain per bit falls. Taking the best step of all items again and again is optimal as long as the budget holds out (Sinha
-and Zoltners, 1979); what is left at the end is filled with smaller steps, and then with exchanges of two items for as
-long as one of them pays.
+gain per bit falls. Taking the best step of all items again and again is optimal as long as the budget lasts (Sinha and
+Zoltners, 1979); the rest is filled with smaller steps, and then with exchanges between two items as long as one pays.
 """
 
 from collections.abc import Sequence
@@ -16,14 +12,14 @@ from itertools import pairwise
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to store an item: bits, a whole number, and cost, in any unit that can be added up."""
+    """One way to store an item: its bits, and its cost in any unit that can be added up."""
 
     bits: int
     cost: float
 
 
 def allocate(items: Sequence[Sequence[Choice]], budget: int) -> list[int]:
-    """Choose for every item, so that the sum of costs is small and the sum of bits at most `budget`.
+    """Choose for every item so that the sum of costs is small and the sum of bits is at most `budget`.
 
     Args:
         items: the choices of each, at least one, in any order.
@@ -59,7 +55,7 @@ def allocate(items: Sequence[Sequence[Choice]], budget: int) -> list[int]:
 
 
 def _hull(choices: Sequence[Choice]) -> list[int]:
-    """Indices of the choices on the lower convex hull, from the smallest: cost and gain per bit fall along it."""
+    """Return the indices of the choices on the lower convex hull, in ascending order of bits."""
     hull: list[int] = []
     for index in sorted(range(len(choices)), key=lambda i: (choices[i].bits, choices[i].cost)):
         new = choices[index]
@@ -75,7 +71,7 @@ def _hull(choices: Sequence[Choice]) -> list[int]:
 
 
 def _best_exchange(items: Sequence[Sequence[Choice]], taken: Sequence[int], left: int) -> list[tuple[int, int]] | None:
-    """The change of one or two items' choices that fits and gains most, if one gains anything."""
+    """Return the change of one or two items' choices that fits and gains most, if any gains something."""
     moves = []
     for item, choices in enumerate(items):
         now = choices[taken[item]]

@@ -1,145 +1,124 @@
-"""The sublayer of a block that has experts: every expert is quantized for its own tokens.
+"""Collect the input statistics of experts: every expert is quantized for its own tokens.
 
-Which tokens those are the original model's router decides, for both streams (quantize/routing.py): the statistics of
-an expert compare the inputs of the same tokens. A token that goes to another expert in the quantized model meets one
-that was quantized for its likes all the same. Experts are handled as many at a time as MEMORY holds the statistics of;
-for each such group both streams pass twice, once for gate and up, once for down, which reads what the quantized gates
-and ups put out.
-
-Knows the order of these steps. The column scales are there already, and how a layer is quantized is the caller's
-business (pipeline.py).
+The original model's router decides which tokens these are, in both models: an expert's statistics must compare the same
+tokens (quantize/routing.py tops up experts that see few). Experts are handled as many at a time as MEMORY holds the
+statistics of; for each such chunk both models' hidden states pass twice, once for gate and up, once for down, which
+reads what the quantized gate and up put out.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 
-from d2q_edge.calibration.hidden_states import Stream
-from d2q_edge.distributed.process_group import ProcessGroup
-from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.model.experts import Expert
 from d2q_edge.model.families import Family, LinearGroup, Sublayer
 from d2q_edge.model.families.experts import EXPERTS, ROUTER, expert_linears
-from d2q_edge.pipeline.report import Report
-from d2q_edge.pipeline.work_dir import Tensor
+from d2q_edge.pipeline.context import Context
 from d2q_edge.quantize.gptaq import InputStatistics
 from d2q_edge.quantize.routing import MINIMUM_SHARE, top_up
 
 MEMORY = 2**30
 """Bytes of statistics at a time."""
 
-QuantizeGroup = Callable[[LinearGroup, InputStatistics], Mapping[str, Tensor]]
-"""Quantizes the layers of a linear group inside of the student and returns the result by name in the block."""
+
+def has_experts(family: Family, sublayer: Sublayer) -> bool:
+    """Tell whether a sublayer is a mixture of experts."""
+    return any(router.startswith(f"{sublayer.module}.") for router in family.block_routers())
 
 
-class ExpertGroups:
-    """The experts of one block, and both streams in front of them."""
+def expert_statistics(
+    context: Context, sublayer: Sublayer, original: nn.Module, quantized: nn.Module
+) -> Iterator[tuple[LinearGroup, InputStatistics]]:
+    """Yield the linear groups of all experts with their statistics, see `statistics.sublayer_statistics`."""
+    family = context.family
+    tokens = _choose_tokens(context, sublayer, original)
+    for chunk in _chunks(family):
 
-    def __init__(
-        self,
-        runner: BlockRunner,
-        teacher: nn.Module,
-        student: nn.Module,
-        sublayer: Sublayer,
-        streams: tuple[Stream, Stream],
-        processes: ProcessGroup,
-        report: Report,
-    ) -> None:
-        """Find out which tokens every expert is quantized for.
+        def collect(columns: int, inputs_of: Callable[[Expert, torch.Tensor], torch.Tensor]) -> list[InputStatistics]:
+            return _collect(context, sublayer, original, quantized, chunk, tokens, columns, inputs_of)  # noqa: B023
 
-        Args:
-            runner: of the model.
-            teacher: the block.
-            student: its copy, which is going to be quantized.
-            sublayer: the one with the experts.
-            streams: what this sublayer reads in the original and in the quantized model.
-            processes: the processes that share the work; all of them do this.
-            report: of the conversion.
-        """
-        self.runner, self.family, self.sublayer = runner, runner.family, sublayer
-        self.teacher, self.student = teacher, student
-        self.original, self.quantized = streams
-        self.processes, self.report = processes, report
-        self.own = processes.shard_range(len(self.original))
-        self.tokens = self._choose_tokens()
-        """bool [tokens, experts] of every batch of this process, on the CPU."""
-
-    def quantize(self, quantize_group: QuantizeGroup) -> dict[str, Tensor]:
-        """Quantize all experts; returns the new tensors by name in the block."""
-        result: dict[str, Tensor] = {}
-        for group in _groups(self.family):
-            names = {number: expert_linears(number) for number in group}
-            statistics = self._statistics(group, self.family.hidden_size, lambda _, inputs: inputs)
-            for number, (gate, up, _) in names.items():
-                result |= quantize_group(LinearGroup(self.sublayer.norm, (gate, up)), statistics.pop(number))
-            statistics = self._statistics(group, self.family.linear_shape(names[group[0]][2])[1], Expert.gated)
-            for number, (_, up, down) in names.items():
-                result |= quantize_group(LinearGroup(None, (down,), source=up), statistics.pop(number))
-        return result
-
-    def _choose_tokens(self) -> dict[int, torch.Tensor]:
-        """For every batch of this process, the tokens of every expert, bool [tokens, experts] on the CPU."""
-        router = self.teacher.get_submodule(ROUTER)
-        sizes = [self.original.tokens(index) for index in range(len(self.original))]
-        probabilities = torch.zeros(sum(sizes), self.family.num_experts)
-        routed = torch.zeros_like(probabilities)
-        batches = zip(probabilities.split(sizes), routed.split(sizes), strict=True)
-        for index, (likely, taken) in enumerate(batches):
-            if index in self.own:
-                with self.report.timed("forward"):
-                    logits, _, chosen = router(self._inputs(self.teacher, self.original[index]))
-                likely.copy_(logits.float().softmax(-1))
-                taken.scatter_(1, chosen.cpu(), 1.0)
-        # Every process fills in its own tokens, so that all choose the same.
-        self.processes.all_reduce([probabilities, routed])
-        tokens = top_up(probabilities, routed.bool(), MINIMUM_SHARE * self.family.hidden_size)
-        return {index: batch for index, batch in enumerate(tokens.split(sizes)) if index in self.own}
-
-    def _statistics(
-        self, group: list[int], columns: int, inputs_of: Callable[[Expert, torch.Tensor], torch.Tensor]
-    ) -> dict[int, InputStatistics]:
-        """By the experts' numbers, of what `inputs_of` makes of an expert and its tokens in both models."""
-        device = self.runner.device
-        found = {number: InputStatistics(columns, device) for number in group}
-        for index in self.own:
-            with self.report.timed("forward"):
-                wanted = self._inputs(self.teacher, self.original[index])
-                reached = self._inputs(self.student, self.quantized[index])
-                tokens = self.tokens[index][:, group].to(device)
-            with self.report.timed("statistics"):
-                for number, own in zip(group, tokens.unbind(1), strict=True):
-                    ours = inputs_of(_expert(self.student, number), reached[own])
-                    found[number].add_batch(ours, inputs_of(_expert(self.teacher, number), wanted[own]))
-        for number in group:
-            self.processes.all_reduce(found[number].sums)
-        return found
-
-    def _inputs(self, block: nn.Module, residual: torch.Tensor) -> torch.Tensor:
-        """What router and experts read: float32 [tokens, hidden]."""
-        inputs: torch.Tensor = block.get_submodule(self.sublayer.norm)(residual)
-        return inputs.flatten(0, -2)
+        found = collect(family.hidden_size, lambda _, inputs: inputs)
+        for number in chunk:
+            gate, up, _ = expert_linears(number)
+            yield LinearGroup(sublayer.norm, (gate, up)), found.pop(0)
+        found = collect(family.linear_shape(expert_linears(chunk[0])[2])[1], Expert.gated)
+        for number in chunk:
+            _, up, down = expert_linears(number)
+            yield LinearGroup(None, (down,), source=up), found.pop(0)
 
 
 def statistics_bytes(family: Family) -> int:
-    """What the statistics of a group of experts take; zero without experts."""
-    return max(len(group) for group in _groups(family)) * _expert_bytes(family) if family.num_experts else 0
+    """Return the memory for the statistics of a chunk of experts; zero without experts."""
+    return max(len(chunk) for chunk in _chunks(family)) * _expert_bytes(family) if family.num_experts else 0
 
 
 def routing_bytes(family: Family, tokens: int) -> int:
-    """What it takes, on the computer, to find out the experts' tokens among so many."""
+    """Return the host memory that it takes to choose the experts' tokens among so many."""
     # Probabilities and routes as float32; routes and choices as bool, twice while they are made.
     return tokens * family.num_experts * (2 * 4 + 4)
 
 
-def _groups(family: Family) -> list[list[int]]:
-    """The experts' numbers, in groups whose statistics fit into MEMORY."""
+def _choose_tokens(context: Context, sublayer: Sublayer, original: nn.Module) -> dict[int, torch.Tensor]:
+    """Choose every expert's tokens: for every batch of this process, bool [tokens, experts] on the CPU."""
+    family, streams = context.family, context.streams
+    router = original.get_submodule(ROUTER)
+    sizes = [streams.original.tokens(index) for index in range(len(streams))]
+    probabilities = torch.zeros(sum(sizes), family.num_experts)
+    routed = torch.zeros_like(probabilities)
+    batches = zip(probabilities.split(sizes), routed.split(sizes), strict=True)
+    for index, (likely, taken) in enumerate(batches):
+        if index in streams.own:
+            with context.report.timed("forward"):
+                logits, _, chosen = router(_inputs(original, sublayer, streams.original[index]))
+            likely.copy_(logits.float().softmax(-1))
+            taken.scatter_(1, chosen.cpu(), 1.0)
+    # Every process fills in its own tokens, so that all choose the same.
+    context.processes.all_reduce([probabilities, routed])
+    tokens = top_up(probabilities, routed.bool(), MINIMUM_SHARE * family.hidden_size)
+    return {index: batch for index, batch in enumerate(tokens.split(sizes)) if index in streams.own}
+
+
+def _collect(
+    context: Context,
+    sublayer: Sublayer,
+    original: nn.Module,
+    quantized: nn.Module,
+    chunk: list[int],
+    tokens: dict[int, torch.Tensor],
+    columns: int,
+    inputs_of: Callable[[Expert, torch.Tensor], torch.Tensor],
+) -> list[InputStatistics]:
+    """Collect the statistics of what `inputs_of` makes of an expert and its tokens, for every expert of a chunk."""
+    found = [InputStatistics(columns, context.device) for _ in chunk]
+    for index in context.streams.own:
+        with context.report.timed("forward"):
+            x_original = _inputs(original, sublayer, context.streams.original[index])
+            x_quantized = _inputs(quantized, sublayer, context.streams.quantized[index])
+            chosen = tokens[index][:, chunk].to(context.device)
+        with context.report.timed("statistics"):
+            for statistics, number, own in zip(found, chunk, chosen.unbind(1), strict=True):
+                inputs = inputs_of(_expert(quantized, number), x_quantized[own])
+                statistics.add_batch(inputs, inputs_of(_expert(original, number), x_original[own]))
+    for statistics in found:
+        context.processes.all_reduce(statistics.sums)
+    return found
+
+
+def _inputs(block: nn.Module, sublayer: Sublayer, residual: torch.Tensor) -> torch.Tensor:
+    """Return what router and experts read: float32 [tokens, hidden]."""
+    inputs: torch.Tensor = block.get_submodule(sublayer.norm)(residual)
+    return inputs.flatten(0, -2)
+
+
+def _chunks(family: Family) -> list[list[int]]:
+    """Split the experts' numbers into chunks whose statistics fit into MEMORY."""
     size = max(1, MEMORY // _expert_bytes(family))
     return [list(range(family.num_experts))[start : start + size] for start in range(0, family.num_experts, size)]
 
 
 def _expert_bytes(family: Family) -> int:
-    """What the statistics of one expert's layers take: two matrices, float32."""
+    """Return the memory for the statistics of one expert: H and dXXT, float32."""
     columns = max(family.linear_shape(layer)[1] for layer in expert_linears(0))
     return 2 * 4 * columns**2
 

@@ -1,7 +1,6 @@
-"""How much memory and disk a conversion will take, found out before it starts, and where its hidden states go.
+"""Plan how much memory and disk a conversion will take, and where its hidden states go, before it starts.
 
-Knows the sizes of what the pipeline holds at a time; the factors are measured. Does not measure anything itself but
-what is free.
+The factors are measured: how many matrices and activations of which size the pipeline holds at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 
 from d2q_edge.calibration.hidden_states import DTYPE, Place
 from d2q_edge.errors import D2QError
-from d2q_edge.formats import k_quants, pieces
+from d2q_edge.formats import k_quants
 from d2q_edge.model.families import Family, LinearGroup
 from d2q_edge.model.families.experts import EXPERTS
 from d2q_edge.pipeline.expert_statistics import routing_bytes, statistics_bytes
@@ -25,25 +24,25 @@ GIB = 2**30
 FLOAT = 4
 """Bytes of a float32."""
 SQUARES = 9
-"""Matrices [columns, columns] at once: H, D, their sums and permutations, the factors, and what lies between."""
+"""Matrices [columns, columns] at once: H and dXXT, their sums and permutations, the factors, and temporaries."""
 MATRICES = 8
-"""Matrices [rows, columns] at once: weights, targets, units, gradients, and what lies between."""
+"""Matrices [rows, columns] at once: weights, targets, units, gradients, and temporaries."""
 HIDDEN, INNER = 10, 5
 """Activations of a batch, in multiples of its hidden states and of its intermediate ones."""
 SEARCH = 256 * 2**20
-"""Bytes of one step of a codebook search (quantize/codebook.py)."""
+"""Bytes of one step of a codebook search."""
 CUDA_SEARCH = 5 * SEARCH
 """The same on a GPU, and what torch reserves there without using it."""
 ENCODING = 10
-"""Bytes for each weight of a table that is being encoded: as stored, as floats, and the result, twice while its pieces
-are put together."""
-ON_THE_WAY = 7
-"""The same in the computer's memory where a GPU encodes it: as stored, as floats if it is rotated, and the result."""
-WRITING = 2 * pieces.THREADS
-"""Finished blocks at a time while the file is written: each thread copies one out of a file that the system keeps in
-the process's memory meanwhile."""
+"""Bytes per weight of embeddings or lm_head while they are encoded: as stored, as floats, and the result, twice while
+its pieces are put together."""
+HOST_ENCODING = 7
+"""The same in the host's memory where a GPU encodes: as stored, as floats if it is rotated, and the result."""
+WRITING = 2
+"""Finished blocks at a time while the file is written: one is copied out of a file that the system keeps in the
+process's memory meanwhile."""
 CUDA_ENCODING = 40 * k_quants.GPU_PIECE
-"""The same for what a GPU has in hand at a time."""
+"""Bytes of a GPU's temporaries while it encodes."""
 PROGRAM = 700 * 2**20
 """Bytes of Python, torch and transformers themselves."""
 CUDA_PROGRAM = 3 * GIB
@@ -52,12 +51,12 @@ CUDA_PROGRAM = 3 * GIB
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a conversion will take at most, in bytes.
+    """What a conversion takes at most, in bytes.
 
     Attributes:
         place: where the hidden states are kept.
-        host: the process's memory.
-        device: the GPU's; zero without one.
+        host: memory of all processes.
+        device: memory of a GPU; zero without one.
         disk: beside the output, apart from the output itself.
     """
 
@@ -67,7 +66,7 @@ class MemoryPlan:
     disk: int
 
     def describe(self) -> str:
-        """One line for people."""
+        """Format the plan as one line."""
         where = "on disk" if isinstance(self.place, Path) else "on the GPU" if self.place.type != "cpu" else "in memory"
         parts = [f"at most {self.host / GIB:.1f} GiB of memory"]
         if self.device:
@@ -87,17 +86,17 @@ def plan_memory(
     limit: int | None = None,
     processes: int = 1,
 ) -> MemoryPlan:
-    """Choose where hidden states are kept, and make sure that everything fits.
+    """Choose where the hidden states are kept, and make sure that everything fits.
 
     Args:
         family: of the model.
         tokens: of the calibration windows, all together.
         batch_tokens: of one forward pass.
-        device: that computes.
+        device: the computing device.
         output: the file to be written; unfinished work is kept beside it.
         packed: bytes of all finished blocks together.
-        limit: bytes of memory that the process may take; None for what is free.
-        processes: that share the work on this computer.
+        limit: bytes of memory that may be taken; None for what is free.
+        processes: number of processes that share the work on this machine.
 
     Raises:
         D2QError: it doesn't fit in the memory (or the limit), the GPU's memory, or on the disk.
@@ -105,9 +104,9 @@ def plan_memory(
     own = -(-tokens // processes)
     streams = 2 * own * family.hidden_size * DTYPE.itemsize
     working = _working(family, batch_tokens, processes, CUDA_SEARCH if device.type == "cuda" else SEARCH)
-    # The first process alone writes, and nothing else is done then. A GPU encodes both tables at a time.
-    tables = [size for name in (family.embedding, family.head) if (size := _elements(family, f"{name}.weight"))]
-    encoding = ON_THE_WAY * sum(tables) if device.type == "cuda" else ENCODING * max(tables)
+    # The main process alone writes, and nothing else is done then.
+    table = max(_elements(family, f"{name}.weight") for name in (family.embedding, family.head))
+    encoding = (HOST_ENCODING if device.type == "cuda" else ENCODING) * table
     writing = (encoding + WRITING * packed // family.num_layers) // processes
     free = free_memory() // processes if limit is None else limit // processes
     on_device = 0
@@ -115,18 +114,18 @@ def plan_memory(
     host = PROGRAM + routing
     place: Place = torch.device("cpu")
     if device.type == "cuda":
-        on_tables = ENCODING * sum(tables) + CUDA_ENCODING * len(tables)
+        on_table = ENCODING * table + CUDA_ENCODING
         host, available = CUDA_PROGRAM + routing, torch.cuda.mem_get_info(device)[0]
-        on_device = max(working, on_tables)
+        on_device = max(working, on_table)
         # The hidden states are gone by then.
-        if max(working + streams, on_tables) <= available:
-            place, on_device = device, max(working + streams, on_tables)
+        if max(working + streams, on_table) <= available:
+            place, on_device = device, max(working + streams, on_table)
         elif on_device > available:
             raise D2QError(
                 f"the GPU has {available / GIB:.1f} GiB of free memory, but this model needs "
                 f"{on_device / GIB:.1f} GiB; free some, or use --device cpu"
             )
-        # A block is read ahead, and the memory stays: in the checkpoint's dtype, rounded up to a power of two.
+        # A block is read ahead into pinned memory, in the checkpoint's dtype, rounded up to a power of two.
         peak = host + 2 * _largest_block(family) + writing
     else:
         peak = host + max(working, writing)
@@ -158,12 +157,12 @@ def plan_memory(
 
 
 def _at_least(size: int) -> str:
-    """GiB, rounded up: a limit of what is said to be needed must do."""
+    """Format bytes as GiB, rounded up, so that a limit of what is said to be needed suffices."""
     return f"{math.ceil(10 * size / GIB) / 10:.1f}"
 
 
 def _working(family: Family, batch_tokens: int, processes: int, search: int) -> int:
-    """Bytes where the blocks are computed, without the hidden states."""
+    """Return the bytes that quantizing a block takes on the computing device, without the hidden states."""
     solving = squares = 0
     for group in family.linear_groups:
         columns, rows = family.linear_shape(group.linears[0])[1], group_rows(family, group)
@@ -175,13 +174,13 @@ def _working(family: Family, batch_tokens: int, processes: int, search: int) -> 
 
 
 def group_rows(family: Family, group: LinearGroup) -> int:
-    """Rows of what is quantized together; of experts that is one expert's gate and up at a time."""
+    """Return the rows that are quantized together; of experts, one expert's gate and up."""
     rows = sum(family.linear_shape(name)[0] for name in group.linears)
     return rows // family.num_experts if group.norm is not None and group.linears[0].startswith(EXPERTS) else rows
 
 
 def _largest_block(family: Family) -> int:
-    """Bytes of a block's weights as floats."""
+    """Return the bytes of a block's weights as float32."""
     prefix = family.block_prefix(0)
     return FLOAT * sum(_elements(family, name) for name in family.tensor_shapes() if name.startswith(prefix))
 
@@ -191,7 +190,7 @@ def _elements(family: Family, name: str) -> int:
 
 
 def free_memory() -> int:
-    """Bytes that this process can have: what is free, and what the system would give up for it."""
+    """Return the bytes that this process can have: what is free, and what the system would give up for it."""
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):

@@ -1,17 +1,10 @@
-"""The GGUF that a conversion writes: its tensors by plan, and where the data of each comes from.
-
-Knows which tensor is packed, which stays float and which is new (norm biases). Does not know how anything is quantized
-(pipeline.py) nor the bytes of a GGUF (gguf_file.py).
-"""
+"""The GGUF file that a conversion writes: its tensors as planned, and where the data of each comes from."""
 
 import math
-import threading
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from d2q_edge.export.model_file import (
@@ -25,36 +18,31 @@ from d2q_edge.export.model_file import (
 )
 from d2q_edge.formats import tensor_types
 from d2q_edge.formats.gguf_writer import GGUFTensor
+from d2q_edge.formats.quantized_block import QuantizedBlock
+from d2q_edge.formats.tensor_types import U8
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import Family
 from d2q_edge.model.tokenizer import Tokenizer
-from d2q_edge.pipeline.column_scaling import COLUMN_SCALE
-from d2q_edge.pipeline.type_plan import Plan
-from d2q_edge.pipeline.work_dir import Packed, Tensor, WorkDir
+from d2q_edge.pipeline.type_plan import TypePlan
+from d2q_edge.pipeline.work_dir import WorkDir
 from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.rtn import round_layer
 
 
 class Content(Protocol):
-    """Where the tensors' data comes from, by checkpoint name."""
+    """Where the data of tensors comes from, by checkpoint name."""
 
-    def packed(self, name: str) -> Packed:
-        """A linear layer's weight in its planned type, uint8 [rows, bytes]."""
+    def packed(self, name: str) -> U8:
+        """Return a linear layer's weight in its planned type, uint8 [rows, bytes]."""
 
     def floats(self, name: str) -> torch.Tensor:
-        """Any other tensor, as `float_tensor` wants it: a matrix on the device that is to encode it."""
-
-    def group(self, name: str) -> int | None:
-        """Tensors of one group are asked for by one thread, others meanwhile by others; those without a group one at a
-        time, by the thread that writes the file, as all are unless somebody says that more at once do no harm.
-        """
-        return None
+        """Return any other tensor as `float_tensor` wants it: a matrix on the device that is to encode it."""
 
 
 class PlannedContent(Content):
-    """Nothing yet: enough to know the file's size."""
+    """No data yet: enough to know the file's size."""
 
-    def packed(self, name: str) -> Packed:
+    def packed(self, name: str) -> U8:
         raise RuntimeError(f"{name} is only planned")
 
     def floats(self, name: str) -> torch.Tensor:
@@ -64,30 +52,24 @@ class PlannedContent(Content):
 class RoundedContent(Content):
     """The checkpoint's weights, rounded to nearest one at a time, without calibration."""
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, device: torch.device) -> None:
-        self.checkpoint, self.plan, self.device = checkpoint, plan, device
-        self.searches = {kind: CodebookSearch(own, device) for kind, own in tensor_types.BY_NAME.items()}
+    def __init__(self, checkpoint: Checkpoint, types: TypePlan, device: torch.device) -> None:
+        self.checkpoint, self.types, self.device = checkpoint, types, device
+        self.searches = {name: CodebookSearch(own, device) for name, own in tensor_types.BY_NAME.items()}
 
-    def packed(self, name: str) -> Packed:
-        kind = self.plan.linears[name]
+    def packed(self, name: str) -> U8:
+        type_name = self.types.linears[name]
         with torch.inference_mode():
             weights = self.checkpoint.tensor(name).to(self.device, torch.float32)
-            return round_layer(weights, self.searches[kind]).pack(tensor_types.BY_NAME[kind])
+            return round_layer(weights, self.searches[type_name]).pack(tensor_types.BY_NAME[type_name])
 
     def floats(self, name: str) -> torch.Tensor:
         return stored_floats(self.checkpoint, name, self.device)
 
 
-class _Latest(threading.local):
-    """The block that this thread has read last, and its number."""
-
-    block: tuple[int, dict[str, Tensor]] = -1, {}
-
-
 class QuantizedContent(Content):
-    """What the pipeline left in the work directory; the rest is the checkpoint's.
+    """The finished blocks in the work directory; everything else is the checkpoint's.
 
-    Every thread keeps one block, so that each is read once by who asks for its tensors together.
+    The last block that was read is kept, so that each is read once by those who ask for its tensors together.
     """
 
     def __init__(
@@ -95,46 +77,38 @@ class QuantizedContent(Content):
     ) -> None:
         self.checkpoint, self.family, self.work, self.device = checkpoint, family, work, device
         self.refined = refined
-        self._latest = _Latest()
+        self._latest: tuple[int, QuantizedBlock] = -1, QuantizedBlock()
 
-    def packed(self, name: str) -> Packed:
-        data = self._changed(name)
-        if data is None:
+    def packed(self, name: str) -> U8:
+        block, inner = self._block(name)
+        layer = inner.removesuffix(".weight")
+        if layer not in block.weights:
             raise RuntimeError(f"{name} was not quantized")
-        return data.view(np.uint8)
+        return block.weights[layer].data
 
     def floats(self, name: str) -> torch.Tensor:
-        module, _, parameter = name.rpartition(".")
-        data = self._changed(name)
-        if data is not None:
-            return torch.from_numpy(data.astype(np.float32))
+        block, inner = self._block(name)
+        if inner in block.floats:
+            return torch.from_numpy(block.floats[inner]).clone()
+        module, _, parameter = inner.rpartition(".")
         if parameter == "bias" and name not in self.family.tensor_shapes():
-            # A norm that is better left alone: the file's size must not depend on that.
-            return torch.zeros(self.family.hidden_size)
+            # A norm without a correction gets zeros: the file's size must not depend on it.
+            bias = block.norm_biases.get(module)
+            return torch.zeros(self.family.hidden_size) if bias is None else torch.from_numpy(bias).clone()
         values = stored_floats(self.checkpoint, name, self.device)
-        if module == self.family.head:
-            scale = self._changed(f"{module}.{COLUMN_SCALE}")
-            if scale is not None:
-                divisor = torch.from_numpy(scale.astype(np.float32)).to(self.device)
-                values = values.to(torch.float32, copy=True).div_(divisor)
+        if module == self.family.head and module in block.column_scales:
+            scales = torch.from_numpy(block.column_scales[module]).to(self.device)
+            values = values.to(torch.float32, copy=True).div_(scales)
         return values
 
-    def group(self, name: str) -> int | None:
-        block = self.family.block_of(name)
-        if block is None and self.device.type == "cuda":
-            # A GPU has room for the tables beside each other, and neither waits for the other to be read or written.
-            tables = [f"{each}.weight" for each in (self.family.embedding, self.family.head)]
-            return self.family.num_layers + tables.index(name) if name in tables else None
-        return block
-
-    def _changed(self, name: str) -> Tensor | None:
-        index = self.family.block_of(name)
-        if index is None:
-            index = self.family.num_layers
-        if self._latest.block[0] != index:
-            self._latest.block = -1, {}  # one block at a time
-            self._latest.block = index, self.work.read_block(index, refined=self.refined)
-        return self._latest.block[1].get(name)
+    def _block(self, name: str) -> tuple[QuantizedBlock, str]:
+        """Return the result that a tensor belongs to, and the tensor's name in it."""
+        number, inner = self.family.split_name(name)
+        index = self.family.num_layers if number is None else number
+        if self._latest[0] != index:
+            self._latest = -1, QuantizedBlock()  # only one in memory at a time
+            self._latest = index, self.work.read_block(index, refined=self.refined)
+        return self._latest[1], inner
 
 
 class Output:
@@ -145,7 +119,7 @@ class Output:
         checkpoint: Checkpoint,
         family: Family,
         tokenizer: Tokenizer,
-        plan: Plan,
+        types: TypePlan,
         norm_biases: list[str],
         metadata: dict[str, Value],
         file_type: int,
@@ -153,16 +127,16 @@ class Output:
         """Describe it.
 
         Args:
-            checkpoint, family, tokenizer, plan: of the model.
-            norm_biases: names of the norms that have a bias in the file, without ".bias".
-            metadata: keys of our own.
+            checkpoint, family, tokenizer, types: of the model.
+            norm_biases: names of the norms that have a bias in the file.
+            metadata: the d2q.* keys.
             file_type: general.file_type.
         """
-        self.checkpoint, self.family, self.tokenizer, self.plan = checkpoint, family, tokenizer, plan
+        self.checkpoint, self.family, self.tokenizer, self.types = checkpoint, family, tokenizer, types
         self.norm_biases, self.metadata, self.file_type = norm_biases, metadata, file_type
 
     def size(self) -> int:
-        """Bytes of the finished file."""
+        """Return the size of the finished file in bytes."""
         tensors = self._tensors(PlannedContent())
         return model_size(self.checkpoint, self.family, self.tokenizer, tensors, self.file_type, self.metadata)
 
@@ -173,7 +147,7 @@ class Output:
         return 8 * sum(tensor.nbytes for tensor in tensors) / sum(math.prod(tensor.shape) for tensor in tensors)
 
     def write(self, path: Path, content: Content, force: bool, *, verify: bool = True) -> None:
-        """Write it.
+        """Write the file.
 
         Raises:
             D2QError: the file can't be written, or (with `verify`) its tokenizer differs in llama.cpp.
@@ -191,17 +165,20 @@ class Output:
         )
 
     def _tensors(self, content: Content) -> list[GGUFTensor]:
-        replacements, types = {}, self.plan.types
+        replacements, types = {}, self.types.all
         for name in self.family.tensor_shapes():
-            kind = types.get(name, "f32")
-            if kind in tensor_types.BY_NAME and name in self.plan.linears:
-                tensor = packed_tensor(self.family, name, kind, partial(content.packed, name))
+            type_name = types.get(name, "f32")
+            if type_name in tensor_types.BY_NAME and name in self.types.linears:
+                replacements[name] = packed_tensor(self.family, name, type_name, partial(content.packed, name))
             else:
-                tensor = float_tensor(self.family, name, kind, partial(content.floats, name))
-            replacements[name] = replace(tensor, group=content.group(name))
-        biases = []
-        for norm in self.norm_biases:
-            name, load = f"{norm}.bias", partial(content.floats, f"{norm}.bias")
-            shape, group = (self.family.hidden_size,), content.group(name)
-            biases.append(GGUFTensor(self.family.gguf_name(name), shape, "f32", load, group=group))
+                replacements[name] = float_tensor(self.family, name, type_name, partial(content.floats, name))
+        biases = [
+            GGUFTensor(
+                self.family.gguf_name(f"{norm}.bias"),
+                (self.family.hidden_size,),
+                "f32",
+                partial(content.floats, f"{norm}.bias"),
+            )
+            for norm in self.norm_biases
+        ]
         return [*model_tensors(self.checkpoint, self.family, "f32", replacements), *biases]

@@ -1,55 +1,51 @@
-"""The progress bar of a conversion: how much of the weights is done, the time left, and how each layer came out.
+"""Show the progress of the block loop: by weights, because time goes with size, and one line per block in a log."""
 
-Knows which layers there will be and how large they are: time goes with size, and the first blocks may have other types
-than the last. Shown on a terminal only.
-"""
-
-from collections.abc import Mapping
-from types import TracebackType
-
-import torch
-from tqdm import tqdm
+import math
+from collections.abc import Iterable, Mapping
 
 from d2q_edge.model.families import Family
+from d2q_edge.utils.progress import Progress
 
-FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 
-
-class Progress:
-    """A bar over the weights of all linear layers that are quantized. Use in a with block."""
+class BlockProgress(Progress):
+    """Progress over the weights of all linear layers. Use in a with block."""
 
     def __init__(self, family: Family, types: Mapping[str, str], *, quiet: bool) -> None:
-        """Begin.
+        """Start.
 
         Args:
             family: of the model.
-            types: by the full name of every linear layer's weight, as the pipeline has them.
-            quiet: show nothing, not even on a terminal.
+            types: by the full name of every linear layer's weight.
+            quiet: show nothing.
         """
         shapes = family.tensor_shapes()
         self._family = family
-        self._left = {name: torch.Size(shapes[name]).numel() for name in types}
+        self._left = {name: math.prod(shapes[name]) for name in types}
         total = sum(self._left.values())
-        self._bar = tqdm(total=total, desc="Quantizing", bar_format=FORMAT, disable=True if quiet else None)
+        super().__init__("Quantizing", total, "weights", unit_scale=True, interval=math.inf, quiet=quiet)
 
-    def __enter__(self) -> "Progress":
-        return self
+    def add_layers(self, index: int, errors: Mapping[str, float]) -> None:
+        """Count layers of a block that are quantized; `errors` are the relative squared errors of their outputs."""
+        for layer, error in errors.items():
+            self.set_status(f"{self._block(index)} {layer} error {error:.4f}")
+            self._count_weights([f"{self._family.block_prefix(index)}{layer}.weight"])
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.close()
-
-    def layer(self, name: str, error: float) -> None:
-        """A layer is done: the full name of its weight, and the relative squared error of its output."""
-        block = self._family.block_of(name) or 0
-        inner = name.removeprefix(self._family.block_prefix(block)).removesuffix(".weight")
-        place = f"block {block + 1}/{self._family.num_layers}"
-        self._bar.set_postfix_str(f"{place} {inner} error {error:.4f}", refresh=False)
-        self._bar.update(self._left.pop(name, 0))
+    def finish_block(self, index: int, errors: Mapping[str, float]) -> None:
+        """Count what is left of a block, and print its line; `errors` are those of its layers."""
+        mean = f", mean error {sum(errors.values()) / len(errors):.4f}" if errors else ""
+        self.set_status(f"{self._block(index)}{mean}")
+        self._count_weights(self._names(index))
+        self.print_line()
 
     def skip_block(self, index: int) -> None:
-        """A block was done by an earlier run."""
-        prefix = self._family.block_prefix(index)
-        for name in [name for name in self._left if name.startswith(prefix)]:
-            self._bar.update(self._left.pop(name))
+        """Count a block that an earlier run has quantized; it doesn't count for the time that is left."""
+        self.skip(sum(self._left.pop(name) for name in self._names(index)))
+
+    def _block(self, index: int) -> str:
+        return f"block {index + 1}/{self._family.num_layers}"
+
+    def _names(self, index: int) -> list[str]:
+        return [name for name in self._left if name.startswith(self._family.block_prefix(index))]
+
+    def _count_weights(self, names: Iterable[str]) -> None:
+        self.update(sum(self._left.pop(name, 0) for name in names))

@@ -1,10 +1,8 @@
-"""What decides a file's content: the options, the d2q.* keys that record them, the fingerprint of unfinished work.
-
-Knows what has to be the same for two conversions to give the same file. Does not know how anything is done.
-"""
+"""What decides a file's content: the d2q.* keys that record it, and the fingerprint of unfinished work."""
 
 import hashlib
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,58 +15,72 @@ from d2q_edge.export.model_file import Value
 from d2q_edge.formats import codebooks
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.options import Options
-from d2q_edge.pipeline.block_loop import Method
 from d2q_edge.pipeline.sensitivity import choose_windows
-from d2q_edge.pipeline.type_plan import Plan, is_mixed
+from d2q_edge.pipeline.type_plan import TypePlan, is_mixed
 
 FORMAT_VERSION = 1
 """Value of d2q.version: the layout of the blocks and the meaning of the d2q.* keys."""
 
 
-def own_keys(
-    plan: Plan,
-    options: Options,
-    method: Method,
-    rotated: bool,
-    text: Text | None,
-    windows: npt.NDArray[np.int64] | None,
-) -> dict[str, Value]:
-    """The d2q.* keys: what a reader needs, and what it takes to make the file again."""
+@dataclass(frozen=True)
+class Calibration:
+    """What the model is calibrated on.
+
+    Attributes:
+        text: the whole text.
+        windows: token ids, int64 [windows, context].
+        validation: other windows, on which the result is measured.
+    """
+
+    text: Text
+    windows: npt.NDArray[np.int64]
+    validation: npt.NDArray[np.int64]
+
+
+def d2q_metadata(types: TypePlan, options: Options, rotated: bool, calibration: Calibration | None) -> dict[str, Value]:
+    """Return the d2q.* keys: what a reader of the file needs, and what it takes to make the file again.
+
+    Args:
+        types: of the file's tensors.
+        options: as given.
+        rotated: whether the checkpoint is rotated.
+        calibration: text and windows; None where weights are rounded to nearest.
+    """
     recipe: dict[str, Any] = {"bits": options.bits, "method": "rtn", "rotation": rotated, "dsq": False, "dac": False}
     if rotated:
         recipe["seed"] = options.seed
-    if text is not None and windows is not None:
+    if calibration is not None:
         recipe |= {
             "method": "gptaq",
-            "alpha": method.alpha,
-            "dsq": method.dsq,
-            "dac": method.dac,
-            "rounds": method.rounds,
+            "alpha": options.alpha,
+            "dsq": options.dsq,
+            "dac": options.dac,
+            "rounds": options.descent_rounds,
             "refine": options.refine,
-            "calibration": text.source,
-            "calibration_sha256": text.sha256,
-            "calibration_tokens": windows.size,
+            "calibration": calibration.text.source,
+            "calibration_sha256": calibration.text.sha256,
+            "calibration_tokens": calibration.windows.size,
             "context": options.context,
             "seed": options.seed,
         }
         if is_mixed(options.bits):
-            recipe |= {"allocation": "divergence", "allocation_windows": len(choose_windows(windows))}
+            recipe |= {"allocation": "divergence", "allocation_windows": len(choose_windows(calibration.windows))}
     return {
         "d2q.version": FORMAT_VERSION,
         "d2q.recipe": json.dumps(recipe),
         "d2q.table_sha256": codebooks.TABLE_SHA256,
-        "d2q.bits_per_weight": plan.bits_per_weight,
+        "d2q.bits_per_weight": types.bits_per_weight,
     }
 
 
 def fingerprint(
     checkpoint: Checkpoint,
-    plan: Plan,
+    types: TypePlan,
     metadata: dict[str, Value],
     windows: npt.NDArray[np.int64],
     processes: ProcessGroup,
 ) -> dict[str, Any]:
-    """What decides the content of the packed blocks."""
+    """Return everything that decides the content of the quantized blocks, as JSON values."""
     weights = sorted(checkpoint.directory.glob("*.safetensors"))
     return {
         "d2q-edge": __version__,
@@ -76,7 +88,7 @@ def fingerprint(
         "config.json": checkpoint.config,
         "weight files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weights],
         "recipe": metadata,
-        "types": dict(plan.linears),
+        "types": dict(types.linears),
         "calibration tokens": hashlib.sha256(windows.tobytes()).hexdigest(),
         "device": processes.device.type,
         "processes": processes.world_size,

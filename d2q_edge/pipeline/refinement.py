@@ -1,14 +1,13 @@
-"""`--refine`: tune a quantized model as a whole by its KL divergence from the original (DESIGN section 3).
+"""`--refine`: tune the quantized model as a whole by its KL divergence from the original (quantize/refine.py).
 
-Knows how to put the pipeline's result together as one model, to tune it (quantize/refine.py) and to put it back into
-the work directory, which after every pass also gets what an interrupted refinement needs to go on. Both models are in
-memory, in float32, so that this needs about 12 bytes per weight of the original, and another 16 where codes are tuned
-too.
+The finished blocks are put together to one model whose block scales, norms and codes can move; what comes out is kept
+in the work directory beside them. Both models are in memory, in float32: about 12 bytes per weight of the original, and
+another 16 where codes are tuned too.
 """
 
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,29 +15,30 @@ import numpy.typing as npt
 import torch
 
 from d2q_edge.formats import tensor_types
+from d2q_edge.formats.quantized_block import QuantizedBlock, float_array
+from d2q_edge.formats.quantized_weight import QuantizedWeight
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import Family
 from d2q_edge.model.whole_model import WholeModel
-from d2q_edge.pipeline.column_scaling import COLUMN_SCALE
 from d2q_edge.pipeline.memory import free_memory
-from d2q_edge.pipeline.work_dir import Tensor, WorkDir
+from d2q_edge.pipeline.work_dir import WorkDir
 from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.quantized_layer import QuantizedLayer
 from d2q_edge.quantize.refine import Progress, State, tune
 from d2q_edge.quantize.tunable import TunableLinear, TunableNorm
 
 BYTES_PER_CODE = 16
-"""Latent value, gradient and two moments, float32, of one weight."""
+"""Latent value, gradient and two moments of one weight, float32."""
 TENSORS_PER_PARAMETER = 4
-"""Of its size, in a State."""
+"""Tensors of a parameter's size in a State."""
 
 
 @dataclass(frozen=True)
 class Refinement:
-    """What it did.
+    """What refinement did.
 
     Attributes:
-        before, after: KL divergence on the held-back windows, nats per token.
+        before, after: KL divergence on the validation windows, nats per token.
         codes: whether codes were tuned; if not, memory didn't suffice.
     """
 
@@ -48,58 +48,50 @@ class Refinement:
 
 
 def refined_norms(family: Family) -> list[str]:
-    """Full names of the norms that get a bias: all that read the residual stream."""
+    """Return the full names of the norms that get a bias: all that read the residual stream."""
     inner = [group.norm for group in family.linear_groups if group.norm is not None]
     blocks = [f"{family.block_prefix(index)}{norm}" for index in range(family.num_layers) for norm in inner]
     return [*blocks, family.final_norm]
 
 
 def refine(
-    checkpoint: Checkpoint,
-    family: Family,
-    types: Mapping[str, str],
-    windows: npt.NDArray[np.int64],
-    work: WorkDir,
-    device: torch.device,
+    checkpoint: Checkpoint, family: Family, windows: npt.NDArray[np.int64], work: WorkDir, device: torch.device
 ) -> Refinement:
     """Tune the finished blocks in `work`, and keep the result there as well.
 
     Args:
         checkpoint, family: the original model.
-        types: type of every linear layer's weight.
-        windows: calibration tokens [windows, context]; some are held back.
+        windows: calibration tokens [windows, context], some of which are used for validation.
         work: all blocks are finished.
         device: where both models fit.
     """
-    blocks = [work.read_block(index) for index in range(family.num_layers + 1)]
-    student = _Student(checkpoint, family, types, blocks, device)
+    student = _Student(checkpoint, family, work, device)
     state, codes = _read_state(work)
     if codes is None:
-        codes = student.weights * BYTES_PER_CODE < _free_memory(device)
+        codes = student.num_weights * BYTES_PER_CODE < _free_memory(device)
     if codes:
         student.free_codes()
     keep = _keeper(work, student.model, codes)
-    progress = tune(WholeModel(checkpoint, family, {}, device), student.model, windows, state=state, keep=keep)
-    for index, block in enumerate(blocks):
-        work.write_block(index, student.result(index, block), refined=True)
+    losses = tune(WholeModel(checkpoint, family, {}, device), student.model, windows, state=state, keep=keep)
+    for index in range(family.num_layers + 1):
+        work.write_block(index, student.result(index), refined=True)
     work.remove_state()
-    return Refinement(progress.before, progress.after, codes)
+    return Refinement(losses.before, losses.after, codes)
 
 
 def _read_state(work: WorkDir) -> tuple[State | None, bool | None]:
-    """Where an interrupted refinement was, and whether it tuned codes."""
+    """Return where an interrupted refinement was, and whether it tuned codes."""
     found = work.read_state()
     if found is None:
         return None, None
-    arrays, facts = found
+    arrays, metadata = found
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return State(Progress(facts["before"], facts["passes"]), tensors), facts["codes"]
+    return State(Progress(metadata["before"], metadata["passes"]), tensors), metadata["codes"]
 
 
 def _keeper(work: WorkDir, model: WholeModel, codes: bool) -> Callable[[State], None]:
-    """What keeps the state of every pass, if there is room for it and the one before."""
-    parameters = model.parameters().values()
-    size = TENSORS_PER_PARAMETER * sum(parameter.nbytes for parameter in parameters)
+    """Return what keeps the state of every pass, if there is room for it and the one before."""
+    size = TENSORS_PER_PARAMETER * sum(parameter.nbytes for parameter in model.parameters().values())
     in_memory = 0 if model.device.type == "cpu" else size
     if 2 * size > shutil.disk_usage(work.path).free or in_memory > free_memory():
         print(
@@ -110,8 +102,8 @@ def _keeper(work: WorkDir, model: WholeModel, codes: bool) -> Callable[[State], 
         return lambda _: None
 
     def keep(state: State) -> None:
-        tensors = {name: tensor.cpu().numpy() for name, tensor in state.tensors.items()}
-        work.write_state(tensors, {"codes": codes, "before": state.progress.before, "passes": state.progress.passes})
+        arrays = {name: tensor.cpu().numpy() for name, tensor in state.tensors.items()}
+        work.write_state(arrays, {"codes": codes, "before": state.progress.before, "passes": state.progress.passes})
 
     return keep
 
@@ -119,79 +111,87 @@ def _keeper(work: WorkDir, model: WholeModel, codes: bool) -> Callable[[State], 
 class _Student:
     """The quantized model with everything tunable that the file can hold."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        family: Family,
-        types: Mapping[str, str],
-        blocks: list[dict[str, Tensor]],
-        device: torch.device,
-    ) -> None:
-        self.family, self.types, self.device = family, types, device
-        tensors = {name: data for block in blocks for name, data in block.items()}
+    def __init__(self, checkpoint: Checkpoint, family: Family, work: WorkDir, device: torch.device) -> None:
+        self.family, self.device = family, device
+        self.blocks = {self._prefix(index): work.read_block(index) for index in range(family.num_layers + 1)}
         floats = {
-            name: torch.from_numpy(data.astype(np.float32, copy=False))
-            for name, data in tensors.items()
-            if data.dtype != np.uint8 and name in family.tensor_shapes()
+            prefix + name: torch.from_numpy(values)
+            for prefix, block in self.blocks.items()
+            for name, values in block.floats.items()
         }
-        head = f"{family.head}.weight"
-        scale = tensors.get(f"{family.head}.{COLUMN_SCALE}")
-        if scale is not None:
-            floats[head] = checkpoint.tensor(head).float() / torch.from_numpy(scale)
+        final = self.blocks[self._prefix(family.num_layers)]
+        if family.head in final.column_scales:
+            head = f"{family.head}.weight"
+            floats[head] = checkpoint.tensor(head).float() / torch.from_numpy(final.column_scales[family.head])
         self.model = WholeModel(checkpoint, family, floats, device)
-        self.linears: dict[str, TunableLinear] = {}
-        self.norms: dict[str, TunableNorm] = {}
-        searches: dict[str, CodebookSearch] = {}
-        for name, data in tensors.items():
-            if data.dtype == np.uint8:
-                module = name.removesuffix(".weight")
-                kind = types[name]
-                searches.setdefault(kind, CodebookSearch(tensor_types.BY_NAME[kind], device))
-                bias = getattr(self.model.module(module), "bias", None)
-                self.linears[module] = TunableLinear(self._layer(kind, data.view(np.uint8)), searches[kind], bias)
-                self.model.replace(module, self.linears[module])
-        biased = refined_norms(family)
-        plain = [
-            f"{family.block_prefix(index)}{norm}" for index in range(family.num_layers) for norm in family.block_norms()
-        ]
-        for name in dict.fromkeys([*biased, *plain]):
-            bias = tensors.get(f"{name}.bias")
-            start = None if bias is None else torch.from_numpy(bias).to(device)
-            norm = self.model.module(name)
-            self.norms[name] = TunableNorm(norm, start, biased=name in biased, offset=family.norm_offset)
-            self.model.replace(name, self.norms[name])
+        self.linears = self._make_linears()
+        self.norms = self._make_norms()
 
     @property
-    def weights(self) -> int:
+    def num_weights(self) -> int:
         """Number of quantized weights."""
         return sum(layer.units.numel() for layer in self.linears.values())
 
     def free_codes(self) -> None:
+        """Let the codes be tuned too."""
         for layer in self.linears.values():
             layer.free_codes()
 
-    def result(self, index: int, block: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a block, or of what follows the last one, as they are now."""
-        place = index if index < self.family.num_layers else None
-        result = dict(block)
-        for module, layer in self.linears.items():
-            if self.family.block_of(module) == place:
-                kind = tensor_types.BY_NAME[self.types[f"{module}.weight"]]
-                result[f"{module}.weight"] = layer.layer().pack(kind)
+    def result(self, index: int) -> QuantizedBlock:
+        """Return a block, or what follows the last one, as it is now."""
+        prefix = self._prefix(index)
+        before = self.blocks[prefix]
+        result = QuantizedBlock(column_scales=before.column_scales, metrics=before.metrics)
+        result.floats |= before.floats
+        for layer, weight in before.weights.items():
+            packed = self.linears[prefix + layer].layer().pack(weight.type)
+            result.weights[layer] = QuantizedWeight(weight.type, packed)
+        number = index if index < self.family.num_layers else None
         for module, norm in self.norms.items():
-            if self.family.block_of(module) == place:
-                result |= {f"{module}.{name}": values.cpu().numpy() for name, values in norm.tensors().items()}
+            block, inner = self.family.split_name(module)
+            if block == number:
+                tensors = norm.tensors()
+                result.floats[f"{inner}.weight"] = float_array(tensors["weight"])
+                if "bias" in tensors:
+                    result.norm_biases[inner] = float_array(tensors["bias"])
         return result
 
-    def _layer(self, kind: str, packed: npt.NDArray[np.uint8]) -> QuantizedLayer:
-        own = tensor_types.BY_NAME[kind]
-        scales, codebooks, codes = (torch.from_numpy(part).to(self.device) for part in tensor_types.unpack(own, packed))
-        weights = torch.from_numpy(tensor_types.dequantize(own, packed)).to(self.device)
-        return QuantizedLayer(scales, codebooks, codes, weights)
+    def _prefix(self, index: int) -> str:
+        return self.family.block_prefix(index) if index < self.family.num_layers else ""
+
+    def _make_linears(self) -> dict[str, TunableLinear]:
+        """Put tunable layers in the place of the quantized ones."""
+        linears = {}
+        searches: dict[str, CodebookSearch] = {}
+        for prefix, block in self.blocks.items():
+            for layer, weight in block.weights.items():
+                if weight.type.name not in searches:
+                    searches[weight.type.name] = CodebookSearch(weight.type, self.device)
+                bias = getattr(self.model.module(prefix + layer), "bias", None)
+                linears[prefix + layer] = TunableLinear(self._unpack(weight), searches[weight.type.name], bias)
+                self.model.replace(prefix + layer, linears[prefix + layer])
+        return linears
+
+    def _make_norms(self) -> dict[str, TunableNorm]:
+        """Put tunable norms in the place of all norms; those that read the residual stream may have a bias."""
+        norms = {}
+        biased = refined_norms(self.family)
+        every = [(self._prefix(index), n) for index in range(self.family.num_layers) for n in self.family.block_norms()]
+        plain = [prefix + norm for prefix, norm in every]
+        biases = {prefix + norm: b for prefix, block in self.blocks.items() for norm, b in block.norm_biases.items()}
+        for name in dict.fromkeys([*biased, *plain]):
+            start = torch.from_numpy(biases[name]).to(self.device) if name in biases else None
+            norm = self.model.module(name)
+            norms[name] = TunableNorm(norm, start, biased=name in biased, offset=self.family.norm_offset)
+            self.model.replace(name, norms[name])
+        return norms
+
+    def _unpack(self, weight: QuantizedWeight) -> QuantizedLayer:
+        parts = tensor_types.unpack(weight.type, weight.data)
+        scales, codebooks, codes = (torch.from_numpy(part).to(self.device) for part in parts)
+        return QuantizedLayer(scales, codebooks, codes, weight.take_values(self.device))
 
 
 def _free_memory(device: torch.device) -> int:
-    """Bytes."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return free_memory()
+    """Return the free bytes where the models are."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()

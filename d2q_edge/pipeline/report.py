@@ -1,25 +1,19 @@
-"""What a conversion measured while it went along: errors of layers, column scales, mean shifts, seconds of phases.
-
-Knows how to take time on any device, and which of it is kept with a block for the case that the conversion is
-interrupted. Does not know what is being measured.
-"""
+"""What a conversion measures on the way: layer errors, column scales, mean shifts, validation, seconds per phase."""
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
+from d2q_edge.formats.quantized_block import QuantizedBlock
 from d2q_edge.pipeline.validation import Validation
-from d2q_edge.quantize.dac import ShiftFacts
 
 QUANTILES = {"minimum": 0.0, "p05": 0.05, "median": 0.5, "p95": 0.95, "maximum": 1.0}
-"""What a report tells of column scales."""
-PER_NAME = ("layer_errors", "column_scales", "norm_shifts")
-"""Fields that are maps from names, and are kept with the blocks."""
+"""Of the column scales."""
 
 
 @dataclass
@@ -27,12 +21,12 @@ class Report:
     """What a run measured.
 
     Attributes:
-        device: whose work is waited for when time is taken.
+        device: whose pending work is waited for when time is taken.
         layer_errors: weight name to the squared error of the layer's output relative to the output itself, on the
             calibration tokens.
-        column_scales: name of a linear group's first layer, or the head, to QUANTILES of the column scales.
-        norm_shifts: name of a norm to what is known about its mean shift (ShiftFacts, as plain values).
-        validation: distance of the two streams behind the last block; None without held-back windows.
+        column_scales: name of a linear group's first layer, or of the lm_head, to QUANTILES of its column scales.
+        norm_shifts: name of a norm to the statistics of its mean shift (quantize/dac.py).
+        validation: distance of the quantized from the original model on validation tokens; None without any.
         seconds: phase to seconds, of this run.
     """
 
@@ -45,39 +39,28 @@ class Report:
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Add the time spent in a with block to a phase."""
+        """Add the time that a with block takes to a phase."""
         self._wait()
         start = time.perf_counter()
         yield
         self._wait()
         self.seconds[phase] += time.perf_counter() - start
 
-    def add_scales(self, name: str, scales: torch.Tensor) -> None:
-        """Column scales, [columns], of a linear group."""
+    def add_block(self, prefix: str, block: QuantizedBlock) -> None:
+        """Add the metrics of a block, whose names become full names by `prefix`."""
         positions = torch.tensor(list(QUANTILES.values()))
-        found = torch.quantile(scales.detach().float().cpu(), positions)
-        self.column_scales[name] = dict(zip(QUANTILES, found.tolist(), strict=True))
-
-    def add_shift(self, name: str, facts: ShiftFacts) -> None:
-        """What is known about a norm's mean shift."""
-        self.norm_shifts[name] = asdict(facts)
-
-    def kept(self, *prefixes: str) -> dict[str, Any]:
-        """What was measured of the names that begin with one of `prefixes`, as plain values; see `recall`."""
-        return {
-            field: {name: value for name, value in getattr(self, field).items() if name.startswith(prefixes)}
-            for field in PER_NAME
-        }
-
-    def recall(self, kept: Mapping[str, Any]) -> None:
-        """Take over what an earlier run kept."""
-        for each in PER_NAME:
-            getattr(self, each).update(kept.get(each, {}))
+        for name, scales in block.column_scales.items():
+            quantiles = torch.quantile(torch.from_numpy(scales), positions).tolist()
+            self.column_scales[prefix + name] = dict(zip(QUANTILES, quantiles, strict=True))
+        self.layer_errors |= {f"{prefix}{name}.weight": e for name, e in block.metrics.layer_errors.items()}
+        self.norm_shifts |= {prefix + name: stats for name, stats in block.metrics.norm_shifts.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for json.dump."""
+        """Return plain values for json.dump."""
         return {
-            **{each: getattr(self, each) for each in PER_NAME},
+            "layer_errors": self.layer_errors,
+            "column_scales": self.column_scales,
+            "norm_shifts": self.norm_shifts,
             "validation": asdict(self.validation) if self.validation else None,
             "seconds": dict(self.seconds),
         }

@@ -1,12 +1,12 @@
-"""How much the model suffers from each linear layer's rounding, measured.
+"""Measure how much the model suffers from the rounding of each linear layer.
 
-For every layer, or stack of experts: KL divergence of the next-token probabilities from the original model's, on a few
-calibration windows, when its weight alone is rounded to nearest in a given tensor type. Errors of different layers add
-up well where they are small, so that these numbers can be compared and summed (allocation.py).
+For every layer, or stack of experts: the KL divergence of the next-token distributions from the original model's, on a
+few calibration windows, when its weight alone is rounded to nearest in a given tensor type. Small errors of different
+layers add up well, so that these numbers can be compared and summed (allocation.py).
 
 Only the blocks from the changed one on are run, and every block is loaded once per pass: all variants of the hidden
-states, one for each layer that is already behind, go through it together. As many windows make up a pass as fit into
-memory. Does not know what the numbers are used for.
+states, one for each layer that is already behind, go through it together. A pass takes as many windows as fit into
+memory.
 """
 
 from collections.abc import Mapping
@@ -15,17 +15,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from d2q_edge.formats import tensor_types
 from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.quantize.codebook_search import CodebookSearch
+from d2q_edge.quantize.kl_divergence import kl_divergence
 from d2q_edge.quantize.rtn import round_layer
+from d2q_edge.utils.progress import Progress
 
 WINDOWS = 4
-"""Windows that are measured. On qwen3-34m, with windows of 512 tokens, the numbers from four windows differ by 6 % from
-those from sixteen, in the mean over the layers and less a common factor (from one window 10 %, from eight 5 %); the
-layers differ by a factor of 50, per weight."""
+"""Number of windows that are measured. On qwen3-34m, with windows of 512 tokens, the numbers from four windows differ from
+those from sixteen by 6 %, in the mean over the layers and less a common factor (one window 10 %, eight 5 %); per weight,
+the layers differ by a factor of 50."""
 MEMORY = 2**31
 """Bytes of hidden states in one pass."""
 LOGITS = 2**28
@@ -33,13 +34,13 @@ LOGITS = 2**28
 
 
 def choose_windows(windows: npt.NDArray[np.int64], count: int = WINDOWS) -> npt.NDArray[np.int64]:
-    """At most `count` windows, evenly spread over all of them, [windows, context]."""
+    """Choose at most `count` windows, evenly spread over all of them: [windows, context]."""
     chosen = np.linspace(0, len(windows) - 1, min(count, len(windows))).round().astype(np.int64)
     return windows[chosen]
 
 
 def measure(runner: BlockRunner, types: Mapping[str, str], windows: npt.NDArray[np.int64]) -> dict[str, float]:
-    """Measure the layers.
+    """Measure the sensitivity of layers.
 
     Args:
         runner: of the model.
@@ -60,7 +61,7 @@ def measure(runner: BlockRunner, types: Mapping[str, str], windows: npt.NDArray[
     blocks = runner.family.num_layers
     with (
         torch.inference_mode(),
-        tqdm(total=blocks * len(passes), desc="Measuring", unit="block", disable=None) as progress,
+        Progress("Measuring sensitivity", blocks * len(passes), "block") as progress,
     ):
         rounding = _Rounding(types, runner.device)
         for part in passes:
@@ -71,7 +72,7 @@ def measure(runner: BlockRunner, types: Mapping[str, str], windows: npt.NDArray[
 
 
 class _Rounding:
-    """Rounds weights, and keeps them packed: later passes need them again, and searching takes longer than running."""
+    """Rounds weights, and keeps them packed for later passes: searching takes longer than running."""
 
     def __init__(self, types: Mapping[str, str], device: torch.device) -> None:
         self.types = types
@@ -79,7 +80,7 @@ class _Rounding:
         self._packed: dict[str, tensor_types.U8] = {}
 
     def __call__(self, name: str, kind: str, weights: torch.Tensor) -> torch.Tensor:
-        """The rounded weight called `name`, in type `kind`."""
+        """Return the rounded weight called `name`, in type `kind`."""
         own = tensor_types.BY_NAME[kind]
         if name not in self._packed:
             self._packed[name] = round_layer(weights, self._searches[kind]).pack(own)
@@ -87,9 +88,9 @@ class _Rounding:
 
 
 def _run(
-    runner: BlockRunner, rounding: _Rounding, windows: npt.NDArray[np.int64], progress: "tqdm[None]"
+    runner: BlockRunner, rounding: _Rounding, windows: npt.NDArray[np.int64], progress: Progress
 ) -> dict[str, torch.Tensor]:
-    """The last block's outputs [windows, context, hidden]: of the original under "", of every variant by its layer."""
+    """Return the last block's outputs [windows, context, hidden]: the original's under "", variants' by their layer."""
     states = {"": runner.embed(torch.from_numpy(windows)).cpu()}
     for index in range(runner.family.num_layers):
         block = runner.load(index)
@@ -106,7 +107,7 @@ def _run(
 
 
 def _rounded(runner: BlockRunner, block: nn.Module, name: str, rounding: _Rounding) -> nn.Module:
-    """The block with one layer, or one stack of them, rounded."""
+    """Return a copy of the block with one layer, or one stack of them, rounded."""
     variant = runner.share(block)
     for part in runner.family.stacks.get(name, (name,)):
         layer = variant.get_submodule(runner.family.inner_name(part).removesuffix(".weight"))
@@ -116,12 +117,12 @@ def _rounded(runner: BlockRunner, block: nn.Module, name: str, rounding: _Roundi
 
 
 def _forward(runner: BlockRunner, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """All windows through a block, one at a time; the result is on the CPU."""
+    """Run all windows through a block, one at a time; the result is on the CPU."""
     return torch.cat([runner.forward(block, window.to(runner.device)).cpu() for window in hidden.split(1)])
 
 
 def _divergences(runner: BlockRunner, states: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Mean KL divergence of every variant's next-token probabilities from the original's."""
+    """Return the mean KL divergence of every variant from the original."""
     family, checkpoint = runner.family, runner.checkpoint
     name = family.embedding if family.tied_embeddings else family.head
     head = checkpoint.tensor(f"{name}.weight").to(runner.device, torch.float32)
@@ -131,9 +132,8 @@ def _divergences(runner: BlockRunner, states: dict[str, torch.Tensor]) -> dict[s
     sums = dict.fromkeys((name for name in states if name), 0.0)
     for piece, hidden in enumerate(flat[""]):
         expected = (norm(hidden.to(runner.device)) @ head.T).log_softmax(1)
-        weights = expected.exp()
         for name in sums:
             found = (norm(flat[name][piece].to(runner.device)) @ head.T).log_softmax(1)
-            sums[name] += float((weights * (expected - found)).sum(1).sum(dtype=torch.float64))
+            sums[name] += float(kl_divergence(expected, found).sum(dtype=torch.float64))
     tokens = states[""].shape[0] * states[""].shape[1]
     return {name: total / tokens for name, total in sums.items()}

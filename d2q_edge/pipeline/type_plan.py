@@ -1,8 +1,6 @@
-"""Which tensor type every tensor of the output gets, and how large the file's data will be.
+"""Choose the tensor type of every tensor of the output, and know how large its data will be.
 
-Knows bit widths, types and sizes. Does not know weights: a plan is made from config.json, and for a number of bits
-between those of our types from each layer's sensitivity (sensitivity.py), and printed by --dry-run before any work
-starts.
+A plan needs config.json only; for a mixture of types it also needs each layer's sensitivity (sensitivity.py).
 """
 
 import math
@@ -38,7 +36,7 @@ EMBEDDING_TYPES = ((3.5, "q4_k"), (math.inf, "q6_k"))
 
 
 @dataclass(frozen=True)
-class Plan:
+class TypePlan:
     """Tensor types, by checkpoint name.
 
     Attributes:
@@ -52,13 +50,13 @@ class Plan:
     shapes: Mapping[str, tuple[int, ...]]
 
     @property
-    def types(self) -> Mapping[str, str]:
+    def all(self) -> Mapping[str, str]:
         """Name to type name, of all matrices."""
         return {**self.tables, **self.linears}
 
     @property
     def nearest_bits(self) -> int:
-        """2 or 3, by the type of ours that holds more bytes of the linear layers."""
+        """2 or 3: the bits of the type of ours that holds more bytes of the linear layers."""
         sizes = dict.fromkeys(OWN_TYPES, 0.0)
         for name, kind in self.linears.items():
             for bits, own in OWN_TYPES.items():
@@ -67,7 +65,7 @@ class Plan:
         return max(sizes, key=lambda bits: sizes[bits])
 
     def layer_types(self) -> dict[str, Counter[str]]:
-        """Last part of the linear layers' names ("q_proj") to how many are of which type, in forward order."""
+        """Count the types of the linear layers by the last part of their names ("q_proj"), in forward order."""
         counts: dict[str, Counter[str]] = {}
         for name, kind in self.linears.items():
             counts.setdefault(name.split(".")[-2], Counter())[kind] += 1
@@ -75,14 +73,14 @@ class Plan:
 
     @property
     def fallbacks(self) -> list[str]:
-        """Linear layers whose width none of our types can hold."""
+        """Linear layers whose width no type of ours fits."""
         wide = D2Q2_64.block_size
         return [name for name in self.linears if self.shapes[name][1] % wide]
 
     @property
     def bits_per_weight(self) -> float:
         """Mean over all weights of all matrices, embeddings and head included."""
-        return self._mean_bits(self.types)
+        return self._mean_bits(self.all)
 
     @property
     def linear_bits_per_weight(self) -> float:
@@ -100,30 +98,28 @@ class Plan:
 
 
 def is_mixed(bits: float) -> bool:
-    """Whether a number of bits means a mixture of types."""
+    """Tell whether a number of bits means a mixture of types."""
     return bits not in OWN_TYPES
 
 
 def rounding_types(family: Family) -> dict[str, str]:
-    """The linear layers' weights among whose types a mixture chooses, each with its smallest type; of a stack, whose
-    parts are of one type, its name."""
+    """Return the weights and stacks among whose types a mixture chooses, each with its smallest type."""
     widths = {name: family.tensor_shapes()[parts[0]][1] for name, parts in choosable(family).items()}
     return {name: _choices(width)[0] for name, width in widths.items() if len(_choices(width)) > 1}
 
 
 def choosable(family: Family) -> dict[str, tuple[str, ...]]:
-    """What can have a type of its own: weights of linear layers and stacks of them, in forward order, with the
-    checkpoint's names of what belongs to it."""
+    """Return what can have a type of its own, weights or stacks of them, with the checkpoint names that belong to each."""
     stack_of = {part: stack for stack, parts in family.stacks.items() for part in parts}
     names = dict.fromkeys(stack_of.get(name, name) for name in family.linear_weights())
     return {name: family.stacks.get(name, (name,)) for name in names}
 
 
 def check_request(family: Family, bits: float, embedding_type: str | None = None, head_type: str | None = None) -> None:
-    """Find out whether `make_plan` can do that.
+    """Refuse a request that `plan_types` can't fulfil.
 
     Raises:
-        D2QError: it can't.
+        D2QError: there is no such type, or the bits are out of range.
     """
     if head_type is not None and family.tied_embeddings:
         raise D2QError("the head of this model is its embedding matrix (tied); use --embedding-type alone")
@@ -146,14 +142,14 @@ def check_request(family: Family, bits: float, embedding_type: str | None = None
         )
 
 
-def make_plan(
+def plan_types(
     family: Family,
     bits: float,
     embedding_type: str | None = None,
     head_type: str | None = None,
     sensitivity: Mapping[str, float] | None = None,
-) -> Plan:
-    """Choose types for one model.
+) -> TypePlan:
+    """Choose the types of one model's tensors.
 
     Args:
         family: of the model.
@@ -182,7 +178,7 @@ def make_plan(
     tables = {embedding: fitting_type(embedding_type or default, shapes[embedding][1])}
     if not family.tied_embeddings:
         tables[head] = fitting_type(head_type or _below(HEAD_TYPES, bits), shapes[head][1])
-    return Plan(linears, tables, {name: shapes[name] for name in (*tables, *linears)})
+    return TypePlan(linears, tables, {name: shapes[name] for name in (*tables, *linears)})
 
 
 def _own_or_fallback(bits: int, width: int) -> str:
@@ -193,7 +189,7 @@ def _own_or_fallback(bits: int, width: int) -> str:
 
 
 def _choices(width: int) -> tuple[str, ...]:
-    """Types that a linear layer of this width may have in a mixture, the smallest first."""
+    """Return the types that a linear layer of this width may have in a mixture, the smallest first."""
     for family in zip(*OWN_TYPES.values(), strict=True):
         if width % family[0].block_size == 0:
             return (*(own.name for own in family), Q4_0.name)
@@ -201,7 +197,7 @@ def _choices(width: int) -> tuple[str, ...]:
 
 
 def _mixture(family: Family, bits: float, sensitivity: Mapping[str, float]) -> dict[str, str]:
-    """The types of all linear layers that promise the least sum of divergences."""
+    """Choose the types of all linear layers with the least sum of KL divergences within the budget."""
     items: list[Sequence[Choice]] = []
     shapes, groups = family.tensor_shapes(), choosable(family)
     for name, parts in groups.items():
@@ -220,7 +216,7 @@ def _mixture(family: Family, bits: float, sensitivity: Mapping[str, float]) -> d
 
 
 def _budget(bits: float, weights: int) -> int:
-    """Bits that the linear layers may take."""
+    """Return the bits that the linear layers may take."""
     return math.floor(max(bits, D2Q2.bits_per_weight) * weights)
 
 

@@ -1,13 +1,10 @@
 """The directory beside the output that makes an interrupted conversion resumable.
 
-Knows how finished blocks are kept: one safetensors file per block, and another one once it is refined, each whole or
-not there (durable.py), with a checksum, so that a bit that flips later is noticed too. What refinement needs to go on
-is one more. The finished output lies here as well until it is complete and takes its place. Does not know what the
-bytes mean. A fingerprint of inputs and options
-guards against mixing the blocks of two different conversions.
+Each finished block is one file (formats/quantized_block.py), and one more once it is refined; so is the state of a
+refinement. The finished output is written here too, and moved to its place when it is complete. A fingerprint of inputs
+and options guards against mixing the blocks of two conversions.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -17,29 +14,23 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
-
 from d2q_edge.errors import D2QError
+from d2q_edge.formats.quantized_block import QuantizedBlock
+from d2q_edge.formats.tensor_file import Array, load_tensors, save_tensors
 from d2q_edge.utils import durable
 
-Packed = npt.NDArray[np.uint8]
-Tensor = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
-"""Packed weights, or floats."""
 OWN_FILE = re.compile(
     r"settings\.(json|partial)|((block|refined)-\d+|refining)\.(safetensors|partial)|complete\.gguf"
     r"|\.complete\.gguf\.partial"
 )
 """Names that may be in a work directory; one that holds anything else is never deleted."""
+LAYOUT = 2
+"""Of the files in it; part of the fingerprint, so that files of another version are not read."""
 _FINGERPRINT, _PUBLISHED = "conversion", "published"
-_BESIDE = "d2q"
-"""A file's metadata: its checksum and its facts, under one name, because safetensors keeps no order of names."""
 
 
 class WorkDir:
-    """OUT.gguf.work, beside OUT.gguf. Exists from the first finished block until the file is complete."""
+    """OUT.gguf.work, beside OUT.gguf. Exists from the first finished block until the output is complete."""
 
     def __init__(self, output: Path, fingerprint: Mapping[str, Any], *, force: bool = False) -> None:
         """Open the work directory of `output`, if there is one.
@@ -50,14 +41,14 @@ class WorkDir:
             force: start anew where the directory holds blocks of another conversion.
 
         Raises:
-            D2QError: it holds blocks of another conversion (and not `force`), or somebody else's files.
+            D2QError: it holds blocks of another conversion (and not `force`), or files that aren't ours.
         """
         self.output = output
         self.path = _directory(output)
         self._settings = self.path / "settings.json"
         self._state = self.path / "refining.safetensors"
         # As it will be read back: tuples become lists.
-        self._fingerprint: dict[str, Any] = json.loads(json.dumps(fingerprint))
+        self._fingerprint: dict[str, Any] = json.loads(json.dumps({**fingerprint, "layout": LAYOUT}))
         try:
             if self.path.exists():
                 self._take_over(force)
@@ -70,7 +61,7 @@ class WorkDir:
         return self.path / "complete.gguf"
 
     def has_block(self, index: int, *, refined: bool = False) -> bool:
-        """Whether block `index` is finished, or its refined version."""
+        """Tell whether block `index`, or its refined version, is finished."""
         return self._file(index, refined).is_file()
 
     @property
@@ -78,62 +69,49 @@ class WorkDir:
         """Number of finished blocks."""
         return len(list(self.path.glob("block-*.safetensors")))
 
-    def read_block(self, index: int, *, refined: bool = False) -> dict[str, Tensor]:
-        """The tensors of a finished block, or of its refined version, by full name.
+    def read_block(self, index: int, *, refined: bool = False) -> QuantizedBlock:
+        """Read a finished block, or its refined version.
 
         Raises:
             D2QError: the file is damaged.
         """
-        return self._read(self._file(index, refined))[0]
+        return QuantizedBlock.load(self._file(index, refined))
 
-    def read_facts(self, index: int) -> dict[str, Any]:
-        """What was kept beside the tensors of a finished block.
-
-        Raises:
-            D2QError: the file is damaged.
-        """
-        return self._read(self._file(index, False))[1]
-
-    def write_block(
-        self,
-        index: int,
-        tensors: Mapping[str, Tensor],
-        *,
-        refined: bool = False,
-        facts: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Keep the tensors of a block, or their refined version, and facts about it, which are JSON values.
+    def write_block(self, index: int, block: QuantizedBlock, *, refined: bool = False) -> None:
+        """Keep a block, or its refined version.
 
         Raises:
             D2QError: the disk is full or not writable.
         """
-        self._write(self._file(index, refined), tensors, facts or {})
+        self._create()
+        block.save(self._file(index, refined))
 
-    def write_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Keep what refinement needs to go on from here, in place of what was kept before.
+    def write_state(self, arrays: Mapping[str, Array], metadata: Mapping[str, Any]) -> None:
+        """Keep the state of the refinement, in place of an earlier one.
 
         Raises:
             D2QError: the disk is full or not writable.
         """
-        self._write(self._state, tensors, facts)
+        self._create()
+        save_tensors(self._state, arrays, metadata)
 
-    def read_state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """What `write_state` kept last.
+    def read_state(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """Read the state of the refinement, if there is one: arrays and metadata.
 
         Raises:
             D2QError: the file is damaged.
         """
-        return self._read(self._state) if self._state.is_file() else None
+        return load_tensors(self._state) if self._state.is_file() else None
 
     def remove_state(self) -> None:
-        """Forget it."""
+        """Delete the state of the refinement."""
         self._state.unlink(missing_ok=True)
 
     def publish(self) -> None:
         """Move the complete file to its place.
 
-        Before that, the directory remembers which file it is: a process that is killed before `remove` is done would
-        find the output there otherwise, and have to refuse it as a stranger's.
+        Before that, the directory records which file it is, so that a conversion that is killed before `remove` is done
+        recognizes its own output.
 
         Raises:
             D2QError: it can't be moved.
@@ -146,44 +124,15 @@ class WorkDir:
             raise D2QError(f"can't write {self.output}: {error.strerror or error}") from error
 
     def remove(self) -> None:
-        """Delete the directory with all blocks; the settings last, so that what is left after a kill is known."""
+        """Delete the directory; the settings last, so that what a kill leaves behind is recognized."""
         with suppress(OSError):
             for entry in self.path.iterdir():
                 if entry != self._settings:
                     entry.unlink()
         shutil.rmtree(self.path, ignore_errors=True)
 
-    def _write(self, file: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        partial = file.with_suffix(".partial")
-        arrays: dict[str, Any] = {name: np.ascontiguousarray(data) for name, data in tensors.items()}
-        try:
-            self._create()
-            text = json.dumps(facts)
-            save_file(arrays, partial, metadata={_BESIDE: json.dumps([_checksum(file, arrays, text), text])})
-            durable.replace(partial, file)
-        except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
-            raise D2QError(f"can't write {file} ({error}); free some disk space and run the same command") from error
-
-    def _read(self, file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """A file's tensors and facts."""
-        try:
-            # Not as numpy's: safetensors would copy, and let no other thread of Python run meanwhile. torch's lie in
-            # the file, and numpy's copies keep nobody from running.
-            with safe_open(file, framework="pt") as stored:
-                tensors: dict[str, Any] = {
-                    name: stored.get_tensor(name).numpy().copy()
-                    for name in stored.keys()  # noqa: SIM118
-                }
-                expected, facts = json.loads((stored.metadata() or {}).get(_BESIDE, '["", ""]'))
-            if _checksum(file, tensors, facts) != expected:
-                raise ValueError("its checksum is wrong")
-            return tensors, json.loads(facts)
-        except (OSError, TypeError, ValueError, SafetensorError) as error:
-            raise D2QError(f"{file} is damaged ({error}); remove it and convert again") from error
-
     def _take_over(self, force: bool) -> None:
-        """Keep the directory if its blocks are of this conversion; else delete it, or refuse to."""
+        """Keep the directory if its blocks are of this conversion; otherwise delete it, or refuse to."""
         if foreign := [entry.name for entry in self.path.iterdir() if not OWN_FILE.fullmatch(entry.name)]:
             raise D2QError(f"{self.path} holds {foreign[0]}, which d2q-edge didn't put there; move it away")
         if self._settings.exists():
@@ -202,8 +151,13 @@ class WorkDir:
     def _create(self) -> None:
         if self._settings.exists():
             return
-        durable.make_directory(self.path)
-        self._write_settings({})
+        try:
+            durable.make_directory(self.path)
+            self._write_settings({})
+        except OSError as error:
+            raise D2QError(
+                f"can't write to {self.path} ({error}); free some disk space and run the same command"
+            ) from error
 
     def _write_settings(self, more: Mapping[str, Any]) -> None:
         partial = self._settings.with_suffix(".partial")
@@ -215,15 +169,15 @@ class WorkDir:
 
 
 class BlockWriter:
-    """Writes a finished block while the next one is being quantized; at the end of a with block all are written."""
+    """Write a finished block while the next one is quantized; at the end of a with block all are written."""
 
     def __init__(self, work: WorkDir, *, active: bool) -> None:
-        """Begin; only where `active` is anything written."""
+        """Start; nothing is written unless `active`."""
         self.work, self.active = work, active
         self._thread = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
 
-    def write(self, index: int, result: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    def write(self, index: int, block: QuantizedBlock) -> None:
         """Write a block, once the one before is written.
 
         Raises:
@@ -231,7 +185,7 @@ class BlockWriter:
         """
         self._wait()
         if self.active:
-            self._pending = self._thread.submit(self.work.write_block, index, result, facts=facts)
+            self._pending = self._thread.submit(self.work.write_block, index, block)
 
     def _wait(self) -> None:
         if self._pending is not None:
@@ -248,7 +202,7 @@ class BlockWriter:
 
 
 def was_published(output: Path) -> bool:
-    """Whether `output` is there, made by a conversion that was killed before it could remove its work directory."""
+    """Tell whether `output` was completed by a conversion that was killed before it could remove its work directory."""
     try:
         status = output.stat()
         published = _read_settings(_directory(output) / "settings.json").get(_PUBLISHED)
@@ -266,13 +220,3 @@ def _read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or not isinstance(found.get(_FINGERPRINT), dict):
         raise ValueError(f"{path.name} doesn't hold the settings of a conversion")
     return found
-
-
-def _checksum(file: Path, tensors: Mapping[str, Tensor], facts: str) -> str:
-    """SHA-256 over everything in a block file; its name too, because a block isn't another one."""
-    digest = hashlib.sha256(json.dumps([file.name, facts]).encode())
-    for name in sorted(tensors):
-        data = tensors[name]
-        digest.update(json.dumps([name, data.dtype.str, data.shape]).encode())
-        digest.update(data.data)
-    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Show the progress of long work on stderr: a bar on a terminal, and a line now and then elsewhere (nohup, CI, a log)."""
+"""Show the progress of long work on stderr: a bar on a terminal, a line now and then elsewhere (nohup, CI, a log)."""
 
 import sys
 import time
@@ -9,6 +9,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 T = TypeVar("T")
+P = TypeVar("P", bound="Progress")
 INTERVAL = 30.0
 """Seconds between two lines where there is no terminal."""
 
@@ -54,7 +55,7 @@ class Progress:
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}",
         )
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self: P) -> P:
         return self
 
     def __exit__(
@@ -68,6 +69,12 @@ class Progress:
         self._bar.update(steps)
         if time.monotonic() - self._printed >= self._interval and self.done < self.total:
             self.print_line()
+
+    def skip(self, steps: float) -> None:
+        """Count steps that were done before; they don't count for the time that is left."""
+        self.done += steps
+        self._initial += steps
+        self._bar.update(steps)
 
     def set_status(self, status: str) -> None:
         """Set what is shown behind the numbers from the next update on."""

@@ -27,7 +27,7 @@ from d2q_edge.options import Options
 from d2q_edge.pipeline.block_loop import Method, _Driver
 from d2q_edge.pipeline.column_scaling import COLUMN_SCALE
 from d2q_edge.pipeline.refinement import Refinement, refine
-from d2q_edge.pipeline.type_plan import make_plan
+from d2q_edge.pipeline.type_plan import plan_types
 from d2q_edge.quantize import refine as refine_module
 from tests.export.test_family_exports import llama_logits
 from tests.family_models import MODELS, write_model
@@ -122,7 +122,7 @@ def test_longrope_under_its_first_name(models: dict[str, Path], tmp_path: Path) 
 @torch.inference_mode()
 def test_column_scales_leave_the_blocks_function_alone(models: dict[str, Path], name: str) -> None:
     runner = runner_for(models[name])
-    types = make_plan(runner.family, 2).linears
+    types = plan_types(runner.family, 2).linears
     driver = _Driver(runner, types, TOKENS, Method(), CPU, SINGLE_PROCESS)
     hidden = runner.embed(torch.from_numpy(TOKENS))
     for index in (0, runner.family.num_layers - 1):

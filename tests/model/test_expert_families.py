@@ -9,7 +9,7 @@ import pytest
 from d2q_edge.errors import D2QError
 from d2q_edge.model.families import Family, family_for
 from d2q_edge.model.families.experts import expert_linears
-from d2q_edge.pipeline.type_plan import choosable, make_plan, rounding_types
+from d2q_edge.pipeline.type_plan import choosable, plan_types, rounding_types
 from tests.checkpoints import BASE_CONFIG, EXPERTS_CONFIG
 
 REAL: dict[str, dict[str, Any]] = {
@@ -151,7 +151,7 @@ def test_a_stack_has_one_type() -> None:
     assert sorted(name for parts in groups.values() for name in parts) == sorted(family.linear_weights())
     sensitivity = {name: float(place) for place, name in enumerate(rounding_types(family))}
     assert sensitivity.keys() == groups.keys()
-    plan = make_plan(family, 2.8, sensitivity=sensitivity)
+    plan = plan_types(family, 2.8, sensitivity=sensitivity)
     assert list(plan.linears) == family.linear_weights()
     for parts in groups.values():
         assert len({plan.linears[part] for part in parts}) == 1

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from d2q_edge.errors import D2QError
 from d2q_edge.model.families import Family, Sublayer, family_for
 from d2q_edge.model.families.gemma3 import Gemma3
-from d2q_edge.pipeline.type_plan import make_plan
+from d2q_edge.pipeline.type_plan import plan_types
 from tests.real_configs import REAL
 
 
@@ -96,7 +96,7 @@ def test_what_is_left_out_is_what_transformers_takes(tmp_path: Path, name: str, 
 
 def test_types_of_real_models() -> None:
     """Every width is one of our blocks'; those that 256 doesn't divide cost the promised bits."""
-    plans = {name: make_plan(make(name), 2) for name in REAL}
+    plans = {name: plan_types(make(name), 2) for name in REAL}
     assert [name for name, plan in plans.items() if plan.fallbacks] == []
     narrow = {
         name: plan.linear_bits_per_weight for name, plan in plans.items() if plan.linear_bits_per_weight != 2.3125

@@ -23,7 +23,7 @@ from d2q_edge.pipeline import block_loop, solver
 from d2q_edge.pipeline.block_loop import Method, corrected_norms, quantize_blocks
 from d2q_edge.pipeline.column_scaling import COLUMN_SCALE
 from d2q_edge.pipeline.report import Report
-from d2q_edge.pipeline.type_plan import make_plan
+from d2q_edge.pipeline.type_plan import plan_types
 from d2q_edge.pipeline.work_dir import Tensor, WorkDir
 from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.gptaq import Feedback, InputStatistics, layer_feedback, quantize_layer
@@ -47,7 +47,7 @@ class Setup:
         self.model = model
         self.checkpoint = Checkpoint.open(model)
         self.family = family_for(self.checkpoint.config)
-        self.types = make_plan(self.family, bits).linears
+        self.types = plan_types(self.family, bits).linears
 
     def runner(self) -> BlockRunner:
         return BlockRunner(self.checkpoint, self.family, torch.device("cpu"))

@@ -32,7 +32,7 @@ from d2q_edge.pipeline.expert_statistics import statistics_bytes
 from d2q_edge.pipeline.memory import plan_memory
 from d2q_edge.pipeline.report import Report
 from d2q_edge.pipeline.solver import GroupSolver
-from d2q_edge.pipeline.type_plan import make_plan
+from d2q_edge.pipeline.type_plan import plan_types
 from d2q_edge.pipeline.work_dir import WorkDir
 from d2q_edge.quantize.dsq import InputEnergy, column_scales
 from d2q_edge.quantize.gptaq import InputStatistics
@@ -58,7 +58,7 @@ class Setup:
     def __init__(self, model: Path, kind: str | None = None) -> None:
         self.checkpoint = Checkpoint.open(model)
         self.family = family_for(self.checkpoint.config)
-        self.types = dict(make_plan(self.family, 2).linears)
+        self.types = dict(plan_types(self.family, 2).linears)
         if kind is not None:
             self.types = dict.fromkeys(self.types, kind)
 

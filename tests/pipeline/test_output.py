@@ -19,7 +19,7 @@ from d2q_edge.model.families import family_for
 from d2q_edge.pipeline.block_loop import Method, corrected_norms
 from d2q_edge.pipeline.output import Output, PlannedContent, QuantizedContent, RoundedContent
 from d2q_edge.pipeline.refinement import refined_norms
-from d2q_edge.pipeline.type_plan import make_plan
+from d2q_edge.pipeline.type_plan import plan_types
 from d2q_edge.pipeline.work_dir import Tensor, WorkDir
 from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.rtn import round_layer
@@ -41,7 +41,7 @@ class Setup:
         self.checkpoint = Checkpoint.open(model)
         self.family = family_for(self.checkpoint.config)
         # q4_0 is also a type of our own layers.
-        self.plan = make_plan(self.family, 2, None if self.family.tied_embeddings else "q4_0")
+        self.plan = plan_types(self.family, 2, None if self.family.tied_embeddings else "q4_0")
         self.work = WorkDir(model.parent / "out.gguf", {})
         self.blocks = {refined: self._blocks(np.random.default_rng(refined), refined) for refined in (False, True)}
         for refined, blocks in self.blocks.items():

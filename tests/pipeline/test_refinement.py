@@ -17,7 +17,7 @@ from d2q_edge.pipeline import refinement
 from d2q_edge.pipeline.block_loop import quantize_blocks
 from d2q_edge.pipeline.column_scaling import COLUMN_SCALE
 from d2q_edge.pipeline.refinement import Refinement, refine, refined_norms
-from d2q_edge.pipeline.type_plan import make_plan
+from d2q_edge.pipeline.type_plan import plan_types
 from d2q_edge.pipeline.work_dir import Tensor, WorkDir
 from d2q_edge.quantize import refine as tuning
 from d2q_edge.quantize.refine import Progress
@@ -41,7 +41,7 @@ class Finished:
         write_checkpoint(directory / name, family, vocab_size=300, **options)
         self.checkpoint = Checkpoint.open(directory / name)
         self.family = family_for(self.checkpoint.config)
-        self.types = make_plan(self.family, 2).linears
+        self.types = plan_types(self.family, 2).linears
         self.work = WorkDir(directory / "first.gguf", {})
         quantize_blocks(BlockRunner(self.checkpoint, self.family, CPU), self.types, WINDOWS, self.work)
         # So that there is something to gain: logits that are too large, and a bias.

@@ -6,7 +6,7 @@ import pytest
 
 from d2q_edge.errors import D2QError
 from d2q_edge.model.families import family_for
-from d2q_edge.pipeline.type_plan import Plan, check_request, make_plan, rounding_types
+from d2q_edge.pipeline.type_plan import TypePlan, check_request, plan_types, rounding_types
 from tests.checkpoints import BASE_CONFIG, FAMILY_CONFIG
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -15,7 +15,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 def plan(bits: float = 2, embedding_type: str | None = None, head_type: str | None = None, **config: Any) -> Plan:
     """Of a Llama with 2 blocks, 4 heads, 2 of them for keys, and 4100 tokens."""
     family = family_for({**BASE_CONFIG, **FAMILY_CONFIG["llama"], **config})
-    return make_plan(family, bits, embedding_type, head_type)
+    return plan_types(family, bits, embedding_type, head_type)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def mixed(bits: float, favourite: str = "none", **config: Any) -> Plan:
         name: shapes[name][0] * shapes[name][1] * (100.0 if favourite in name else 1.0)
         for name in rounding_types(family)
     }
-    return make_plan(family, bits, sensitivity=sensitivity)
+    return plan_types(family, bits, sensitivity=sensitivity)
 
 
 @pytest.mark.parametrize("bits", [2.31, 2.3125, 2.4, 2.625, 3.06, 3.3125, 3.7, 4.3])

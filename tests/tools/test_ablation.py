@@ -15,7 +15,7 @@ from d2q_edge.model.families import family_for
 from d2q_edge.model.whole_model import WholeModel
 from d2q_edge.pipeline.block_loop import Method
 from d2q_edge.pipeline.column_scaling import COLUMN_SCALE
-from d2q_edge.pipeline.type_plan import make_plan
+from d2q_edge.pipeline.type_plan import plan_types
 from d2q_edge.pipeline.work_dir import WorkDir
 from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.rtn import round_layer
@@ -67,7 +67,7 @@ def test_what_the_pipeline_leaves_is_understood(tmp_path: Path, monkeypatch: pyt
     write_checkpoint(tmp_path / "model", "llama", intermediate_size=128)
     model = subject(tmp_path / "model")
     name, norm = "model.layers.0.mlp.up_proj.weight", "model.norm.weight"
-    kind = tensor_types.BY_NAME[make_plan(model.family, 3).linears[name]]
+    kind = tensor_types.BY_NAME[plan_types(model.family, 3).linears[name]]
     layer = round_layer(model.checkpoint.tensor(name).float(), CodebookSearch(kind))
     scales = np.linspace(0.5, 2, 64, dtype=np.float32)
     methods = []

@@ -1,0 +1,184 @@
+"""Plan a conversion: everything that can be decided and checked before the long work starts."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from d2q_edge.calibration.text import Text, load_text
+from d2q_edge.calibration.windows import split_windows
+from d2q_edge.distributed.process_group import ProcessGroup
+from d2q_edge.errors import D2QError
+from d2q_edge.export.model_file import model_tokenizer
+from d2q_edge.export.targets import check_targets
+from d2q_edge.model.blocks import BlockRunner
+from d2q_edge.model.checkpoint import Checkpoint
+from d2q_edge.model.families import Family, family_for
+from d2q_edge.model.rotated_checkpoint import RotatedCheckpoint, rotation_pays
+from d2q_edge.model.tokenizer import Tokenizer
+from d2q_edge.model.tokenizer.original import load_original
+from d2q_edge.options import Options
+from d2q_edge.pipeline import sensitivity
+from d2q_edge.pipeline.block_loop import BATCH_TOKENS
+from d2q_edge.pipeline.device import choose_device
+from d2q_edge.pipeline.memory import MemoryPlan, plan_memory
+from d2q_edge.pipeline.norm_correction import corrected_norms
+from d2q_edge.pipeline.output import Output
+from d2q_edge.pipeline.recipe import Calibration, d2q_metadata
+from d2q_edge.pipeline.refinement import refined_norms
+from d2q_edge.pipeline.type_plan import TypePlan, check_request, is_mixed, plan_types, rounding_types
+
+FILE_TYPES = {2: 80, 3: 81}
+"""general.file_type by bits, of a mixture the nearest; the patched llama.cpp calls them D2Q2 and D2Q3."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A planned conversion.
+
+    Attributes:
+        options: as given.
+        output: the file to write.
+        source: the checkpoint on disk.
+        checkpoint: the same, or rotated.
+        family, tokenizer: of the checkpoint.
+        types: of all tensors.
+        file: what will be written.
+        size: of the file, in bytes.
+        calibration: None where weights are rounded to nearest.
+        memory: what it takes; None without calibration.
+        processes: that share the work.
+    """
+
+    options: Options
+    output: Path
+    source: Checkpoint
+    checkpoint: Checkpoint
+    family: Family
+    tokenizer: Tokenizer
+    types: TypePlan
+    file: Output
+    size: int
+    calibration: Calibration | None
+    memory: MemoryPlan | None
+    processes: ProcessGroup
+
+
+def plan(model: str | Path, output: str | Path, options: Options, processes: ProcessGroup | None = None) -> Job:
+    """Open the checkpoint, check the request, and decide what `execute` will do; nothing is written.
+
+    For a mixture of types this measures the layers' sensitivity, which takes a few forward passes.
+
+    Args:
+        model: a Hugging Face model directory, or an id of the hub.
+        output: the file that will be written.
+        options: what to do.
+        processes: that share the work; None finds out.
+
+    Raises:
+        D2QError: anything wrong with the checkpoint, the options, the text, the device, or too little memory or disk.
+    """
+    output = Path(output)
+    processes = processes or ProcessGroup.from_environment(choose_device(options.device))
+    options.check()
+    source = Checkpoint.open(model)
+    texts = [] if options.calibration == "builtin" else [Path(options.calibration)]
+    check_targets({"the output": output}, source.directory, texts)
+    family = family_for(source.config)
+    source.check(family.tensor_shapes())
+    rotated = options.rotation == "on" or (options.rotation == "auto" and rotation_pays(family))
+    checkpoint = RotatedCheckpoint(source, options.seed) if rotated else source
+    family = family_for(checkpoint.config)
+    _check_options(family, options)
+    tokenizer = model_tokenizer(checkpoint, family, options.pre_tokenizer)
+    calibration = None
+    if options.calibrate:
+        text = load_text(options.calibration, "calibration")
+        calibration = Calibration(text, *draw_windows(checkpoint, tokenizer, text, options, options.calibration_tokens))
+    measured = None
+    if is_mixed(options.bits):
+        measured = _measure_sensitivity(checkpoint, family, options, calibration, processes)
+    types = plan_types(family, options.bits, options.embedding_type, options.head_type, measured)
+    norm_biases: list[str] = []
+    if calibration is not None:
+        norm_biases = refined_norms(family) if options.refine else corrected_norms(family, options)
+    file_type = FILE_TYPES[types.nearest_bits if is_mixed(options.bits) else int(options.bits)]
+    metadata = d2q_metadata(types, options, rotated, calibration)
+    file = Output(checkpoint, family, tokenizer, types, norm_biases, metadata, file_type)
+    size = file.size()
+    if processes.is_main:
+        _print_notes((*checkpoint.notes, *tokenizer.notes, *family.notes), types, family, options)
+    memory = None
+    if calibration is not None:
+        tokens = calibration.windows.size + calibration.validation.size
+        device, limit, count = processes.device, options.memory_limit, processes.world_size
+        memory = plan_memory(family, tokens, BATCH_TOKENS, device, output, types.linear_bytes, limit, count)
+    return Job(
+        options, output, source, checkpoint, family, tokenizer, types, file, size, calibration, memory, processes
+    )
+
+
+def draw_windows(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, text: Text, options: Options, tokens: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Draw calibration windows of so many tokens, and validation windows, from a text."""
+    original = load_original(checkpoint.directory)
+    return split_windows(original, text, tokens, options.context, options.seed, tokenizer.bos)
+
+
+def _check_options(family: Family, options: Options) -> None:
+    """Refuse options that don't suit the model or each other."""
+    check_request(family, options.bits, options.embedding_type, options.head_type)
+    if options.calibrate and options.context > family.context_length:
+        raise D2QError(
+            f"--context {options.context} is more than the {family.context_length} tokens that the model was made "
+            "for; use at most that"
+        )
+    if options.refine and not options.calibrate:
+        raise D2QError("--refine tunes the model on calibration text; leave out --no-calibration")
+    if options.refine and family.num_experts:
+        raise D2QError("--refine can't tune a mixture of experts; leave it out")
+
+
+def _measure_sensitivity(
+    checkpoint: Checkpoint,
+    family: Family,
+    options: Options,
+    calibration: Calibration | None,
+    processes: ProcessGroup,
+) -> dict[str, float]:
+    """Measure the sensitivity of every layer whose type is to be chosen, in the main process, for all."""
+    if calibration is None:
+        raise D2QError(
+            f"--bits {options.bits:g} measures on calibration text which layers need more bits; leave out "
+            "--no-calibration, or use --bits 2 or 3"
+        )
+    processes.connect()
+    types = rounding_types(family)
+    measured = dict.fromkeys(types, 0.0)
+    if processes.is_main:
+        runner = BlockRunner(checkpoint, family, processes.device)
+        measured = sensitivity.measure(runner, types, sensitivity.choose_windows(calibration.windows))
+    shared = torch.tensor(list(measured.values()), dtype=torch.float32)
+    processes.all_reduce([shared])
+    return dict(zip(measured, shared.tolist(), strict=True))
+
+
+def _print_notes(notes: tuple[str, ...], types: TypePlan, family: Family, options: Options) -> None:
+    """Print what one wouldn't expect: these notes, and tensors that won't have the requested type."""
+    for note in notes:
+        print(note, file=sys.stderr)
+    if types.fallbacks:
+        kinds = ", ".join(sorted({types.linears[name] for name in types.fallbacks}))
+        print(
+            f"{len(types.fallbacks)} of {len(types.linears)} linear layers become {kinds}: 64 doesn't divide their "
+            "width",
+            file=sys.stderr,
+        )
+    for wanted, name in ((options.embedding_type, family.embedding), (options.head_type, family.head)):
+        if wanted and types.tables[f"{name}.weight"] != wanted.lower():
+            became = types.tables[f"{name}.weight"]
+            print(f"{name} becomes {became}: its width isn't a multiple of {wanted}'s block size", file=sys.stderr)

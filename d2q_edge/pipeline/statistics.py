@@ -1,0 +1,79 @@
+"""Collect the input statistics of a sublayer's linear groups, in both models: H = 2/n X^T X, dXXT = 2/n (X~ - X)^T X.
+
+The inputs X~ come from the original model; the inputs X come from the quantized one, in which all earlier layers are
+quantized already. So the statistics of a group can only be collected when the groups before it are solved and applied:
+these functions are generators, and the block loop solves and applies each group before it asks for the next.
+"""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from d2q_edge.model.families import LinearGroup, Sublayer
+from d2q_edge.pipeline.context import Context, FiniteCheck, check_sums
+from d2q_edge.pipeline.expert_statistics import expert_statistics, has_experts
+from d2q_edge.quantize.gptaq import InputStatistics
+
+GroupStatistics = Iterator[tuple[LinearGroup, InputStatistics]]
+
+
+def sublayer_statistics(
+    context: Context, index: int, sublayer: Sublayer, original: nn.Module, quantized: nn.Module
+) -> GroupStatistics:
+    """Yield every linear group of a sublayer with the statistics of its input.
+
+    When the iterator is exhausted, the original model's hidden states are behind the sublayer.
+
+    Args:
+        context: hidden states in front of the sublayer.
+        index: number of the block.
+        sublayer: attention or mlp, dense or with experts.
+        original, quantized: the block and its copy, in which the caller replaces the weights of each group.
+
+    Raises:
+        D2QError: activations are NaN or infinite, or too large.
+    """
+    if has_experts(context.family, sublayer):
+        yield from expert_statistics(context, sublayer, original, quantized)
+        _advance_original(context, index, sublayer, original)
+        return
+    groups = [group for group in context.family.linear_groups if context.family.sublayer_of(group) == sublayer]
+    for group in groups:
+        name = f"{context.family.block_prefix(index)}{group.linears[0]}"
+        yield group, _dense_statistics(context, name, group, original, quantized, advance=group is groups[-1])
+
+
+def _dense_statistics(
+    context: Context, name: str, group: LinearGroup, original: nn.Module, quantized: nn.Module, *, advance: bool
+) -> InputStatistics:
+    """Collect one group's statistics; with `advance` the same pass moves the original's hidden states on."""
+    runner, streams, layer = context.runner, context.streams, group.linears[0]
+    statistics = InputStatistics(context.family.linear_shape(layer)[1], context.device)
+    check = FiniteCheck(context.device)
+    for batch in streams.own:
+        hidden = streams.original[batch]
+        with context.report.timed("forward"):
+            if advance:
+                sublayer = context.family.sublayer_of(group)
+                inputs, moved = runner.sublayer_trace(original, sublayer, (layer,), hidden)
+                x_original, streams.original[batch] = inputs[layer], moved
+                check.add(moved)
+            else:
+                x_original = runner.group_input(original, group, hidden)
+            x_quantized = runner.group_input(quantized, group, streams.quantized[batch])
+        with context.report.timed("statistics"):
+            statistics.add_batch(x_quantized, x_original)
+    check.require("original", name)
+    context.processes.all_reduce(statistics.sums)
+    check_sums(statistics.sums, name)
+    return statistics
+
+
+def _advance_original(context: Context, index: int, sublayer: Sublayer, original: nn.Module) -> None:
+    check = FiniteCheck(context.device)
+    for batch in context.streams.own:
+        with context.report.timed("forward"):
+            moved = context.runner.sublayer_forward(original, sublayer, context.streams.original[batch])
+        context.streams.original[batch] = moved
+        check.add(moved)
+    check.require("original", f"{context.family.block_prefix(index)}{sublayer.module}")

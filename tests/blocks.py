@@ -1,27 +1,42 @@
-"""What the pipeline left in a work directory, as torch has it."""
+"""What the block loop left in a work directory, by full names."""
 
-from collections.abc import Mapping
-
-import numpy as np
 import torch
 
-from d2q_edge.formats import tensor_types
-from d2q_edge.pipeline.column_scaling import COLUMN_SCALE
+from d2q_edge.formats.quantized_block import QuantizedBlock
+from d2q_edge.model.checkpoint import Checkpoint
+from d2q_edge.model.families import Family
 from d2q_edge.pipeline.work_dir import WorkDir
 
+CPU = torch.device("cpu")
 
-def changed_tensors(work: WorkDir, types: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """Everything that the finished blocks changed, as floats, by full name.
 
-    Args:
-        work: with the blocks.
-        types: of the linear layers' weights.
-    """
+def finished_blocks(work: WorkDir, family: Family, *, refined: bool = False) -> dict[str, QuantizedBlock]:
+    """The finished blocks by the prefix that makes full names of their names; "" is what follows the last block."""
+    prefixes = [*(family.block_prefix(index) for index in range(family.num_layers)), ""]
+    return {
+        prefix: work.read_block(index, refined=refined)
+        for index, prefix in enumerate(prefixes)
+        if work.has_block(index, refined=refined)
+    }
+
+
+def changed_tensors(work: WorkDir, family: Family, *, refined: bool = False) -> dict[str, torch.Tensor]:
+    """All tensors that the finished blocks changed, as floats, and "NORM.bias" of corrected norms; no column scales."""
     found = {}
-    for index in range(work.finished):
-        for name, data in work.read_block(index).items():
-            if data.dtype == np.uint8:
-                data = tensor_types.dequantize(tensor_types.BY_NAME[types[name]], data.view(np.uint8))
-            if not name.endswith(COLUMN_SCALE):
-                found[name] = torch.from_numpy(data)
+    for prefix, block in finished_blocks(work, family, refined=refined).items():
+        found |= {f"{prefix}{layer}.weight": weight.take_values(CPU) for layer, weight in block.weights.items()}
+        found |= {prefix + name: torch.from_numpy(values) for name, values in block.floats.items()}
+        found |= {f"{prefix}{norm}.bias": torch.from_numpy(bias) for norm, bias in block.norm_biases.items()}
+    return found
+
+
+def model_tensors(
+    work: WorkDir, family: Family, checkpoint: Checkpoint, *, refined: bool = False
+) -> dict[str, torch.Tensor]:
+    """`changed_tensors`, and the lm_head divided by its column scales, if it has any."""
+    found = changed_tensors(work, family, refined=refined)
+    scales = finished_blocks(work, family, refined=refined)[""].column_scales.get(family.head)
+    if scales is not None:
+        head = f"{family.head}.weight"
+        found[head] = checkpoint.tensor(head).float() / torch.from_numpy(scales)
     return found

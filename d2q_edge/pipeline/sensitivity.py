@@ -24,9 +24,9 @@ from d2q_edge.quantize.rtn import round_layer
 from d2q_edge.utils.progress import Progress
 
 WINDOWS = 4
-"""Number of windows that are measured. On qwen3-34m, with windows of 512 tokens, the numbers from four windows differ from
-those from sixteen by 6 %, in the mean over the layers and less a common factor (one window 10 %, eight 5 %); per weight,
-the layers differ by a factor of 50."""
+"""Number of windows that are measured. On qwen3-34m, windows of 512 tokens, the numbers from four windows differ from
+those from sixteen by 6 %, in the mean over the layers and less a common factor (one window 10 %, eight 5 %); per
+weight, the layers differ by a factor of 50."""
 MEMORY = 2**31
 """Bytes of hidden states in one pass."""
 LOGITS = 2**28

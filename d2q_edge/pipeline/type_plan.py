@@ -109,7 +109,7 @@ def rounding_types(family: Family) -> dict[str, str]:
 
 
 def choosable(family: Family) -> dict[str, tuple[str, ...]]:
-    """Return what can have a type of its own, weights or stacks of them, with the checkpoint names that belong to each."""
+    """Return weights and stacks of weights that can have a type of their own, with the checkpoint names of each."""
     stack_of = {part: stack for stack, parts in family.stacks.items() for part in parts}
     names = dict.fromkeys(stack_of.get(name, name) for name in family.linear_weights())
     return {name: family.stacks.get(name, (name,)) for name in names}

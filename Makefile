@@ -1,22 +1,28 @@
 # make demo: convert the bundled model and print the comparison.  make test: all checks, as CI runs them.
+# make test-fast: the daily loop, without lint and slow tests; `make runtime` once before it.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PYTEST := D2Q_REQUIRE_RUNTIME=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 # OpenMP's threads spin while they wait, which makes torch crawl on a machine that does anything else.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint runtime clean
+.PHONY: demo test test-fast lint runtime clean
 
 demo: runtime
 	$(BIN)/python tools/demo.py
 
 test: lint runtime
-	D2Q_REQUIRE_RUNTIME=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(PYTEST)
+
+test-fast:
+	$(PYTEST) -m "not slow"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/python tools/generate_tables.py --check
 
 # Builds the patched llama-cpp-python and llama.cpp's tools once per machine; later runs take them from the cache.
@@ -29,4 +35,4 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) demo .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

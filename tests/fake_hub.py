@@ -98,6 +98,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(401, {"X-Error-Code": "GatedRepo"}, b"")
         if match := re.fullmatch(rf"/api/models/{REPO}/revision/(.+)", path):
             return self._list(match[1])
+        if match := re.fullmatch(rf"/api/models/{REPO}/tree/(.+)", path):
+            return self._tree(match[1])
         if match := re.fullmatch(rf"/{REPO}/resolve/([^/]+)/(.+)", path):
             return self._file(match[1], match[2], keep)
         return self._answer(404, {"X-Error-Code": "RepoNotFound"}, b"")
@@ -108,8 +110,20 @@ class _Handler(BaseHTTPRequestHandler):
         if revision not in self.state.commits:
             return self._answer(404, {"X-Error-Code": "RevisionNotFound"}, b"")
         siblings = [{"rfilename": name, "size": len(data)} for name, data in self.state.files.items()]
-        content = {"_id": "1", "id": REPO, "sha": self.state.commits[revision], "siblings": siblings}
-        return self._answer(200, {"Content-Type": "application/json"}, json.dumps(content).encode())
+        self._json({"_id": "1", "id": REPO, "sha": self.state.commits[revision], "siblings": siblings})
+
+    def _tree(self, revision: str) -> None:
+        if revision not in self.state.commits:
+            return self._answer(404, {"X-Error-Code": "RevisionNotFound"}, b"")
+        return self._json(
+            [
+                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                for name, data in self.state.files.items()
+            ]
+        )
+
+    def _json(self, content: object) -> None:
+        self._answer(200, {"Content-Type": "application/json"}, json.dumps(content).encode())
 
     def _file(self, revision: str, name: str, keep: int) -> None:
         if revision not in self.state.commits:

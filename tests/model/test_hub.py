@@ -29,6 +29,7 @@ from d2q_edge.model import hub
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
 from d2q_edge.model.hub import locate
+from d2q_edge.model.weight_files import INDEX_FILE
 from tests.checkpoints import write_checkpoint
 from tests.fake_hub import COMMIT, LATER, REPO, Fault, Hub, serve
 from tests.paths import ROOT
@@ -101,21 +102,22 @@ def test_second_time_nothing_is_fetched(server: Hub) -> None:
 
 def test_single_file_repository(server: Hub, model: Path) -> None:
     server.files["model.safetensors"] = server.files[SHARDS[0]]
-    for name in (*SHARDS, hub.INDEX_FILE):
+    for name in (*SHARDS, INDEX_FILE):
         del server.files[name]
     directory = locate(REPO)
     assert (directory / "model.safetensors").is_file()
     assert not any((directory / name).exists() for name in SHARDS)
 
 
-def test_repository_with_a_left_over_index(server: Hub, model: Path) -> None:
+def test_repository_with_a_left_over_index(server: Hub, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers takes the single file, so that the shards aren't fetched."""
     server.files["model.safetensors"] = server.files[SHARDS[0]]
     directory = locate(REPO)
     assert not any((directory / name).exists() for name in SHARDS)
     assert (directory / "model.safetensors").read_bytes() == (model / SHARDS[0]).read_bytes()
-    (directory / hub.INDEX_FILE).write_bytes((model / hub.INDEX_FILE).read_bytes())
-    assert hub._missing(directory) is None
+    (directory / INDEX_FILE).write_bytes((model / INDEX_FILE).read_bytes())
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert locate(REPO) == directory, "complete without the shards"
 
 
 def test_checkpoint_opens_an_id(server: Hub) -> None:
@@ -129,16 +131,18 @@ def test_revision(server: Hub, revision: str) -> None:
 
 
 def test_branch_that_moves_meanwhile(server: Hub) -> None:
-    """All files are of one commit: the one that config.json came from."""
+    """All files are of one commit, also when a branch moves after its files were listed."""
+    lists = 0
 
     def move() -> None:
-        server.commits["main"] = LATER
-        server.faults.clear()
+        nonlocal lists
+        lists += 1
+        if lists == 2:
+            server.commits["main"] = LATER
 
-    server.faults.append(Fault("HEAD .*config.json", action=move))
+    server.faults.append(Fault("GET /api/.*/revision/main", action=move))
     assert locate(REPO).name == LATER
-    revisions = {r.path.split("/")[4] for r in server.requests if "/resolve/" in r.path and "config.json" not in r.path}
-    assert revisions == {LATER}
+    assert {request.path.split("/")[4] for request in server.requests if "/resolve/" in request.path} == {LATER}
 
 
 def test_directory_wins(server: Hub, model: Path) -> None:
@@ -221,7 +225,7 @@ class TestConnections:
         server.faults.append(Fault(f"GET /large/{SHARDS[1]}", 404))
         refused(SHARDS[1])
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-        refused(f"HF_HUB_OFFLINE forbids .*the cached copy in .* lacks {SHARDS[1]}")
+        refused(f"HF_HUB_OFFLINE forbids fetching .*the cached copy in .* lacks {SHARDS[1]}")
 
 
 class TestRefusals:
@@ -231,11 +235,11 @@ class TestRefusals:
             (401, {"X-Error-Code": "GatedRepo"}, "is gated: accept its terms at http.*tiny-org/.*set HF_TOKEN"),
             (403, {"X-Error-Code": "GatedRepo"}, "is gated: accept its terms"),
             (403, {}, "is gated: accept its terms"),
-            (401, {}, "no directory tiny-org/.*, and no model of that name that everybody may see.*HF_TOKEN"),
+            (401, {}, "no directory tiny-org/.*, and no model of that name that is visible to everybody.*HF_TOKEN"),
             (
                 404,
                 {"X-Error-Code": "RepoNotFound"},
-                "no model of that name that everybody may see .*check the spelling",
+                "no model of that name that is visible to everybody .*check the spelling",
             ),
             (429, {}, "for now .too many requests.; run the same command later"),
             (500, {}, "for now .HTTP status 500.; run the same command later"),
@@ -266,13 +270,13 @@ class TestRefusals:
         refused(f"{REPO} has no revision v9; see", revision="v9")
 
     def test_pickles_are_not_fetched(self, server: Hub) -> None:
-        for name in (*SHARDS, hub.INDEX_FILE, "consolidated.safetensors"):
+        for name in (*SHARDS, INDEX_FILE, "consolidated.safetensors"):
             del server.files[name]
         refused(f"{REPO} has its weights as PyTorch pickle files only, which can run any code")
         assert not any("/resolve/" in request.path for request in server.requests)
 
     def test_no_weights(self, server: Hub) -> None:
-        for name in (*SHARDS, hub.INDEX_FILE, "consolidated.safetensors", "pytorch_model.bin"):
+        for name in (*SHARDS, INDEX_FILE, "consolidated.safetensors", "pytorch_model.bin"):
             del server.files[name]
         refused(f"{REPO} has no weights: neither model.safetensors nor")
 
@@ -284,11 +288,11 @@ class TestRefusals:
         "file", ["../../../../evil.safetensors", "/etc/evil.safetensors", "a/b.safetensors", "x.bin"]
     )
     def test_index_that_leads_elsewhere(self, server: Hub, file: str) -> None:
-        server.files[hub.INDEX_FILE] = json.dumps({"weight_map": {"a": file}}).encode()
+        server.files[INDEX_FILE] = json.dumps({"weight_map": {"a": file}}).encode()
         refused("which isn't the plain name of a .safetensors file")
 
     def test_index_that_names_a_file_too_many(self, server: Hub) -> None:
-        server.files[hub.INDEX_FILE] = json.dumps({"weight_map": {"a": "x.safetensors"}}).encode()
+        server.files[INDEX_FILE] = json.dumps({"weight_map": {"a": "x.safetensors"}}).encode()
         refused("names x.safetensors, but the repository has no such file")
 
     def test_too_little_space(self, server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,7 +311,7 @@ class TestRefusals:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         monkeypatch.setattr(huggingface_hub.file_download, "_chmod_and_move", full)
-        refused("the disk of .*cache is full, so config.json of .* could not be kept")
+        refused("the disk of .*cache is full, so the settings and the tokenizer of .* could not be stored")
 
 
 class TestToken:

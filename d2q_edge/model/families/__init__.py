@@ -14,7 +14,7 @@ from d2q_edge.model.families.gemma3 import Gemma3
 from d2q_edge.model.families.llama import Llama
 from d2q_edge.model.families.mistral import Mistral
 from d2q_edge.model.families.olmoe import Olmoe
-from d2q_edge.model.families.parts import LinearGroup, Sublayer
+from d2q_edge.model.families.layout import LinearGroup, Sublayer
 from d2q_edge.model.families.phi3 import Phi3
 from d2q_edge.model.families.qwen2 import Qwen2
 from d2q_edge.model.families.qwen3 import Qwen3

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from d2q_edge.errors import D2QError
-from d2q_edge.model.families.parts import LinearGroup, Sublayer
+from d2q_edge.model.families.layout import LinearGroup, Sublayer
 from d2q_edge.model.families.settings import Settings, positive_float
 
 # More layers than any model has; a guard against a config.json that would make us build names forever.

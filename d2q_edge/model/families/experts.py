@@ -16,7 +16,7 @@ from typing import Any
 
 from d2q_edge.errors import D2QError
 from d2q_edge.model.families.base import Family
-from d2q_edge.model.families.parts import LinearGroup
+from d2q_edge.model.families.layout import LinearGroup
 
 ROUTER = "mlp.gate"
 """The router's name in its block."""

@@ -19,7 +19,7 @@ import gguf
 
 from d2q_edge.errors import D2QError
 from d2q_edge.model.families.base import Family
-from d2q_edge.model.families.parts import LinearGroup, Sublayer
+from d2q_edge.model.families.layout import LinearGroup, Sublayer
 from d2q_edge.model.families.settings import positive_float
 
 FULL_INTERVAL = 6

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from d2q_edge.errors import D2QError
 from d2q_edge.model.families.base import Family
-from d2q_edge.model.families.parts import LinearGroup
+from d2q_edge.model.families.layout import LinearGroup
 from d2q_edge.model.families.settings import positive_float
 
 

@@ -21,7 +21,7 @@ from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
-from d2q_edge.model.text_part import text_config, text_names
+from d2q_edge.model.multimodal import text_config, text_names
 from d2q_edge.model.whole_model import WholeModel
 from d2q_edge.options import Options
 from tests.family_models import write_model

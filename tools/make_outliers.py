@@ -81,13 +81,13 @@ def draw_scales(family: Family, sigma: float, seed: int) -> dict[str, Scales]:
                 scales[f"{prefix}{group.norm}.weight"].rows = factors
                 for linear in group.linears:
                     scales[f"{prefix}{linear}.weight"].columns = factors
-            if group.source is not None:
-                factors = draw_factors(family.linear_shape(group.source)[0], sigma, generator)
-                scales[f"{prefix}{group.source}.weight"].rows = factors
-                if group.source in family.biased_linears():
-                    scales[f"{prefix}{group.source}.bias"].rows = factors
+            if group.absorber is not None:
+                factors = draw_factors(family.linear_shape(group.absorber)[0], sigma, generator)
+                scales[f"{prefix}{group.absorber}.weight"].rows = factors
+                if group.absorber in family.biased_linears():
+                    scales[f"{prefix}{group.absorber}.bias"].rows = factors
                 for linear in group.linears:
-                    scales[f"{prefix}{linear}.weight"].columns = factors[family.source_rows(group.source)]
+                    scales[f"{prefix}{linear}.weight"].columns = factors[family.absorber_rows(group.absorber)]
     if not family.tied_embeddings:
         factors = draw_factors(family.hidden_size, sigma, generator)
         scales[f"{family.final_norm}.weight"].rows = factors

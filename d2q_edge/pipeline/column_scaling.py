@@ -63,7 +63,7 @@ class ColumnScaling:
         Returns:
             What changed and won't be quantized, by name in the block.
         """
-        linear_groups = {group.linears[0]: group for group in self.family.linear_groups if group.norm or group.source}
+        linear_groups = {group.linears[0]: group for group in self.family.linear_groups if group.norm or group.absorber}
         # Experts see their own tokens only, which the router sees all of.
         watched = {(self._routers(group) or (name,))[0]: name for name, group in linear_groups.items()}
         energies = {name: InputEnergy(self.family.linear_shape(name)[1], self.runner.device) for name in linear_groups}
@@ -114,7 +114,7 @@ class ColumnScaling:
         """Scale a linear group's columns and what makes them; returns what of the latter, and of routers, isn't quantized."""
         routers = self._routers(group)
         layers = [block.get_submodule(name) for name in (*group.linears, *routers)]
-        maker = group.norm or group.source
+        maker = group.norm or group.absorber
         if maker is None:
             raise ValueError(f"nothing absorbs column scales of {group.linears[0]}")
         module = block.get_submodule(maker)
@@ -136,6 +136,6 @@ class ColumnScaling:
 
     def _rows(self, group: LinearGroup) -> torch.Tensor | None:
         """The row of its source that each column of a linear group's input is proportional to."""
-        if group.source is None:
+        if group.absorber is None:
             return None
-        return torch.from_numpy(self.family.source_rows(group.source)).to(self.runner.device)
+        return torch.from_numpy(self.family.absorber_rows(group.absorber)).to(self.runner.device)

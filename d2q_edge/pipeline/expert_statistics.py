@@ -75,7 +75,7 @@ class ExpertGroups:
                 result |= quantize_group(LinearGroup(self.sublayer.norm, (gate, up)), statistics.pop(number))
             statistics = self._statistics(group, self.family.linear_shape(names[group[0]][2])[1], Expert.gated)
             for number, (_, up, down) in names.items():
-                result |= quantize_group(LinearGroup(None, (down,), source=up), statistics.pop(number))
+                result |= quantize_group(LinearGroup(None, (down,), absorber=up), statistics.pop(number))
         return result
 
     def _choose_tokens(self) -> dict[int, torch.Tensor]:

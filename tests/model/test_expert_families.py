@@ -116,18 +116,18 @@ def test_stages() -> None:
     family = make("qwen3moe")
     inputs, output, experts, *downs = family.linear_groups
     assert inputs.norm == "input_layernorm"
-    assert output.source == "self_attn.v_proj"
+    assert output.absorber == "self_attn.v_proj"
     assert experts.norm == "post_attention_layernorm"
     assert len(experts.linears) == 16
     assert expert_linears(3) == tuple(f"mlp.experts.3.{part}_proj" for part in ("gate", "up", "down"))
     assert set(expert_linears(3)[:2]) < set(experts.linears)
-    assert [(group.linears, group.source) for group in downs] == [
+    assert [(group.linears, group.absorber) for group in downs] == [
         ((f"mlp.experts.{i}.down_proj",), f"mlp.experts.{i}.up_proj") for i in range(8)
     ]
     assert family.residual_readers["mlp.gate"] == "post_attention_layernorm"
     assert family.residual_readers["mlp.experts.7.up_proj"] == "post_attention_layernorm"
     assert family.residual_writers == ("self_attn.o_proj", *(f"mlp.experts.{i}.down_proj" for i in range(8)))
-    assert family.source_rows("mlp.experts.2.up_proj").tolist() == list(range(64))
+    assert family.absorber_rows("mlp.experts.2.up_proj").tolist() == list(range(64))
     assert family.num_experts == 8, "one model's linear_groups are not another's"
     assert len(make("olmoe").linear_groups) == 3 + 6
 

@@ -133,9 +133,9 @@ def test_what_is_noted() -> None:
 def test_columns_of_o_and_down_come_from_rows_of_fused_layers() -> None:
     family = make("Phi-3-mini-4k", hidden_size=24, num_attention_heads=6, num_key_value_heads=2)
     # 24 rows of q, 8 of k, then v: heads of 4, each serving 3 heads of q.
-    assert family.source_rows("self_attn.qkv_proj").tolist() == [32, 33, 34, 35] * 3 + [36, 37, 38, 39] * 3
+    assert family.absorber_rows("self_attn.qkv_proj").tolist() == [32, 33, 34, 35] * 3 + [36, 37, 38, 39] * 3
     family = make("Phi-3-mini-4k", intermediate_size=3)
-    assert family.source_rows("mlp.gate_up_proj").tolist() == [3, 4, 5]
+    assert family.absorber_rows("mlp.gate_up_proj").tolist() == [3, 4, 5]
 
 
 def test_gemmas_norms_get_their_one_in_the_file() -> None:

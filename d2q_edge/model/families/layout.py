@@ -1,21 +1,27 @@
-"""The parts of a decoder block that are quantized and moved through one after another. Knows names only."""
+"""Describe which layers of a decoder block are quantized together, and which are residual branches."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class LinearGroup:
-    """Linear layers of one block that read the same input, in forward order.
+    """Linear layers of one block that read the same input; all names are relative to the block, without ".weight".
 
-    `norm` is the norm that makes this input, or None when the input comes from elsewhere in the block (attention
-    output, gated activation). `source` is then the linear layer whose output this input is proportional to: scaling one
-    of its rows scales the input's columns that `Family.source_rows` maps to that row, and nothing else. All names are
-    module names relative to the block, without ".weight".
+    Dual-Scale Quantization (D2Quant, section 3.2) factors their weights into W[i, j] = c[j] * W'[i, j]. The column
+    scales c cost no bits, because W x = W' (c * x): whatever produces the input x absorbs them. That is the norm, whose
+    weight is multiplied by c, or the absorber, a linear layer A whose row `Family.absorber_rows(...)[j]` is multiplied
+    by c[j]. Columns with the same row share their scale.
+
+    Attributes:
+        norm: the norm that produces the input; None if it comes from attention or from the gated activation.
+        linears: in forward order.
+        absorber: without a norm, the linear layer to whose rows the input's columns are proportional: v for o, up for
+            down.
     """
 
     norm: str | None
     linears: tuple[str, ...]
-    source: str | None = None
+    absorber: str | None = None
 
 
 @dataclass(frozen=True)

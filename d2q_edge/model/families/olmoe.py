@@ -1,4 +1,7 @@
-"""OLMoE: Llama's attention with norms of q and k over their whole width, and experts in every block."""
+"""OLMoE (1B-7B): Llama's attention with norms over the whole width of q and k, and experts in every block.
+
+llama.cpp: src/models/olmoe.cpp; conversion/olmo.py, OlmoeModel.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +15,12 @@ class Olmoe(MixtureOfExperts):
     architectures = ("OlmoeForCausalLM",)
     model_type = "olmoe"
     gguf_arch = "olmoe"
+    records_default_head_dim = False
     default_norm_eps = 1e-5
-
-    @property
-    def renormalizes(self) -> bool:
-        return False
+    normalizes_top_k = False
 
     def block_norms(self) -> dict[str, int]:
-        return {
-            **super().block_norms(),
-            "self_attn.q_norm": self.hidden_size,
-            "self_attn.k_norm": self.hidden_size,
-        }
-
-    def _writes_head_dim(self) -> bool:
-        return self.config.get("head_dim") is not None
+        return super().block_norms() | dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), self.hidden_size)
 
     def _refuse_unsupported(self) -> None:
         super()._refuse_unsupported()

@@ -1,4 +1,7 @@
-"""Qwen3 (dense): Llama's block with a norm per head on q and k, and no biases (llama.cpp's src/models/qwen3.cpp)."""
+"""Qwen3 (dense): Llama's block with a norm per head on q and k, and without biases.
+
+llama.cpp: src/models/qwen3.cpp; conversion/qwen.py, Qwen3Model.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,11 @@ class Qwen3(Family):
     architectures = ("Qwen3ForCausalLM",)
     model_type = "qwen3"
     gguf_arch = "qwen3"
+    qk_norms = True
     default_kv_heads = 32
 
-    def block_norms(self) -> dict[str, int]:
-        return {
-            **super().block_norms(),
-            "self_attn.q_norm": self.head_dim,
-            "self_attn.k_norm": self.head_dim,
-        }
-
     def _default_head_dim(self) -> int | None:
-        # transformers' Qwen3Config has this default whatever the width.
+        # The default of transformers' Qwen3Config, whatever the width.
         return 128
 
     def _refuse_unsupported(self) -> None:

@@ -7,7 +7,7 @@ seconds.
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -156,15 +156,15 @@ class BlockRunner:
             normed: torch.Tensor = block.get_submodule(group.norm)(residual)
             return normed.flatten(0, -2)
         layer = group.linears[0]
-        with _InputHooks(block, (layer,), stop=True) as inputs, suppress(_InputReached):
+        with _captured_inputs(block, (layer,), stop=True) as inputs:
             self._run_module(block, self.family.sublayer_of(group), residual)
         return inputs[layer]
 
     def sublayer_trace(
         self, block: nn.Module, sublayer: Sublayer, layers: tuple[str, ...], residual: torch.Tensor
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Return the inputs of the named linear layers of a sublayer, as `trace`, and the result of `sublayer_forward`."""
-        with _InputHooks(block, layers) as inputs:
+        """Return the inputs of some linear layers of a sublayer, as `trace`, and the result of `sublayer_forward`."""
+        with _captured_inputs(block, layers) as inputs:
             return inputs, self.sublayer_forward(block, sublayer, residual)
 
     def trace(
@@ -181,12 +181,12 @@ class BlockRunner:
             The inputs by name, float32 [tokens, in_features] (a routed expert sees only its own tokens), and the output
             of the block, float32 [windows, context, hidden].
         """
-        with _InputHooks(block, layers) as inputs:
+        with _captured_inputs(block, layers) as inputs:
             return inputs, self.forward(block, hidden)
 
     def input_of(self, block: nn.Module, layer: str, hidden: torch.Tensor) -> torch.Tensor:
         """Return the input of one linear layer, as `trace`, without computing anything after it."""
-        with _InputHooks(block, (layer,), stop=True) as inputs, suppress(_InputReached):
+        with _captured_inputs(block, (layer,), stop=True) as inputs:
             self.forward(block, hidden)
         return inputs[layer]
 
@@ -233,30 +233,27 @@ def _bfloat16_attention(
     return output.to(query.dtype), None
 
 
-class _InputHooks:
-    """Capture the inputs of some layers of a block inside a with statement; `stop` ends the forward pass there."""
+@contextmanager
+def _captured_inputs(
+    block: nn.Module, layers: tuple[str, ...], *, stop: bool = False
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Capture the inputs of some layers of a block; with `stop` the forward pass ends at the first one."""
+    inputs: dict[str, torch.Tensor] = {}
 
-    def __init__(self, block: nn.Module, layers: tuple[str, ...], *, stop: bool = False) -> None:
-        self.block, self.layers, self.stop = block, layers, stop
+    def hook_for(name: str) -> Callable[[nn.Module, Any], None]:
+        def hook(_: nn.Module, arguments: Any) -> None:
+            inputs[name] = arguments[0].reshape(-1, arguments[0].shape[-1])
+            if stop:
+                raise _InputReached
 
-    def __enter__(self) -> dict[str, torch.Tensor]:
-        inputs: dict[str, torch.Tensor] = {}
+        return hook
 
-        def hook_for(name: str) -> Callable[[nn.Module, Any], None]:
-            def hook(_: nn.Module, arguments: Any) -> None:
-                inputs[name] = arguments[0].reshape(-1, arguments[0].shape[-1])
-                if self.stop:
-                    raise _InputReached
-
-            return hook
-
-        self.handles = [
-            self.block.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in self.layers
-        ]
-        return inputs
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
+    handles = [block.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in layers]
+    try:
+        with suppress(_InputReached):
+            yield inputs
+    finally:
+        for handle in handles:
             handle.remove()
 
 

@@ -5,8 +5,6 @@ directory is untrusted input: no symbolic link may lead out of it, because what 
 is meant to be published.
 """
 
-from __future__ import annotations
-
 from collections.abc import KeysView, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +33,7 @@ class Checkpoint:
         self._entries = entries
 
     @classmethod
-    def open(cls, path: str | Path) -> Checkpoint:
+    def open(cls, path: str | Path) -> "Checkpoint":
         """Read config.json and the headers of all weight files of a model; no weights are loaded.
 
         Args:
@@ -48,24 +46,19 @@ class Checkpoint:
         """
         directory = locate(path)
         try:
-            return cls._open(directory)
+            if not directory.is_dir():
+                if directory.exists():
+                    raise D2QError(f"{directory} is not a directory; give the directory that holds config.json")
+                raise D2QError(
+                    f"there is no directory {directory}; give one that holds config.json, or a Hugging Face id like "
+                    "Qwen/Qwen3-8B"
+                )
+            if not (directory / "config.json").is_file():
+                raise D2QError(f"{directory} has no config.json, so it isn't a Hugging Face model directory")
+            _check_links(directory)
+            config, entries = read_json_object(directory / "config.json", strict=True), read_headers(directory)
         except OSError as error:
             raise D2QError(f"can't read {directory}: {error.strerror or error}") from error
-
-    @classmethod
-    def _open(cls, directory: Path) -> Checkpoint:
-        if not directory.is_dir():
-            if directory.exists():
-                raise D2QError(f"{directory} is not a directory; give the directory that holds config.json")
-            raise D2QError(
-                f"there is no directory {directory}; give one that holds config.json, or a Hugging Face id like "
-                "Qwen/Qwen3-8B"
-            )
-        config_file = directory / "config.json"
-        if not config_file.is_file():
-            raise D2QError(f"{directory} has no config.json, so it isn't a Hugging Face model directory")
-        _check_links(directory)
-        config, entries = read_json_object(config_file, strict=True), read_headers(directory)
         if is_multimodal(config):
             config = text_config(config)
             entries = {name: entries[stored] for name, stored in text_names(entries).items()}

@@ -5,8 +5,6 @@ mlp.experts.N.{gate,up,down}_proj, and so must a model whose layers are loaded, 
 router stays transformers' own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -5,8 +5,6 @@ space beforehand, falls back to a complete cached copy when the hub can't be rea
 sentence. The access token comes from the environment variable HF_TOKEN only.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import re

@@ -5,8 +5,6 @@ default, and prefixes its tensor names: `language_model.` in published files, `m
 transformers 5 saves. llama.cpp's converter (conversion/gemma.py) also skips the vision tower.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

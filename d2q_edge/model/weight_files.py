@@ -4,8 +4,6 @@ The files are untrusted input: a header must describe every byte of its file exa
 its shards. The format is documented at https://github.com/huggingface/safetensors#format.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The model families that can be converted, one file each; a new family is a new file and an entry in FAMILIES."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -4,8 +4,6 @@ A family is bound to one config.json and refuses configs that its llama.cpp arch
 with names, shapes and row orders only; it reads no weights.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from abc import ABC

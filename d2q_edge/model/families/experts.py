@@ -5,8 +5,6 @@ for each of the three layers (blk.N.ffn_gate_exps.weight). The router, mlp.gate,
 stays f32.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from functools import cached_property

@@ -8,8 +8,6 @@ Column scales are absorbed by input_layernorm, pre_feedforward_layernorm and the
 down stay as they are; their weights lie between these layers and the residual stream, which therefore can't be rotated.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

@@ -5,8 +5,6 @@ of rows, transformers to the two halves of a head, so the rows of q and k are re
 scaling becomes the tensor rope_freqs.weight.
 """
 
-from __future__ import annotations
-
 import math
 from typing import ClassVar
 

@@ -4,8 +4,6 @@ llama.cpp: src/models/llama.cpp; conversion/llama.py, LlamaModel. The architectu
 model with one is exported without it, as llama.cpp's converter does, and `notes` says what that means.
 """
 
-from __future__ import annotations
-
 from d2q_edge.model.families.llama import Llama
 
 DEFAULT_WINDOW = 4096

@@ -3,8 +3,6 @@
 llama.cpp: src/models/olmoe.cpp; conversion/olmo.py, OlmoeModel.
 """
 
-from __future__ import annotations
-
 from d2q_edge.errors import D2QError
 from d2q_edge.model.families.experts import MixtureOfExperts
 

@@ -5,8 +5,6 @@ LongRoPE's factors for short and long contexts become tensors of the file; llama
 size that it is started with, transformers by the length of the text.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

@@ -3,8 +3,6 @@
 llama.cpp: src/models/qwen2.cpp; conversion/qwen.py, Qwen2Model.
 """
 
-from __future__ import annotations
-
 from d2q_edge.model.families.base import Family
 
 

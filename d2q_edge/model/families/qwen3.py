@@ -3,8 +3,6 @@
 llama.cpp: src/models/qwen3.cpp; conversion/qwen.py, Qwen3Model.
 """
 
-from __future__ import annotations
-
 from d2q_edge.model.families.base import Family
 
 

@@ -3,8 +3,6 @@
 llama.cpp: src/models/qwen3moe.cpp; conversion/qwen.py, Qwen3MoeModel.
 """
 
-from __future__ import annotations
-
 import gguf
 
 from d2q_edge.errors import D2QError

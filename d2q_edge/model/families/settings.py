@@ -1,7 +1,5 @@
 """Read settings of a config.json, which is untrusted input, with checks of their types and ranges."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

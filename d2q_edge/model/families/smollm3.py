@@ -1,11 +1,9 @@
 """SmolLM3: Llama's block; every fourth layer has no rotary embedding.
 
-llama.cpp: src/models/smollm3.cpp; conversion/llama.py, SmolLM3Model. The interval of four is built into llama.cpp, which
-reads neither biases nor rope_freqs.weight. Rows of q and k are reordered as Llama's in all layers, because attention
-without rotation doesn't depend on their order.
+llama.cpp: src/models/smollm3.cpp; conversion/llama.py, SmolLM3Model. The interval of four is built into llama.cpp,
+which reads neither biases nor rope_freqs.weight. Rows of q and k are reordered as Llama's in all layers, because
+attention without rotation doesn't depend on their order.
 """
-
-from __future__ import annotations
 
 from d2q_edge.errors import D2QError
 from d2q_edge.model.families.llama import Llama

@@ -162,7 +162,7 @@ def test_gemmas_norms_get_their_one_in_the_file() -> None:
         ("SmolLM3-3B", {"no_rope_layers": [1] * 36}, "no_rope_layers must leave out .* every 4th layer"),
         ("SmolLM3-3B", {"no_rope_layers": None, "no_rope_layer_interval": 6}, "no_rope_layers must leave out"),
         ("SmolLM3-3B", {"no_rope_layers": 5}, "no_rope_layers must leave out"),
-        ("SmolLM3-3B", {"mlp_bias": True}, "mlp_bias is set, but llama.cpp's smollm3 has no biases"),
+        ("SmolLM3-3B", {"mlp_bias": True}, "mlp_bias is set, which llama.cpp's smollm3 doesn't support"),
         ("SmolLM3-3B", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "type 'yarn' isn't supported for smollm3"),
         ("gemma-3-1b-it", {"hidden_activation": "silu"}, "activation 'silu' isn't supported, only gelu_pytorch_tanh"),
         ("gemma-3-1b-it", {"sliding_window_pattern": 4}, "layer_types must make every 6th layer"),

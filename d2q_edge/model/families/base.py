@@ -51,12 +51,18 @@ class Family(Settings, ABC):
     """Added to a norm's weight before it multiplies."""
     qk_norms: ClassVar[bool] = False
     """Whether q and k are normalized per head."""
+    can_rotate: ClassVar[bool] = True
+    """Whether rotating the residual stream (quantize/rotation.py) leaves the model's function unchanged."""
+    refused_flags: ClassVar[tuple[str, ...]] = ()
+    """Settings of config.json that llama.cpp's architecture doesn't support if they are true."""
 
     # transformers' defaults for settings that config.json omits.
     default_norm_eps: ClassVar[float] = 1e-6
     default_rope_theta: ClassVar[float] = 10000.0
     default_kv_heads: ClassVar[int | None] = None
     """None: as many as query heads."""
+    default_head_dim: ClassVar[int | None] = None
+    """None: hidden_size / query heads."""
     tied_by_default: ClassVar[bool] = False
 
     num_experts: int = 0
@@ -91,7 +97,8 @@ class Family(Settings, ABC):
         self.num_heads = self._int("num_attention_heads")
         given = self.default_kv_heads is None or "num_key_value_heads" in config
         self.num_kv_heads = self._int("num_key_value_heads", default=self.num_heads if given else self.default_kv_heads)
-        self.head_dim = self._int("head_dim", default=self._default_head_dim())
+        width = self.hidden_size // self.num_heads if self.hidden_size % self.num_heads == 0 else None
+        self.head_dim = self._int("head_dim", default=self.default_head_dim or width)
         self.vocab_size = self._int("vocab_size")
         self.context_length = self._int("max_position_embeddings")
         self.norm_eps = self._float("rms_norm_eps", default=self.default_norm_eps)
@@ -125,11 +132,6 @@ class Family(Settings, ABC):
     def embedding_scale(self) -> float:
         """Return the factor of the embeddings in front of the first block."""
         return 1.0
-
-    @property
-    def can_rotate(self) -> bool:
-        """Return whether rotating the residual stream (quantize/rotation.py) leaves the model's function unchanged."""
-        return True
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -304,10 +306,6 @@ class Family(Settings, ABC):
     def _add_rope(self, writer: gguf.GGUFWriter) -> None:
         writer.add_rope_freq_base(self.rope_theta)
 
-    def _default_head_dim(self) -> int | None:
-        """Return head_dim for a config that omits it; None if it must not (or the widths don't divide)."""
-        return self.hidden_size // self.num_heads if self.hidden_size % self.num_heads == 0 else None
-
     @cached_property
     def _gguf_names(self) -> Any:
         arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.gguf_arch)
@@ -358,6 +356,9 @@ class Family(Settings, ABC):
             raise D2QError(f"config.json: the activation {config[key]!r} isn't supported, only {activation} is")
         if config.get("is_causal") is False:
             raise D2QError("config.json: the model isn't causal (is_causal is false), so it isn't a text generator")
+        for flag in self.refused_flags:
+            if self._flag(flag):
+                raise D2QError(f"config.json: {flag} is set, which llama.cpp's {self.gguf_arch} doesn't support")
         self._check_attention()
 
     def _require_full_width_heads(self) -> None:

@@ -30,6 +30,7 @@ MAX_ALL_EXPERTS = 100_000
 class MixtureOfExperts(Family):
     """A family whose blocks all have experts; the config also sets expert_width, their intermediate size."""
 
+    refused_flags: ClassVar[tuple[str, ...]] = ("attention_bias",)
     normalizes_top_k: ClassVar[bool]
     """Whether llama.cpp's graph normalizes the weights of the chosen experts to a sum of one."""
 
@@ -48,7 +49,7 @@ class MixtureOfExperts(Family):
         return {**super().residual_readers, ROUTER: NORM}
 
     @cached_property
-    def _stacks(self) -> Mapping[str, tuple[str, ...]]:
+    def stacks(self) -> Mapping[str, tuple[str, ...]]:
         prefixes = [f"{self.block_prefix(index)}mlp.experts" for index in range(self.num_layers)]
         return MappingProxyType(
             {
@@ -57,10 +58,6 @@ class MixtureOfExperts(Family):
                 for part in ("down_proj", "gate_proj", "up_proj")
             }
         )
-
-    @property
-    def stacks(self) -> Mapping[str, tuple[str, ...]]:
-        return self._stacks
 
     def linear_shape(self, linear: str) -> tuple[int, int]:
         kind = linear.rpartition(".")[2]
@@ -88,7 +85,6 @@ class MixtureOfExperts(Family):
             raise D2QError(
                 f"config.json speaks of {self.num_layers} blocks of {self.num_experts} experts, more than any model has"
             )
-        self._refuse_flags(("attention_bias",), f"llama.cpp's {self.gguf_arch} has no bias on the output layer")
         if self._flag("norm_topk_prob") != self.normalizes_top_k:
             raise D2QError(
                 f"config.json: norm_topk_prob is {str(not self.normalizes_top_k).lower()}, but llama.cpp's "

@@ -35,8 +35,11 @@ class Gemma3(Family):
     activation = ("hidden_activation", "gelu_pytorch_tanh")
     norm_offset = 1.0
     qk_norms = True
+    can_rotate = False
+    refused_flags = ("attention_bias", "use_bidirectional_attention")
     default_rope_theta = 1000000.0
     default_kv_heads = 4
+    default_head_dim = 256
     tied_by_default = True
 
     sublayers = (
@@ -55,10 +58,6 @@ class Gemma3(Family):
         """Return sqrt(hidden_size), not rounded to bfloat16: as llama.cpp, and transformers in float32."""
         return math.sqrt(self.hidden_size)
 
-    @property
-    def can_rotate(self) -> bool:
-        return False
-
     def sliding_window(self, index: int) -> int | None:
         return self.window if (index + 1) % FULL_INTERVAL else None
 
@@ -72,9 +71,6 @@ class Gemma3(Family):
             writer.add_rope_scaling_factor(self.rope_scaling["factor"])
         writer.add_rope_freq_base(self.rope_theta)
         writer.add_rope_freq_base_swa(self.sliding_rope_theta)
-
-    def _default_head_dim(self) -> int | None:
-        return 256
 
     def _rope_settings(self) -> Mapping[str, Any]:
         """Return the settings of the full-attention layers; also read the sliding-window layers' rotary base."""
@@ -110,8 +106,6 @@ class Gemma3(Family):
                 f"config.json: layer_types must make every {FULL_INTERVAL}th layer and no other attend to all tokens; "
                 "llama.cpp's gemma3 expects that"
             )
-        self._refuse_flags(("use_bidirectional_attention",), "then the model isn't a text generator")
-        self._refuse_flags(("attention_bias",), "llama.cpp's gemma3 has no bias on the output layer")
         for key in ("final_logit_softcapping", "attn_logit_softcapping"):
             if config.get(key) is not None:
                 raise D2QError(f"config.json: {key} is set, which isn't supported")

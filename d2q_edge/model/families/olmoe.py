@@ -14,6 +14,7 @@ class Olmoe(MixtureOfExperts):
     model_type = "olmoe"
     gguf_arch = "olmoe"
     records_default_head_dim = False
+    refused_flags = ("attention_bias", "tie_word_embeddings")
     default_norm_eps = 1e-5
     normalizes_top_k = False
 
@@ -30,4 +31,3 @@ class Olmoe(MixtureOfExperts):
                 f"({self.hidden_size}), but the model has {self.num_heads} query heads and {self.num_kv_heads} "
                 f"key-value heads of {self.head_dim}"
             )
-        self._refuse_flags(("tie_word_embeddings",), "llama.cpp's olmoe needs a head of its own")

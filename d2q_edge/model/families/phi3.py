@@ -26,6 +26,7 @@ class Phi3(Family):
     model_type = "phi3"
     gguf_arch = "phi3"
     rope_types = ("default", "longrope", "su")
+    refused_flags = ("attention_bias", "mlp_bias", "lm_head_bias")
     default_norm_eps = 1e-5
 
     linear_groups = (
@@ -100,8 +101,6 @@ class Phi3(Family):
 
     def _refuse_unsupported(self) -> None:
         super()._refuse_unsupported()
-        biases = ("attention_bias", "mlp_bias", "lm_head_bias")
-        self._refuse_flags(biases, "neither llama.cpp's phi3 nor transformers' has biases")
         self.extra_tensors()
         self._check_attention_factor()
 

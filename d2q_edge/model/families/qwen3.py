@@ -13,12 +13,6 @@ class Qwen3(Family):
     model_type = "qwen3"
     gguf_arch = "qwen3"
     qk_norms = True
+    refused_flags = ("attention_bias",)
     default_kv_heads = 32
-
-    def _default_head_dim(self) -> int | None:
-        # The default of transformers' Qwen3Config, whatever the width.
-        return 128
-
-    def _refuse_unsupported(self) -> None:
-        super()._refuse_unsupported()
-        self._refuse_flags(("attention_bias",), "llama.cpp's qwen3 has no bias on the output layer")
+    default_head_dim = 128

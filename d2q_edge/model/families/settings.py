@@ -35,11 +35,6 @@ class Settings:
             raise D2QError(f"config.json: {key} must be true or false, not {value!r}")
         return value
 
-    def _refuse_flags(self, keys: tuple[str, ...], reason: str) -> None:
-        for key in keys:
-            if self._flag(key):
-                raise D2QError(f"config.json: {key} is set, but {reason}")
-
 
 def positive_float(key: str, value: object) -> float:
     """Return a setting as a float.

@@ -20,13 +20,13 @@ class SmolLM3(Llama):
     gguf_arch = "smollm3"
     rope_types = ("default",)
     records_default_head_dim = False
+    refused_flags = ("attention_bias", "mlp_bias")
     default_rope_theta = 2000000.0
     default_kv_heads = 4
     tied_by_default = True
 
     def _refuse_unsupported(self) -> None:
         super()._refuse_unsupported()
-        self._refuse_flags(("attention_bias", "mlp_bias"), "llama.cpp's smollm3 has no biases")
         interval = self._int("no_rope_layer_interval", default=NO_ROPE_INTERVAL)
         with_rope = self.config.get("no_rope_layers")
         if with_rope is None:

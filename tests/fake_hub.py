@@ -1,7 +1,7 @@
-"""A server on this machine that stands in for the Hugging Face hub: one repository, with everything that can go wrong.
+"""Serve one repository as the Hugging Face hub would, with planned faults.
 
-Speaks what huggingface_hub needs: the list of a revision's files, HEAD with commit and ETag, a redirect to where large
-files lie, ranges. Faults are planned by the test: an HTTP status, or a connection that breaks after some bytes.
+It answers what huggingface_hub needs: lists of files, HEAD with commit and ETag, a redirect to another host for large
+files, ranges. A test plans faults: an HTTP status, or a connection that breaks after some bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LATER = "89abcdef0123456789abcdef0123456789abcdef"
 
 
 class Request(NamedTuple):
-    """One that was answered. `range` is the header's value, or ""; `token` what the client authenticated with."""
+    """A request that was answered. `range` is the header's value, or ""; `token` what the client authenticated with."""
 
     method: str
     path: str
@@ -34,7 +34,7 @@ class Request(NamedTuple):
 
 @dataclass
 class Fault:
-    """What happens to requests whose "METHOD path" matches: they get a status, or as many bytes of the answer."""
+    """A fault for requests whose "METHOD path" matches: a status, or the answer cut off after `keep` bytes."""
 
     pattern: str
     status: int = 0
@@ -54,12 +54,12 @@ class Hub:
     requests: list[Request] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     token: str = ""
-    """Needed for everything, where it isn't empty."""
+    """Required for every request, unless it is empty."""
 
 
 @contextmanager
 def serve(directory: Path) -> Iterator[Hub]:
-    """A hub with the files of a directory, including those below it."""
+    """Serve the files of a directory and its subdirectories."""
     files = {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
     hub = Hub(files)
 
@@ -160,4 +160,4 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def log_message(self, format: str, *args: object) -> None:
-        """The tests look at `Hub.requests`."""
+        """Tests read `Hub.requests` instead."""

@@ -1,4 +1,4 @@
-"""Checkpoints: what is read from good ones, and the one sentence for each kind of bad one."""
+"""Test reading valid checkpoints, and the error message for every kind of invalid one."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_values_that_are_not_finite(make_checkpoint: Make, value: float) -> None
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_one_value_is_found_wherever_it_is(dtype: torch.dtype, value: float) -> None:
+def test_is_finite_finds_a_single_value_anywhere(dtype: torch.dtype, value: float) -> None:
     assert is_finite(torch.empty(0, dtype=dtype))
     for size in (1, 7, 300, 70001):
         tensor = torch.linspace(-1, 1, size).to(dtype)

@@ -1,4 +1,4 @@
-"""Families with experts: names, shapes, what is refused, and the real models' numbers of weights."""
+"""Test Mixture-of-Experts families: names, shapes, refusals, and the parameter counts of real models."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ REAL: dict[str, dict[str, Any]] = {
         "vocab_size": 50304,
     },
 }
-"""config.json of models on the hub, as their makers published them."""
+"""config.json of models on the hub, as published."""
 
 
 def make(name: str, **config: Any) -> Family:
@@ -90,7 +90,7 @@ def make(name: str, **config: Any) -> Family:
     [("Qwen3-30B-A3B", 30_532_122_624, 3_353_032_704), ("OLMoE-1B-7B-0924", 6_919_161_856, 1_282_017_280)],
 )
 def test_real_models(name: str, total: int, active: int) -> None:
-    """The totals are those that the hub shows for the models (30.5B and 6.92B); 3.3B and 1.3B are active."""
+    """The totals are those on the hub (30.5B and 6.92B); 3.3B and 1.3B are active."""
     family = family_for(REAL[name])
     parameters, outside, one_expert, experts = family.parameters()
     assert parameters == total == outside + experts * one_expert
@@ -112,7 +112,7 @@ def test_names_and_shapes() -> None:
     assert not any("mlp.gate." in name for name in family.linear_weights())
 
 
-def test_stages() -> None:
+def test_linear_groups() -> None:
     family = make("qwen3moe")
     inputs, output, experts, *downs = family.linear_groups
     assert inputs.norm == "input_layernorm"
@@ -143,7 +143,7 @@ def test_gguf_names() -> None:
 
 
 def test_a_stack_has_one_type() -> None:
-    """In a mixture, whatever the sensitivities: here they ask for one more bit in some stacks only."""
+    """Also in a mixture of types; here the sensitivities call for one more bit in some stacks."""
     family = make("qwen3moe", hidden_size=256, moe_intermediate_size=256)
     groups = choosable(family)
     assert list(groups)[4:7] == [f"model.layers.0.mlp.experts.{part}_proj.weight" for part in ("gate", "up", "down")]

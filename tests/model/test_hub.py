@@ -1,4 +1,4 @@
-"""Models by their Hugging Face id: what is fetched, what the cache is good for, and the sentence for every failure.
+"""Test models given by their Hugging Face id: what is fetched, the cache, and the message for every failure.
 
 The hub is tests/fake_hub.py; nothing here leaves the machine.
 """
@@ -39,7 +39,7 @@ SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The repository's content: a model in two shards, and much that isn't needed."""
+    """Return the repository's content: a model in two shards, and files that aren't needed."""
     directory = tmp_path_factory.mktemp("hub") / "model"
     write_checkpoint(directory, "llama", shards=2)
     (directory / "generation_config.json").write_text('{"temperature": 0.6}')
@@ -54,7 +54,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """The hub, reachable, with an empty cache and no token; waiting takes no time."""
+    """Serve the hub, with an empty cache, no token and no delays before retries."""
     with serve(model) as state:
         monkeypatch.setattr(constants, "ENDPOINT", state.endpoint)
         monkeypatch.setattr(
@@ -110,7 +110,7 @@ def test_single_file_repository(server: Hub, model: Path) -> None:
 
 
 def test_repository_with_a_left_over_index(server: Hub, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers takes the single file, so that the shards aren't fetched."""
+    """The shards aren't fetched, because transformers reads the single file."""
     server.files["model.safetensors"] = server.files[SHARDS[0]]
     directory = locate(REPO)
     assert not any((directory / name).exists() for name in SHARDS)
@@ -131,7 +131,7 @@ def test_revision(server: Hub, revision: str) -> None:
 
 
 def test_branch_that_moves_meanwhile(server: Hub) -> None:
-    """All files are of one commit, also when a branch moves after its files were listed."""
+    """All files come from one commit, even if the branch moves after its files were listed."""
     lists = 0
 
     def move() -> None:
@@ -367,7 +367,7 @@ class TestCache:
 
 
 def test_command_line(model: Path, tmp_path: Path) -> None:
-    """From an id to a file that says where it came from, and to the same file without network."""
+    """An id becomes a file that records its origin, and the same file without network."""
     with serve(model) as state:
         environment = {
             **os.environ,

@@ -195,7 +195,7 @@ class Family(Settings, ABC):
         The gated activation maps them one to one; a row of v serves its channel in all query heads of its group.
 
         Returns:
-            Row indices, int64 [in_features of the layers behind the absorber].
+            Row indices, int64 [in_features of the layers that follow the absorber].
         """
         if absorber != "self_attn.v_proj":
             return np.arange(self.linear_shape(absorber)[0])

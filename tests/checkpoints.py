@@ -1,4 +1,4 @@
-"""Tiny random checkpoints for tests: their configs, weights and tokenizers."""
+"""Write tiny random checkpoints: configs, weights and tokenizers."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ EXPERTS_CONFIG: dict[str, dict[str, Any]] = {
 def write_checkpoint(
     directory: Path, family: str, *, dtype: torch.dtype = torch.bfloat16, shards: int = 1, **config: Any
 ) -> None:
-    """Write a checkpoint with seeded random weights (norms near one) into a new directory.
+    """Write a checkpoint with seeded random weights (norms near one) to a new directory.
 
     `family` is a key of FAMILY_CONFIG or EXPERTS_CONFIG; `config` overrides config.json's entries. With several shards
     there is an index. The tokenizer is the example's, with 4096 tokens.
@@ -86,7 +86,7 @@ def write_checkpoint(
 
 
 def _write_tokenizer(directory: Path, family: str) -> None:
-    """The example's tokenizer; for llama with its regex, a BOS token and ignore_merges, as Llama 3 has them."""
+    """Write the example's tokenizer; for llama with Llama 3's regex, BOS token and ignore_merges."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(EXAMPLE / name, directory)
     if family != "llama":

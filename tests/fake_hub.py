@@ -1,7 +1,7 @@
-"""A server on this machine that stands in for the Hugging Face hub: one repository, with everything that can go wrong.
+"""Serve one repository as the Hugging Face hub would, with planned faults.
 
-Speaks what huggingface_hub needs: the list of a revision's files, HEAD with commit and ETag, a redirect to where large
-files lie, ranges. Faults are planned by the test: an HTTP status, or a connection that breaks after some bytes.
+It answers what huggingface_hub needs: lists of files, HEAD with commit and ETag, a redirect to another host for large
+files, ranges. A test plans faults: an HTTP status, or a connection that breaks after some bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LATER = "89abcdef0123456789abcdef0123456789abcdef"
 
 
 class Request(NamedTuple):
-    """One that was answered. `range` is the header's value, or ""; `token` what the client authenticated with."""
+    """A request that was answered. `range` is the header's value, or ""; `token` what the client authenticated with."""
 
     method: str
     path: str
@@ -34,7 +34,7 @@ class Request(NamedTuple):
 
 @dataclass
 class Fault:
-    """What happens to requests whose "METHOD path" matches: they get a status, or as many bytes of the answer."""
+    """A fault for requests whose "METHOD path" matches: a status, or the answer cut off after `keep` bytes."""
 
     pattern: str
     status: int = 0
@@ -54,12 +54,12 @@ class Hub:
     requests: list[Request] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     token: str = ""
-    """Needed for everything, where it isn't empty."""
+    """Required for every request, unless it is empty."""
 
 
 @contextmanager
 def serve(directory: Path) -> Iterator[Hub]:
-    """A hub with the files of a directory, including those below it."""
+    """Serve the files of a directory and its subdirectories."""
     files = {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
     hub = Hub(files)
 
@@ -98,6 +98,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(401, {"X-Error-Code": "GatedRepo"}, b"")
         if match := re.fullmatch(rf"/api/models/{REPO}/revision/(.+)", path):
             return self._list(match[1])
+        if match := re.fullmatch(rf"/api/models/{REPO}/tree/(.+)", path):
+            return self._tree(match[1])
         if match := re.fullmatch(rf"/{REPO}/resolve/([^/]+)/(.+)", path):
             return self._file(match[1], match[2], keep)
         return self._answer(404, {"X-Error-Code": "RepoNotFound"}, b"")
@@ -108,8 +110,20 @@ class _Handler(BaseHTTPRequestHandler):
         if revision not in self.state.commits:
             return self._answer(404, {"X-Error-Code": "RevisionNotFound"}, b"")
         siblings = [{"rfilename": name, "size": len(data)} for name, data in self.state.files.items()]
-        content = {"_id": "1", "id": REPO, "sha": self.state.commits[revision], "siblings": siblings}
-        return self._answer(200, {"Content-Type": "application/json"}, json.dumps(content).encode())
+        self._json({"_id": "1", "id": REPO, "sha": self.state.commits[revision], "siblings": siblings})
+
+    def _tree(self, revision: str) -> None:
+        if revision not in self.state.commits:
+            return self._answer(404, {"X-Error-Code": "RevisionNotFound"}, b"")
+        return self._json(
+            [
+                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                for name, data in self.state.files.items()
+            ]
+        )
+
+    def _json(self, content: object) -> None:
+        self._answer(200, {"Content-Type": "application/json"}, json.dumps(content).encode())
 
     def _file(self, revision: str, name: str, keep: int) -> None:
         if revision not in self.state.commits:
@@ -146,4 +160,4 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def log_message(self, format: str, *args: object) -> None:
-        """The tests look at `Hub.requests`."""
+        """Tests read `Hub.requests` instead."""

@@ -1,4 +1,4 @@
-"""Tiny random models of every family and its variants, built and saved by transformers itself."""
+"""Write tiny random models of every family and its variants, built and saved by transformers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 4095,
     "pad_token_id": 4093,
 }
-"""Widths that our blocks of 64 divide; the vocabulary is the example's tokenizer."""
+"""All widths are multiples of 64, our smallest block; the vocabulary is that of the example's tokenizer."""
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500.0,
@@ -83,7 +83,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-"""By variant: what differs from SIZES."""
+"""Changes to SIZES, by variant."""
 EXPERT_MODELS: dict[str, dict[str, Any]] = {
     "qwen3moe": {
         "model_type": "qwen3_moe",
@@ -95,11 +95,11 @@ EXPERT_MODELS: dict[str, dict[str, Any]] = {
     },
     "olmoe": {"model_type": "olmoe", "num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2},
 }
-"""The same of those with experts, a token of which may take another one for the smallest reason."""
+"""Mixture-of-Experts variants; the slightest numerical difference may route a token to another expert."""
 
 
 def write_model(directory: Path, name: str, *, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
-    """Save a variant with seeded random weights, large enough that attention looks at few tokens, and a tokenizer."""
+    """Save a variant with a tokenizer and seeded random weights, large enough for attention to be concentrated."""
     settings = {**SIZES, **(MODELS | EXPERT_MODELS)[name], **changes}
     config = AutoConfig.for_model(**settings)
     model = AutoModelForCausalLM.from_config(config)

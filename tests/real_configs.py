@@ -1,4 +1,4 @@
-"""What config.json says of real models, as far as it matters, and how many parameters they have.
+"""The relevant settings of config.json and the parameter counts of real models.
 
 Written from public facts, in the spelling of the files on the hub. The two lists of rotary factors are not the models'.
 """
@@ -342,4 +342,4 @@ REAL: dict[str, tuple[int, dict[str, Any]]] = {
         },
     ),
 }
-"""By name: number of parameters, and config."""
+"""Number of parameters and config, by name."""

@@ -31,7 +31,7 @@ from d2q_edge.formats.gguf_writer import GGUFTensor, write_gguf
 from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
-from d2q_edge.model.text_part import has_text_part, text_config
+from d2q_edge.model.multimodal import is_multimodal, text_config
 from d2q_edge.model.tokenizer.original import load_original
 from d2q_edge.options import Options
 from d2q_edge.utils.json_files import read_json_object
@@ -226,7 +226,7 @@ def damage_text_config(seed: int, directory: Path) -> None:
     rng = random.Random(f"text config {seed}")
     (directory / "config.json").write_bytes(damage_json(rng, SEEING))
     config = read_json_object(directory / "config.json", strict=True)
-    config = text_config(config) if has_text_part(config) else config
+    config = text_config(config) if is_multimodal(config) else config
     family_for(config)
     json.dumps(config)
 

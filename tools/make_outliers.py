@@ -1,18 +1,18 @@
-"""Give a checkpoint outlier channels without changing what it computes, to see what a quantizer makes of them.
+"""Give a checkpoint outlier channels without changing its function, to test how a quantizer handles them.
 
     python tools/make_outliers.py ../shared/models/qwen3-34m -o /tmp/qwen3-34m-outliers
 
-Small models lack what large ones have: a few channels whose weights are far larger than the others'. They can be made,
-because a decoder doesn't change when a channel is divided by a factor where it is produced and multiplied by the same
-factor where it is consumed:
+Unlike small models, large ones have a few channels with far larger weights than the others. Such channels can be made,
+because a decoder's function doesn't change if a channel is divided by a factor where it is produced and multiplied by
+the same factor where it is consumed:
 
-- a norm's weights and the columns of the layers that read the norm (q, k, v; gate, up; the head where it isn't tied);
-- the rows of v (with their biases) and the columns of o: one factor per channel of a key-value head, which all query
-  heads of its group share;
-- the rows of up (with their biases) and the columns of down.
+- a norm's weights, and the columns of the layers that read the norm (q, k, v; gate, up; lm_head unless it is tied);
+- the rows of v (with their biases), and the columns of o: one factor per channel of a key-value head, shared by all
+  query heads of its group;
+- the rows of up (with their biases), and the columns of down.
 
-Most factors are lognormal; one of a hundred (at least one per channel set) is uniform between 10 and 30. Every set has
-its own. The result is stored in float32, so that next to nothing is lost. Tokenizer and generation settings come along.
+Most factors are lognormal; one in a hundred (at least one per set of channels) is uniform between 10 and 30. The result
+is stored in float32, so that almost no precision is lost. Tokenizer and generation settings are copied.
 """
 
 import json
@@ -31,7 +31,7 @@ from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import Family, family_for
 
 OUTLIERS = 0.01
-"""The share of channels that become outliers."""
+"""The fraction of channels that become outliers."""
 OUTLIER_RANGE = (10.0, 30.0)
 COPIED = (
     "tokenizer.json",
@@ -48,15 +48,15 @@ COPIED = (
 
 @dataclass
 class Scales:
-    """What happens to one tensor: its rows (or its elements, of a vector) are divided by `rows`, its columns multiplied
-    by `columns`; float64 vectors, None where nothing happens."""
+    """The scales of one tensor, float64 vectors or None: rows (or elements of a vector) are divided by `rows`, columns
+    are multiplied by `columns`."""
 
     rows: npt.NDArray[np.float64] | None = None
     columns: npt.NDArray[np.float64] | None = None
 
 
 def draw_factors(width: int, sigma: float, generator: np.random.Generator) -> npt.NDArray[np.float64]:
-    """One factor per channel, float64 [width], positive."""
+    """Draw one positive factor per channel, float64 [width]."""
     factors = np.exp(sigma * generator.standard_normal(width))
     outliers = generator.choice(width, max(1, round(OUTLIERS * width)), replace=False)
     factors[outliers] = generator.uniform(*OUTLIER_RANGE, len(outliers))
@@ -64,12 +64,15 @@ def draw_factors(width: int, sigma: float, generator: np.random.Generator) -> np
 
 
 def draw_scales(family: Family, sigma: float, seed: int) -> dict[str, Scales]:
-    """The scales of every tensor of a model, by name; they cancel in what the model computes.
+    """Draw the scales of every tensor of a model, which together leave its function unchanged.
 
     Args:
-        family: of the model.
+        family: the model's.
         sigma: standard deviation of the logarithm of the factors that aren't outliers.
-        seed: of the factors.
+        seed: for the factors.
+
+    Returns:
+        The scales by tensor name.
     """
     generator = np.random.default_rng(seed)
     scales = {name: Scales() for name in family.tensor_shapes()}
@@ -81,13 +84,13 @@ def draw_scales(family: Family, sigma: float, seed: int) -> dict[str, Scales]:
                 scales[f"{prefix}{group.norm}.weight"].rows = factors
                 for linear in group.linears:
                     scales[f"{prefix}{linear}.weight"].columns = factors
-            if group.source is not None:
-                factors = draw_factors(family.linear_shape(group.source)[0], sigma, generator)
-                scales[f"{prefix}{group.source}.weight"].rows = factors
-                if group.source in family.biased_linears():
-                    scales[f"{prefix}{group.source}.bias"].rows = factors
+            if group.absorber is not None:
+                factors = draw_factors(family.linear_shape(group.absorber)[0], sigma, generator)
+                scales[f"{prefix}{group.absorber}.weight"].rows = factors
+                if group.absorber in family.biased_linears():
+                    scales[f"{prefix}{group.absorber}.bias"].rows = factors
                 for linear in group.linears:
-                    scales[f"{prefix}{linear}.weight"].columns = factors[family.source_rows(group.source)]
+                    scales[f"{prefix}{linear}.weight"].columns = factors[family.absorber_rows(group.absorber)]
     if not family.tied_embeddings:
         factors = draw_factors(family.hidden_size, sigma, generator)
         scales[f"{family.final_norm}.weight"].rows = factors
@@ -96,7 +99,7 @@ def draw_scales(family: Family, sigma: float, seed: int) -> dict[str, Scales]:
 
 
 def apply_scales(tensor: torch.Tensor, scales: Scales) -> torch.Tensor:
-    """The scaled tensor, float64, of the same shape."""
+    """Return the scaled tensor, float64, of the same shape."""
     scaled = tensor.double()
     if scales.columns is not None:
         scaled = scaled * torch.from_numpy(scales.columns)
@@ -107,16 +110,16 @@ def apply_scales(tensor: torch.Tensor, scales: Scales) -> torch.Tensor:
 
 
 def scaled_tensors(checkpoint: Checkpoint, family: Family, sigma: float, seed: int) -> dict[str, torch.Tensor]:
-    """All tensors of the variant, by name, float64. A redundant head beside tied embeddings is left out."""
+    """Return all tensors of the variant by name, float64, without a redundant lm_head beside tied embeddings."""
     scales = draw_scales(family, sigma, seed)
     return {name: apply_scales(checkpoint.tensor(name), scales[name]) for name in family.tensor_shapes()}
 
 
 def make_outliers(model: Path, output: Path, sigma: float, seed: int) -> None:
-    """Write the variant of a checkpoint directory into a new one.
+    """Write the variant of a checkpoint directory to a new directory.
 
     Raises:
-        D2QError: the checkpoint is unusable, or the output exists or can't be written.
+        D2QError: the checkpoint is invalid, or the output exists or can't be written.
     """
     checkpoint = Checkpoint.open(model)
     family = family_for(checkpoint.config)
@@ -144,14 +147,14 @@ def make_outliers(model: Path, output: Path, sigma: float, seed: int) -> None:
     type=click.FloatRange(0, 3),
     default=0.5,
     show_default=True,
-    help="Of the logarithm of the factors that aren't outliers.",
+    help="Standard deviation of the logarithm of the factors that aren't outliers.",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the factors.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed for the factors.")
 def main(model: Path, output: Path, sigma: float, seed: int) -> None:
-    """Write a variant of the checkpoint directory MODEL that computes the same and has outlier channels.
+    """Write a variant of the checkpoint directory MODEL that computes the same, but has outlier channels.
 
     Norm weights, rows of v and rows of up are divided by random factors, and the columns of the layers that read them
-    are multiplied by the same factors; one of a hundred factors is between 10 and 30.
+    are multiplied by the same factors; one factor in a hundred is between 10 and 30.
     """
     try:
         make_outliers(model, output, sigma, seed)

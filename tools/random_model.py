@@ -1,9 +1,8 @@
-"""Write a checkpoint of a real model's geometry with random weights: to see how long a conversion takes, and how much.
+"""Write a checkpoint with a real model's shapes and random weights, to measure time and memory of a conversion.
 
     python -m tools.random_model qwen3-8b DIRECTORY [--layers N] [--device cuda]
 
-Knows the shapes of a few public configs. The tokenizer is the bundled model's: its tokens are fewer than the rows of
-the embeddings, which does no harm here. The weights mean nothing, and neither does what such a model says.
+The tokenizer is the bundled example's; it has fewer tokens than the embedding matrix has rows, which does no harm.
 """
 
 import argparse
@@ -74,11 +73,11 @@ def write_model(name: str, directory: Path, layers: int | None, device: torch.de
     """Write config, tokenizer and shards of at most 4 GiB.
 
     Args:
-        name: one of GEOMETRIES.
-        directory: where to; made if it doesn't exist.
-        layers: how many blocks; None for all.
+        name: a key of GEOMETRIES.
+        directory: the output; created if it doesn't exist.
+        layers: number of blocks; None for the real model's.
         device: where random numbers are drawn.
-        seed: of the numbers.
+        seed: for the random numbers.
     """
     config = {**GEOMETRIES[name], "hidden_act": "silu", "rms_norm_eps": 1e-6, "torch_dtype": "bfloat16"}
     if layers is not None:
@@ -106,13 +105,13 @@ def write_model(name: str, directory: Path, layers: int | None, device: torch.de
 
 def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     values = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.bfloat16)
-    # Norms are near one; a layer's outputs are about as large as its inputs.
+    # Norms near one, and linear layers whose outputs are about as large as their inputs.
     drawn = 1 + 0.1 * values if len(shape) == 1 else values / shape[1] ** 0.5
     return drawn.to("cpu", torch.bfloat16)
 
 
 def main() -> None:
-    """Parse and call."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Write a random checkpoint of a real model's geometry.")
     parser.add_argument("name", choices=sorted(GEOMETRIES))
     parser.add_argument("directory", type=Path)

@@ -25,9 +25,10 @@ from d2q_edge.export.metadata import general_metadata
 from d2q_edge.export.targets import check_targets
 from d2q_edge.export.tokenizer_check import verify as verify_tokenizer
 from d2q_edge.formats.gguf_writer import STOCK_TYPES, GGUFTensor, file_size, fitting_type, write_gguf
-from d2q_edge.model.checkpoint import IGNORED_SUFFIXES, Checkpoint
+from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import Family, family_for
 from d2q_edge.model.tokenizer import Tokenizer, read_tokenizer
+from d2q_edge.model.weight_files import IGNORED_SUFFIXES
 from d2q_edge.utils.output_lock import sole_writer
 
 _MIXTURES = {"f32": "ALL_F32", "q5_k": "MOSTLY_Q5_K_S", "q4_k": "MOSTLY_Q4_K_S"}

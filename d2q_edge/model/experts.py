@@ -1,11 +1,9 @@
-"""Experts as modules with a checkpoint's names, in place of transformers' fused ones.
+"""Separate modules for the experts of a Mixture-of-Experts block, in place of transformers' fused ones.
 
-transformers keeps the experts of a block in two big tensors. Checkpoints, and everything here that loads, watches or
-replaces one layer, know them one by one: mlp.experts.N.{gate,up,down}_proj. Knows how an expert computes; which tokens
-go to which experts is the router's business, which is transformers' own.
+transformers keeps all experts of a block in two tensors. Checkpoints have them one by one, as
+mlp.experts.N.{gate,up,down}_proj, and so must a model whose layers are loaded, traced and replaced one at a time. The
+router stays transformers' own.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 
@@ -16,35 +14,36 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Expert(nn.Module):
-    """One gated mlp."""
+    """A gated MLP: down(activation(gate(x)) * up(x))."""
 
-    def __init__(self, width: int, inner: int, activation: Activation) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int, activation: Activation) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(width, inner, bias=False)
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
         self.activation = activation
 
     def gated(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What down reads: [tokens, inner]."""
+        """Return the input of down_proj, [tokens, intermediate_size]."""
         result: torch.Tensor = self.activation(self.gate_proj(hidden)) * self.up_proj(hidden)
         return result
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the expert's output, [tokens, hidden_size]."""
         result: torch.Tensor = self.down_proj(self.gated(hidden))
         return result
 
 
 class Experts(nn.ModuleList):
-    """All experts of a block, called as transformers calls its own."""
+    """All experts of a block, with the call signature of transformers' fused module."""
 
     def forward(self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """The weighted sum of the chosen experts' outputs, [tokens, width].
+        """Return the weighted sum of the chosen experts' outputs, [tokens, hidden_size].
 
         Args:
-            hidden: floats [tokens, width].
-            chosen: int64 [tokens, experts per token].
-            weights: of the chosen experts, floats [tokens, experts per token].
+            hidden: floats [tokens, hidden_size].
+            chosen: indices of the chosen experts, int64 [tokens, top_k].
+            weights: the router's weights for them, floats [tokens, top_k].
         """
         result = torch.zeros_like(hidden)
         for number, expert in enumerate(self):
@@ -55,14 +54,11 @@ class Experts(nn.ModuleList):
 
 
 def separate_experts(model: nn.Module) -> None:
-    """Put `Experts` in the place of every fused experts module inside a model, on the same device.
-
-    Weights are not carried over: they are loaded afterwards, by the checkpoint's names.
-    """
+    """Replace every fused experts module inside a model by `Experts`, on the same device and without weights."""
     for parent in list(model.modules()):
         fused = getattr(parent, "experts", None)
         parameters = dict(fused.named_parameters(recurse=False)) if isinstance(fused, nn.Module) else {}
         if fused is not None and parameters.keys() == {"gate_up_proj", "down_proj"}:
-            count, width, inner = parameters["down_proj"].shape
+            count, hidden_size, intermediate_size = parameters["down_proj"].shape
             with parameters["down_proj"].device:
-                parent.experts = Experts(Expert(width, inner, fused.act_fn) for _ in range(count))
+                parent.experts = Experts(Expert(hidden_size, intermediate_size, fused.act_fn) for _ in range(count))

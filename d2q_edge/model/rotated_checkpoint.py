@@ -1,4 +1,4 @@
-"""A checkpoint whose residual stream is rotated (quantize/rotation.py); it is used like any other checkpoint."""
+"""Present a checkpoint with a rotated residual stream (quantize/rotation.py) as an ordinary checkpoint."""
 
 from typing import Any
 
@@ -11,29 +11,28 @@ from d2q_edge.quantize.rotation import Rotation
 
 
 def rotation_pays(family: Family) -> bool:
-    """What `--rotation auto` does. No: on the models measured so far the codebooks gained nothing from it (DESIGN
-    section 3), and where embeddings are tied it costs the bytes of a head."""
+    """Decide `--rotation auto`: never, because the codebooks gained nothing from it on the models measured so far
+    (DESIGN section 3), and untying tied embeddings costs the bytes of an lm_head."""
     return False
 
 
 class RotatedCheckpoint(Checkpoint):
-    """A checkpoint whose tensors are rotated when they are asked for, one at a time.
+    """A checkpoint whose tensors are rotated on demand, one at a time.
 
-    Every tensor is float32, so that nothing is rounded to the 16 bits of the original. The config is the original's
-    with untied embeddings: make the family of the rotated model from it. The directory is the original's, for the
-    tokenizer, the rest of the config and the weights' identity.
+    All tensors are float32, so that nothing is rounded to the 16 bits of the original. The config is the original's
+    with untied embeddings: make the family of the rotated model from it. The directory stays the original's.
     """
 
     def __init__(self, source: Checkpoint, seed: int, dtype: torch.dtype = torch.float32) -> None:
         """Wrap a checkpoint that was checked against its family's shapes; no weights are loaded.
 
         Args:
-            source: the original.
-            seed: of the signs.
+            source: the original checkpoint.
+            seed: for the random signs of the rotation.
             dtype: of every tensor.
 
         Raises:
-            D2QError: the config isn't one of a supported family, or rotating would change this family's models.
+            D2QError: the config isn't one of a supported family, or rotation isn't exact for the family.
         """
         self._tied = family_for(source.config).tied_embeddings
         config: dict[str, Any] = {**source.config, "tie_word_embeddings": False}
@@ -48,7 +47,7 @@ class RotatedCheckpoint(Checkpoint):
         self._embedding, self._head = f"{family.embedding}.weight", f"{family.head}.weight"
         entries = dict(source._entries)
         if self._tied:
-            # First, where it is in checkpoints with a head: names are sorted.
+            # First, as in checkpoints that have an lm_head: names are sorted.
             entries = {self._head: entries[self._embedding], **entries}
         super().__init__(source.directory, config, entries)
 
@@ -62,10 +61,10 @@ class RotatedCheckpoint(Checkpoint):
         self._folded = set(self._norm_of.values())
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype that `tensor` returns, without loading it.
+        """Return the dtype of `tensor` without loading it.
 
         Raises:
-            D2QError: there is no such tensor, or it is stored in a dtype that isn't supported.
+            D2QError: there is no such tensor, or its stored dtype isn't supported.
         """
         super().dtype(name)
         return self._dtype
@@ -74,7 +73,7 @@ class RotatedCheckpoint(Checkpoint):
         """Load and rotate one tensor; every call does it again.
 
         Raises:
-            D2QError: as `Checkpoint.tensor`, also for the norm weights that a tensor takes in.
+            D2QError: as `Checkpoint.tensor`, also for the norm weight that is folded into the tensor.
         """
         self.dtype(name)
         tied = name == self._head and self._tied

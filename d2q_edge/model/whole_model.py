@@ -1,4 +1,4 @@
-"""A checkpoint as one transformers model in float32, with some of its tensors replaced."""
+"""Run a checkpoint as one transformers model in float32, with some of its tensors replaced."""
 
 from collections.abc import Mapping
 from typing import TypeAlias
@@ -11,20 +11,20 @@ from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import Family
 
 Weights: TypeAlias = Mapping[str, torch.Tensor]
-"""Replaced tensors by full name: those of the checkpoint, and "NORM.bias" for any norm."""
+"""Replaced tensors by full name: tensors of the checkpoint, and "NORM.bias" for any norm."""
 
 
 class WholeModel:
     """A checkpoint's model in float32 on one device."""
 
     def __init__(self, checkpoint: Checkpoint, family: Family, weights: Weights, device: torch.device) -> None:
-        """Build it.
+        """Build the model and load its weights.
 
         Args:
-            checkpoint: where all tensors come from that are not in `weights`.
-            family: of the checkpoint.
+            checkpoint: the source of all tensors that are not in `weights`.
+            family: the checkpoint's.
             weights: replaced tensors.
-            device: where to.
+            device: where the model is placed.
         """
         config = model_config(checkpoint)
         model = empty_model(config, "sdpa")
@@ -36,7 +36,7 @@ class WholeModel:
             tensors[f"{family.head}.weight"] = tensors[f"{family.embedding}.weight"]
         model.eval().requires_grad_(False)
         model.load_state_dict(tensors, assign=True)
-        # Made anew outside the meta device, because they are computed, not loaded.
+        # Rebuilt outside of the meta device, because these are computed, not loaded.
         model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
         if hasattr(model.model.embed_tokens, "embed_scale"):
             model.model.embed_tokens.embed_scale = torch.tensor(family.embedding_scale, device=device)
@@ -46,29 +46,29 @@ class WholeModel:
         self.device = device
 
     def module(self, name: str) -> nn.Module:
-        """A module by its name in the checkpoint."""
+        """Return a module by its name in the checkpoint."""
         module: nn.Module = self._model.get_submodule(name)
         return module
 
     def replace(self, name: str, module: nn.Module) -> None:
-        """Put another module in a module's place."""
+        """Replace a module by another one."""
         parent, _, last = name.rpartition(".")
         setattr(self._model.get_submodule(parent), last, module)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """All parameters that require gradients, by name."""
+        """Return all parameters that require gradients, by name."""
         return {name: value for name, value in self._model.named_parameters() if value.requires_grad}
 
     def states(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What the head reads, at every token: [windows, context, hidden]."""
+        """Return the input of lm_head for token ids [windows, context]: float32 [windows, context, hidden]."""
         hidden: torch.Tensor = self._model.model(tokens.to(self.device), use_cache=False).last_hidden_state
         return hidden
 
     def scored_states(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What the head reads where a scored token is next: [windows, context - context // 2 - 1, hidden]."""
+        """Return `states` where the next token is scored: [windows, context - context // 2 - 1, hidden]."""
         return self.states(tokens)[:, tokens.shape[1] // 2 : -1]
 
     def log_probabilities(self, states: torch.Tensor) -> torch.Tensor:
-        """Of all next tokens, [..., vocabulary]."""
+        """Return the log-probabilities of all next tokens, float32 [..., vocab_size]."""
         logits: torch.Tensor = self._model.lm_head(states)
         return logits.log_softmax(-1)

@@ -34,7 +34,7 @@ def scale_columns(context: Context, index: int, block: nn.Module) -> QuantizedBl
         D2QError: inputs are too large.
     """
     family, prefix = context.family, context.family.block_prefix(index)
-    groups = {group.linears[0]: group for group in family.linear_groups if group.norm or group.source}
+    groups = {group.linears[0]: group for group in family.linear_groups if group.norm or group.absorber}
     energies = _input_energies(context, groups, block)
     for layer, energy in energies.items():
         context.processes.all_reduce(energy.sums)
@@ -45,7 +45,7 @@ def scale_columns(context: Context, index: int, block: nn.Module) -> QuantizedBl
         for layer, group in groups.items():
             layers = [block.get_submodule(each) for each in group.linears]
             weights = weight_energy(layers, _token_shares(family, group, energies))
-            scales = column_scales(weights, conditional[layer], _source_rows(family, group, context.device))
+            scales = column_scales(weights, conditional[layer], _absorber_rows(family, group, context.device))
             result.column_scales[layer] = float_array(scales)
             result.floats |= _absorb(family, block, group, scales)
     return result
@@ -98,22 +98,22 @@ def _routers(family: Family, group: LinearGroup) -> tuple[str, ...]:
     return tuple(router for router in family.block_routers() if readers[router] == group.norm)
 
 
-def _source_rows(family: Family, group: LinearGroup, device: torch.device) -> torch.Tensor | None:
-    """Return the row of the group's source that absorbs each column's scale; None where the source is a norm."""
-    return None if group.source is None else torch.from_numpy(family.source_rows(group.source)).to(device)
+def _absorber_rows(family: Family, group: LinearGroup, device: torch.device) -> torch.Tensor | None:
+    """Return the row of the absorbing layer for each column; None where a norm absorbs the scales."""
+    return None if group.absorber is None else torch.from_numpy(family.absorber_rows(group.absorber)).to(device)
 
 
 def _absorb(family: Family, block: nn.Module, group: LinearGroup, scales: torch.Tensor) -> dict[str, F32]:
-    """Scale a group's columns and their source; return the changed parameters that won't be quantized."""
+    """Scale a group's columns and what absorbs the scales; return the changed parameters that won't be quantized."""
     routers = _routers(family, group)
     layers = [block.get_submodule(layer) for layer in (*group.linears, *routers)]
-    source = group.norm or group.source
-    if source is None:
+    absorber = group.norm or group.absorber
+    if absorber is None:
         raise ValueError(f"nothing absorbs column scales of {group.linears[0]}")
-    module = block.get_submodule(source)
+    module = block.get_submodule(absorber)
     offset = family.norm_offset if group.norm else 0.0
-    absorb(layers, module, scales, _source_rows(family, group, scales.device), offset)
+    absorb(layers, module, scales, _absorber_rows(family, group, scales.device), offset)
     kept = ("weight", "bias") if group.norm else ("bias",)
-    changed = [f"{source}.{name}" for name, _ in module.named_parameters(recurse=False) if name in kept]
+    changed = [f"{absorber}.{name}" for name, _ in module.named_parameters(recurse=False) if name in kept]
     changed += [f"{router}.weight" for router in routers]
     return {name: float_array(block.get_parameter(name)) for name in changed}

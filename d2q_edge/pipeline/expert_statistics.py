@@ -45,7 +45,7 @@ def expert_statistics(
         found = collect(family.linear_shape(expert_linears(chunk[0])[2])[1], Expert.gated)
         for number in chunk:
             _, up, down = expert_linears(number)
-            yield LinearGroup(None, (down,), source=up), found.pop(0)
+            yield LinearGroup(None, (down,), absorber=up), found.pop(0)
 
 
 def statistics_bytes(family: Family) -> int:

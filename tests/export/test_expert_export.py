@@ -18,8 +18,9 @@ from d2q_edge.export.model_file import export, file_name, model_tensors, model_t
 from d2q_edge.formats import tensor_types
 from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.formats.gguf_writer import GGUFTensor, block_and_type_size, data_size, encode
-from d2q_edge.model.checkpoint import Checkpoint, _Entry
+from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
+from d2q_edge.model.weight_files import TensorEntry
 from d2q_edge.model.whole_model import WholeModel
 from d2q_edge.options import Options
 from d2q_edge.pipeline.output import Output, PlannedContent
@@ -185,7 +186,7 @@ def test_sizes_of_real_models_without_their_weights(name: str, tmp_path: Path) -
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / file).write_bytes((EXAMPLE / file).read_bytes())
     entries = {
-        tensor: _Entry(tmp_path, tensor, "BF16", shape) for tensor, shape in sorted(family.tensor_shapes().items())
+        tensor: TensorEntry(tmp_path, tensor, "BF16", shape) for tensor, shape in sorted(family.tensor_shapes().items())
     }
     checkpoint = Checkpoint(tmp_path, dict(config), entries)
     checkpoint.check(family.tensor_shapes())

@@ -1,4 +1,4 @@
-"""Blocks read ahead, here into ordinary memory: the same tensors and the same errors, from another thread."""
+"""Test that reading blocks ahead (here into unpinned memory) yields the same tensors and errors from a thread."""
 
 import threading
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Make = Callable[..., Path]
 
 
 class Watched(Checkpoint):
-    """Remembers which thread read what."""
+    """Record which thread read which tensor."""
 
     readers: dict[str, str]
 
@@ -69,7 +69,7 @@ def test_another_block_than_the_one_begun(make_checkpoint: Make) -> None:
             assert torch.equal(dict(ahead.read(index))[name], tensor)
 
 
-def test_nothing_is_read_ahead_without_a_gpu_or_behind_the_last_block(make_checkpoint: Make) -> None:
+def test_nothing_is_read_ahead_without_a_gpu_or_after_the_last_block(make_checkpoint: Make) -> None:
     path = make_checkpoint("qwen3")
     for ahead, index in ((False, 0), (True, 2)):
         reader, checkpoint = reader_for(path, ahead=ahead)
@@ -78,7 +78,7 @@ def test_nothing_is_read_ahead_without_a_gpu_or_behind_the_last_block(make_check
         assert set(checkpoint.readers.values()) == {threading.current_thread().name}
 
 
-def test_a_damaged_block_is_reported_when_it_is_its_turn(make_checkpoint: Make) -> None:
+def test_a_damaged_block_is_reported_when_it_is_read(make_checkpoint: Make) -> None:
     path = poisoned(make_checkpoint("qwen3"), "model.layers.1.mlp.up_proj.weight")
     messages = []
     for ahead in (False, True):

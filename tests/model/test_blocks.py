@@ -1,4 +1,4 @@
-"""Blocks run one at a time against transformers' whole models."""
+"""Test blocks that run one at a time against transformers' whole models."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -53,7 +53,7 @@ def test_all_blocks_are_the_model(make_checkpoint: Make, family: str, options: d
 
 @pytest.mark.parametrize(("family", "options"), MODELS)
 @torch.inference_mode()
-def test_seen_inputs_are_those_of_the_model(make_checkpoint: Make, family: str, options: dict[str, Any]) -> None:
+def test_captured_inputs_are_those_of_the_model(make_checkpoint: Make, family: str, options: dict[str, Any]) -> None:
     path = make_checkpoint(family, **options)
     runner, model = runner_for(path), whole_model(path)
     expected: dict[str, torch.Tensor] = {}
@@ -73,8 +73,8 @@ def test_seen_inputs_are_those_of_the_model(make_checkpoint: Make, family: str, 
 
 
 @torch.inference_mode()
-def test_stages_follow_the_residual_stream(make_checkpoint: Make) -> None:
-    """Going from sublayer to sublayer of a block meets the same inputs as running it whole."""
+def test_sublayers_follow_the_residual_stream(make_checkpoint: Make) -> None:
+    """Running a block sublayer by sublayer produces the same inputs as running it whole."""
     runner = runner_for(make_checkpoint())
     block, residual = runner.load(0), runner.embed(TOKENS)
     seen, output = runner.trace(block, LAYERS, residual)
@@ -105,7 +105,7 @@ def test_norm_biases_are_those_of_one_copy(make_checkpoint: Make) -> None:
 
 
 @torch.inference_mode()
-def test_later_tokens_do_not_matter(make_checkpoint: Make) -> None:
+def test_attention_is_causal(make_checkpoint: Make) -> None:
     runner = runner_for(make_checkpoint())
     block = runner.load(1)
     hidden = runner.embed(TOKENS)
@@ -134,7 +134,7 @@ def test_hooks_do_not_stay(make_checkpoint: Make) -> None:
 
 
 @torch.inference_mode()
-def test_input_of_computes_nothing_behind_it(make_checkpoint: Make) -> None:
+def test_input_of_computes_nothing_after_it(make_checkpoint: Make) -> None:
     runner = runner_for(make_checkpoint())
     block = runner.load(0)
     reached: list[str] = []

@@ -1,4 +1,4 @@
-"""Checkpoints: what is read from good ones, and the one sentence for each kind of bad one."""
+"""Test reading valid checkpoints, and the error message for every kind of invalid one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from d2q_edge.errors import D2QError
-from d2q_edge.model.checkpoint import Checkpoint, _is_finite
+from d2q_edge.model.checkpoint import Checkpoint, is_finite
 from d2q_edge.model.families import family_for
 from tests.opening import refused, rewrite
 from tests.paths import ROOT
@@ -140,15 +140,15 @@ def test_values_that_are_not_finite(make_checkpoint: Make, value: float) -> None
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_one_value_is_found_wherever_it_is(dtype: torch.dtype, value: float) -> None:
-    assert _is_finite(torch.empty(0, dtype=dtype))
+def test_is_finite_finds_a_single_value_anywhere(dtype: torch.dtype, value: float) -> None:
+    assert is_finite(torch.empty(0, dtype=dtype))
     for size in (1, 7, 300, 70001):
         tensor = torch.linspace(-1, 1, size).to(dtype)
-        assert _is_finite(tensor)
+        assert is_finite(tensor)
         for place in {0, size // 3, size // 2 + 1 if size > 1 else 0, size - 1}:
             poisoned = tensor.clone()
             poisoned[place] = value
-            assert not _is_finite(poisoned)
+            assert not is_finite(poisoned)
 
 
 def test_file_that_vanishes_after_opening(make_checkpoint: Make) -> None:

@@ -1,4 +1,4 @@
-"""Families with experts: names, shapes, what is refused, and the real models' numbers of weights."""
+"""Test Mixture-of-Experts families: names, shapes, refusals, and the parameter counts of real models."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ REAL: dict[str, dict[str, Any]] = {
         "vocab_size": 50304,
     },
 }
-"""config.json of models on the hub, as their makers published them."""
+"""config.json of models on the hub, as published."""
 
 
 def make(name: str, **config: Any) -> Family:
@@ -90,7 +90,7 @@ def make(name: str, **config: Any) -> Family:
     [("Qwen3-30B-A3B", 30_532_122_624, 3_353_032_704), ("OLMoE-1B-7B-0924", 6_919_161_856, 1_282_017_280)],
 )
 def test_real_models(name: str, total: int, active: int) -> None:
-    """The totals are those that the hub shows for the models (30.5B and 6.92B); 3.3B and 1.3B are active."""
+    """The totals are those on the hub (30.5B and 6.92B); 3.3B and 1.3B are active."""
     family = family_for(REAL[name])
     parameters, outside, one_expert, experts = family.parameters()
     assert parameters == total == outside + experts * one_expert
@@ -112,22 +112,22 @@ def test_names_and_shapes() -> None:
     assert not any("mlp.gate." in name for name in family.linear_weights())
 
 
-def test_stages() -> None:
+def test_linear_groups() -> None:
     family = make("qwen3moe")
     inputs, output, experts, *downs = family.linear_groups
     assert inputs.norm == "input_layernorm"
-    assert output.source == "self_attn.v_proj"
+    assert output.absorber == "self_attn.v_proj"
     assert experts.norm == "post_attention_layernorm"
     assert len(experts.linears) == 16
     assert expert_linears(3) == tuple(f"mlp.experts.3.{part}_proj" for part in ("gate", "up", "down"))
     assert set(expert_linears(3)[:2]) < set(experts.linears)
-    assert [(group.linears, group.source) for group in downs] == [
+    assert [(group.linears, group.absorber) for group in downs] == [
         ((f"mlp.experts.{i}.down_proj",), f"mlp.experts.{i}.up_proj") for i in range(8)
     ]
     assert family.residual_readers["mlp.gate"] == "post_attention_layernorm"
     assert family.residual_readers["mlp.experts.7.up_proj"] == "post_attention_layernorm"
     assert family.residual_writers == ("self_attn.o_proj", *(f"mlp.experts.{i}.down_proj" for i in range(8)))
-    assert family.source_rows("mlp.experts.2.up_proj").tolist() == list(range(64))
+    assert family.absorber_rows("mlp.experts.2.up_proj").tolist() == list(range(64))
     assert family.num_experts == 8, "one model's linear_groups are not another's"
     assert len(make("olmoe").linear_groups) == 3 + 6
 
@@ -143,7 +143,7 @@ def test_gguf_names() -> None:
 
 
 def test_a_stack_has_one_type() -> None:
-    """In a mixture, whatever the sensitivities: here they ask for one more bit in some stacks only."""
+    """Also in a mixture of types; here the sensitivities call for one more bit in some stacks."""
     family = make("qwen3moe", hidden_size=256, moe_intermediate_size=256)
     groups = choosable(family)
     assert list(groups)[4:7] == [f"model.layers.0.mlp.experts.{part}_proj.weight" for part in ("gate", "up", "down")]
@@ -183,7 +183,7 @@ def test_a_stack_has_one_type() -> None:
             r"as wide as hidden_size \(64\).* 4 query heads and 2 key-value heads of 16",
         ),
         ("olmoe", {"head_dim": 32}, "as wide as hidden_size"),
-        ("olmoe", {"tie_word_embeddings": True}, "a head of its own"),
+        ("olmoe", {"tie_word_embeddings": True}, "tie_word_embeddings is set, which llama.cpp's olmoe doesn't support"),
     ],
 )
 def test_refused_configs(name: str, config: dict[str, Any], pattern: str) -> None:

@@ -1,4 +1,4 @@
-"""Experts one by one against transformers' fused ones: whole models, single blocks, and what hooks see."""
+"""Test separate experts against transformers' fused ones: whole models, single blocks, and captured inputs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_models_are_those_of_transformers(make_checkpoint: Make, family: str, op
 @pytest.mark.parametrize("name", EXPERT_MODELS)
 @torch.inference_mode()
 def test_checkpoints_as_transformers_saves_them(tmp_path: Path, name: str) -> None:
-    """It fuses experts in memory only, but has other names for some settings than the hub's files."""
+    """transformers fuses experts in memory only, but names some settings differently from files on the hub."""
     path = write_model(tmp_path / "tiny", name)
     checkpoint = Checkpoint.open(path)
     family = family_for(checkpoint.config)
@@ -69,7 +69,7 @@ def test_checkpoints_as_transformers_saves_them(tmp_path: Path, name: str) -> No
 
 @torch.inference_mode()
 def test_every_expert_matters_and_has_its_own_weights(make_checkpoint: Make) -> None:
-    """A change of one expert, by its checkpoint name, changes the tokens that go to it and no others."""
+    """Changing one expert, by its checkpoint name, changes exactly the tokens that are routed to it."""
     path = make_checkpoint("qwen3moe")
     runner = runner_for(path)
     hidden = runner.embed(TOKENS)
@@ -105,7 +105,7 @@ def test_hooks_see_the_tokens_of_an_expert(make_checkpoint: Make) -> None:
 
 
 def test_experts_by_hand() -> None:
-    """Two experts of width 1: x -> 2 * relu(x) * x and x -> -relu(3x) * x; the third one is left alone."""
+    """Two experts of width 1: x -> 2 * relu(x) * x and x -> -relu(3x) * x; the third one gets no tokens."""
     experts = Experts(Expert(1, 1, torch.relu) for _ in range(3))
     for expert, (gate, up, down) in zip(experts, [(1.0, 1.0, 2.0), (3.0, 1.0, -1.0), (9.0, 9.0, 9.0)], strict=True):
         for layer, value in ((expert.gate_proj, gate), (expert.up_proj, up), (expert.down_proj, down)):

@@ -1,4 +1,4 @@
-"""Families: what a config means, what it refuses, and the arithmetic of row order and rope factors by hand."""
+"""Test families: how configs are read, which are refused, and row order and rope factors by hand."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_what_makes_each_family() -> None:
     assert "lm_head.weight" not in make("llama", tie_word_embeddings=True).tensor_shapes()
 
 
-def test_stages_follow_the_block() -> None:
+def test_linear_groups_follow_the_block() -> None:
     family = make("qwen3")
     assert [group.norm for group in family.linear_groups] == [
         "input_layernorm",
@@ -64,7 +64,7 @@ def test_stages_follow_the_block() -> None:
     assert family.block_prefix(3) == "model.layers.3."
 
 
-def test_who_reads_and_who_writes_the_residual_stream() -> None:
+def test_residual_readers_and_writers() -> None:
     attention, mlp = "input_layernorm", "post_attention_layernorm"
     for name in FAMILY_CONFIG:
         assert make(name).residual_readers == {
@@ -189,7 +189,7 @@ def test_no_architecture(architectures: Any) -> None:
         ("qwen2", {"head_dim": 32}, "num_attention_heads"),
         ("qwen2", {"rope_scaling": LLAMA3_ROPE}, "isn't supported for qwen2"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
-        ("qwen3", {"attention_bias": True}, "no bias on the output layer"),
+        ("qwen3", {"attention_bias": True}, "attention_bias is set, which llama.cpp's qwen3 doesn't support"),
     ],
 )
 def test_refused_configs(name: str, config: dict[str, Any], pattern: str) -> None:

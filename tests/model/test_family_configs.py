@@ -1,4 +1,4 @@
-"""Real configs are understood as transformers understands them, and those that llama.cpp can't express are refused."""
+"""Test real configs against transformers, and the refusal of configs that llama.cpp can't express."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_number_of_parameters(name: str) -> None:
 
 @pytest.mark.parametrize("name", REAL)
 def test_tensors_are_those_of_transformers(tmp_path: Path, name: str) -> None:
-    """Of the first layers; one more than a period where layers differ."""
+    """Compares the first layers only: one more than a period where layers differ."""
     layers = 7 if "gemma" in name or "SmolLM3" in name else 2
     changes: dict[str, Any] = {"num_hidden_layers": layers}
     changes |= {key: REAL[name][1][key][:layers] for key in ("layer_types", "no_rope_layers") if key in REAL[name][1]}
@@ -71,7 +71,7 @@ def test_keys_that_llama_cpp_reads(tmp_path: Path, name: str) -> None:
     [("num_key_value_heads",), ("rope_theta", "rope_local_base_freq"), ("rms_norm_eps",), ("sliding_window",)],
     ids=lambda keys: keys[0],
 )
-def test_what_is_left_out_is_what_transformers_takes(tmp_path: Path, name: str, keys: tuple[str, ...]) -> None:
+def test_defaults_are_those_of_transformers(tmp_path: Path, name: str, keys: tuple[str, ...]) -> None:
     entries = {key: value for key, value in REAL[name][1].items() if key not in keys}
     (tmp_path / "config.json").write_text(json.dumps(entries))
     config = AutoConfig.from_pretrained(tmp_path)
@@ -95,7 +95,7 @@ def test_what_is_left_out_is_what_transformers_takes(tmp_path: Path, name: str, 
 
 
 def test_types_of_real_models() -> None:
-    """Every width is one of our blocks'; those that 256 doesn't divide cost the promised bits."""
+    """All widths fit our block sizes; those that 256 doesn't divide cost the documented bits."""
     plans = {name: plan_types(make(name), 2) for name in REAL}
     assert [name for name, plan in plans.items() if plan.fallbacks] == []
     narrow = {
@@ -109,7 +109,7 @@ def test_types_of_real_models() -> None:
     assert narrow["gemma-3-270m"] == pytest.approx(2.5 - 0.1875 * wide / (wide + narrow_weights))
 
 
-def test_facts_about_some_models() -> None:
+def test_settings_of_some_models() -> None:
     assert make("SmolLM2-135M").head_dim == make("SmolLM2-360M").head_dim == 64
     gemma = make("gemma-3-1b-it")
     assert (gemma.tied_embeddings, gemma.norm_offset, gemma.can_rotate) == (True, 1.0, False)
@@ -133,9 +133,9 @@ def test_what_is_noted() -> None:
 def test_columns_of_o_and_down_come_from_rows_of_fused_layers() -> None:
     family = make("Phi-3-mini-4k", hidden_size=24, num_attention_heads=6, num_key_value_heads=2)
     # 24 rows of q, 8 of k, then v: heads of 4, each serving 3 heads of q.
-    assert family.source_rows("self_attn.qkv_proj").tolist() == [32, 33, 34, 35] * 3 + [36, 37, 38, 39] * 3
+    assert family.absorber_rows("self_attn.qkv_proj").tolist() == [32, 33, 34, 35] * 3 + [36, 37, 38, 39] * 3
     family = make("Phi-3-mini-4k", intermediate_size=3)
-    assert family.source_rows("mlp.gate_up_proj").tolist() == [3, 4, 5]
+    assert family.absorber_rows("mlp.gate_up_proj").tolist() == [3, 4, 5]
 
 
 def test_gemmas_norms_get_their_one_in_the_file() -> None:
@@ -162,7 +162,7 @@ def test_gemmas_norms_get_their_one_in_the_file() -> None:
         ("SmolLM3-3B", {"no_rope_layers": [1] * 36}, "no_rope_layers must leave out .* every 4th layer"),
         ("SmolLM3-3B", {"no_rope_layers": None, "no_rope_layer_interval": 6}, "no_rope_layers must leave out"),
         ("SmolLM3-3B", {"no_rope_layers": 5}, "no_rope_layers must leave out"),
-        ("SmolLM3-3B", {"mlp_bias": True}, "mlp_bias is set, but llama.cpp's smollm3 has no biases"),
+        ("SmolLM3-3B", {"mlp_bias": True}, "mlp_bias is set, which llama.cpp's smollm3 doesn't support"),
         ("SmolLM3-3B", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "type 'yarn' isn't supported for smollm3"),
         ("gemma-3-1b-it", {"hidden_activation": "silu"}, "activation 'silu' isn't supported, only gelu_pytorch_tanh"),
         ("gemma-3-1b-it", {"sliding_window_pattern": 4}, "layer_types must make every 6th layer"),

@@ -1,4 +1,4 @@
-"""Models by their Hugging Face id: what is fetched, what the cache is good for, and the sentence for every failure.
+"""Test models given by their Hugging Face id: what is fetched, the cache, and the message for every failure.
 
 The hub is tests/fake_hub.py; nothing here leaves the machine.
 """
@@ -29,6 +29,7 @@ from d2q_edge.model import hub
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
 from d2q_edge.model.hub import locate
+from d2q_edge.model.weight_files import INDEX_FILE
 from tests.checkpoints import write_checkpoint
 from tests.fake_hub import COMMIT, LATER, REPO, Fault, Hub, serve
 from tests.paths import ROOT
@@ -38,7 +39,7 @@ SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The repository's content: a model in two shards, and much that isn't needed."""
+    """Return the repository's content: a model in two shards, and files that aren't needed."""
     directory = tmp_path_factory.mktemp("hub") / "model"
     write_checkpoint(directory, "llama", shards=2)
     (directory / "generation_config.json").write_text('{"temperature": 0.6}')
@@ -53,15 +54,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """The hub, reachable, with an empty cache and no token; waiting takes no time."""
+    """Serve the hub, with an empty cache, no token and no delays before retries."""
     with serve(model) as state:
-        monkeypatch.setattr(constants, "ENDPOINT", state.endpoint)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", state.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+        # huggingface_hub reads its environment variables when it is imported.
+        settings = {
+            "ENDPOINT": state.endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": state.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "HF_HUB_OFFLINE": False,
+            "DOWNLOAD_CHUNK_SIZE": 1000,
+        }
+        for name, value in settings.items():
+            monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(time, "sleep", lambda seconds: None)
         monkeypatch.delenv("HF_TOKEN", raising=False)
         monkeypatch.chdir(tmp_path)
@@ -101,21 +105,22 @@ def test_second_time_nothing_is_fetched(server: Hub) -> None:
 
 def test_single_file_repository(server: Hub, model: Path) -> None:
     server.files["model.safetensors"] = server.files[SHARDS[0]]
-    for name in (*SHARDS, hub.INDEX_FILE):
+    for name in (*SHARDS, INDEX_FILE):
         del server.files[name]
     directory = locate(REPO)
     assert (directory / "model.safetensors").is_file()
     assert not any((directory / name).exists() for name in SHARDS)
 
 
-def test_repository_with_a_left_over_index(server: Hub, model: Path) -> None:
-    """transformers takes the single file, so that the shards aren't fetched."""
+def test_repository_with_a_left_over_index(server: Hub, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shards aren't fetched, because transformers reads the single file."""
     server.files["model.safetensors"] = server.files[SHARDS[0]]
     directory = locate(REPO)
     assert not any((directory / name).exists() for name in SHARDS)
     assert (directory / "model.safetensors").read_bytes() == (model / SHARDS[0]).read_bytes()
-    (directory / hub.INDEX_FILE).write_bytes((model / hub.INDEX_FILE).read_bytes())
-    assert hub._missing(directory) is None
+    (directory / INDEX_FILE).write_bytes((model / INDEX_FILE).read_bytes())
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert locate(REPO) == directory, "complete without the shards"
 
 
 def test_checkpoint_opens_an_id(server: Hub) -> None:
@@ -129,16 +134,18 @@ def test_revision(server: Hub, revision: str) -> None:
 
 
 def test_branch_that_moves_meanwhile(server: Hub) -> None:
-    """All files are of one commit: the one that config.json came from."""
+    """All files come from one commit, even if the branch moves after its files were listed."""
+    lists = 0
 
     def move() -> None:
-        server.commits["main"] = LATER
-        server.faults.clear()
+        nonlocal lists
+        lists += 1
+        if lists == 2:
+            server.commits["main"] = LATER
 
-    server.faults.append(Fault("HEAD .*config.json", action=move))
+    server.faults.append(Fault("GET /api/.*/revision/main", action=move))
     assert locate(REPO).name == LATER
-    revisions = {r.path.split("/")[4] for r in server.requests if "/resolve/" in r.path and "config.json" not in r.path}
-    assert revisions == {LATER}
+    assert {request.path.split("/")[4] for request in server.requests if "/resolve/" in request.path} == {LATER}
 
 
 def test_directory_wins(server: Hub, model: Path) -> None:
@@ -221,7 +228,7 @@ class TestConnections:
         server.faults.append(Fault(f"GET /large/{SHARDS[1]}", 404))
         refused(SHARDS[1])
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-        refused(f"HF_HUB_OFFLINE forbids .*the cached copy in .* lacks {SHARDS[1]}")
+        refused(f"HF_HUB_OFFLINE forbids fetching .*the cached copy in .* lacks {SHARDS[1]}")
 
 
 class TestRefusals:
@@ -231,11 +238,11 @@ class TestRefusals:
             (401, {"X-Error-Code": "GatedRepo"}, "is gated: accept its terms at http.*tiny-org/.*set HF_TOKEN"),
             (403, {"X-Error-Code": "GatedRepo"}, "is gated: accept its terms"),
             (403, {}, "is gated: accept its terms"),
-            (401, {}, "no directory tiny-org/.*, and no model of that name that everybody may see.*HF_TOKEN"),
+            (401, {}, "no directory tiny-org/.*, and no model of that name that is visible to everybody.*HF_TOKEN"),
             (
                 404,
                 {"X-Error-Code": "RepoNotFound"},
-                "no model of that name that everybody may see .*check the spelling",
+                "no model of that name that is visible to everybody .*check the spelling",
             ),
             (429, {}, "for now .too many requests.; run the same command later"),
             (500, {}, "for now .HTTP status 500.; run the same command later"),
@@ -266,13 +273,13 @@ class TestRefusals:
         refused(f"{REPO} has no revision v9; see", revision="v9")
 
     def test_pickles_are_not_fetched(self, server: Hub) -> None:
-        for name in (*SHARDS, hub.INDEX_FILE, "consolidated.safetensors"):
+        for name in (*SHARDS, INDEX_FILE, "consolidated.safetensors"):
             del server.files[name]
         refused(f"{REPO} has its weights as PyTorch pickle files only, which can run any code")
         assert not any("/resolve/" in request.path for request in server.requests)
 
     def test_no_weights(self, server: Hub) -> None:
-        for name in (*SHARDS, hub.INDEX_FILE, "consolidated.safetensors", "pytorch_model.bin"):
+        for name in (*SHARDS, INDEX_FILE, "consolidated.safetensors", "pytorch_model.bin"):
             del server.files[name]
         refused(f"{REPO} has no weights: neither model.safetensors nor")
 
@@ -284,11 +291,11 @@ class TestRefusals:
         "file", ["../../../../evil.safetensors", "/etc/evil.safetensors", "a/b.safetensors", "x.bin"]
     )
     def test_index_that_leads_elsewhere(self, server: Hub, file: str) -> None:
-        server.files[hub.INDEX_FILE] = json.dumps({"weight_map": {"a": file}}).encode()
+        server.files[INDEX_FILE] = json.dumps({"weight_map": {"a": file}}).encode()
         refused("which isn't the plain name of a .safetensors file")
 
     def test_index_that_names_a_file_too_many(self, server: Hub) -> None:
-        server.files[hub.INDEX_FILE] = json.dumps({"weight_map": {"a": "x.safetensors"}}).encode()
+        server.files[INDEX_FILE] = json.dumps({"weight_map": {"a": "x.safetensors"}}).encode()
         refused("names x.safetensors, but the repository has no such file")
 
     def test_too_little_space(self, server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,7 +314,7 @@ class TestRefusals:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         monkeypatch.setattr(huggingface_hub.file_download, "_chmod_and_move", full)
-        refused("the disk of .*cache is full, so config.json of .* could not be kept")
+        refused("the disk of .*cache is full, so the settings and the tokenizer of .* could not be stored")
 
 
 class TestToken:
@@ -363,7 +370,7 @@ class TestCache:
 
 
 def test_command_line(model: Path, tmp_path: Path) -> None:
-    """From an id to a file that says where it came from, and to the same file without network."""
+    """An id becomes a file that records its origin, and the same file without network."""
     with serve(model) as state:
         environment = {
             **os.environ,

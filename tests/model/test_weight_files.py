@@ -1,4 +1,4 @@
-"""Weight files on disk: truncated, damaged and strange headers, links, indexes and shards."""
+"""Test weight files: truncated, damaged and unusual headers, links, indexes and shards."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_bytes_of_no_tensor_or_of_two(make_checkpoint: Make, extents: list[tuple
 
 
 def test_order_and_empty_tensors_are_free(make_checkpoint: Make) -> None:
-    """What the format allows: any order in the header, and tensors without elements anywhere between others."""
+    """The format allows any order in the header, and empty tensors anywhere between others."""
     directory = make_checkpoint()
     extents = {"c": (0, 0), "b": (0, 32), "empty": (32, 32), "a": (32, 64), "z": (64, 64)}
     header = {
@@ -232,7 +232,7 @@ def test_shard_has_a_tensor_that_the_index_lacks(make_checkpoint: Make) -> None:
 
 @pytest.mark.parametrize("shards_are_there", [True, False])
 def test_index_that_an_earlier_save_left(make_checkpoint: Make, shards_are_there: bool) -> None:
-    """save_pretrained into the directory of a sharded model, now in one file, leaves the index there."""
+    """save_pretrained leaves the index in the directory of a formerly sharded model."""
     model = make_checkpoint(shards=2)
     checkpoint = Checkpoint.open(model)
     assert checkpoint.notes == ()

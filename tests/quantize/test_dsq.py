@@ -168,9 +168,9 @@ class TestAbsorb:
         changed = dict(tensors)
         for index in range(bound.num_layers):
             for group in bound.linear_groups:
-                maker = group.norm or group.source
+                maker = group.norm or group.absorber
                 assert maker is not None
-                rows = torch.from_numpy(bound.source_rows(group.source)) if group.source else None
+                rows = torch.from_numpy(bound.absorber_rows(group.absorber)) if group.absorber else None
                 prefix = bound.block_prefix(index)
                 absorb_into(changed, [prefix + name for name in group.linears], prefix + maker, scales, rows)
         if not bound.tied_embeddings:
@@ -217,7 +217,7 @@ def computed_scales(checkpoint: Checkpoint, family: Family) -> Scales:
         block, prefix = runner.load(index), family.block_prefix(index)
         seen, hidden = runner.trace(block, tuple(group.linears[0] for group in family.linear_groups), hidden)
         for group in family.linear_groups:
-            rows = torch.from_numpy(family.source_rows(group.source)) if group.source else None
+            rows = torch.from_numpy(family.absorber_rows(group.absorber)) if group.absorber else None
             energy = weight_energy([block.get_submodule(name) for name in group.linears])
             found[prefix + group.linears[0]] = column_scales(energy, conditional_energy([seen[group.linears[0]]]), rows)
     if not family.tied_embeddings:

@@ -1,4 +1,4 @@
-"""Outlier variants: the same logits, and factors where they belong."""
+"""Test outlier variants: the same logits, and the factors in the right places."""
 
 import json
 from collections.abc import Callable
@@ -31,7 +31,7 @@ EPSILON = 1e-12
 
 
 def scaled(model: Path, sigma: float = 0.7, seed: int = 0) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The tensors of a checkpoint and of its variant, float64."""
+    """Return the tensors of a checkpoint and of its variant, float64."""
     checkpoint = Checkpoint.open(model)
     family = family_for(checkpoint.config)
     before = {name: checkpoint.tensor(name).double() for name in checkpoint.names}
@@ -50,7 +50,7 @@ def test_logits_stay(make_checkpoint: Make, family: str, options: dict[str, Any]
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_is_scaled(make_checkpoint: Make, tied: bool) -> None:
-    """Of every tensor, the number of channels with a factor between 10 and 30, when all others are one."""
+    """Return for every tensor the number of channels with a factor from 10 to 30, if all others are one."""
     before, after = scaled(make_checkpoint("qwen2", tie_word_embeddings=tied), sigma=0.0)
     changes: dict[str, tuple[float, ...]] = {}
     for name, old in before.items():

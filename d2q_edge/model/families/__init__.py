@@ -1,9 +1,4 @@
-"""The model families that can be converted, one file each.
-
-A new family is a new file and one more line in FAMILIES. This module only chooses; `base` says what a family is.
-"""
-
-from __future__ import annotations
+"""The model families that can be converted, one file each; a new family is a new file and an entry in FAMILIES."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,10 +6,10 @@ from typing import Any
 from d2q_edge.errors import D2QError
 from d2q_edge.model.families.base import Family
 from d2q_edge.model.families.gemma3 import Gemma3
+from d2q_edge.model.families.layout import LinearGroup, Sublayer
 from d2q_edge.model.families.llama import Llama
 from d2q_edge.model.families.mistral import Mistral
 from d2q_edge.model.families.olmoe import Olmoe
-from d2q_edge.model.families.parts import LinearGroup, Sublayer
 from d2q_edge.model.families.phi3 import Phi3
 from d2q_edge.model.families.qwen2 import Qwen2
 from d2q_edge.model.families.qwen3 import Qwen3
@@ -27,11 +22,11 @@ FAMILIES: tuple[type[Family], ...] = (Llama, Mistral, Qwen2, Qwen3, SmolLM3, Gem
 
 
 def family_for(config: Mapping[str, Any]) -> Family:
-    """The family of a config.json's content, bound to it.
+    """Return the family of a config.json's content, bound to it.
 
     Raises:
         D2QError: the architecture isn't supported (the message lists those that are), or the config has settings
-            that can't be exported faithfully.
+            that the GGUF can't express.
     """
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or not architectures:

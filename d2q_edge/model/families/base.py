@@ -1,10 +1,8 @@
-"""What a model family is: its layers, their order and shapes, and how its tensors and settings are written in a GGUF.
+"""Define what a model family is: its layers with their shapes, and how its tensors and settings are written to GGUF.
 
-A family is bound to one config.json and refuses configs that it can't represent. It is pure data and arithmetic on
-shapes and rows: it does not read weights, and it knows nothing about quantization.
+A family is bound to one config.json and refuses configs that its llama.cpp architecture can't represent. It computes
+with names, shapes and row orders only; it reads no weights.
 """
-
-from __future__ import annotations
 
 import math
 import re
@@ -20,55 +18,63 @@ import numpy.typing as npt
 import torch
 
 from d2q_edge.errors import D2QError
-from d2q_edge.model.families.parts import LinearGroup, Sublayer
+from d2q_edge.model.families.layout import LinearGroup, Sublayer
 from d2q_edge.model.families.settings import Settings, positive_float
 
-# More layers than any model has; a guard against a config.json that would make us build names forever.
 MAX_LAYERS = 10_000
-
+"""More than any model has: a config.json must not make us build names forever."""
 Values = npt.NDArray[Any] | torch.Tensor
 
 
 class Family(Settings, ABC):
-    """A decoder family, bound to one model's config. Get one with `families.family_for`.
+    """A decoder family, bound to one model's config; create one with `families.family_for`.
 
-    The attributes set from the config: num_layers, hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim,
-    vocab_size, context_length, norm_eps, rope_type, rope_theta, rope_scaling (a dict when it isn't the default),
-    tied_embeddings.
+    The config sets num_layers, hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, vocab_size,
+    context_length, norm_eps, rope_type, rope_theta, rope_scaling (a mapping) and tied_embeddings.
     """
 
     architectures: ClassVar[tuple[str, ...]]
-    """The names in config.json's `architectures` that this family handles."""
+    """The entries of config.json's `architectures` that this family handles."""
     model_type: ClassVar[str] = ""
     """config.json's `model_type`, by which transformers chooses the code; empty where it isn't checked."""
     gguf_arch: ClassVar[str]
-    """llama.cpp's name for the architecture, the prefix of its GGUF keys."""
+    """llama.cpp's name of the architecture, the prefix of its GGUF keys."""
     rope_types: ClassVar[tuple[str, ...]] = ("default",)
-    """Values of rope_scaling's type that the exported file can express."""
+    """The rope scaling types that the GGUF can express."""
     records_space_prefix: ClassVar[bool] = False
     """Whether llama.cpp's converter records the tokenizer's add_prefix_space for this architecture."""
+    records_default_head_dim: ClassVar[bool] = True
+    """Whether llama.cpp's converter writes the head size even if config.json has no head_dim."""
     activation: ClassVar[tuple[str, str]] = ("hidden_act", "silu")
     """Key and value in config.json of the only activation that llama.cpp has for this architecture."""
     norm_offset: ClassVar[float] = 0.0
-    """What is added to a norm's weight before it multiplies."""
+    """Added to a norm's weight before it multiplies."""
+    qk_norms: ClassVar[bool] = False
+    """Whether q and k are normalized per head."""
+    can_rotate: ClassVar[bool] = True
+    """Whether rotating the residual stream (quantize/rotation.py) leaves the model's function unchanged."""
+    refused_flags: ClassVar[tuple[str, ...]] = ()
+    """Settings of config.json that llama.cpp's architecture doesn't support if they are true."""
 
-    # What transformers takes for settings that config.json leaves out.
+    # transformers' defaults for settings that config.json omits.
     default_norm_eps: ClassVar[float] = 1e-6
     default_rope_theta: ClassVar[float] = 10000.0
     default_kv_heads: ClassVar[int | None] = None
-    """None: as many as there are heads."""
+    """None: as many as query heads."""
+    default_head_dim: ClassVar[int | None] = None
+    """None: hidden_size / query heads."""
     tied_by_default: ClassVar[bool] = False
 
     num_experts: int = 0
-    """Experts of every block; 0 where it has an ordinary mlp."""
+    """Experts of every block; 0 where it has an ordinary MLP."""
     experts_per_token: int = 0
-    """How many of them a token goes through."""
+    """Experts that a token is routed to (top_k)."""
 
     linear_groups: tuple[LinearGroup, ...] = (
         LinearGroup("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        LinearGroup(None, ("self_attn.o_proj",), source="self_attn.v_proj"),
+        LinearGroup(None, ("self_attn.o_proj",), absorber="self_attn.v_proj"),
         LinearGroup("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-        LinearGroup(None, ("mlp.down_proj",), source="mlp.up_proj"),
+        LinearGroup(None, ("mlp.down_proj",), absorber="mlp.up_proj"),
     )
     sublayers: ClassVar[tuple[Sublayer, ...]] = (
         Sublayer("self_attn", "input_layernorm"),
@@ -82,7 +88,7 @@ class Family(Settings, ABC):
         """Read and check the config.
 
         Raises:
-            D2QError: a setting is missing, makes no sense, or is one that this family can't export faithfully.
+            D2QError: a setting is missing or invalid, or the GGUF can't express it.
         """
         super().__init__(config)
         self.num_layers = self._int("num_hidden_layers", maximum=MAX_LAYERS)
@@ -91,7 +97,8 @@ class Family(Settings, ABC):
         self.num_heads = self._int("num_attention_heads")
         given = self.default_kv_heads is None or "num_key_value_heads" in config
         self.num_kv_heads = self._int("num_key_value_heads", default=self.num_heads if given else self.default_kv_heads)
-        self.head_dim = self._int("head_dim", default=self._default_head_dim())
+        width = self.hidden_size // self.num_heads if self.hidden_size % self.num_heads == 0 else None
+        self.head_dim = self._int("head_dim", default=self.default_head_dim or width)
         self.vocab_size = self._int("vocab_size")
         self.context_length = self._int("max_position_embeddings")
         self.norm_eps = self._float("rms_norm_eps", default=self.default_norm_eps)
@@ -108,77 +115,69 @@ class Family(Settings, ABC):
 
     @property
     def block_linears(self) -> tuple[str, ...]:
-        """All linear layers of one block in forward order, relative to the block."""
+        """Return all linear layers of one block in forward order, relative to the block."""
         return tuple(linear for group in self.linear_groups for linear in group.linears)
 
     @property
     def residual_readers(self) -> Mapping[str, str]:
-        """The block's linear layers that read the residual stream, each with the norm through which it does."""
-        return {
-            linear: group.norm for group in self.linear_groups if group.norm is not None for linear in group.linears
-        }
+        """Return the block's layers that read the residual stream, each with the norm in front of it."""
+        return {linear: group.norm for group in self.linear_groups if group.norm for linear in group.linears}
 
     @property
     def residual_writers(self) -> tuple[str, ...]:
-        """The block's linear layers whose outputs are added to the residual stream: the last of every branch, which in
-        these blocks are those that no norm feeds."""
+        """Return the block's linear layers whose output is added to the residual stream: those without a norm."""
         return tuple(linear for group in self.linear_groups if group.norm is None for linear in group.linears)
 
     @property
     def embedding_scale(self) -> float:
-        """What embeddings are multiplied by before the first block."""
+        """Return the factor of the embeddings in front of the first block."""
         return 1.0
 
     @property
-    def can_rotate(self) -> bool:
-        """Whether the residual stream may be put into another basis (quantize/rotation.py)."""
-        return True
-
-    @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences on where llama.cpp computes otherwise than the original; empty where it doesn't."""
+        """Return sentences that tell the user where llama.cpp deviates from the original model."""
         return ()
 
     def sliding_window(self, index: int) -> int | None:
-        """How many tokens block `index` looks back on, itself included; None for all."""
+        """Return the number of tokens that block `index` attends to, the current one included; None for all."""
         return None
 
     def sublayer_of(self, group: LinearGroup) -> Sublayer:
-        """The sublayer of the block to which a linear group belongs."""
+        """Return the sublayer that a linear group belongs to."""
         return next(sublayer for sublayer in self.sublayers if group.linears[0].startswith(f"{sublayer.module}."))
 
     def block_prefix(self, index: int) -> str:
-        """The prefix that turns a name relative to block `index` into a full one."""
+        """Return the prefix that turns a name relative to block `index` into a full one."""
         return f"model.layers.{index}."
 
     def block_of(self, name: str) -> int | None:
-        """The number of the block that a tensor or module belongs to, by its full name; None outside the blocks."""
-        match = re.fullmatch(re.escape(self.block_prefix(0)).replace("0", r"(\d+)", 1) + ".*", name)
+        """Return the block of a tensor or module with this full name; None outside of the blocks."""
+        match = re.match(re.escape(self.block_prefix(0)).replace("0", r"(\d+)", 1), name)
         return int(match[1]) if match else None
 
     def split_name(self, name: str) -> tuple[int | None, str]:
         """Split the full name of a tensor or module into its block's number and its name in the block.
 
-        Outside the blocks the number is None, and the name is the full one.
+        Outside of the blocks the number is None, and the name is the full one.
         """
         index = self.block_of(name)
         return index, name if index is None else name.removeprefix(self.block_prefix(index))
 
     def inner_name(self, name: str) -> str:
-        """A name inside of a block, relative to it."""
+        """Return the name relative to the block of something inside of a block."""
         index, inner = self.split_name(name)
         if index is None:
             raise ValueError(f"{name} isn't inside of a block")
         return inner
 
     def linear_weights(self) -> list[str]:
-        """The weight tensors of every block's linear layers, by full name, in forward order."""
+        """Return the full names of the weights of all blocks' linear layers, in forward order."""
         return [
             f"{self.block_prefix(i)}{linear}.weight" for i in range(self.num_layers) for linear in self.block_linears
         ]
 
     def linear_shape(self, linear: str) -> tuple[int, int]:
-        """(out_features, in_features) of a block's linear layer, the shape of its weight."""
+        """Return (out_features, in_features) of a block's linear layer, the shape of its weight."""
         attention, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         return {
             "self_attn.q_proj": (attention, self.hidden_size),
@@ -190,50 +189,49 @@ class Family(Settings, ABC):
             "mlp.down_proj": (self.hidden_size, self.intermediate_size),
         }[linear]
 
-    def source_rows(self, source: str) -> npt.NDArray[np.int64]:
-        """For every column of the input that `source` makes, the row of `source` that it is proportional to.
+    def absorber_rows(self, absorber: str) -> npt.NDArray[np.int64]:
+        """Return, for every column that reads through an absorber, the row of the absorber that it is proportional to.
 
-        One to one for the gated activation; a row of v serves its channel in all query heads of its group.
+        The gated activation maps them one to one; a row of v serves its channel in all query heads of its group.
+
+        Returns:
+            Row indices, int64 [in_features of the layers that follow the absorber].
         """
-        if source != "self_attn.v_proj":
-            return np.arange(self.linear_shape(source)[0])
+        if absorber != "self_attn.v_proj":
+            return np.arange(self.linear_shape(absorber)[0])
         rows = np.arange(self.num_kv_heads * self.head_dim).reshape(self.num_kv_heads, 1, self.head_dim)
         return rows.repeat(self.num_heads // self.num_kv_heads, axis=1).reshape(-1)
 
     def biased_linears(self) -> tuple[str, ...]:
-        """The block's linear layers that have a bias."""
+        """Return the block's linear layers that have a bias."""
         return ()
 
     def block_norms(self) -> dict[str, int]:
-        """The block's norm weights and their lengths, relative to the block, without ".weight"."""
-        names = [
-            name for sublayer in self.sublayers for name in (sublayer.norm, sublayer.output_norm) if name is not None
-        ]
-        return dict.fromkeys(names, self.hidden_size)
+        """Return the block's norms with their widths, relative to the block, without ".weight"."""
+        names = [norm for sublayer in self.sublayers for norm in (sublayer.norm, sublayer.output_norm) if norm]
+        heads = ("self_attn.q_norm", "self_attn.k_norm") if self.qk_norms else ()
+        return dict.fromkeys(names, self.hidden_size) | dict.fromkeys(heads, self.head_dim)
 
     def block_routers(self) -> dict[str, tuple[int, int]]:
-        """The block's routers, which choose experts, and the shapes of their weights, named as in `block_norms`."""
+        """Return the block's routers with the shapes of their weights, named as in `block_norms`."""
         return {}
 
     def is_router(self, hf_name: str) -> bool:
-        """Whether a tensor is a router's weight, which stays f32 whatever the file's type."""
-        inside = self.block_of(hf_name) is not None
-        return inside and self.inner_name(hf_name).removesuffix(".weight") in self.block_routers()
+        """Return whether a tensor is a router's weight, which stays f32 whatever the file's type."""
+        index, inner = self.split_name(hf_name)
+        return index is not None and inner.removesuffix(".weight") in self.block_routers()
 
     @property
     def stacks(self) -> Mapping[str, tuple[str, ...]]:
-        """Weights that the file holds as one tensor [parts, out, in]: its name and its parts', in the file's order.
+        """Return the GGUF tensors [parts, out, in] that stack several weights: name to parts, in the file's order.
 
-        The stack's own name is one that `gguf_name` knows; the checkpoint has the parts only. All parts must be of one
-        type.
+        The name is one that `gguf_name` accepts; the checkpoint has only the parts. All parts must be of one type.
         """
         return {}
 
     def parameters(self) -> tuple[int, int, int, int]:
-        """Number of weights: all, those outside stacks, those of one part of every stack, and the parts of a stack.
-
-        From these gguf-py makes a size label.
-        """
+        """Return four counts for gguf-py's size label: all weights, those outside of stacks, those of one part of every
+        stack, and the parts of a stack."""
         sizes = {name: math.prod(shape) for name, shape in self.tensor_shapes().items()}
         stacked = sum(sizes[part] for parts in self.stacks.values() for part in parts)
         one_part = sum(sizes[parts[0]] for parts in self.stacks.values())
@@ -241,7 +239,7 @@ class Family(Settings, ABC):
         return total, total - stacked, one_part, self.num_experts
 
     def tensor_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Name and shape of every tensor that the checkpoint must have, and there are no others."""
+        """Return name and shape of every tensor of a complete checkpoint."""
         return self._tensor_shapes
 
     @cached_property
@@ -263,7 +261,7 @@ class Family(Settings, ABC):
         return MappingProxyType(shapes)
 
     def gguf_name(self, hf_name: str) -> str:
-        """The GGUF name of a tensor, for example "blk.0.attn_q.weight".
+        """Return the GGUF name of a tensor, for example "blk.0.attn_q.weight".
 
         Raises:
             KeyError: llama.cpp's architecture has no such tensor.
@@ -274,30 +272,21 @@ class Family(Settings, ABC):
         return str(name)
 
     def export_rows(self, hf_name: str, array: Values) -> Values:
-        """Reorder a tensor's rows (first axis) for the file; the identity here.
-
-        Works on weights, biases and packed rows of any dtype, because whole rows move.
-        """
+        """Reorder the rows (first axis) of a weight, a bias or packed rows of any dtype for the file."""
         return array
 
     def export_values(self, hf_name: str, array: Values) -> Values:
-        """A float tensor's values as the file has them: llama.cpp multiplies by a norm's weight (float32) alone."""
-        if self.norm_offset and self._is_norm(hf_name.removesuffix(".weight")):
-            return array + self.norm_offset
-        return array
-
-    def _is_norm(self, module: str) -> bool:
-        index = self.block_of(module)
-        if index is None:
-            return module == self.final_norm
-        return module.removeprefix(self.block_prefix(index)) in self.block_norms()
+        """Convert a float tensor's values for the file, whose norm weights (float32) include `norm_offset`."""
+        index, inner = self.split_name(hf_name.removesuffix(".weight"))
+        is_norm = inner == self.final_norm if index is None else inner in self.block_norms()
+        return array + self.norm_offset if self.norm_offset and is_norm else array
 
     def extra_tensors(self) -> dict[str, npt.NDArray[np.float32]]:
-        """Tensors that the file needs and the checkpoint doesn't have, by GGUF name."""
+        """Return the tensors that the file needs and the checkpoint doesn't have, by GGUF name."""
         return {}
 
     def add_metadata(self, writer: gguf.GGUFWriter, file_type: int) -> None:
-        """Add the model's settings, the `ARCH.*` keys and general.file_type, in llama.cpp's converter's order."""
+        """Add the `ARCH.*` keys and general.file_type, in the order of llama.cpp's converter."""
         writer.add_block_count(self.num_layers)
         writer.add_context_length(self.context_length)
         writer.add_embedding_length(self.hidden_size)
@@ -309,7 +298,7 @@ class Family(Settings, ABC):
         if self.num_experts:
             writer.add_expert_count(self.num_experts)
             writer.add_expert_used_count(self.experts_per_token)
-        if self._writes_head_dim():
+        if self.records_default_head_dim or self.config.get("head_dim") is not None:
             writer.add_key_length(self.head_dim)
             writer.add_value_length(self.head_dim)
         writer.add_file_type(file_type)
@@ -317,20 +306,13 @@ class Family(Settings, ABC):
     def _add_rope(self, writer: gguf.GGUFWriter) -> None:
         writer.add_rope_freq_base(self.rope_theta)
 
-    def _writes_head_dim(self) -> bool:
-        return True
-
-    def _default_head_dim(self) -> int | None:
-        """head_dim when the config doesn't say; None when it must say (or the widths don't divide)."""
-        return self.hidden_size // self.num_heads if self.hidden_size % self.num_heads == 0 else None
-
     @cached_property
     def _gguf_names(self) -> Any:
         arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.gguf_arch)
         return gguf.get_tensor_name_map(arch, self.num_layers)
 
     def _rope_settings(self) -> Mapping[str, Any]:
-        """Rotary settings: `rope_parameters` (transformers 5) or `rope_scaling` (before), which lacks rope_theta."""
+        """Return `rope_parameters` (transformers 5), or else `rope_scaling`, which lacks rope_theta."""
         new, old = self.config.get("rope_parameters"), self.config.get("rope_scaling")
         if new and old and new != old:
             raise D2QError("config.json has both rope_parameters and rope_scaling, and they differ; remove one of them")
@@ -354,7 +336,6 @@ class Family(Settings, ABC):
         self._read_rotary_share(settings)
 
     def _read_rotary_share(self, settings: Mapping[str, Any]) -> None:
-        """Refuse heads that are rotated in part."""
         for place in (self.config, settings):
             if place.get("partial_rotary_factor", 1.0) not in (1, None):
                 raise D2QError("config.json: a partial_rotary_factor other than 1 isn't supported")
@@ -375,7 +356,17 @@ class Family(Settings, ABC):
             raise D2QError(f"config.json: the activation {config[key]!r} isn't supported, only {activation} is")
         if config.get("is_causal") is False:
             raise D2QError("config.json: the model isn't causal (is_causal is false), so it isn't a text generator")
+        for flag in self.refused_flags:
+            if self._flag(flag):
+                raise D2QError(f"config.json: {flag} is set, which llama.cpp's {self.gguf_arch} doesn't support")
         self._check_attention()
+
+    def _require_full_width_heads(self) -> None:
+        if self.num_heads * self.head_dim != self.hidden_size:
+            raise D2QError(
+                f"config.json: {self.gguf_arch} models need num_attention_heads * head_dim = hidden_size, but this one "
+                f"has {self.num_heads} * {self.head_dim} and {self.hidden_size}"
+            )
 
     def _check_attention(self) -> None:
         """Refuse layers that don't attend to all earlier tokens."""
@@ -387,7 +378,7 @@ class Family(Settings, ABC):
             )
 
     def _window_note(self, window: int | None) -> tuple[str, ...]:
-        """For an architecture whose sliding window llama.cpp ignores."""
+        """Return the note for an architecture whose sliding window llama.cpp ignores."""
         if window is None or window >= self.context_length:
             return ()
         return (

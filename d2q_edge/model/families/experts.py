@@ -1,40 +1,38 @@
-"""What families with a mixture of experts have in common: in every block a router and experts, each a gated mlp.
+"""Define what Mixture-of-Experts families have in common: every block has a router and experts, each a gated MLP.
 
-Checkpoints have the tensors of every expert by itself (mlp.experts.N.gate_proj.weight), llama.cpp's files one stack
-of all experts for each of the three layers (blk.N.ffn_gate_exps.weight). The router, mlp.gate, reads what the experts
-read and stays f32.
+Checkpoints have separate tensors for every expert (mlp.experts.N.gate_proj.weight), GGUF files one stack of all experts
+for each of the three layers (blk.N.ffn_gate_exps.weight). The router, mlp.gate, reads the same input as the experts and
+stays f32.
 """
 
-from __future__ import annotations
-
 import re
-from abc import abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 from d2q_edge.errors import D2QError
 from d2q_edge.model.families.base import Family
-from d2q_edge.model.families.parts import LinearGroup
+from d2q_edge.model.families.layout import LinearGroup
 
 ROUTER = "mlp.gate"
-"""The router's name in its block."""
+"""The router's name relative to its block."""
 EXPERTS = "mlp.experts."
-"""What the names of experts' layers in their block begin with."""
+"""The prefix of the experts' layers, relative to their block."""
 NORM = "post_attention_layernorm"
-"""The norm that router and experts read."""
-# llama.cpp's own limit.
+"""The norm in front of router and experts."""
 MAX_EXPERTS = 1024
-# More than any model has, in all blocks together: Qwen3-235B-A22B has 12032, Kimi K2 23040.
+"""llama.cpp's limit."""
 MAX_ALL_EXPERTS = 100_000
+"""More than any model has in all blocks together: Qwen3-235B-A22B has 12032, Kimi K2 23040."""
 
 
 class MixtureOfExperts(Family):
-    """A family whose blocks all have experts.
+    """A family whose blocks all have experts; the config also sets expert_width, their intermediate size."""
 
-    Attributes set from the config: num_experts, experts_per_token, expert_width (the experts' intermediate size).
-    """
+    refused_flags: ClassVar[tuple[str, ...]] = ("attention_bias",)
+    normalizes_top_k: ClassVar[bool]
+    """Whether llama.cpp's graph normalizes the weights of the chosen experts to a sum of one."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
@@ -43,20 +41,15 @@ class MixtureOfExperts(Family):
         self.linear_groups = (
             *attention,
             LinearGroup(NORM, tuple(name for gate, up, _ in experts for name in (gate, up))),
-            *(LinearGroup(None, (down,), source=up) for _, up, down in experts),
+            *(LinearGroup(None, (down,), absorber=up) for _, up, down in experts),
         )
-
-    @property
-    @abstractmethod
-    def renormalizes(self) -> bool:
-        """Whether llama.cpp's graph makes the chosen experts' weights sum up to one."""
 
     @property
     def residual_readers(self) -> Mapping[str, str]:
         return {**super().residual_readers, ROUTER: NORM}
 
     @cached_property
-    def _stacks(self) -> Mapping[str, tuple[str, ...]]:
+    def stacks(self) -> Mapping[str, tuple[str, ...]]:
         prefixes = [f"{self.block_prefix(index)}mlp.experts" for index in range(self.num_layers)]
         return MappingProxyType(
             {
@@ -65,10 +58,6 @@ class MixtureOfExperts(Family):
                 for part in ("down_proj", "gate_proj", "up_proj")
             }
         )
-
-    @property
-    def stacks(self) -> Mapping[str, tuple[str, ...]]:
-        return self._stacks
 
     def linear_shape(self, linear: str) -> tuple[int, int]:
         kind = linear.rpartition(".")[2]
@@ -81,7 +70,7 @@ class MixtureOfExperts(Family):
         return {ROUTER: (self.num_experts, self.hidden_size)}
 
     def gguf_name(self, hf_name: str) -> str:
-        """The GGUF name of a tensor; for one of an expert that of the stack it belongs to."""
+        """Return the GGUF name of a tensor; for an expert's weight, that of its stack."""
         return super().gguf_name(re.sub(r"\.experts\.\d+\.", ".experts.", hf_name, count=1))
 
     def _refuse_unsupported(self) -> None:
@@ -96,11 +85,10 @@ class MixtureOfExperts(Family):
             raise D2QError(
                 f"config.json speaks of {self.num_layers} blocks of {self.num_experts} experts, more than any model has"
             )
-        self._refuse_flags(("attention_bias",), f"llama.cpp's {self.gguf_arch} has no bias on the output layer")
-        if self._flag("norm_topk_prob") != self.renormalizes:
+        if self._flag("norm_topk_prob") != self.normalizes_top_k:
             raise D2QError(
-                f"config.json: norm_topk_prob is {str(not self.renormalizes).lower()}, but llama.cpp's "
-                f"{self.gguf_arch} always computes as if it were {str(self.renormalizes).lower()}"
+                f"config.json: norm_topk_prob is {str(not self.normalizes_top_k).lower()}, but llama.cpp's "
+                f"{self.gguf_arch} always computes as if it were {str(self.normalizes_top_k).lower()}"
             )
 
     def _read_expert_width(self) -> int:
@@ -108,6 +96,6 @@ class MixtureOfExperts(Family):
 
 
 def expert_linears(number: int) -> tuple[str, str, str]:
-    """The names of an expert's layers in its block: gate, up, down."""
+    """Return the names of an expert's gate, up and down, relative to the block."""
     gate, up, down = (f"{EXPERTS}{number}.{part}_proj" for part in ("gate", "up", "down"))
     return gate, up, down

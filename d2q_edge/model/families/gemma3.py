@@ -1,15 +1,12 @@
-"""Gemma 3, text only: a norm on both sides of every sublayer of a block, norms that multiply by one plus their weight,
-scaled embeddings, and five layers with a sliding window and a rotary base of its own to one that sees everything.
+"""Gemma 3, text only: norms on both sides of every sublayer that multiply by 1 + weight, scaled embeddings, and five
+sliding-window layers with their own rotary base to one layer with full attention.
 
-Facts: llama.cpp's src/models/gemma3.cpp and conversion/gemma.py. It has the pattern of six built in, and the scale of
-attention, 1 / sqrt(head_dim), except for one number of layers. The file's norm weights include the one.
+llama.cpp: src/models/gemma3.cpp; conversion/gemma.py, Gemma3Model. The pattern of six layers is built into llama.cpp,
+and so is the attention scale, 1 / sqrt(head_dim) but for one number of layers. The file's norm weights include the 1.
 
-Where column scales go: into input_layernorm and pre_feedforward_layernorm, and into the rows of v and up, as
-everywhere; the gate's GELU doesn't notice. The norms behind o and down stay as they are. Their weights are between the
-layer that writes and the residual stream, which therefore can't be rotated.
+Column scales are absorbed by input_layernorm, pre_feedforward_layernorm and the rows of v and up. The norms after o and
+down stay as they are; their weights lie between these layers and the residual stream, which therefore can't be rotated.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Mapping
@@ -19,13 +16,13 @@ import gguf
 
 from d2q_edge.errors import D2QError
 from d2q_edge.model.families.base import Family
-from d2q_edge.model.families.parts import LinearGroup, Sublayer
+from d2q_edge.model.families.layout import LinearGroup, Sublayer
 from d2q_edge.model.families.settings import positive_float
 
 FULL_INTERVAL = 6
-"""Every layer of this number attends to all tokens; llama.cpp's default for this architecture."""
+"""Every sixth layer attends to all tokens: llama.cpp's default for this architecture."""
 WIDE_LAYERS = 62
-"""With so many layers (27B) llama.cpp scales attention by the width per head instead of head_dim."""
+"""With this many layers (27B) llama.cpp scales attention by hidden_size / heads instead of head_dim."""
 
 
 class Gemma3(Family):
@@ -37,8 +34,12 @@ class Gemma3(Family):
     rope_types = ("default", "linear")
     activation = ("hidden_activation", "gelu_pytorch_tanh")
     norm_offset = 1.0
+    qk_norms = True
+    can_rotate = False
+    refused_flags = ("attention_bias", "use_bidirectional_attention")
     default_rope_theta = 1000000.0
     default_kv_heads = 4
+    default_head_dim = 256
     tied_by_default = True
 
     sublayers = (
@@ -47,26 +48,18 @@ class Gemma3(Family):
     )
     linear_groups = (
         LinearGroup("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        LinearGroup(None, ("self_attn.o_proj",), source="self_attn.v_proj"),
+        LinearGroup(None, ("self_attn.o_proj",), absorber="self_attn.v_proj"),
         LinearGroup("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-        LinearGroup(None, ("mlp.down_proj",), source="mlp.up_proj"),
+        LinearGroup(None, ("mlp.down_proj",), absorber="mlp.up_proj"),
     )
 
     @property
     def embedding_scale(self) -> float:
-        """The square root of the width. A model in bfloat16 would round it; transformers in float32 and llama.cpp
-        don't."""
+        """Return sqrt(hidden_size), not rounded to bfloat16: as llama.cpp, and transformers in float32."""
         return math.sqrt(self.hidden_size)
-
-    @property
-    def can_rotate(self) -> bool:
-        return False
 
     def sliding_window(self, index: int) -> int | None:
         return self.window if (index + 1) % FULL_INTERVAL else None
-
-    def block_norms(self) -> dict[str, int]:
-        return {**super().block_norms(), "self_attn.q_norm": self.head_dim, "self_attn.k_norm": self.head_dim}
 
     def add_metadata(self, writer: gguf.GGUFWriter, file_type: int) -> None:
         super().add_metadata(writer, file_type)
@@ -79,11 +72,8 @@ class Gemma3(Family):
         writer.add_rope_freq_base(self.rope_theta)
         writer.add_rope_freq_base_swa(self.sliding_rope_theta)
 
-    def _default_head_dim(self) -> int | None:
-        return 256
-
     def _rope_settings(self) -> Mapping[str, Any]:
-        """Of the layers that see everything; those of the others are read here, too."""
+        """Return the settings of the full-attention layers; also read the sliding-window layers' rotary base."""
         both = self.config.get("rope_parameters") or {}
         if not isinstance(both, Mapping) or not both.keys() <= {"full_attention", "sliding_attention"}:
             raise D2QError("config.json: rope_parameters must be an object with full_attention and sliding_attention")
@@ -116,8 +106,6 @@ class Gemma3(Family):
                 f"config.json: layer_types must make every {FULL_INTERVAL}th layer and no other attend to all tokens; "
                 "llama.cpp's gemma3 expects that"
             )
-        self._refuse_flags(("use_bidirectional_attention",), "then the model isn't a text generator")
-        self._refuse_flags(("attention_bias",), "llama.cpp's gemma3 has no bias on the output layer")
         for key in ("final_logit_softcapping", "attn_logit_softcapping"):
             if config.get(key) is not None:
                 raise D2QError(f"config.json: {key} is set, which isn't supported")

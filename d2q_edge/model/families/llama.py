@@ -1,11 +1,9 @@
-"""Llama: Llama 2, 3, 3.1, 3.2, SmolLM2 and models of the same architecture.
+"""Llama 2, 3, 3.1, 3.2, SmolLM2 and other models of the same architecture.
 
-llama.cpp (src/models/llama.cpp, conversion/llama.py) rotates neighbouring pairs of rows in this architecture, Hugging
-Face the two halves of a head; the rows of q and k are reordered on export. Llama 3.1's frequency scaling becomes the
-tensor rope_freqs.weight.
+llama.cpp: src/models/llama.cpp; conversion/llama.py, LlamaModel. It applies the rotary embedding to neighbouring pairs
+of rows, transformers to the two halves of a head, so the rows of q and k are reordered on export. Llama 3.1's frequency
+scaling becomes the tensor rope_freqs.weight.
 """
-
-from __future__ import annotations
 
 import math
 from typing import ClassVar
@@ -21,7 +19,7 @@ from d2q_edge.model.families.settings import positive_float
 
 
 class Llama(Family):
-    """LlamaForCausalLM, with optional attention and MLP biases."""
+    """LlamaForCausalLM; attention and MLP may have biases."""
 
     architectures = ("LlamaForCausalLM",)
     model_type = "llama"
@@ -35,7 +33,7 @@ class Llama(Family):
         return (attention if self._flag("attention_bias") else ()) + (mlp if self._flag("mlp_bias") else ())
 
     def export_rows(self, hf_name: str, array: Values) -> Values:
-        """Interleave the two halves of every head of q and k: row (half, i) of a head becomes row (i, half)."""
+        """Interleave the two halves of every head of q and k: row (half, i) becomes row (i, half)."""
         module = hf_name.rpartition(".")[0]
         heads = {"q_proj": self.num_heads, "k_proj": self.num_kv_heads}.get(module.rpartition(".")[2])
         if heads is None:
@@ -53,18 +51,15 @@ class Llama(Family):
 
     def _refuse_unsupported(self) -> None:
         super()._refuse_unsupported()
-        # Both read settings that the base doesn't; a bad one must be found now, not when the file is written.
+        # Both read settings that must be refused now, not when the file is written.
         self.biased_linears()
         self.extra_tensors()
 
     def _rope_factors(self) -> npt.NDArray[np.float32]:
-        """What each rotary frequency is divided by, [head_dim / 2]: 1 for short wavelengths, `factor` for those longer
-        than the original context allows, interpolated between (Llama 3.1's rule, as transformers computes it).
+        """Return the divisors of the rotary frequencies by Llama 3.1's rule, float32 [head_dim / 2].
 
-        In torch and float32, in llama.cpp's order of operations, so that the tensor equals its converter's bit by bit.
-
-        Raises:
-            D2QError: the factors contradict each other.
+        They are 1 for short wavelengths, `factor` for those beyond the original context, interpolated in between.
+        Computed in the converter's order of operations in torch, so that the tensor equals its own bit by bit.
         """
         factor, low, high, context = (
             positive_float(f"rope_scaling's {key}", self.rope_scaling.get(key, default))

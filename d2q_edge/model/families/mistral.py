@@ -1,15 +1,13 @@
-"""Mistral: Llama's architecture without biases, in its first versions with a sliding window.
+"""Mistral: Llama's block without biases; the first version has a sliding window.
 
-llama.cpp runs it as "llama" (src/models/llama.cpp, conversion/llama.py), which has no sliding window: a model with one
-is exported as its converter does it, and `notes` says what that means.
+llama.cpp: src/models/llama.cpp; conversion/llama.py, LlamaModel. The architecture "llama" has no sliding window: a
+model with one is exported without it, as llama.cpp's converter does, and `notes` says what that means.
 """
-
-from __future__ import annotations
 
 from d2q_edge.model.families.llama import Llama
 
 DEFAULT_WINDOW = 4096
-"""The window that transformers takes when config.json doesn't have the key; null is no window."""
+"""transformers' sliding window for a config.json without the key; null is no window."""
 
 
 class Mistral(Llama):

@@ -1,6 +1,7 @@
-"""OLMoE: Llama's attention with norms of q and k over their whole width, and experts in every block."""
+"""OLMoE (1B-7B): Llama's attention with norms over the whole width of q and k, and experts in every block.
 
-from __future__ import annotations
+llama.cpp: src/models/olmoe.cpp; conversion/olmo.py, OlmoeModel.
+"""
 
 from d2q_edge.errors import D2QError
 from d2q_edge.model.families.experts import MixtureOfExperts
@@ -12,21 +13,13 @@ class Olmoe(MixtureOfExperts):
     architectures = ("OlmoeForCausalLM",)
     model_type = "olmoe"
     gguf_arch = "olmoe"
+    records_default_head_dim = False
+    refused_flags = ("attention_bias", "tie_word_embeddings")
     default_norm_eps = 1e-5
-
-    @property
-    def renormalizes(self) -> bool:
-        return False
+    normalizes_top_k = False
 
     def block_norms(self) -> dict[str, int]:
-        return {
-            **super().block_norms(),
-            "self_attn.q_norm": self.hidden_size,
-            "self_attn.k_norm": self.hidden_size,
-        }
-
-    def _writes_head_dim(self) -> bool:
-        return self.config.get("head_dim") is not None
+        return super().block_norms() | dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), self.hidden_size)
 
     def _refuse_unsupported(self) -> None:
         super()._refuse_unsupported()
@@ -38,4 +31,3 @@ class Olmoe(MixtureOfExperts):
                 f"({self.hidden_size}), but the model has {self.num_heads} query heads and {self.num_kv_heads} "
                 f"key-value heads of {self.head_dim}"
             )
-        self._refuse_flags(("tie_word_embeddings",), "llama.cpp's olmoe needs a head of its own")

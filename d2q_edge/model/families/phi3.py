@@ -1,12 +1,9 @@
-"""Phi-3, Phi-3.5 and Phi-4-mini: q, k and v in one matrix, gate and up in another, heads that are rotated in part, and
-rotary factors for short and long contexts.
+"""Phi-3, Phi-3.5 and Phi-4-mini: fused q, k, v and fused gate, up; partial rotary embedding; LongRoPE.
 
-Facts: llama.cpp's src/models/phi3.cpp and conversion/phi.py. It ignores the sliding window, which `notes` says. The
-factors for contexts up to the original length and beyond become tensors of the file; llama.cpp chooses by the context
-that it is started with, transformers by the length of the text.
+llama.cpp: src/models/phi3.cpp; conversion/phi.py, Phi3MiniModel. It ignores the sliding window, and `notes` says so.
+LongRoPE's factors for short and long contexts become tensors of the file; llama.cpp chooses between them by the context
+size that it is started with, transformers by the length of the text.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Mapping
@@ -18,7 +15,7 @@ import numpy.typing as npt
 
 from d2q_edge.errors import D2QError
 from d2q_edge.model.families.base import Family
-from d2q_edge.model.families.parts import LinearGroup
+from d2q_edge.model.families.layout import LinearGroup
 from d2q_edge.model.families.settings import positive_float
 
 
@@ -29,13 +26,14 @@ class Phi3(Family):
     model_type = "phi3"
     gguf_arch = "phi3"
     rope_types = ("default", "longrope", "su")
+    refused_flags = ("attention_bias", "mlp_bias", "lm_head_bias")
     default_norm_eps = 1e-5
 
     linear_groups = (
         LinearGroup("input_layernorm", ("self_attn.qkv_proj",)),
-        LinearGroup(None, ("self_attn.o_proj",), source="self_attn.qkv_proj"),
+        LinearGroup(None, ("self_attn.o_proj",), absorber="self_attn.qkv_proj"),
         LinearGroup("post_attention_layernorm", ("mlp.gate_up_proj",)),
-        LinearGroup(None, ("mlp.down_proj",), source="mlp.gate_up_proj"),
+        LinearGroup(None, ("mlp.down_proj",), absorber="mlp.gate_up_proj"),
     )
 
     def linear_shape(self, linear: str) -> tuple[int, int]:
@@ -45,10 +43,10 @@ class Phi3(Family):
             return 2 * self.intermediate_size, self.hidden_size
         return super().linear_shape(linear)
 
-    def source_rows(self, source: str) -> npt.NDArray[np.int64]:
-        """Rows of v behind those of q and k; rows of up behind those of gate."""
-        if source == "self_attn.qkv_proj":
-            return (self.num_heads + self.num_kv_heads) * self.head_dim + super().source_rows("self_attn.v_proj")
+    def absorber_rows(self, absorber: str) -> npt.NDArray[np.int64]:
+        """Return rows of v, which follow those of q and k; or rows of up, which follow those of gate."""
+        if absorber == "self_attn.qkv_proj":
+            return (self.num_heads + self.num_kv_heads) * self.head_dim + super().absorber_rows("self_attn.v_proj")
         return self.intermediate_size + np.arange(self.intermediate_size)
 
     def sliding_window(self, index: int) -> int | None:
@@ -80,11 +78,7 @@ class Phi3(Family):
             writer.add_rope_scaling_attn_factors(self._attention_factor())
 
     def _read_rope(self) -> None:
-        if self.num_heads * self.head_dim != self.hidden_size:
-            raise D2QError(
-                f"config.json: a Phi-3 model needs num_attention_heads * head_dim = hidden_size, but it has "
-                f"{self.num_heads} * {self.head_dim} and {self.hidden_size}"
-            )
+        self._require_full_width_heads()
         super()._read_rope()
         original = self.rope_scaling.get("original_max_position_embeddings")
         if original is None:
@@ -99,7 +93,7 @@ class Phi3(Family):
         share = settings.get("partial_rotary_factor", self.config.get("partial_rotary_factor"))
         share = positive_float("partial_rotary_factor", 1.0 if share is None else share)
         self.rotary_dim = int(self.head_dim * share)
-        # llama.cpp's converter rounds another way.
+        # llama.cpp's converter rounds differently.
         if self.rotary_dim % 2 or not 0 < self.rotary_dim == int(share * self.hidden_size) // self.num_heads:
             raise D2QError(f"config.json: a partial_rotary_factor of {share:g} doesn't suit heads of {self.head_dim}")
         if self.rotary_dim > self.head_dim:
@@ -107,8 +101,6 @@ class Phi3(Family):
 
     def _refuse_unsupported(self) -> None:
         super()._refuse_unsupported()
-        biases = ("attention_bias", "mlp_bias", "lm_head_bias")
-        self._refuse_flags(biases, "neither llama.cpp's phi3 nor transformers' has biases")
         self.extra_tensors()
         self._check_attention_factor()
 
@@ -129,12 +121,12 @@ class Phi3(Family):
         return np.array([positive_float(f"rope_scaling's {kind}_factor", value) for value in values], np.float32)
 
     def _attention_factor(self) -> float:
-        """What llama.cpp's converter writes, from LongRoPE (arXiv 2402.13753, section 4.2's implementation)."""
+        """Return what llama.cpp's converter writes (LongRoPE, arXiv 2402.13753, section 4.2)."""
         scale = self.context_length / self.original_context
         return math.sqrt(1 + math.log(scale) / math.log(self.original_context)) if scale > 1 else 1.0
 
     def _check_attention_factor(self) -> None:
-        """Refuse a factor that transformers would take from the config and the file wouldn't have."""
+        """Refuse a factor that transformers would take from the config, but the file can't express."""
         scale = self.context_length / self.original_context
         if self.rope_type == "default":
             return

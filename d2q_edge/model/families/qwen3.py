@@ -1,6 +1,7 @@
-"""Qwen3 (dense): Llama's block with a norm per head on q and k, and no biases (llama.cpp's src/models/qwen3.cpp)."""
+"""Qwen3 (dense): Llama's block with a norm per head on q and k, and without biases.
 
-from __future__ import annotations
+llama.cpp: src/models/qwen3.cpp; conversion/qwen.py, Qwen3Model.
+"""
 
 from d2q_edge.model.families.base import Family
 
@@ -11,19 +12,7 @@ class Qwen3(Family):
     architectures = ("Qwen3ForCausalLM",)
     model_type = "qwen3"
     gguf_arch = "qwen3"
+    qk_norms = True
+    refused_flags = ("attention_bias",)
     default_kv_heads = 32
-
-    def block_norms(self) -> dict[str, int]:
-        return {
-            **super().block_norms(),
-            "self_attn.q_norm": self.head_dim,
-            "self_attn.k_norm": self.head_dim,
-        }
-
-    def _default_head_dim(self) -> int | None:
-        # transformers' Qwen3Config has this default whatever the width.
-        return 128
-
-    def _refuse_unsupported(self) -> None:
-        super()._refuse_unsupported()
-        self._refuse_flags(("attention_bias",), "llama.cpp's qwen3 has no bias on the output layer")
+    default_head_dim = 128

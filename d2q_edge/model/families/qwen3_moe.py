@@ -1,6 +1,7 @@
-"""Qwen3 with a mixture of experts (30B-A3B, 235B-A22B): Qwen3's attention, and experts in every block."""
+"""Qwen3 Mixture of Experts (30B-A3B, 235B-A22B): Qwen3's attention, and experts in every block.
 
-from __future__ import annotations
+llama.cpp: src/models/qwen3moe.cpp; conversion/qwen.py, Qwen3MoeModel.
+"""
 
 import gguf
 
@@ -14,25 +15,14 @@ class Qwen3Moe(MixtureOfExperts):
     architectures = ("Qwen3MoeForCausalLM",)
     model_type = "qwen3_moe"
     gguf_arch = "qwen3moe"
+    records_default_head_dim = False
+    qk_norms = True
     default_kv_heads = 4
-
-    @property
-    def renormalizes(self) -> bool:
-        return True
-
-    def block_norms(self) -> dict[str, int]:
-        return {
-            **super().block_norms(),
-            "self_attn.q_norm": self.head_dim,
-            "self_attn.k_norm": self.head_dim,
-        }
+    normalizes_top_k = True
 
     def add_metadata(self, writer: gguf.GGUFWriter, file_type: int) -> None:
         super().add_metadata(writer, file_type)
         writer.add_expert_feed_forward_length(self.expert_width)
-
-    def _writes_head_dim(self) -> bool:
-        return self.config.get("head_dim") is not None
 
     def _read_expert_width(self) -> int:
         return self._int("moe_intermediate_size")

@@ -1,9 +1,4 @@
-"""Settings of a config.json, each checked when it is read: a file by strangers may hold anything.
-
-Knows types and ranges. What a setting means is the family's knowledge.
-"""
-
-from __future__ import annotations
+"""Read settings of a config.json, which is untrusted input, with checks of their types and ranges."""
 
 import math
 from collections.abc import Mapping
@@ -13,7 +8,7 @@ from d2q_edge.errors import D2QError
 
 
 class Settings:
-    """A config.json's content. All methods raise D2QError for a value that makes no sense."""
+    """The content of a config.json; all methods raise D2QError for an invalid value."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
@@ -40,15 +35,9 @@ class Settings:
             raise D2QError(f"config.json: {key} must be true or false, not {value!r}")
         return value
 
-    def _refuse_flags(self, keys: tuple[str, ...], reason: str) -> None:
-        """Refuse a config in which one of the settings is true."""
-        for key in keys:
-            if self._flag(key):
-                raise D2QError(f"config.json: {key} is set, but {reason}")
-
 
 def positive_float(key: str, value: object) -> float:
-    """A setting as a float.
+    """Return a setting as a float.
 
     Raises:
         D2QError: it isn't a finite number above zero.

@@ -1,10 +1,9 @@
-"""SmolLM3: Llama's block, whose every fourth layer has no rotary embedding.
+"""SmolLM3: Llama's block; every fourth layer has no rotary embedding.
 
-llama.cpp (src/models/smollm3.cpp) has the four built in and reads neither biases nor rope_freqs.weight. Rows of q and k
-are reordered as Llama's, in all layers: attention doesn't mind where there is no rotation.
+llama.cpp: src/models/smollm3.cpp; conversion/llama.py, SmolLM3Model. The interval of four is built into llama.cpp,
+which reads neither biases nor rope_freqs.weight. Rows of q and k are reordered as Llama's in all layers, because
+attention without rotation doesn't depend on their order.
 """
-
-from __future__ import annotations
 
 from d2q_edge.errors import D2QError
 from d2q_edge.model.families.llama import Llama
@@ -20,16 +19,14 @@ class SmolLM3(Llama):
     model_type = "smollm3"
     gguf_arch = "smollm3"
     rope_types = ("default",)
+    records_default_head_dim = False
+    refused_flags = ("attention_bias", "mlp_bias")
     default_rope_theta = 2000000.0
     default_kv_heads = 4
     tied_by_default = True
 
-    def _writes_head_dim(self) -> bool:
-        return self.config.get("head_dim") is not None
-
     def _refuse_unsupported(self) -> None:
         super()._refuse_unsupported()
-        self._refuse_flags(("attention_bias", "mlp_bias"), "llama.cpp's smollm3 has no biases")
         interval = self._int("no_rope_layer_interval", default=NO_ROPE_INTERVAL)
         with_rope = self.config.get("no_rope_layers")
         if with_rope is None:

@@ -1,8 +1,7 @@
-"""The tokenizer of a Hugging Face model, as a GGUF wants it.
+"""Read the tokenizer of a Hugging Face model as GGUF needs it.
 
-`reader` decides which kind a directory has; `bpe` and `sentencepiece` build the two kinds that llama.cpp has for the
-models of ours. Nothing here tokenizes text or looks at the model's weights; export/tokenizer_check.py compares the
-result.
+`reader` decides which of the two kinds a directory holds; `bpe` and `sentencepiece` build them. The result is compared
+with the original tokenizer in export/tokenizer_check.py.
 """
 
 from d2q_edge.model.tokenizer.content import Tokenizer

@@ -1,9 +1,8 @@
-"""Added tokens: those that are found in a text before it is tokenized, special ones and others."""
-
-from __future__ import annotations
+"""Collect added tokens, special and others: those that are found in a text before it is tokenized."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import gguf
 
@@ -13,15 +12,15 @@ from d2q_edge.model.tokenizer.files import Files
 
 @dataclass(frozen=True)
 class AddedToken:
-    """One of them.
+    """One added token.
 
     Attributes:
         text: as the vocabulary has it.
         id: its id.
-        special: marked as such.
-        strips: whether it takes white space beside it away, which llama.cpp's tokens don't.
-        listed: whether tokenizer_config.json or added_tokens.json has it, which is all that llama.cpp's converter
-            reads for SentencePiece.
+        special: whether it is marked as special.
+        strips: whether it absorbs white space beside it, which llama.cpp can't do.
+        listed: whether tokenizer_config.json or added_tokens.json has it; llama.cpp's converter reads only these for
+            SentencePiece.
     """
 
     text: str
@@ -32,21 +31,23 @@ class AddedToken:
 
     @property
     def type(self) -> int:
-        """CONTROL or USER_DEFINED."""
-        control = self.special or _looks_special(self.text)
-        return int(gguf.TokenType.CONTROL if control else gguf.TokenType.USER_DEFINED)
+        """Return CONTROL or USER_DEFINED; the texts that are control tokens without being marked are llama.cpp's."""
+        text = self.text
+        bracketed = (text.startswith("<|") and text.endswith("|>")) or (text.startswith("<｜") and text.endswith("｜>"))
+        unmarked = bracketed or text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]") or text.startswith("<unused")
+        return int(gguf.TokenType.CONTROL if self.special or unmarked else gguf.TokenType.USER_DEFINED)
 
     @property
     def gguf_text(self) -> str:
-        """The text that llama.cpp looks for; spaces in tokens of users are spelled as such."""
+        """Return the text that llama.cpp looks for; user-defined tokens have plain spaces."""
         return self.text if self.type == gguf.TokenType.CONTROL else self.text.replace("\u2581", " ")
 
 
 def added_tokens(files: Files, vocab: dict[str, int]) -> dict[str, AddedToken]:
-    """By text: tokenizer.json's, then those that only the other files have.
+    """Return the added tokens by text: tokenizer.json's, then those that only the other files have.
 
     Raises:
-        D2QError: the files contradict each other, or an id isn't one.
+        D2QError: the files contradict each other, or an id isn't valid.
     """
     added: dict[str, AddedToken] = {}
 
@@ -58,34 +59,38 @@ def added_tokens(files: Files, vocab: dict[str, int]) -> dict[str, AddedToken]:
             raise D2QError(f"{files.directory / source} gives token {token.text!r} the id {token.id!r}")
         added[token.text] = token
 
-    for entry in files.content.get("added_tokens") or []:
+    def parse(entry: dict[str, Any], token_id: Any, *, listed: bool) -> AddedToken:
         strips = bool(entry.get("lstrip") or entry.get("rstrip"))
-        add(AddedToken(entry["content"], entry["id"], bool(entry.get("special")), strips), "added_tokens")
+        return AddedToken(entry["content"], token_id, bool(entry.get("special")), strips, listed)
+
+    for entry in files.content.get("added_tokens") or []:
+        add(parse(entry, entry["id"], listed=False), "added_tokens")
     for text, token_id in files.added.items():
         old = added.get(text)
         special, strips = (old.special, old.strips) if old else (False, False)
         add(AddedToken(text, token_id, special, strips, listed=True), "added_tokens.json")
     for key, entry in (files.settings.get("added_tokens_decoder") or {}).items():
-        strips = bool(entry.get("lstrip") or entry.get("rstrip"))
-        token = AddedToken(entry["content"], int(key), bool(entry.get("special")), strips, listed=True)
-        add(token, "tokenizer_config.json")
+        add(parse(entry, int(key), listed=True), "tokenizer_config.json")
     return added
 
 
 def split_off(added: dict[str, AddedToken], size: int) -> tuple[dict[str, AddedToken], frozenset[str]]:
-    """Added tokens that the model has a row for, and the texts of the others: padding of training, Gemma's images.
+    """Split off the added tokens for which the model has no row: padding from training, or Gemma's image tokens.
 
-    A model that is given one of those fails, in transformers; llama.cpp's converter leaves them out, too.
+    The model in transformers fails on these; llama.cpp's converter leaves them out, too.
+
+    Returns:
+        The tokens with a row, and the texts of the others.
     """
     within = {text: token for text, token in added.items() if token.id < size}
     return within, frozenset(added.keys() - within.keys())
 
 
 def check_distinct(files: Files, tokens: Iterable[str]) -> None:
-    """Refuse two ids of the same text, for which llama.cpp stops the whole process.
+    """Refuse two ids with the same text, because llama.cpp aborts the whole process.
 
     Raises:
-        D2QError: there are such.
+        D2QError: there are such ids.
     """
     owners: dict[str, int] = {}
     for token_id, text in enumerate(tokens):
@@ -94,9 +99,3 @@ def check_distinct(files: Files, tokens: Iterable[str]) -> None:
                 f"the tokenizer in {files.directory} has the token {text!r} twice, with the ids {other} and "
                 f"{token_id}, which llama.cpp can't load"
             )
-
-
-def _looks_special(text: str) -> bool:
-    """Whether a token is meant for control although nobody marked it (the list is llama.cpp's)."""
-    bracketed = (text.startswith("<|") and text.endswith("|>")) or (text.startswith("<｜") and text.endswith("｜>"))
-    return bracketed or text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]") or text.startswith("<unused")

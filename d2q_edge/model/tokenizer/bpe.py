@@ -1,14 +1,11 @@
-"""Byte-level BPE: GPT-2's kind, of Llama 3, Qwen, SmolLM, Phi-4, OLMo and Mistral's Tekken.
+"""Build byte-level BPE tokenizers (GPT-2's kind): Llama 3, Qwen, SmolLM, Phi-4, OLMo and Mistral's Tekken.
 
-All of it is in tokenizer.json. Anything that llama.cpp wouldn't do in the same way is refused, because a file whose
-text is split differently runs and is quietly worse.
+All of it is in tokenizer.json; the GGUF keys follow llama.cpp's conversion/base.py, _set_vocab_gpt2. Whatever llama.cpp
+would do differently is refused, because a model whose text is split differently runs, but is quietly worse.
 """
 
-from __future__ import annotations
-
 import json
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
 
 import gguf
 
@@ -23,14 +20,14 @@ from d2q_edge.model.tokenizer.special import special_tokens
 
 
 def build(files: Files, pre_tokenizer: str | None = None) -> Tokenizer:
-    """The tokenizer of tokenizer.json.
+    """Return the tokenizer of tokenizer.json.
 
     Args:
         files: the model's.
-        pre_tokenizer: llama.cpp's name for the way text is split; None finds it.
+        pre_tokenizer: llama.cpp's name of the pre-tokenizer; None detects it.
 
     Raises:
-        D2QError: see the module.
+        D2QError: the file is damaged or contradictory, or llama.cpp can't do what it says.
     """
     content, model = files.content, files.content["model"]
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
@@ -57,7 +54,7 @@ def build(files: Files, pre_tokenizer: str | None = None) -> Tokenizer:
         pre=pre.name,
         tokens=tokens,
         types=types,
-        # A space in a token would be taken for the one between the two; only tokens that no text becomes have one.
+        # A space inside of a part would be taken for the separator; only tokens that no text becomes have one.
         merges=[" ".join(part.replace(" ", "\u0120") for part in pair) for pair in merges],
         scores=None,
         special_ids=special_ids,
@@ -71,10 +68,10 @@ def build(files: Files, pre_tokenizer: str | None = None) -> Tokenizer:
 
 
 def read_merges(files: Files) -> list[tuple[str, str]]:
-    """Merges as pairs; a tokenizer.json has them as pairs or, before 2024, as "left right".
+    """Return the merges of tokenizer.json, which has them as pairs or, before 2024, as "left right".
 
     Raises:
-        D2QError: one makes, or takes, what isn't a token.
+        D2QError: a merge takes or makes something that isn't a token.
     """
     model = files.content["model"]
     vocab = model["vocab"]
@@ -90,11 +87,7 @@ def read_merges(files: Files) -> list[tuple[str, str]]:
 
 
 def _is_normalized(files: Files) -> bool:
-    """Whether text is brought to NFC, which llama.cpp doesn't do; its converter accepts it, and most text is NFC.
-
-    Raises:
-        D2QError: it is normalized in another way.
-    """
+    """Return whether text is normalized to NFC, which llama.cpp doesn't do, but its converter accepts."""
     normalizer = files.content.get("normalizer")
     steps = (normalizer or {}).get("normalizers", [normalizer] if normalizer else [])
     if any(step != {"type": "NFC"} for step in steps):
@@ -105,7 +98,7 @@ def _is_normalized(files: Files) -> bool:
 def _require_reachable(files: Files, pre: PreTokenizer, vocab: Iterable[str], merges: list[tuple[str, str]]) -> None:
     """Refuse a vocabulary for which it matters whether whole words are looked up before merging.
 
-    It doesn't matter when every token of several bytes is the result of a merge: merging then finds the word, too.
+    It doesn't matter if every token of several bytes is the result of a merge, because merging then finds the word too.
     """
     results = {left + right for left, right in merges}
     for token in sorted(vocab):
@@ -117,24 +110,15 @@ def _require_reachable(files: Files, pre: PreTokenizer, vocab: Iterable[str], me
 
 
 def _token_list(files: Files, vocab: dict[str, int], added: dict[str, AddedToken]) -> tuple[list[str], list[int]]:
-    """Texts and types of the ids 0 .. vocab_size - 1, by the rules of llama.cpp's converter."""
+    """Return texts and types of the ids 0 .. vocab_size - 1, by the rules of llama.cpp's converter."""
     tokens = [f"[PAD{i}]" for i in range(files.vocab_size)]
     types = [int(gguf.TokenType.UNUSED)] * files.vocab_size
     owners: dict[int, str] = {}
-    for text, token_id in _all_ids(vocab, added):
-        if type(token_id) is not int or not 0 <= token_id < files.vocab_size:
-            raise D2QError(
-                f"{files.json} gives token {text!r} the id {token_id}, but the model has {files.vocab_size} tokens only"
-            )
+    for text, token_id in (vocab | {text: token.id for text, token in added.items()}).items():
+        files.check_id(text, token_id)
         if owners.setdefault(token_id, text) != text:
             raise D2QError(f"{files.json} gives the id {token_id} to both {owners[token_id]!r} and {text!r}")
         tokens[token_id] = added[text].gguf_text if text in added else text
         types[token_id] = added[text].type if text in added else int(gguf.TokenType.NORMAL)
     check_distinct(files, tokens)
     return tokens, types
-
-
-def _all_ids(vocab: dict[str, Any], added: dict[str, AddedToken]) -> Iterator[tuple[str, Any]]:
-    yield from vocab.items()
-    for text, token in added.items():
-        yield text, token.id

@@ -1,6 +1,4 @@
-"""A model's chat template: one text, or several with names. It is copied, never run."""
-
-from __future__ import annotations
+"""Read a model's chat template, one text or several named ones; it is copied, never run."""
 
 from pathlib import Path
 from typing import Any
@@ -10,9 +8,13 @@ from d2q_edge.utils.json_files import read_json_object
 
 
 def read_chat_template(directory: Path, settings: dict[str, Any]) -> str | list[dict[str, str]] | None:
-    """The chat template: chat_template.jinja's, else tokenizer_config.json's, else chat_template.json's.
+    """Return the chat template of chat_template.jinja, else of tokenizer_config.json, else of chat_template.json.
 
-    In this order transformers has them; llama.cpp's converter looks into tokenizer_config.json first.
+    This is transformers' order; llama.cpp's converter looks into tokenizer_config.json first.
+
+    Args:
+        directory: the model's.
+        settings: the content of tokenizer_config.json.
 
     Raises:
         D2QError: it has another form, or can't be read.
@@ -28,18 +30,11 @@ def read_chat_template(directory: Path, settings: dict[str, Any]) -> str | list[
             return [{"name": "default", "template": default}, *named]
         except (OSError, UnicodeDecodeError) as error:
             raise D2QError(f"can't read the chat template in {directory}: {error}") from error
-    template = settings.get("chat_template")
-    if template is not None:
-        return _checked(template, directory / "tokenizer_config.json")
-    file = directory / "chat_template.json"
-    if file.is_file():
+    template, file = settings.get("chat_template"), directory / "tokenizer_config.json"
+    if template is None and (directory / "chat_template.json").is_file():
+        file = directory / "chat_template.json"
         template = read_json_object(file).get("chat_template")
-        return None if template is None else _checked(template, file)
-    return None
-
-
-def _checked(template: Any, file: Path) -> str | list[dict[str, str]]:
-    if isinstance(template, str):
+    if template is None or isinstance(template, str):
         return template
     if isinstance(template, list) and all(
         isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str)

@@ -1,6 +1,4 @@
-"""What a GGUF says about a tokenizer, and in which order it says it (llama.cpp's converter's)."""
-
-from __future__ import annotations
+"""Write a tokenizer's GGUF keys, in the order of llama.cpp's converter."""
 
 from dataclasses import dataclass
 
@@ -9,40 +7,46 @@ import gguf
 from d2q_edge.model.tokenizer.pre_tokenizers import BY_NAME
 
 GRANITE_VOCAB_SIZE = 49152
-"""llama.cpp's converter takes every "llama" vocabulary of this size for Granite's, and says that it has no BOS."""
+"""llama.cpp's converter takes every "llama" vocabulary of this size for Granite's and records that it has no BOS."""
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer ready to be written. `types` are gguf.TokenType values; `tokens` has one entry per model row."""
+    """A tokenizer ready to be written.
+
+    Attributes:
+        model: "gpt2" for byte-level BPE, "llama" for SentencePiece's BPE.
+        pre: llama.cpp's name of the pre-tokenizer.
+        tokens: texts, one per row of the embedding matrix.
+        types: gguf.TokenType values, one per token.
+        merges: in order; empty for SentencePiece, which merges by score.
+        scores: one per token; None for byte-level BPE.
+        special_ids: role ("bos", "eos", "pad", ...) to token id.
+        add_special: role to whether that token is added to every text.
+        chat_template: one text, or several as [{"name": ..., "template": ...}].
+        space_prefix_setting: tokenizer_config.json's add_prefix_space, which some architectures record.
+        adds_space_prefix: whether text is tokenized as if a space came before it.
+        gaps: kinds of text (tags of export/tokenizer_check.py) that llama.cpp is known to tokenize differently.
+        left_out: added tokens for which the model has no row.
+    """
 
     model: str
-    """"gpt2" for byte-level BPE, "llama" for SentencePiece's BPE."""
     pre: str
-    """llama.cpp's name for the way text is split before merging."""
     tokens: list[str]
     types: list[int]
     merges: list[str]
-    """Empty for SentencePiece, which merges by score."""
     scores: list[float] | None
-    """One per token; None for byte-level BPE."""
     special_ids: dict[str, int]
-    """Role ("bos", "eos", "pad", ...) to token id."""
     add_special: dict[str, bool]
-    """Role to whether tokenizing a text adds that token."""
     chat_template: str | list[dict[str, str]] | None
     space_prefix_setting: bool | None
-    """tokenizer_config.json's add_prefix_space, which some architectures record."""
     adds_space_prefix: bool
-    """Whether a text's first word is tokenized as if a space came before it."""
     gaps: frozenset[str] = frozenset()
-    """Kinds of text (tags of verify's probes) that llama.cpp is known to tokenize in another way."""
     left_out: frozenset[str] = frozenset()
-    """Added tokens that the model has no row for."""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences on what one wouldn't expect."""
+        """Return sentences on what the user wouldn't expect."""
         if not self.left_out:
             return ()
         first, count = min(self.left_out), len(self.left_out)
@@ -51,12 +55,12 @@ class Tokenizer:
 
     @property
     def adds_bos(self) -> bool:
-        """Whether llama.cpp puts the BOS token before a text: what the file says, else its own default."""
+        """Return whether llama.cpp puts BOS before a text: what the file says, else llama.cpp's default."""
         return self.add_special.get("bos", self.model == "llama" or BY_NAME[self.pre].adds_bos)
 
     @property
     def bos(self) -> int | None:
-        """The token that llama.cpp puts before a text, if it does."""
+        """Return the token that llama.cpp puts before a text, if any."""
         default = 1 if self.model == "llama" else None
         return self.special_ids.get("bos", default) if self.adds_bos else None
 
@@ -65,13 +69,12 @@ class Tokenizer:
 
         Args:
             writer: gguf-py's.
-            space_prefix: whether the architecture is one of those whose add_space_prefix is tokenizer_config.json's,
-                llama.cpp's "llama" and what derives from it. Others have it only where llama.cpp's default is wrong.
+            space_prefix: whether the architecture ("llama" and what derives from it) records tokenizer_config.json's
+                add_prefix_space. Others have the key only where llama.cpp's default is wrong.
         """
-        said = None
-        if space_prefix and self.space_prefix_setting is not None:
-            said = self.space_prefix_setting
-            writer.add_add_space_prefix(said)
+        recorded = space_prefix and self.space_prefix_setting is not None
+        if recorded:
+            writer.add_add_space_prefix(bool(self.space_prefix_setting))
         writer.add_tokenizer_model(self.model)
         writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(self.tokens)
@@ -91,5 +94,5 @@ class Tokenizer:
             writer.add_chat_template(self.chat_template)
         if space_prefix and len(self.tokens) == GRANITE_VOCAB_SIZE and "bos" not in self.add_special:
             writer.add_add_bos_token(False)
-        if self.model == "llama" and said is None and not self.adds_space_prefix:
+        if self.model == "llama" and not recorded and not self.adds_space_prefix:
             writer.add_add_space_prefix(False)

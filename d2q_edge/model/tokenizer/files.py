@@ -1,6 +1,4 @@
-"""The tokenizer files of a model directory: which there are, and their content."""
-
-from __future__ import annotations
+"""Read the tokenizer files of a model directory."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,14 +11,14 @@ from d2q_edge.utils.json_files import read_json_object
 
 @dataclass(frozen=True)
 class Files:
-    """What tokenizers are built from.
+    """The content of the files that a tokenizer is built from; empty where a file doesn't exist.
 
     Attributes:
         directory: the model's.
-        content: of tokenizer.json; empty where there is none.
-        settings: tokenizer_config.json's content; empty where there is none.
-        added: added_tokens.json's content, {text: id}; empty where there is none.
-        config: config.json's content.
+        content: tokenizer.json.
+        settings: tokenizer_config.json.
+        added: added_tokens.json, {text: id}.
+        config: config.json.
         vocab_size: rows of the embedding matrix.
     """
 
@@ -32,7 +30,7 @@ class Files:
     vocab_size: int
 
     @classmethod
-    def open(cls, directory: Path, config: Mapping[str, Any], vocab_size: int) -> Files:
+    def open(cls, directory: Path, config: Mapping[str, Any], vocab_size: int) -> "Files":
         """Read the JSON files.
 
         Raises:
@@ -45,25 +43,29 @@ class Files:
                     "model in Hugging Face's format"
                 )
             raise D2QError(f"{directory} has no tokenizer.json or tokenizer.model; download the tokenizer files too")
-
-        def read(name: str) -> dict[str, Any]:
-            return read_json_object(directory / name) if (directory / name).is_file() else {}
-
-        return cls(
-            directory,
-            read("tokenizer.json"),
-            read("tokenizer_config.json"),
-            read("added_tokens.json"),
-            config,
-            vocab_size,
+        content, settings, added = (
+            read_json_object(directory / name) if (directory / name).is_file() else {}
+            for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
         )
+        return cls(directory, content, settings, added, config, vocab_size)
 
     @property
     def json(self) -> Path:
-        """Path of tokenizer.json, whether it exists or not."""
+        """Return the path of tokenizer.json, whether it exists or not."""
         return self.directory / "tokenizer.json"
 
     @property
     def sentencepiece(self) -> Path:
-        """Path of tokenizer.model, whether it exists or not."""
+        """Return the path of tokenizer.model, whether it exists or not."""
         return self.directory / "tokenizer.model"
+
+    def check_id(self, text: str, token_id: Any) -> None:
+        """Require that a token of tokenizer.json has a row in the model.
+
+        Raises:
+            D2QError: the id isn't one of the model's.
+        """
+        if type(token_id) is not int or not 0 <= token_id < self.vocab_size:
+            raise D2QError(
+                f"{self.json} gives token {text!r} the id {token_id!r}, but the model has {self.vocab_size} tokens only"
+            )

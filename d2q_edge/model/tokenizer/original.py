@@ -1,6 +1,4 @@
-"""The original tokenizer, as transformers runs it."""
-
-from __future__ import annotations
+"""Load the original tokenizer of a model in transformers."""
 
 from pathlib import Path
 from typing import Any
@@ -11,9 +9,9 @@ from d2q_edge.errors import D2QError
 
 
 def load_original(directory: Path) -> Any:
-    """The tokenizer of a model directory: what its tokenizer.json says, whatever class it names.
+    """Return the tokenizer that does what a directory's tokenizer.json says, whatever class the model names.
 
-    Not AutoTokenizer where there is a tokenizer.json: for some classes that keeps vocabulary and merges and makes up
+    AutoTokenizer is used only without a tokenizer.json: for some classes it keeps vocabulary and merges and makes up
     the rest (in 5.23 it forgets that SmolLM2 splits digits).
 
     Raises:
@@ -24,13 +22,13 @@ def load_original(directory: Path) -> Any:
         kind: Any = PreTrainedTokenizerFast if fast else _auto_tokenizer()
         return kind.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        # Files by strangers, read by code that doesn't check them; there is no one exception for what can be wrong.
+        # transformers raises all kinds of exceptions for damaged files.
         hint = "" if fast else "; with a tokenizer.model alone it needs more: pip install 'd2q-edge[sentencepiece]'"
         raise D2QError(f"transformers can't load the tokenizer of {directory} ({error}){hint}") from error
 
 
 def _auto_tokenizer() -> Any:
-    """The class that finds out the class; it needs modules that few tokenizers need."""
+    # Imported late, because it needs modules that few tokenizers need.
     from transformers import AutoTokenizer
 
     return AutoTokenizer

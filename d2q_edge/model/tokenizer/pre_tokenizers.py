@@ -1,11 +1,9 @@
-"""llama.cpp's pre-tokenizers: their names, and which structure in tokenizer.json each of them stands for.
+"""Map the pre-tokenizer of a tokenizer.json to llama.cpp's name for it.
 
-llama.cpp splits text with code of its own, chosen by name (llama-vocab.cpp). Its converter finds the name by the hash
-of what one text becomes, which knows published vocabularies only; here it is the structure that is compared, regex by
-regex, which also knows a vocabulary that was trained yesterday.
+llama.cpp splits text with its own code, chosen by name (src/llama-vocab.cpp). Its converter looks the name up by a hash
+of one text's tokens (conversion/base.py, get_vocab_base_pre), which covers published vocabularies only; this module
+compares steps and regexes, so that new vocabularies are recognized too.
 """
-
-from __future__ import annotations
 
 import json
 from dataclasses import dataclass
@@ -17,13 +15,13 @@ from d2q_edge.errors import D2QError
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """One of llama.cpp's ways to split text.
+    """One of llama.cpp's pre-tokenizers.
 
     Attributes:
-        name: tokenizer.ggml.pre.
+        name: the value of tokenizer.ggml.pre.
         ignores_merges: whether a whole word is looked up before anything is merged.
-        adds_bos: whether BOS is added in a file that doesn't say.
-        gaps: kinds of text that llama.cpp is known to split in another way than the regex does.
+        adds_bos: whether BOS is added if the file doesn't say.
+        gaps: kinds of text that llama.cpp is known to split differently from the original regex.
     """
 
     name: str
@@ -33,7 +31,7 @@ class PreTokenizer:
 
 
 _LLAMA_3 = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano")
-# Its regex has "letters but a-z" where the original has upper case, and no combining marks.
+# llama.cpp's regex has no combining marks, and "letters but a-z" where the original has upper case.
 _ASCII_CASE = frozenset({"camel", "marks"})
 _SPECIAL = (
     *(PreTokenizer(name, ignores_merges=True, adds_bos=True) for name in _LLAMA_3),
@@ -57,9 +55,9 @@ _PLAIN = (
 BY_NAME: dict[str, PreTokenizer] = {
     pre.name: pre for pre in (*_SPECIAL, *(PreTokenizer(name) for name in _PLAIN.split()))
 }
-"""Every name that this package's llama.cpp knows."""
+"""Every name that llama.cpp accepts."""
 
-# What the regexes below share: words, and what is neither a word nor a number. Then those of gpt-4o and Tekken.
+# Parts of the regexes below; _CASED is shared by Tekken and GPT-4o.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -75,7 +73,7 @@ REGEXES: dict[str, tuple[str, ...]] = {
     "|".join(_CASED) % ("", "") + r"|\p{N}" + _CASED_REST: ("tekken",),
     "|".join(_CASED) % (_CONTRACTIONS + "?", _CONTRACTIONS + "?") + r"|\p{N}{1,3}" + _CASED_REST: ("gpt-4o",),
 }
-"""For each regex the names that stand for it, the usual one first; others look words up before merging, or don't."""
+"""Each regex with the names that stand for it, the usual one first; they differ in ignores_merges."""
 
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False}
 _GPT_2 = [{**_BYTES, "use_regex": True}]
@@ -83,22 +81,22 @@ _DIGITS = [{"type": "Digits", "individual_digits": True}, *_GPT_2]
 
 
 def find(path: Path, content: dict[str, Any], *, ignore_merges: bool) -> PreTokenizer:
-    """Which of llama.cpp's pre-tokenizers splits as tokenizer.json's does.
+    """Return the pre-tokenizer of llama.cpp that splits text as tokenizer.json does.
 
     Args:
         path: of tokenizer.json, for messages.
         content: its content.
-        ignore_merges: the model's setting, which decides between names for the same regex.
+        ignore_merges: the tokenizer's setting, which decides between names for the same regex.
 
     Raises:
-        D2QError: none does.
+        D2QError: there is none.
     """
     steps = _steps(content.get("pre_tokenizer"))
     names: tuple[str, ...] = ()
     if steps == _DIGITS:
         names = ("smollm",)
     elif steps == _GPT_2:
-        # GPT-2's own regex; the name says whose vocabulary it is, and GPT-NeoX's and OLMo's are the normalized ones.
+        # GPT-2's regex under several names; GPT-NeoX's and OLMo's vocabularies are the normalized ones.
         names = ("olmo",) if content.get("normalizer") else ("gpt-2",)
     elif len(steps) == 2 and steps[0].get("type") == "Split" and steps[1] == {**_BYTES, "use_regex": False}:
         names = REGEXES.get(_regex(steps[0]) or "", ())
@@ -118,7 +116,7 @@ _STRUCTURES = ("smollm", "gpt-2", "olmo")
 
 
 def named(name: str) -> PreTokenizer:
-    """The pre-tokenizer of that name.
+    """Return the pre-tokenizer of that name.
 
     Raises:
         D2QError: llama.cpp has none.
@@ -129,7 +127,7 @@ def named(name: str) -> PreTokenizer:
 
 
 def _steps(pre_tokenizer: Any) -> list[dict[str, Any]]:
-    """The steps of a pre-tokenizer, nested sequences unfolded, without what only concerns positions in the text."""
+    """Flatten a pre-tokenizer into its steps, without the option that only concerns offsets."""
     if not pre_tokenizer:
         return []
     if pre_tokenizer["type"] == "Sequence":
@@ -138,7 +136,7 @@ def _steps(pre_tokenizer: Any) -> list[dict[str, Any]]:
 
 
 def _regex(step: dict[str, Any]) -> str | None:
-    """The regex of a step that makes every match a piece. Ours match everything, so that nothing is ever removed."""
+    """Return the regex of a step that makes every match a piece; the known ones match all text, so nothing is lost."""
     if step.get("type") != "Split":
         return None
     if (step.get("behavior"), step.get("invert")) not in (("Isolated", False), ("Removed", True)):

@@ -1,6 +1,4 @@
-"""Decides which kind of tokenizer a model directory has."""
-
-from __future__ import annotations
+"""Decide which kind of tokenizer a model directory holds, and read it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,17 +15,17 @@ def read_tokenizer(
 ) -> Tokenizer:
     """Read the tokenizer files and chat templates of a model directory.
 
-    tokenizer.json decides, as in transformers; a tokenizer.model beside it gives the scores of a SentencePiece
-    tokenizer, and is passed over where tokenizer.json is byte-level.
+    tokenizer.json decides, as in transformers. A tokenizer.model beside it supplies the scores of a SentencePiece
+    tokenizer and is ignored if tokenizer.json is byte-level.
 
     Args:
-        directory: where the files are.
+        directory: the model's.
         config: config.json's content; its `ROLE_token_id` entries are the last resort for special ids.
         vocab_size: rows of the embedding matrix; ids beyond the tokenizer's become unused "[PADi]" tokens.
-        pre_tokenizer: llama.cpp's name for the way text is split before merging; None finds it.
+        pre_tokenizer: llama.cpp's name of the pre-tokenizer; None detects it.
 
     Raises:
-        D2QError: files are missing, unreadable or contradictory, or llama.cpp has no tokenizer that does the same.
+        D2QError: files are missing, unreadable or contradictory, or llama.cpp has no equivalent tokenizer.
     """
     files = Files.open(directory, config, vocab_size)
     try:
@@ -41,11 +39,7 @@ def read_tokenizer(
 
 
 def _is_sentencepiece(files: Files) -> bool:
-    """Whether tokenizer.json holds what transformers makes of a SentencePiece model: BPE with bytes as last resort.
-
-    Raises:
-        D2QError: it holds neither that nor byte-level BPE.
-    """
+    """Return whether tokenizer.json holds a converted SentencePiece model: BPE with byte fallback."""
     model = files.content["model"]
     if model.get("type") != "BPE":
         raise D2QError(f"{files.json} holds a {model.get('type')} tokenizer; only BPE is supported")

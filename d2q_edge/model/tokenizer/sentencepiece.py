@@ -1,12 +1,10 @@
-"""SentencePiece's BPE, as Llama 2, Mistral, Phi-3 and Gemma have it: from tokenizer.model, tokenizer.json, or both.
+"""Build SentencePiece BPE tokenizers (Llama 2, Mistral, Phi-3, Gemma) from tokenizer.model, tokenizer.json, or both.
 
-llama.cpp merges by the score of the result, as SentencePiece does; transformers' tokenizer.json has a list of merges in
-its place, made from the scores. Where there is no tokenizer.model, scores are made from the merges again, and refused
-where no scores can stand for them. (llama.cpp's converter then gives every token the same score, which merges from left
-to right and is wrong for most words.)
+The GGUF keys follow llama.cpp's conversion/base.py, _create_vocab_sentencepiece. llama.cpp merges by the score of the
+result, as SentencePiece does; tokenizer.json has a list of merges instead, which was made from the scores. Without a
+tokenizer.model, scores are reconstructed from the merges, and merges that no scores can express are refused.
+(llama.cpp's converter then gives every token the same score, which splits most words wrongly.)
 """
-
-from __future__ import annotations
 
 import json
 import re
@@ -32,10 +30,10 @@ from d2q_edge.model.tokenizer.sentencepiece_model import (
 from d2q_edge.model.tokenizer.special import special_tokens
 
 SPACE = "\u2581"
-"""How SentencePiece spells a space."""
-# llama.cpp's converter's scores of added tokens and of ids without a token; neither is ever compared.
+"""SentencePiece's spelling of a space."""
+# The scores that llama.cpp's converter gives to added tokens and to ids without a token; neither is ever compared.
 _ADDED_SCORE, _UNUSED_SCORE = -1000.0, -10000.0
-# What llama.cpp takes for these where a file doesn't say.
+# llama.cpp's defaults for a file without these keys.
 _DEFAULT_IDS = {"bos": 1, "eos": 2, "unk": 0}
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 _ESCAPE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
@@ -43,7 +41,7 @@ _PREPEND = {"type": "Prepend", "prepend": SPACE}
 
 
 def build(files: Files) -> Tokenizer:
-    """The tokenizer of tokenizer.model and tokenizer.json, of which one may be missing.
+    """Return the tokenizer of tokenizer.model and tokenizer.json, of which one may be missing.
 
     Raises:
         D2QError: the files are damaged or contradict each other, or llama.cpp can't do what they say.
@@ -94,18 +92,15 @@ def build(files: Files) -> Tokenizer:
 
 
 def _space_prefix(files: Files, vocab: dict[str, int]) -> tuple[bool, set[str]]:
-    """Whether tokenizer.json puts a space before the text, and where it doesn't although llama.cpp does.
+    """Return whether tokenizer.json puts a space before the text, and the kinds of text for which llama.cpp differs.
 
-    It does so in the normalizer, just as llama.cpp, or in the pre-tokenizer, with exceptions.
-
-    Raises:
-        D2QError: it also does something else to the text.
+    The normalizer does so just as llama.cpp; the pre-tokenizer makes exceptions. Everything else is refused.
     """
     normalizer, pre_tokenizer = files.content.get("normalizer"), files.content.get("pre_tokenizer")
     steps = (normalizer or {}).get("normalizers", [normalizer] if normalizer else [])
     splits = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer] if pre_tokenizer else [])
     spaces = [step for step in splits if step["type"] == "Metaspace" and step.get("replacement") == SPACE]
-    # Gemma's: finds nothing, because the normalizer has replaced what it looks for.
+    # Gemma's split finds nothing, because the normalizer has replaced what it looks for.
     idle = [step for step in splits if step["type"] == "Split" and step["pattern"] == {"String": " "}]
     escapes = [step for step in steps if step == _ESCAPE]
     prepends = [step for step in steps if step == _PREPEND]
@@ -130,11 +125,7 @@ def _space_prefix(files: Files, vocab: dict[str, int]) -> tuple[bool, set[str]]:
 
 
 def _check_same(files: Files, pieces: list[Piece], vocab: dict[str, int], added: dict[str, AddedToken]) -> None:
-    """Compare the two files, apart from ids that an added token has taken over.
-
-    Raises:
-        D2QError: they disagree.
-    """
+    """Require that the two files agree, apart from ids that an added token has taken over."""
     taken = {token.id for token in added.values()}
     for token_id, piece in enumerate(pieces):
         if token_id not in taken and vocab.get(piece.text) != token_id:
@@ -145,7 +136,7 @@ def _check_same(files: Files, pieces: list[Piece], vocab: dict[str, int], added:
 
 
 def _take_user_defined(pieces: list[Piece], added: dict[str, AddedToken]) -> None:
-    """Without a tokenizer.json, pieces that SentencePiece finds in the text before anything else are added tokens."""
+    """Add the user-defined pieces to the added tokens, for a model without tokenizer.json."""
     taken = {token.id for token in added.values()}
     for token_id, piece in enumerate(pieces):
         if piece.kind == USER_DEFINED and token_id not in taken:
@@ -153,12 +144,9 @@ def _take_user_defined(pieces: list[Piece], added: dict[str, AddedToken]) -> Non
 
 
 def _pieces(files: Files, vocab: dict[str, int], added: dict[str, AddedToken]) -> list[Piece]:
-    """What tokenizer.model would hold: every result of a merge scores less than those of all merges before its own.
+    """Reconstruct tokenizer.model: the result of a merge scores less than the results of all earlier merges.
 
-    Holes stay as unused pieces of no text.
-
-    Raises:
-        D2QError: an id is wrong, or llama.cpp would merge where tokenizer.json doesn't.
+    Ids without a token become unused pieces with an empty text.
     """
     merges = read_merges(files)
     results = list(dict.fromkeys(left + right for left, right in merges))
@@ -166,11 +154,7 @@ def _pieces(files: Files, vocab: dict[str, int], added: dict[str, AddedToken]) -
     unknown = files.content["model"].get("unk_token")
     pieces = [Piece("", 0.0, UNUSED)] * files.vocab_size
     for text, token_id in sorted(vocab.items(), key=lambda item: item[1]):
-        if type(token_id) is not int or not 0 <= token_id < files.vocab_size:
-            raise D2QError(
-                f"{files.json} gives token {text!r} the id {token_id!r}, but the model has {files.vocab_size} tokens "
-                "only"
-            )
+        files.check_id(text, token_id)
         if pieces[token_id].text:
             raise D2QError(f"{files.json} gives the id {token_id} to both {pieces[token_id].text!r} and {text!r}")
         if text in added:
@@ -186,11 +170,7 @@ def _pieces(files: Files, vocab: dict[str, int], added: dict[str, AddedToken]) -
 
 
 def _require_all_merges(files: Files, pieces: list[Piece], vocab: dict[str, int], merges: set[tuple[str, str]]) -> None:
-    """Refuse a list of merges that leaves out two tokens (or characters) that make up a third.
-
-    Raises:
-        D2QError: llama.cpp would merge these.
-    """
+    """Refuse a list of merges without a pair of tokens (or characters) that makes up a third: llama.cpp merges it."""
     for piece in pieces:
         text = piece.text
         for cut in range(1, len(text) if piece.kind == NORMAL else 0):
@@ -206,7 +186,7 @@ def _require_all_merges(files: Files, pieces: list[Piece], vocab: dict[str, int]
 def _token_list(
     files: Files, pieces: list[Piece], added: dict[str, AddedToken]
 ) -> tuple[list[str], list[float], list[int]]:
-    """Texts, scores and types of the ids 0 .. vocab_size - 1, by the rules of llama.cpp's converter."""
+    """Return texts, scores and types of the ids 0 .. vocab_size - 1, by the rules of llama.cpp's converter."""
     size = files.vocab_size
     if beyond := [piece.text for piece in pieces[size:]]:
         raise D2QError(

@@ -1,16 +1,14 @@
-"""Reads a SentencePiece `tokenizer.model`: pieces, scores and the settings that decide how text is tokenized.
+"""Parse a SentencePiece `tokenizer.model`: pieces, scores and the settings that decide how text is tokenized.
 
-The file is one protobuf message, ModelProto of sentencepiece_model.proto. Five kinds of fields out of it are all that a
-GGUF needs, so that this is a reader of protobuf's wire format (https://protobuf.dev/programming-guides/encoding) and
-not a dependency on sentencepiece, which would also hide the normalizer's settings.
+The file is one protobuf message, ModelProto of sentencepiece_model.proto. This reads protobuf's wire format
+(https://protobuf.dev/programming-guides/encoding), because the sentencepiece package hides the normalizer's settings.
 """
 
-from __future__ import annotations
-
 import struct
-from collections.abc import Iterator
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from d2q_edge.errors import D2QError
 
@@ -22,8 +20,11 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
 _PIECE_TEXT, _PIECE_SCORE, _PIECE_KIND = 1, 2, 3
 _TRAINER_ALGORITHM, _TRAINER_SUFFIX = 3, 24
-_TRAINER_IDS = {"unk": 40, "bos": 41, "eos": 42, "pad": 43}
+_TRAINER_IDS = {"unk": (40, 0), "bos": (41, 1), "eos": (42, 2), "pad": (43, -1)}
 _NORMALIZER_PREFIX = 3
+
+T = TypeVar("T", int, float, bytes)
+_Fields = defaultdict[int, list[int | float | bytes]]
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class SentencePieceModel:
-    """What a tokenizer.model says.
+    """The content of a tokenizer.model.
 
     Attributes:
         pieces: in the order of their ids.
         algorithm: "BPE", "Unigram", ...
-        special_ids: role to id, of those that the model has.
+        special_ids: ids by role, of the roles that the model has.
         adds_space_prefix: whether text is tokenized as if a space came before it (add_dummy_prefix).
         space_suffix: whether the space belongs to the end of a word (treat_whitespace_as_suffix).
     """
@@ -64,65 +65,57 @@ def read_model(path: Path) -> SentencePieceModel:
         return _parse(path.read_bytes())
     except OSError as error:
         raise D2QError(f"can't read {path}: {error.strerror or error}") from error
-    except (ValueError, struct.error) as error:
+    except (ValueError, TypeError, struct.error) as error:
         raise D2QError(f"{path} isn't a SentencePiece model, or is damaged ({error}); download it again") from error
 
 
 def _parse(data: bytes) -> SentencePieceModel:
-    pieces: list[Piece] = []
-    # The defaults are those of sentencepiece_model.proto, which writes no field that has its default.
-    algorithm, prefix, suffix = 1, True, False
-    ids = {"unk": 0, "bos": 1, "eos": 2, "pad": -1}
-    for number, value in _fields(data):
-        if number == _PIECES:
-            pieces.append(_piece(_message(value)))
-        elif number == _TRAINER:
-            trainer = dict(_fields(_message(value)))
-            algorithm = _integer(trainer.get(_TRAINER_ALGORITHM, algorithm))
-            suffix = bool(trainer.get(_TRAINER_SUFFIX, suffix))
-            ids = {role: _integer(trainer.get(field, ids[role])) for role, field in _TRAINER_IDS.items()}
-        elif number == _NORMALIZER:
-            prefix = bool(dict(_fields(_message(value))).get(_NORMALIZER_PREFIX, prefix))
+    # The defaults are those of sentencepiece_model.proto: a field that has its default isn't in the file.
+    model = _fields(data)
+    trainer, normalizer = _fields(_last(model, _TRAINER, b"")), _fields(_last(model, _NORMALIZER, b""))
+    pieces = [_piece(value) for value in model[_PIECES]]
     if not pieces:
         raise ValueError("it has no pieces")
-    known = {role: token_id for role, token_id in ids.items() if 0 <= token_id < len(pieces)}
-    return SentencePieceModel(pieces, _ALGORITHMS.get(algorithm, f"number {algorithm}"), known, prefix, suffix)
-
-
-def _piece(data: bytes) -> Piece:
-    fields = dict(_fields(data))
-    text, score, kind = (
-        _message(fields.get(_PIECE_TEXT, b"")),
-        fields.get(_PIECE_SCORE, 0.0),
-        fields.get(_PIECE_KIND, 1),
+    algorithm = _last(trainer, _TRAINER_ALGORITHM, 1)
+    ids = {role: _last(trainer, field, default) for role, (field, default) in _TRAINER_IDS.items()}
+    return SentencePieceModel(
+        pieces,
+        _ALGORITHMS.get(algorithm, f"number {algorithm}"),
+        # Negative ids, which mean that there is no such token, are written as 64 bits.
+        {role: token_id for role, token_id in ids.items() if 0 <= token_id < len(pieces)},
+        bool(_last(normalizer, _NORMALIZER_PREFIX, 1)),
+        bool(_last(trainer, _TRAINER_SUFFIX, 0)),
     )
-    if not isinstance(score, float) or kind not in range(NORMAL, BYTE + 1):
+
+
+def _piece(data: int | float | bytes) -> Piece:
+    if not isinstance(data, bytes):
+        raise ValueError("a piece is a number")
+    fields = _fields(data)
+    kind = _last(fields, _PIECE_KIND, NORMAL)
+    if kind not in range(NORMAL, BYTE + 1):
         raise ValueError("a piece has a wrong type")
-    return Piece(text.decode("utf-8"), score, _integer(kind))
+    return Piece(_last(fields, _PIECE_TEXT, b"").decode("utf-8"), _last(fields, _PIECE_SCORE, 0.0), kind)
 
 
-def _message(value: int | float | bytes) -> bytes:
-    if not isinstance(value, bytes):
-        raise ValueError("a number stands where a message should")
+def _last(fields: _Fields, number: int, default: T) -> T:
+    """Return a field's value, the last one if it is repeated, as the type of its default."""
+    value = fields[number][-1] if fields[number] else default
+    if not isinstance(value, type(default)):
+        raise ValueError(f"field {number} has a wrong type")
     return value
 
 
-def _integer(value: int | float | bytes) -> int:
-    """An int32 field; of negative ones, which are written as 64 bits, it matters only that they are no ids."""
-    if not isinstance(value, int):
-        raise ValueError("a field has a wrong type")
-    return value
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, int | float | bytes]]:
-    """Number and value of every field of a message."""
+def _fields(data: bytes) -> _Fields:
+    """Return the values of a message's fields by number."""
+    fields: _Fields = defaultdict(list)
     position = 0
     while position < len(data):
         tag, position = _varint(data, position)
         number, wire_type = tag >> 3, tag & 7
         if wire_type == _VARINT:
             value, position = _varint(data, position)
-            yield number, value
+            fields[number].append(value)
             continue
         if wire_type == _BYTES:
             size, position = _varint(data, position)
@@ -134,11 +127,12 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | float | bytes]]:
             raise ValueError("it ends too early")
         raw = data[position : position + size]
         position += size
-        yield number, struct.unpack("<f", raw)[0] if wire_type == _FIXED32 else raw
+        fields[number].append(struct.unpack("<f", raw)[0] if wire_type == _FIXED32 else raw)
+    return fields
 
 
 def _varint(data: bytes, position: int) -> tuple[int, int]:
-    """A number of seven bits per byte, lowest first, and where the next field starts."""
+    """Return a number of seven bits per byte, lowest first, and the position after it."""
     value = 0
     for shift in range(0, 70, 7):
         if position >= len(data):

@@ -1,25 +1,30 @@
-"""Special tokens: their ids by role, and which of them are added to every text."""
+"""Determine the special tokens: their ids by role, and which of them are added to every text.
 
-from __future__ import annotations
+Follows gguf-py's SpecialVocab (gguf-py/gguf/vocab.py), which llama.cpp's converter uses.
+"""
 
 from typing import Any
 
 from d2q_edge.errors import D2QError
 from d2q_edge.model.tokenizer.files import Files
 
-# By role, in the order in which llama.cpp's converter writes them.
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+"""In the order in which llama.cpp's converter writes them."""
 
 
 def special_tokens(files: Files, *, bos_by_default: bool) -> tuple[dict[str, int], dict[str, bool]]:
-    """Ids of the special tokens by role, and which of them are added to every text.
+    """Return the ids of the special tokens by role, and by role whether they are added to every text.
 
-    As in llama.cpp's converter: what the post-processor does wins over tokenizer_config.json's add_ROLE_token; ids come
-    from tokenizer_config.json's texts, then from config.json. Unlike there, a tokenizer.json that adds no BOS says so
-    where llama.cpp would add one unasked (`bos_by_default`).
+    As in llama.cpp's converter, the post-processor wins over tokenizer_config.json's add_ROLE_token, and ids come from
+    tokenizer_config.json's texts, then from config.json. Unlike there, the absence of BOS is recorded if tokenizer.json
+    adds none.
+
+    Args:
+        files: the model's.
+        bos_by_default: whether llama.cpp adds BOS if the file doesn't say.
 
     Raises:
-        D2QError: a post-processor of an unknown kind, or one that adds a token that the model doesn't have.
+        D2QError: the post-processor is of an unknown kind, or adds a token that the model doesn't have.
     """
     content, settings = files.content, files.settings
     texts = {role: _text_of(settings.get(f"{role}_token")) for role in ROLES}
@@ -56,7 +61,7 @@ def _ids(files: Files, texts: dict[str, str | None], add: dict[str, bool]) -> di
         if type(token_id) is int and 0 <= token_id < files.vocab_size:
             special.setdefault(role, token_id)
     for role, text in texts.items():
-        # What is added to every text must have an id; llama.cpp would take any.
+        # A token that is added to every text must have an id; llama.cpp would use its default.
         if not add.get(role) or text not in ids:
             continue
         if ids[text] >= files.vocab_size:
@@ -69,18 +74,18 @@ def _ids(files: Files, texts: dict[str, str | None], add: dict[str, bool]) -> di
 
 
 def _read_template(step: dict[str, Any], texts: dict[str, str | None], add: dict[str, bool]) -> None:
-    """Read from a TemplateProcessing step which special tokens surround a text. Updates `texts` and `add`."""
+    """Read from a TemplateProcessing step which special tokens surround a text, and update `texts` and `add`."""
     single, pair = ([_special_id(piece) for piece in step.get(key) or []] for key in ("single", "pair"))
     if len(single) < 2:
         return
     first, last = single[0], single[-1]
     if first is not None:
-        # Whatever tokenizer_config.json calls BOS: this is what transformers puts first, so llama.cpp must, too.
+        # Whatever tokenizer_config.json calls BOS, this is the token that transformers puts first.
         texts["bos"] = first
         add["bos"] = True
     if last is not None:
         if texts["eos"] not in (None, last):
-            # A chat model whose turns end otherwise than its texts: what tokenizer_config.json calls EOS ends a turn.
+            # Turns of this chat model end differently from texts: tokenizer_config.json's EOS ends a turn.
             texts["eot"] = texts["eos"]
         texts["eos"] = last
         add["eos"] = True
@@ -94,13 +99,13 @@ def _read_template(step: dict[str, Any], texts: dict[str, str | None], add: dict
 
 
 def _special_id(piece: dict[str, Any]) -> str | None:
-    """The text of a template's special token, None for a place of text."""
+    """Return the text of a template's special token; None for a placeholder of text."""
     token = piece.get("SpecialToken")
     return None if token is None else str(token["id"])
 
 
 def _text_of(entry: Any) -> str | None:
-    """tokenizer_config.json has special tokens as texts or as objects with a "content"."""
+    """Return the text of a special token, which tokenizer_config.json has as such or in an object's "content"."""
     if isinstance(entry, dict):
         entry = entry.get("content")
     return entry if isinstance(entry, str) and entry else None

@@ -1,4 +1,4 @@
-"""The tokenizers of real model families, in small: the files of each, as the hub has them."""
+"""Tiny tokenizers of real model families, with the same files as on the hub."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Family:
     Attributes:
         architecture, model_type, tokenizer_class: as the hub's files have them.
         pre: llama.cpp's name for its pre-tokenizer.
-        added: added tokens with what is special about them.
-        bos: what is put before every text.
+        added: added tokens with their options.
+        bos: the token before every text.
         base: for byte-level BPE, whose pre-tokenizer and vocabulary.
         prefix: for SentencePiece, whether its model puts a space before the text.
         normalizer, pre_tokenizer: for SentencePiece, tokenizer.json's.
@@ -55,7 +55,7 @@ class Family:
     vocab_size: int = 624
 
     def config(self) -> Json:
-        """config.json: enough for llama.cpp's converter, which wants a whole model."""
+        """Return a config.json that is complete enough for llama.cpp's converter."""
         return {
             "architectures": [self.architecture],
             "model_type": self.model_type,
@@ -80,7 +80,7 @@ class Family:
         }
 
     def write(self, directory: Path, *, keep: tuple[str, ...] = ("json", "model")) -> Path:
-        """Write its files; of SentencePiece's two, those in `keep`. Returns the directory."""
+        """Write the files (of SentencePiece's two, those in `keep`) and return the directory."""
         if self.base is not None:
             model = None
             content = json.loads(byte_level(self.base))

@@ -1,4 +1,4 @@
-"""Byte-level BPE: what the file gets and what is refused. That llama.cpp makes the same ids of it: test_families.py."""
+"""Test byte-level BPE: what is written and what is refused. test_families.py compares ids with llama.cpp."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_special_tokens_as_objects_and_flags(make_checkpoint: Make) -> None:
 
 
 def test_roles_without_a_key(make_checkpoint: Make, tmp_path: Path) -> None:
-    """As in llama.cpp's converter: where there is no BOS token, the one called CLS is it, and CLS itself has no key."""
+    """Without a BOS token, CLS stands in for it, as in llama.cpp's converter; CLS itself has no key."""
     directory = make_checkpoint()
     edit(
         directory,
@@ -135,7 +135,7 @@ def test_roles_without_a_key(make_checkpoint: Make, tmp_path: Path) -> None:
 
 
 def test_bos_that_only_the_template_names(make_checkpoint: Make) -> None:
-    """llama.cpp would put its own default before every text."""
+    """Without an id, llama.cpp would add its default before every text."""
     directory = make_checkpoint("llama", bos_token_id=None)
     (directory / "tokenizer_config.json").unlink()
     tokenizer = read(directory)
@@ -143,7 +143,7 @@ def test_bos_that_only_the_template_names(make_checkpoint: Make) -> None:
 
 
 def test_no_bos_where_llama_cpp_would_add_one(make_checkpoint: Make) -> None:
-    """SmolLM3 has Llama 3's way to split text, and no BOS."""
+    """SmolLM3 has Llama 3's pre-tokenizer, and no BOS."""
     directory = make_checkpoint("llama")
     edit(directory, lambda content: content.update(post_processor=None))
     edit(directory, lambda settings: settings.pop("add_bos_token"), "tokenizer_config.json")
@@ -159,7 +159,7 @@ def test_contradicting_merges(make_checkpoint: Make) -> None:
 
 
 def test_twice_the_same_text(make_checkpoint: Make) -> None:
-    """llama.cpp would stop the whole process."""
+    """llama.cpp would abort the whole process."""
     directory = make_checkpoint()
     token = {"id": 4096, "content": "[PAD4099]", "special": False}
     edit(directory, lambda content: content["added_tokens"].append(token))
@@ -204,7 +204,7 @@ def test_template_wins_over_bos_token(make_checkpoint: Make) -> None:
 
 
 def test_chat_templates(make_checkpoint: Make) -> None:
-    """transformers' order: with several places, the last of these wins."""
+    """Templates in several places are read in transformers' order."""
     directory = make_checkpoint()
     (directory / "chat_template.json").write_text(json.dumps({"chat_template": "from json"}))
     assert read(directory).chat_template == "from json"
@@ -277,7 +277,7 @@ def test_ignore_merges_matters_only_for_unreachable_tokens(make_checkpoint: Make
 
 
 def test_added_tokens_are_found_before_words(make_checkpoint: Make) -> None:
-    """So that it doesn't matter for them whether words are looked up, also where the vocabulary has them, too."""
+    """Looking up whole words makes no difference for them, even if the vocabulary has them too."""
     directory = make_checkpoint("llama")
 
     def change(content: dict[str, Any]) -> None:
@@ -290,7 +290,7 @@ def test_added_tokens_are_found_before_words(make_checkpoint: Make) -> None:
 
 
 def test_added_tokens_beyond_the_embeddings(make_checkpoint: Make, tmp_path: Path) -> None:
-    """Padding of a fine-tune that never became part of the model. The file tokenizes all other text as before."""
+    """Padding tokens of a fine-tune without rows in the model are left out; all other text is tokenized as before."""
     directory = make_checkpoint("llama")
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     tokens = [{"id": 4100, "content": "<pad>", "special": True}, {"id": 4101, "content": "[more]", "special": False}]

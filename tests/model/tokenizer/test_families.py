@@ -1,4 +1,4 @@
-"""Every family's tokenizer: keys as llama.cpp's converter writes them, ids in llama.cpp as in transformers."""
+"""Test every family's tokenizer: keys against llama.cpp's converter, ids in llama.cpp against transformers."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_keys_like_stock(directories: dict[str, Path], stock_files: dict[str, Pa
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_same_ids(pairs: dict[str, Pair], name: str) -> None:
-    """Whatever isn't a known gap is the same; and what is called a gap is one, somewhere in these texts."""
+    """Texts outside of the known gaps have the same ids, and every known gap shows in some text."""
     pair = pairs[name]
     seen: set[str] = set()
     for text in TEXTS:
@@ -115,7 +115,7 @@ def test_any_text(pairs: dict[str, Pair], name: str) -> None:
 
 @pytest.mark.parametrize("name", SENTENCEPIECE)
 def test_json_alone(directories: dict[str, Path], pairs: dict[str, Pair], tmp_path: Path, name: str) -> None:
-    """Scores made from merges give the ids that the scores of tokenizer.model give, and all else stays."""
+    """Scores reconstructed from merges lead to the same ids as those of tokenizer.model."""
     family = FAMILIES[name]
     alone = Pair(family.write(tmp_path / name, keep=("json",)), family.vocab_size, tmp_path / "alone.gguf")
     assert alone.tokenizer.tokens == pairs[name].tokenizer.tokens

@@ -1,4 +1,4 @@
-"""Pre-tokenizers: the names are llama.cpp's, and each structure stands for the right one."""
+"""Test the pre-tokenizer names against llama.cpp's source, and their detection from tokenizer.json."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PATH = Path("tokenizer.json")
 
 
 def branches(source: str) -> dict[str, str]:
-    """llama-vocab.cpp's chain of ifs: for each name what is set for it."""
+    """Parse llama-vocab.cpp's chain of ifs: each name with the code of its branch."""
     chain = source[source.index('tokenizer_pre == "default"') : source.index("unknown pre-tokenizer type")]
     found = {}
     for part in re.split(r"} else if \(|} else {", chain):
@@ -39,7 +39,7 @@ def test_names_are_those_of_llama_cpp(pristine_tree: Path) -> None:
 
 
 def test_regexes_are_those_of_llama_cpp(pristine_tree: Path) -> None:
-    """Its source quotes the original of every regex that it had to rewrite."""
+    """llama.cpp's source quotes the original of every regex that it rewrites."""
     source = (pristine_tree / "vendor/llama.cpp/src/llama-vocab.cpp").read_text("utf-8")
     quoted = {json.loads(match) for match in re.findall(r'^ *//\s*("[^"]*\\\\p\{L\}.*"),?$', source, re.MULTILINE)}
     assert set(REGEXES) <= quoted

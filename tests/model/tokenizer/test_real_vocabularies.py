@@ -1,4 +1,4 @@
-"""Published vocabularies, which llama.cpp's source has for its own tests, back in tokenizer.json and read again."""
+"""Test published vocabularies, taken from llama.cpp's own test files and converted back to tokenizer.json."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Published:
         self.padding = {i for i, token in enumerate(self.tokens) if token == f"[PAD{i}]"}
 
     def content(self, model: Json, **parts: Any) -> Json:
-        """tokenizer.json with this vocabulary, and what isn't in the file."""
+        """Return a tokenizer.json with this vocabulary and the given parts."""
         vocab = {token: i for i, token in enumerate(self.tokens) if i not in self.padding}
         added = [
             {"id": i, "content": token, "special": self.types[i] in (CONTROL, UNKNOWN), "normalized": False}
@@ -51,7 +51,7 @@ class Published:
         return {**content, "model": {"type": "BPE", "vocab": vocab, **model}}
 
     def merges(self) -> list[list[str]]:
-        """A token may begin with the space that otherwise ends the left part."""
+        """Return the merges as pairs; a token may begin with the space that is also the separator."""
         return [
             [merge[: merge.index(" ", 1)], merge[merge.index(" ", 1) + 1 :]]
             for merge in self.kv["tokenizer.ggml.merges"]
@@ -59,7 +59,7 @@ class Published:
 
 
 def check(directory: Path, published: Published, content: Json) -> Tokenizer:
-    """Ours has the published tokens, and llama.cpp does with it what transformers does."""
+    """Require the published tokens, and the same ids in llama.cpp as in transformers."""
     write(directory, CONFIG, {"tokenizer_class": "PreTrainedTokenizerFast"}, content)
     tokenizer = read_tokenizer(directory, CONFIG, len(published.tokens))
     assert tokenizer.tokens == published.tokens
@@ -96,7 +96,7 @@ def test_byte_level(pristine_tree: Path, tmp_path: Path, name: str, family: str,
 
 @pytest.mark.parametrize("name", ["llama-spm", "phi-3"])
 def test_scores_from_merges(pristine_tree: Path, tmp_path: Path, name: str) -> None:
-    """The order of the scores in Llama 2's tokenizer.model, from the merges that transformers makes of it."""
+    """The scores from transformers' merges have the order of the scores in Llama 2's tokenizer.model."""
     published = Published(pristine_tree, name)
     scores = dict(zip(published.tokens, map(float, published.kv["tokenizer.ggml.scores"]), strict=True))
     vocab = {token: i for i, token in enumerate(published.tokens) if published.types[i] in (NORMAL, BYTE)}

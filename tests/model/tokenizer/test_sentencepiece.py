@@ -1,4 +1,4 @@
-"""SentencePiece tokenizers: what the file gets from which of the two files, and what is refused."""
+"""Test SentencePiece tokenizers: what comes from which of the two files, and what is refused."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_space_prefix_by_the_pre_tokenizer(make: Write) -> None:
 
 @pytest.mark.parametrize("special", [True, False])
 def test_added_tokens_beyond_the_embeddings(make: Write, special: bool) -> None:
-    """Gemma 3's language models have one for images, fine-tunes of Llama 2 one for padding."""
+    """Gemma 3's text models have an image token, fine-tunes of Llama 2 a padding token."""
 
     def add(content: dict[str, Any]) -> None:
         content["added_tokens"].append({"id": 624, "content": "<image>", "special": special})

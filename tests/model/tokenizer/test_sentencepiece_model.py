@@ -1,4 +1,4 @@
-"""tokenizer.model files: the same content as sentencepiece reads, and one sentence for whatever is wrong with one."""
+"""Test the tokenizer.model parser against the sentencepiece package, and its error message for damaged files."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_missing(tmp_path: Path) -> None:
 
 
 def test_random_damage(tmp_path: Path) -> None:
-    """Whatever happens to the bytes, it is a model or a message."""
+    """Any damage results in a model or in an error message."""
     original, generator = sentencepiece_model(), random.Random(0)
     path = tmp_path / "tokenizer.model"
     messages = 0

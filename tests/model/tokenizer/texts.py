@@ -1,4 +1,4 @@
-"""Texts for tokenizers: a corpus of many scripts to train on, and awkward ones to compare on."""
+"""Texts for tokenizer tests: a corpus of many scripts for training, and difficult ones for comparison."""
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and then the other dogs jump over the fox too.",
@@ -32,7 +32,7 @@ AWKWARD = [
     "y▁x Ġ Ċ",
     "<0x0A> <s> </s> <unk> [PAD3]",
 ]
-"""Everywhere the same, in llama.cpp and transformers."""
+"""Tokenized identically in llama.cpp and transformers by every family."""
 MARKED = ["cafe\u0301 n\u0303", "สวัสดีชาวโลก ไทย", "नमस्ते हिन्दी", "e\u0301e\u0301!"]
 """With combining marks, the Latin ones not in composed form."""
 CASED = ["naïveÉcole iPhoneÖl", "ПриветМир", "ÜBER ÀÉA aÉb éAb"]

@@ -54,14 +54,14 @@ BYTE_LEVEL: dict[str, Callable[[], Any]] = {
     ),
     "olmoe": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
 }
-"""By name: the pre-tokenizer of that family."""
+"""Pre-tokenizers by family."""
 NORMALIZED = ("qwen2", "olmoe")
 LOOKS_WORDS_UP = ("llama3", "tekken")
 
 
 @cache
 def byte_level(name: str, size: int = 600) -> str:
-    """tokenizer.json of a byte-level tokenizer, without special tokens."""
+    """Train a byte-level tokenizer without special tokens and return its tokenizer.json."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=name in LOOKS_WORDS_UP))
     if name in NORMALIZED:
         tokenizer.normalizer = normalizers.NFC()
@@ -76,7 +76,7 @@ def byte_level(name: str, size: int = 600) -> str:
 
 @cache
 def sentencepiece_model(*, prefix: bool = True, symbols: tuple[str, ...] = (), algorithm: str = "bpe") -> bytes:
-    """A tokenizer.model with bytes as last resort, as Llama 2's (with a space before the text) or Gemma's (without)."""
+    """Train a tokenizer.model with byte fallback, like Llama 2's (with a space prefix) or Gemma's (without)."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS),
@@ -98,7 +98,7 @@ def sentencepiece_model(*, prefix: bool = True, symbols: tuple[str, ...] = (), a
 
 
 def sentencepiece_json(model: bytes, normalizer: Json | None, pre_tokenizer: Json | None) -> Json:
-    """tokenizer.json of a SentencePiece model, with merges as transformers makes them."""
+    """Return the tokenizer.json of a SentencePiece model, with merges as transformers makes them."""
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     pieces = [processor.id_to_piece(i) for i in range(processor.vocab_size())]
     vocab = {piece: i for i, piece in enumerate(pieces)}
@@ -110,7 +110,7 @@ def sentencepiece_json(model: bytes, normalizer: Json | None, pre_tokenizer: Jso
 
 
 def add_tokens(content: Json, tokens: dict[str, Json]) -> None:
-    """Add tokens to tokenizer.json's content: those of its vocabulary keep their ids, others get the next ones."""
+    """Add tokens to tokenizer.json's content; those in its vocabulary keep their ids, others get the next ones."""
     vocab = content["model"]["vocab"]
     following = max(vocab.values()) + 1
     for text, options in tokens.items():
@@ -121,7 +121,7 @@ def add_tokens(content: Json, tokens: dict[str, Json]) -> None:
 
 
 def bos_template(content: Json, bos: str) -> Json:
-    """A post-processor that puts a token before every text."""
+    """Return a post-processor that puts a token before every text."""
     token_id = next(token["id"] for token in content["added_tokens"] if token["content"] == bos)
     special = {"SpecialToken": {"id": bos, "type_id": 0}}
     first, second = ({"Sequence": {"id": name, "type_id": number}} for number, name in enumerate("AB"))
@@ -134,7 +134,7 @@ def bos_template(content: Json, bos: str) -> Json:
 
 
 def write(directory: Path, config: Json, settings: Json, content: Json | None, model: bytes | None = None) -> Path:
-    """Write the files of a tokenizer, as the hub has them, into a directory; returns it."""
+    """Write the files of a tokenizer, as on the hub, to a directory and return it."""
     directory.mkdir(exist_ok=True)
     if content is not None:
         (directory / "tokenizer.json").write_text(json.dumps(content), "utf-8")

@@ -1,4 +1,4 @@
-"""Files with a tokenizer and nothing else: ours, and those of llama.cpp's own converter."""
+"""Write GGUF files with a tokenizer only: ours, and those of llama.cpp's converter."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ for model, pre, out in json.loads(sys.argv[2]):
 def write_vocabulary(
     path: Path, tokenizer: Tokenizer, *, architecture: str = "llama", space_prefix: bool = False
 ) -> Path:
-    """A GGUF with the tokenizer's keys."""
+    """Write a GGUF with the tokenizer's keys."""
     writer = gguf.GGUFWriter(path, architecture)
     tokenizer.add_to(writer, space_prefix=space_prefix)
     writer.write_header_to_file()
@@ -41,12 +41,12 @@ def write_vocabulary(
 
 
 def tokenizer_keys(path: Path) -> list[tuple[str, Any]]:
-    """The tokenizer's keys and values, in the order of the file."""
+    """Return the tokenizer's keys and values, in the order of the file."""
     return [(key, value) for key, value in GGUFFile(path).kv.items() if key.startswith("tokenizer.")]
 
 
 def convert_vocabularies(root: Path, models: dict[Path, str], out: Path) -> dict[str, Path]:
-    """What llama.cpp's converter in the tree `root` makes of models, {directory: pre-tokenizer}; by directory name."""
+    """Convert models, {directory: pre-tokenizer}, by llama.cpp's converter in the tree `root`; by directory name."""
     files = {model.name: out / f"stock-{model.name}.gguf" for model in models}
     jobs = [[str(model), pre, str(files[model.name])] for model, pre in models.items()]
     result = subprocess.run(

@@ -1,4 +1,4 @@
-"""Gemma 3 with eyes: its text part becomes the file that the text model alone becomes, which is llama.cpp's, too."""
+"""Test that a multimodal Gemma 3 converts to the same file as its text model, and as in llama.cpp's converter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
-from d2q_edge.model.text_part import text_config, text_names
+from d2q_edge.model.multimodal import text_config, text_names
 from d2q_edge.model.whole_model import WholeModel
 from d2q_edge.options import Options
 from tests.family_models import write_model
@@ -57,14 +57,14 @@ PUBLISHED = {
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The text model alone."""
+    """Return the text model alone."""
     return write_model(tmp_path_factory.mktemp("plain") / "tiny", "gemma3")
 
 
 @pytest.fixture(scope="module", params=["saved", "in memory"])
-def seeing(request: pytest.FixtureRequest, plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with eyes, under the names that are published and saved, or that transformers has in memory."""
-    directory = shutil.copytree(plain, tmp_path_factory.mktemp("seeing") / "tiny")
+def multimodal(request: pytest.FixtureRequest, plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the same with a vision tower, with the tensor names of saved files or of transformers in memory."""
+    directory = shutil.copytree(plain, tmp_path_factory.mktemp("multimodal") / "tiny")
     config = json.loads((plain / "config.json").read_text())
     tokens = {key: config.pop(key) for key in list(config) if key.endswith("_token_id")}
     whole = AutoConfig.for_model("gemma3", text_config=config, vision_config=VISION, mm_tokens_per_image=4)
@@ -73,24 +73,27 @@ def seeing(request: pytest.FixtureRequest, plain: Path, tmp_path_factory: pytest
     settings = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**settings, **tokens}))
     saved, text = load_file(directory / "model.safetensors"), load_file(plain / "model.safetensors")
-    eyes = {name: tensor for name, tensor in saved.items() if "vision" in name or "multi_modal" in name}
-    assert len(eyes) > 10
+    vision = {name: tensor for name, tensor in saved.items() if "vision" in name or "multi_modal" in name}
+    assert len(vision) > 10
     wrapped = {f"language_model.{name}": tensor for name, tensor in text.items()}
-    assert wrapped.keys() | eyes.keys() == saved.keys()
+    assert wrapped.keys() | vision.keys() == saved.keys()
     if request.param == "in memory":
         wrapped = {"model.language_model." + name.removeprefix("model."): text[name] for name in text}
-        eyes = {f"model.{name}": tensor for name, tensor in eyes.items()}
-        assert wrapped.keys() | eyes.keys() == model.state_dict().keys() - {"lm_head.weight"}
-    save_file({**wrapped, **eyes}, directory / "model.safetensors", metadata={"format": "pt"})
+        vision = {f"model.{name}": tensor for name, tensor in vision.items()}
+        assert wrapped.keys() | vision.keys() == model.state_dict().keys() - {"lm_head.weight"}
+    save_file({**wrapped, **vision}, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 
 
 def test_file_is_the_stock_converters(
-    seeing: Path, stock_convert: Callable[[Path, str, str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    multimodal: Path,
+    stock_convert: Callable[[Path, str, str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    export(seeing, tmp_path / "ours.gguf", "f16")
+    export(multimodal, tmp_path / "ours.gguf", "f16")
     assert "the model's part for images is left out; the file is for text" in capsys.readouterr().err
-    ours, theirs = GGUFFile(tmp_path / "ours.gguf"), GGUFFile(stock_convert(seeing, "f16", "qwen2"))
+    ours, theirs = GGUFFile(tmp_path / "ours.gguf"), GGUFFile(stock_convert(multimodal, "f16", "qwen2"))
     assert ours.kv == theirs.kv
     assert list(ours.tensors) == list(theirs.tensors)
     for name in ours.tensors:
@@ -98,12 +101,12 @@ def test_file_is_the_stock_converters(
 
 
 @torch.inference_mode()
-def test_it_is_the_text_model(seeing: Path, plain: Path, tmp_path: Path) -> None:
-    """In transformers, block by block and as a whole, and in the quantized file."""
-    model = Gemma3ForConditionalGeneration.from_pretrained(seeing, dtype=torch.float32).eval()
+def test_it_is_the_text_model(multimodal: Path, plain: Path, tmp_path: Path) -> None:
+    """The text model is the same in transformers, block by block, as a whole, and in the quantized file."""
+    model = Gemma3ForConditionalGeneration.from_pretrained(multimodal, dtype=torch.float32).eval()
     tokens = torch.from_numpy(TOKENS)
     expected = model(tokens).logits
-    checkpoint = Checkpoint.open(seeing)
+    checkpoint = Checkpoint.open(multimodal)
     family = family_for(checkpoint.config)
     checkpoint.check(family.tensor_shapes())
     whole = WholeModel(checkpoint, family, {}, CPU)
@@ -115,9 +118,9 @@ def test_it_is_the_text_model(seeing: Path, plain: Path, tmp_path: Path) -> None
         hidden = runner.forward(runner.load(index), hidden)
     torch.testing.assert_close(runner.final_norm()(hidden), whole.states(tokens), rtol=1e-4, atol=1e-4)
     options = Options(calibration_tokens=256, context=32)
-    for model_directory, name in ((plain, "plain.gguf"), (seeing, "seeing.gguf")):
+    for model_directory, name in ((plain, "plain.gguf"), (multimodal, "multimodal.gguf")):
         convert(model_directory, tmp_path / name, options)
-    one, other = GGUFFile(tmp_path / "plain.gguf"), GGUFFile(tmp_path / "seeing.gguf")
+    one, other = GGUFFile(tmp_path / "plain.gguf"), GGUFFile(tmp_path / "multimodal.gguf")
     assert one.tensors.keys() == other.tensors.keys()
     assert all(np.array_equal(one.raw(name), other.raw(name)) for name in one.tensors)
 

@@ -39,7 +39,7 @@ from d2q_edge.pipeline.report import Report
 from d2q_edge.pipeline.sensitivity import choose_windows, measure
 from d2q_edge.pipeline.type_plan import Plan, check_request, is_mixed, make_plan, rounding_types
 from d2q_edge.pipeline.work_dir import WorkDir, was_published
-from d2q_edge.quantize.triton.support import has_triton
+from d2q_edge.quantize import triton
 from d2q_edge.utils.output_lock import sole_writer
 
 REFINE_FACTOR = 8
@@ -149,7 +149,7 @@ def convert(
     if processes.device.type == "cuda":
         # Now, while there is one thread only; the second imports Triton.
         torch.cuda.init()
-        has_triton(processes.device)
+        triton.is_available(processes.device)
     if dry_run:
         return _Job(model, output, options, processes, dry_run=True).planned()
     with sole_writer(output) if processes.is_main else nullcontext():

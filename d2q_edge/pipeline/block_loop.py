@@ -37,10 +37,9 @@ from d2q_edge.pipeline.solver import GroupSolver
 from d2q_edge.pipeline.validation import ValidationStreams
 from d2q_edge.pipeline.work_dir import BlockWriter, Tensor, WorkDir
 from d2q_edge.quantize.dac import MeanShift
-from d2q_edge.quantize.descent import ROUNDS
 from d2q_edge.quantize.dsq import InputEnergy, column_scales
-from d2q_edge.quantize.gptaq import ALPHA, InputStatistics
 from d2q_edge.quantize.matmul import matmul_precision
+from d2q_edge.quantize.statistics import InputStatistics
 
 BATCH_TOKENS = 4096
 """Tokens per forward pass. It decides a little of the result: the mean shift's guard counts in batches."""
@@ -57,10 +56,10 @@ class Method:
         rounds: of coordinate descent after the error feedback, see descent.py.
     """
 
-    alpha: float = ALPHA
+    alpha: float = 0.5
     dsq: bool = True
     dac: bool = True
-    rounds: int = ROUNDS
+    rounds: int = 2
 
 
 def corrected_norms(family: Family, method: Method) -> list[str]:
@@ -246,7 +245,7 @@ class _Driver:
             self.report.add_scales(self.family.head, scales)
         if self.method.dac:
             self.processes.all_reduce([shift.moments])
-            self.report.add_shift(name, shift.facts())
+            self.report.add_shift(name, shift.stats())
             if (bias := shift.bias()) is not None:
                 result[f"{name}.bias"] = float_array(bias.to(scales) * scales)
         return result
@@ -351,7 +350,7 @@ class _Driver:
         _check_finite(finite, "quantized", f"{prefix}{sublayer.module}")
         self.processes.all_reduce([shift.moments for shift in shifts.values()])
         for name, shift in shifts.items():
-            self.report.add_shift(prefix + name, shift.facts())
+            self.report.add_shift(prefix + name, shift.stats())
         found = {name: shift.bias() for name, shift in shifts.items()}
         return {name: bias.to(self.runner.device) for name, bias in found.items() if bias is not None}
 

@@ -24,7 +24,7 @@ from d2q_edge.pipeline.memory import free_memory
 from d2q_edge.pipeline.work_dir import Tensor, WorkDir
 from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.quantized_layer import QuantizedLayer
-from d2q_edge.quantize.refine import Progress, State, tune
+from d2q_edge.quantize.refine import RefinementLosses, State, tune
 from d2q_edge.quantize.tunable import TunableLinear, TunableNorm
 
 BYTES_PER_CODE = 16
@@ -93,7 +93,7 @@ def _read_state(work: WorkDir) -> tuple[State | None, bool | None]:
         return None, None
     arrays, facts = found
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return State(Progress(facts["before"], facts["passes"]), tensors), facts["codes"]
+    return State(RefinementLosses(facts["before"], facts["passes"]), tensors), facts["codes"]
 
 
 def _keeper(work: WorkDir, model: WholeModel, codes: bool) -> Callable[[State], None]:
@@ -111,7 +111,7 @@ def _keeper(work: WorkDir, model: WholeModel, codes: bool) -> Callable[[State], 
 
     def keep(state: State) -> None:
         tensors = {name: tensor.cpu().numpy() for name, tensor in state.tensors.items()}
-        work.write_state(tensors, {"codes": codes, "before": state.progress.before, "passes": state.progress.passes})
+        work.write_state(tensors, {"codes": codes, "before": state.losses.before, "passes": state.losses.passes})
 
     return keep
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from d2q_edge.pipeline.validation import Validation
-from d2q_edge.quantize.dac import ShiftFacts
+from d2q_edge.quantize.dac import MeanShiftStats
 
 QUANTILES = {"minimum": 0.0, "p05": 0.05, "median": 0.5, "p95": 0.95, "maximum": 1.0}
 """What a report tells of column scales."""
@@ -31,7 +31,7 @@ class Report:
         layer_errors: weight name to the squared error of the layer's output relative to the output itself, on the
             calibration tokens.
         column_scales: name of a linear group's first layer, or the head, to QUANTILES of the column scales.
-        norm_shifts: name of a norm to what is known about its mean shift (ShiftFacts, as plain values).
+        norm_shifts: name of a norm to what is known about its mean shift (MeanShiftStats, as plain values).
         validation: distance of the two streams behind the last block; None without held-back windows.
         seconds: phase to seconds, of this run.
     """
@@ -58,7 +58,7 @@ class Report:
         found = torch.quantile(scales.detach().float().cpu(), positions)
         self.column_scales[name] = dict(zip(QUANTILES, found.tolist(), strict=True))
 
-    def add_shift(self, name: str, facts: ShiftFacts) -> None:
+    def add_shift(self, name: str, facts: MeanShiftStats) -> None:
         """What is known about a norm's mean shift."""
         self.norm_shifts[name] = asdict(facts)
 

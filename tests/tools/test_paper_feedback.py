@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from d2q_edge.errors import D2QError
-from d2q_edge.quantize.gptaq import InputStatistics
+from d2q_edge.quantize.statistics import InputStatistics
 from tests.quantize.test_gptaq import problem, statistics_of
 from tools.paper_recipe.feedback import Fit, mean_shift, quantize_columns, round_groups
 from tools.paper_recipe.grid import Grid, clipped_grid, dual_scale_grid
@@ -66,7 +66,7 @@ def two_columns(drift: float) -> InputStatistics:
     statistics = InputStatistics(2)
     statistics.add_batch(x, x + drift * torch.tensor([[-1.0, 0.0], [1.0, 0.0]]))
     torch.testing.assert_close(statistics.hessian, torch.tensor([[2.0, 1.0], [1.0, 1.0]]))
-    torch.testing.assert_close(statistics.drift, torch.tensor([[0.0, drift], [0.0, 0.0]]))
+    torch.testing.assert_close(statistics.dXXT, torch.tensor([[0.0, drift], [0.0, 0.0]]))
     return statistics
 
 

@@ -11,7 +11,8 @@ from typing import TypeAlias
 
 import torch
 
-from d2q_edge.quantize.gptaq import DAMPING, Feedback, InputStatistics
+from d2q_edge.quantize.gptaq import DAMPING, Feedback
+from d2q_edge.quantize.statistics import InputStatistics
 from tools.paper_recipe.grid import Grid, group_size
 
 ALPHA = 0.25
@@ -50,17 +51,18 @@ def quantize_columns(
         D2QError: the Hessian can't be factored even in double precision with strong damping.
     """
     size = group_size(weights.shape[1])
-    feedback = Feedback.of(statistics, lambda diagonal: _processing_order(diagonal, size), alpha, damping)
-    work = feedback.arrange(weights)
+    feedback = Feedback.compute(statistics, lambda diagonal: _processing_order(diagonal, size), alpha, damping)
+    U, P = feedback.U, feedback.P
+    work = feedback.permute(weights)
     result = torch.empty_like(weights)
     for start in range(0, weights.shape[1], size):
         stop = start + size
         here = slice(start, stop)
-        lead = None if feedback.lead is None else feedback.lead[here, here]
-        rounded, errors, compensated = _quantize_group(work[:, here], feedback.factor[here, here], lead, fit)
-        work[:, stop:] -= errors @ feedback.factor[here, stop:]
-        if feedback.lead is not None:
-            work[:, stop:] += compensated @ feedback.lead[here, stop:]
+        group_P = None if P is None else P[here, here]
+        rounded, errors, compensated = _quantize_group(work[:, here], U[here, here], group_P, fit)
+        work[:, stop:] -= errors @ U[here, stop:]
+        if P is not None:
+            work[:, stop:] += compensated @ P[here, stop:]
         result[:, feedback.order[here]] = rounded
     return result
 
@@ -76,7 +78,7 @@ def _mean(batches: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def _quantize_group(
-    weights: torch.Tensor, factor: torch.Tensor, lead: torch.Tensor | None, fit: Fit
+    weights: torch.Tensor, U: torch.Tensor, P: torch.Tensor | None, fit: Fit
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Quantize one group [rows, group]: the rounded weights, the errors E, and the weights as they were rounded.
 
@@ -88,9 +90,9 @@ def _quantize_group(
     # Columns are rows here: contiguous.
     work = (weights / columns).T.contiguous()
     rounded, errors = torch.empty_like(work), torch.empty_like(work)
-    factor = factor / columns
-    inverse = 1 / factor.diagonal()
-    lead = None if lead is None else columns[:, None] * lead / columns
+    U = U / columns
+    inverse = 1 / U.diagonal()
+    P = None if P is None else columns[:, None] * P / columns
     thresholds = grid.thresholds
     for column in range(len(work)):
         target, error = work[column], errors[column]
@@ -98,9 +100,9 @@ def _quantize_group(
         torch.gather(grid.levels, 1, codes, out=rounded[column].unsqueeze(1))
         torch.mul(target - rounded[column], inverse[column], out=error)
         later = work[column + 1 :]
-        later.addr_(factor[column, column + 1 :], error, alpha=-1)
-        if lead is not None:
-            later.addr_(lead[column, column + 1 :], target)
+        later.addr_(U[column, column + 1 :], error, alpha=-1)
+        if P is not None:
+            later.addr_(P[column, column + 1 :], target)
     return (rounded * columns[:, None]).T, errors.T, (work * columns[:, None]).T
 
 

@@ -62,9 +62,10 @@ class Reference:
     """The original model on one text. It keeps the lm_head's inputs, a fraction of the size of its probabilities."""
 
     @torch.inference_mode()
-    def __init__(self, model: WholeModel, windows: npt.NDArray[np.int64]) -> None:
+    def __init__(self, model: WholeModel, windows: npt.NDArray[np.int64], *, batch_tokens: int = BATCH_TOKENS) -> None:
+        """Run the original model on windows [windows, context], so many tokens per forward pass."""
         self._model = model
-        self._batches = torch.from_numpy(windows).split(max(1, BATCH_TOKENS // windows.shape[1]))
+        self._batches = torch.from_numpy(windows).split(max(1, batch_tokens // windows.shape[1]))
         self._states = [model.scored_states(tokens) for tokens in self._batches]
 
     @torch.inference_mode()

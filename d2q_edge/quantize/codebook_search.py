@@ -1,7 +1,7 @@
 """Choose block scales and codebooks by squared error: in torch, or on a CUDA device in Triton.
 
-The torch search ranks the codebooks by the table of codebook_table.py and measures a shortlist exactly; its yardstick,
-the exhaustive search, is tests/reference_encoder.py. q4_0, which has two codebooks only, has its own (uniform.py).
+The torch search ranks the codebooks by the table of codebook_table.py and measures a shortlist exactly
+(tests/reference_encoder.py searches exhaustively). q4_0, which has two codebooks only, has its own (uniform.py).
 """
 
 import torch

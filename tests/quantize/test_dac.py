@@ -39,11 +39,11 @@ def mean_shift(teacher: Batches, student: Batches) -> torch.Tensor | None:
 def slow_mean_shift(teacher: Batches, student: Batches) -> list[float] | None:
     """Channel by channel, with squared errors computed as they are defined."""
     differences = [(a.double() - b.double()).numpy() for a, b in zip(teacher, student, strict=True)]
-    held = validation(len(differences))
+    checked = validation(len(differences))
     result, before, after = [], 0.0, 0.0
     for channel in range(CHANNELS):
-        fit = np.concatenate([part[:, channel] for index, part in enumerate(differences) if index not in held])
-        check = np.concatenate([differences[index][:, channel] for index in held])
+        fit = np.concatenate([part[:, channel] for index, part in enumerate(differences) if index not in checked])
+        check = np.concatenate([differences[index][:, channel] for index in checked])
         mu, variance = math.fsum(fit) / len(fit), np.var(fit)
         plain, corrected = math.fsum(check**2), math.fsum((check - mu) ** 2)
         before += plain
@@ -175,12 +175,12 @@ def test_stats(shifts: dict[int, float]) -> None:
     assert stats.applied == (bias is not None) == bool(shifts)
     if bias is not None:
         assert stats.channels == int((bias != 0).sum())
-        held = np.concatenate([(teacher[index] - student[index]).double().numpy() for index in validation(8)])
+        checked = np.concatenate([(teacher[index] - student[index]).double().numpy() for index in validation(8)])
         fitted = [
             (teacher[index] - student[index]).double().numpy() for index in range(8) if index not in validation(8)
         ]
         shift = np.where(bias.numpy() != 0, np.concatenate(fitted).mean(0), 0)
-        gain = 1 - ((held - shift) ** 2).sum() / (held**2).sum()
+        gain = 1 - ((checked - shift) ** 2).sum() / (checked**2).sum()
         assert stats.gain == pytest.approx(gain, rel=1e-4)
 
 

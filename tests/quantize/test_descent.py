@@ -51,17 +51,17 @@ class Case:
 
 
 def make(columns: int, alpha: float = 0.5, rows: int = 16, dead: slice = slice(0)) -> Case:
-    """Correlated inputs of different sizes, drifted a little; those of `dead` are zero."""
+    """Correlated inputs of different sizes, perturbed a little; those of `dead` are zero."""
     generator = torch.Generator().manual_seed(columns)
     mix = torch.randn(columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
     sizes = torch.exp(0.5 * torch.randn(columns, generator=generator))
     original = torch.randn(1500, columns, generator=generator) @ mix * sizes
-    drifted = original * 0.97 + 0.1 * torch.randn(1500, columns, generator=generator) @ mix * sizes
-    drifted[:, dead] = 0
+    perturbed = original * 0.97 + 0.1 * torch.randn(1500, columns, generator=generator) @ mix * sizes
+    perturbed[:, dead] = 0
     weights = torch.randn(rows, columns, generator=generator) * 0.05
     statistics = InputStatistics(columns)
-    statistics.add_batch(drifted, original)
-    x, y = drifted.double().numpy(), original.double().numpy()
+    statistics.add_batch(perturbed, original)
+    x, y = perturbed.double().numpy(), original.double().numpy()
     h, d = 2 / 1500 * x.T @ x, 2 / 1500 * (y - x).T @ x
     alive = h.diagonal() > 0
     h += 0.01 * h.diagonal().mean() * np.eye(columns)
@@ -190,7 +190,7 @@ def test_every_choice_is_the_best_of_its_candidates(
     case = make(blocks * kind.block_size, rows=rows)
     descent = case.descent(case.quantize(kind), kind)
     state = descent.quantized().double().numpy()
-    books = descent.codebooks.flatten(1).tolist()
+    codebooks = descent.codebooks.flatten(1).tolist()
     descent.choose_codes()
     result = descent.quantized().double().numpy()
     np.testing.assert_array_equal(dequantize(kind, descent.layer().pack(kind)), descent.quantized().numpy())
@@ -202,8 +202,8 @@ def test_every_choice_is_the_best_of_its_candidates(
         candidates = np.stack([state, state, state])
         for row in range(rows):
             target = (state[row, here] - np.linalg.solve(case.h[here, here], gradient[row])) / scales[row]
-            for candidate, book in ((1, books[row][group]), (2, slow_nearest(kind, target))):
-                units = slow_feedback(kind, target, book, case.h[here, here])
+            for candidate, codebook in ((1, codebooks[row][group]), (2, slow_nearest(kind, target))):
+                units = slow_feedback(kind, target, codebook, case.h[here, here])
                 candidates[candidate, row, here] = units * scales[row]
         changed.append((result[:, here] != state[:, here]).any(1))
         state[:, here] = result[:, here]

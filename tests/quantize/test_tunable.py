@@ -43,18 +43,20 @@ def latent_of(layer: TunableLinear) -> nn.Parameter:
     return layer.latent
 
 
-def nearest_by_trying(kind: TensorType, values: np.ndarray[Any, Any], books: np.ndarray[Any, Any]) -> tuple[Any, Any]:
+def nearest_by_trying(
+    kind: TensorType, values: np.ndarray[Any, Any], codebooks: np.ndarray[Any, Any]
+) -> tuple[Any, Any]:
     """Entries [rows, cols] and codes [rows, codes] nearest to values in units of d, one code at a time."""
     units, codes = np.zeros_like(values), []
     for row in range(len(values)):
         for group in range(values.shape[1] // 32):
-            book = int(books[row, group])
+            codebook = int(codebooks[row, group])
             for index in range(16 if kind.paired else 32):
                 columns = [32 * group + index, 32 * group + 16 + index] if kind.paired else [32 * group + index]
                 if not kind.switched:
-                    table = np.arange(16.0)[:, None] - 8 + book
+                    table = np.arange(16.0)[:, None] - 8 + codebook
                 else:
-                    table = PAIR_TABLE[book] if kind.paired else SCALAR_TABLE[book][:, None]
+                    table = PAIR_TABLE[codebook] if kind.paired else SCALAR_TABLE[codebook][:, None]
                 distances = [math.dist(values[row, columns], entry) for entry in table.tolist()]
                 code = int(np.argmin(distances))
                 units[row, columns] = table[code]

@@ -55,7 +55,6 @@ def before(weights: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Te
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_statistics_and_corrections(make_checkpoint: Make, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     model = make_checkpoint(family, **SMALL)
-    monkeypatch.setattr(paper_pipeline, "BATCH_TOKENS", 160)  # three batches
     solved: list[tuple[InputStatistics, Fit, float]] = []
 
     def spy(weights: torch.Tensor, statistics: InputStatistics, fit: Fit, alpha: float) -> torch.Tensor:
@@ -64,7 +63,8 @@ def test_statistics_and_corrections(make_checkpoint: Make, monkeypatch: pytest.M
 
     monkeypatch.setattr(paper_pipeline, "quantize_columns", spy)
     runner = runner_of(model)
-    weights = quantize_model(runner, Recipe(alpha=0.4, dual_scale=True, correct=True), 2, WINDOWS)
+    recipe = Recipe(alpha=0.4, dual_scale=True, correct=True)
+    weights = quantize_model(runner, recipe, 2, WINDOWS, batch_tokens=160)  # three batches
     biases = [f"model.layers.{index}.{NORM}.bias" for index in range(2)]
     assert set(weights) == {*runner.family.linear_weights(), *biases, "model.norm.bias"}
 

@@ -19,8 +19,8 @@ COLUMN_TINY = 1e-6
 """Least column scale, relative to their mean, so that a column of zeros doesn't divide by zero."""
 _RIDGE = 1e-6
 """Relative to the diagonal; the planes of a row are collinear where all of its weights have one code."""
-_CHUNK = 1 << 24
-"""Weights times clip shares per step: bounds memory."""
+CHUNK = 1 << 24
+"""Weights times clip shares per step, which bounds memory."""
 _NORMAL_LEVELS = {2: (0.4528, 1.5104), 3: (0.2451, 0.7560, 1.3440, 2.1520)}
 """Positive half of the best levels for a unit Gaussian (Max, 1960), where the fit starts."""
 
@@ -49,7 +49,7 @@ class Grid:
         return rounded if self.columns is None else rounded * self.columns
 
 
-def clipped_grid(weights: torch.Tensor, bits: int) -> Grid:
+def clipped_grid(weights: torch.Tensor, bits: int, *, chunk: int = CHUNK) -> Grid:
     """Fit the asymmetric grid step * (0 .. 2^bits - 1, less an integer zero point) of each row, with the best clipping.
 
     The zero point makes zero a level. It follows from the whole range and stays when the range is clipped.
@@ -57,13 +57,14 @@ def clipped_grid(weights: torch.Tensor, bits: int) -> Grid:
     Args:
         weights: floating point [rows, columns] of one group.
         bits: per weight.
+        chunk: weights times clip shares per step.
     """
     top = 2**bits - 1
     low, high = weights.amin(1, keepdim=True).clamp(max=0), weights.amax(1, keepdim=True).clamp(min=0)
     step = ((high - low) / top).clamp(min=torch.finfo(weights.dtype).tiny)
     zero = (-low / step).round()
     shares = weights.new_tensor(CLIP_SHARES)
-    rows = max(1, _CHUNK // (weights.shape[1] * len(shares)))
+    rows = max(1, chunk // (weights.shape[1] * len(shares)))
     parts = zip(weights.split(rows), step.split(rows), zero.split(rows), strict=True)
     best = torch.cat([_clip_errors(*part, top, shares).argmin(0) for part in parts])
     return Grid(step * shares[best, None] * (torch.arange(top + 1, device=weights.device) - zero))

@@ -4,7 +4,7 @@ As in the product's pipeline, the original and the quantized model run side by s
 the output of the quantized layers before it. Rotation is a matter of the checkpoint that the BlockRunner reads.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -62,7 +62,14 @@ class Recipe:
 
 
 @torch.inference_mode()
-def quantize_model(runner: BlockRunner, recipe: Recipe, bits: int, windows: npt.NDArray[np.int64]) -> Weights:
+def quantize_model(
+    runner: BlockRunner,
+    recipe: Recipe,
+    bits: int,
+    windows: npt.NDArray[np.int64],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+) -> Weights:
     """Quantize all linear layers of all blocks.
 
     Args:
@@ -70,6 +77,7 @@ def quantize_model(runner: BlockRunner, recipe: Recipe, bits: int, windows: npt.
         recipe: the steps.
         bits: 2 or 3.
         windows: calibration tokens [windows, context].
+        batch_tokens: tokens per forward pass.
 
     Returns:
         Dequantized weights, and biases of norms, by full name: float32 on the runner's device.
@@ -77,7 +85,8 @@ def quantize_model(runner: BlockRunner, recipe: Recipe, bits: int, windows: npt.
     Raises:
         D2QError: calibration statistics can't be factored.
     """
-    driver = _Driver(runner, recipe, bits, windows)
+    batches = torch.from_numpy(windows).split(max(1, batch_tokens // windows.shape[1]))
+    driver = _Driver(runner, recipe, bits, batches if recipe.feedback or recipe.correct else ())
     for index in tqdm(range(runner.family.num_layers), desc="Quantizing", unit="block", disable=None):
         block = runner.load(index)
         driver.quantize(index, block)
@@ -88,11 +97,9 @@ def quantize_model(runner: BlockRunner, recipe: Recipe, bits: int, windows: npt.
 class _Driver:
     """Both streams between two blocks, as batches [windows, context, hidden]; empty if the recipe doesn't use them."""
 
-    def __init__(self, runner: BlockRunner, recipe: Recipe, bits: int, windows: npt.NDArray[np.int64]) -> None:
+    def __init__(self, runner: BlockRunner, recipe: Recipe, bits: int, batches: Sequence[torch.Tensor]) -> None:
         self.runner, self.recipe, self.bits = runner, recipe, bits
         self.weights: dict[str, torch.Tensor] = {}
-        per_batch = max(1, BATCH_TOKENS // windows.shape[1])
-        batches = torch.from_numpy(windows).split(per_batch) if recipe.feedback or recipe.correct else ()
         self.original = [runner.embed(part) for part in batches]
         self.quantized = self.original
 

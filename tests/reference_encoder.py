@@ -1,9 +1,7 @@
-"""The reference encoder without calibration: weights to blocks by (weighted) squared error.
+"""A reference encoder in numpy: weights to blocks by (weighted) squared error, without calibration.
 
-Knows how to choose the scale d of each block, the codebook of each group and the code of each weight or pair. Does not
-know calibration: error feedback between columns is quantize/gptaq.py, which makes the same choices on weights that it
-has already compensated. Slow and plain on purpose: every codebook is tried, in numpy, and the C encoder of the runtime
-is held against this one. The same input gives the same bytes.
+Tests compare the runtime's C encoder and quantize/rtn.py with it. It is plain and slow: every codebook is tried. The
+same input gives the same bytes.
 """
 
 from dataclasses import dataclass
@@ -18,29 +16,28 @@ F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 
 COARSE = np.geomspace(0.6, 4.5, 15)
-"""First guesses of d, as multiples of the block's RMS over that of the table's median codebook. Wide, because a block
-with an outlier wants a large d whatever its RMS; with the frozen tables the best d was within 0.75 to 4.3."""
+"""First guesses of d, as multiples of the block's RMS over that of the table's median codebook. The range is wide: a
+block with an outlier has a large d whatever its RMS. With the frozen tables the best d was within 0.75 to 4.3."""
 COARSE_STRIDE = 4
-"""They are compared with every fourth codebook only; the tables are in order of size, so that all sizes occur."""
+"""The guesses are compared by every fourth codebook; the tables are sorted by size, so that all sizes occur."""
 KEPT = 4
-"""First guesses that are measured with all codebooks."""
+"""Guesses that are compared by all codebooks."""
 FINE = (0.93, 0.965, 1.035, 1.07)
-"""Then these multiples of the best one."""
+"""Multiples of the best one that are tried next."""
 REFITS = 2
-"""Then rounds of least squares for d with the codes fixed, each followed by choosing anew."""
+"""Final rounds of a least-squares refit of d for fixed codes, each followed by a new choice of codes."""
 REACH = 4096.0
-"""A block whose largest weight is beyond this multiple of d is treated as if it were smaller, so that squares stay
-finite: only weights that are far too large for any fp16 scale lead here."""
+"""Clamps a block's largest weight, in units of d, so that squares stay finite: only weights far too large for any fp16
+scale exceed it."""
 PRODUCT = 2**18
-"""Multiplications per matrix product: keeps its result in the processor's cache, and is the size up to which OpenBLAS
-starts no threads, which cost more than they save here."""
+"""Multiplications per matrix product: the result stays in the cache, and OpenBLAS starts no threads up to this size."""
 BLOCK_STEP = 65536
 """Weights that are encoded at a time: bounds memory."""
 
 
 @dataclass
 class _Blocks:
-    """Blocks while they are being encoded. x is divided by each block's largest magnitude, `size`."""
+    """Blocks to encode. x is divided by each block's largest magnitude, `size`."""
 
     x: F32  # [blocks, groups, vectors, dimension]
     weight: F32  # the same shape, mean 1 in each block
@@ -52,29 +49,26 @@ class _Blocks:
 
 @dataclass
 class _Choice:
-    """scale: d [blocks]; books [blocks, groups]; error [blocks]: weighted squared error of x, less that of zeros.
+    """Scales and codebooks, with the weighted squared error of x less that of zeros, which keeps small gains exact."""
 
-    Zeros are the yardstick so that a small gain is not lost in the rounding of a large sum.
-    """
-
-    scale: F64
-    books: I64
-    error: F64
+    scale: F64  # d [blocks]
+    codebooks: I64  # [blocks, groups]
+    error: F64  # [blocks]
 
 
 def _vectors(values: F32, t: TensorType) -> F32:
-    """[rows, cols] -> [blocks, groups, vectors, dimension], vectors in code order."""
+    """Reshape [rows, cols] to [blocks, groups, vectors, dimension], vectors in code order."""
     dimension = 2 if t.paired else 1
     return values.reshape(-1, t.groups, dimension, GROUP // dimension).swapaxes(2, 3)
 
 
 def _stored(scale: F64) -> F64:
-    """Positive scales as fp16 holds them: neither zero nor infinite."""
+    """Round positive scales to fp16, neither zero nor infinite."""
     return np.clip(scale, SCALE_TINY, SCALE_MAX).astype(np.float16).astype(np.float64)
 
 
 class _Encoder:
-    """One tensor type's table, arranged for the search."""
+    """The encoder of one tensor type."""
 
     def __init__(self, t: TensorType) -> None:
         table = PAIR_TABLE if t.paired else SCALAR_TABLE[:, :, None]
@@ -83,22 +77,22 @@ class _Encoder:
         self.unit = float(np.median(np.sqrt(np.square(self.table).mean((1, 2)))))
 
     def _inverse(self, blocks: _Blocks, scale: F64) -> F64:
-        """What x is multiplied by to be in units of d [blocks]."""
+        """Return the factor [blocks] from x to units of d."""
         return np.minimum(blocks.size / scale, REACH)
 
     def _scaled(self, blocks: _Blocks, scale: F64) -> F32:
         return blocks.x * self._inverse(blocks, scale).astype(np.float32)[:, None, None, None]
 
     def choose(self, blocks: _Blocks, scale: F64, stride: int = 1) -> _Choice:
-        """The best codebook of each group for these scales [blocks], among every `stride`-th."""
-        # The sum of w (u - e)^2, less that of zeros, is the sum of w e^2 - 2 w u e: a product of what belongs to the
-        # weights and what belongs to the entries, hence one small matrix product for each entry of all codebooks.
+        """Choose the best codebook of each group for these scales [blocks], among every `stride`-th."""
+        # The sum of w (u - e)^2, less that of zeros, is the sum of w e^2 - 2 w u e: a matrix product of (-2 w u, w) and
+        # (e, e^2) for each entry of all codebooks.
         u = self._scaled(blocks, scale)
         count, groups, vectors, dimension = u.shape
         left = np.concatenate([-2 * blocks.weight * u, blocks.weight], axis=3).reshape(-1, vectors, 2 * dimension)
         table = self.table[::stride]
-        right = np.concatenate([table, np.square(table)], axis=2).transpose(1, 2, 0).copy()  # [entries, 2 dim, books]
-        books = np.empty(len(left), np.int64)
+        right = np.concatenate([table, np.square(table)], axis=2).transpose(1, 2, 0).copy()  # [K, 2 dim, codebooks]
+        codebooks = np.empty(len(left), np.int64)
         error = np.empty(len(left), np.float64)
         step = PRODUCT // (2 * dimension * len(table) * vectors)
         for start in range(0, len(left), step):
@@ -109,30 +103,30 @@ class _Encoder:
                 np.matmul(part, entry, out=trial)
                 np.minimum(best, trial, out=best)
             total = best.reshape(vectors, -1, len(table)).sum(0)
-            books[start : start + step] = total.argmin(1)
+            codebooks[start : start + step] = total.argmin(1)
             error[start : start + step] = total.min(1)
         gain = error.reshape(count, groups).sum(1) / np.square(self._inverse(blocks, scale))
-        return _Choice(scale, books.reshape(count, groups) * stride, gain)
+        return _Choice(scale, codebooks.reshape(count, groups) * stride, gain)
 
     def codes(self, blocks: _Blocks, choice: _Choice) -> U8:
-        """The best codes [blocks, groups, vectors] of a choice."""
+        """Return the best codes [blocks, groups, vectors] of a choice."""
         u = self._scaled(blocks, choice.scale)
-        chosen = self.table[choice.books][:, :, None]  # [blocks, groups, 1, entries, dimension]
+        chosen = self.table[choice.codebooks][:, :, None]  # [blocks, groups, 1, entries, dimension]
         distance = blocks.weight[:, :, :, None] * np.square(u[:, :, :, None] - chosen)
         codes: U8 = distance.sum(4).argmin(3).astype(np.uint8)
         return codes
 
     def refit(self, blocks: _Blocks, choice: _Choice) -> F64:
-        """The least-squares scales [blocks] for the codes of a choice: sum of w x e over sum of w e^2."""
+        """Return the least-squares scales [blocks] for the codes of a choice: sum of w x e over sum of w e^2."""
         codes = self.codes(blocks, choice)
-        entries = self.table[choice.books[:, :, None], codes]
+        entries = self.table[choice.codebooks[:, :, None], codes]
         top = (blocks.weight * blocks.x * entries).sum((1, 2, 3), dtype=np.float64)
         bottom = (blocks.weight * np.square(entries)).sum((1, 2, 3), dtype=np.float64)
         fitted = np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 0) * blocks.size
         return np.where(fitted > 0, fitted, choice.scale)
 
     def encode(self, blocks: _Blocks) -> tuple[F64, I64, U8]:
-        """Scales [blocks], 0 where nothing beats zeros, codebooks [blocks, groups], codes [blocks, groups, vectors]."""
+        """Return scales [blocks] (0 for zeros), codebooks [blocks, groups] and codes [blocks, groups, vectors]."""
         power = (blocks.weight * np.square(blocks.x)).mean((1, 2, 3), dtype=np.float64)
         guesses = _stored((np.sqrt(power) * blocks.size / self.unit)[:, None] * COARSE)
         rough = np.stack([self.choose(blocks, guess, COARSE_STRIDE).error for guess in guesses.T], axis=1)
@@ -147,18 +141,18 @@ class _Encoder:
             self._try(blocks, _stored(self.refit(blocks, best)), best)
         codes = self.codes(blocks, best)
         zero = best.error >= 0
-        best.scale[zero], best.books[zero], codes[zero] = 0, 0, 0
-        return best.scale, best.books, codes
+        best.scale[zero], best.codebooks[zero], codes[zero] = 0, 0, 0
+        return best.scale, best.codebooks, codes
 
     def _try(self, blocks: _Blocks, scale: F64, best: _Choice) -> None:
-        """Take these scales where they are better."""
+        """Accept these scales where they are better."""
         new = scale != best.scale
         if not new.any():
             return
         trial = self.choose(blocks.subset(new), scale[new])
         better = trial.error < best.error[new]
         accepted = np.flatnonzero(new)[better]
-        best.scale[accepted], best.books[accepted] = trial.scale[better], trial.books[better]
+        best.scale[accepted], best.codebooks[accepted] = trial.scale[better], trial.codebooks[better]
         best.error[accepted] = trial.error[better]
 
 
@@ -189,7 +183,7 @@ def encode(t: TensorType, weights: F32, importance: F32 | None = None) -> U8:
     w = np.broadcast_to(importance, weights.shape).reshape(-1, t.block_size)
     encoder = _Encoder(t)
     scales = np.zeros(rows * blocks, np.float16)
-    books = np.zeros((rows * blocks, t.groups), np.uint8)
+    codebooks = np.zeros((rows * blocks, t.groups), np.uint8)
     codes = np.zeros((rows * blocks, t.groups, t.codes(GROUP)), np.uint8)
     size = np.abs(x).max(1, initial=0)
     busy = np.flatnonzero(size)
@@ -200,5 +194,5 @@ def encode(t: TensorType, weights: F32, importance: F32 | None = None) -> U8:
         part = np.where(part.max(1, keepdims=True) > 0, part, np.float32(1))
         part = part / part.mean(1, keepdims=True)
         block = _Blocks(_vectors(x[at] / size[at, None], t), _vectors(part, t), size[at])
-        scales[at], books[at], codes[at] = encoder.encode(block)
-    return pack(t, scales.reshape(rows, -1), books.reshape(rows, -1), codes.reshape(rows, -1))
+        scales[at], codebooks[at], codes[at] = encoder.encode(block)
+    return pack(t, scales.reshape(rows, -1), codebooks.reshape(rows, -1), codes.reshape(rows, -1))

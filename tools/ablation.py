@@ -1,8 +1,8 @@
-"""The ablation: the paper's recipe, step by step, and ours, on the same models, texts and calibration, all in torch.
+"""Compare the paper's recipe and ours, step by step, on the same models, texts and calibration, all in torch.
 
 Every row quantizes the linear layers of the blocks (embeddings and head stay as they are), puts the dequantized weights
-into the float32 model and measures perplexity and KL divergence from the original by llama-perplexity's protocol. A row
-that is measured is printed, and with --json written, at once. A new row is one line in ROWS. Needs no runtime.
+into the float32 model and measures perplexity and KL divergence from the original by llama-perplexity's protocol. Each
+row is printed, and with --json written, as soon as it is measured. A new row is one line in ROWS. Needs no runtime.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from d2q_edge.model.whole_model import Weights, WholeModel
 from d2q_edge.pipeline.block_loop import Method, quantize_blocks
 from d2q_edge.pipeline.column_scaling import COLUMN_SCALE
 from d2q_edge.pipeline.refinement import refine
-from d2q_edge.pipeline.type_plan import plan_types
+from d2q_edge.pipeline.type_plan import make_plan
 from d2q_edge.pipeline.work_dir import WorkDir
 from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.rtn import round_layer
@@ -44,7 +44,7 @@ from tools.torch_evaluation import Distance, Reference, evaluation_chunks
 
 @dataclass(frozen=True)
 class Subject:
-    """One model and what it is calibrated with: windows [windows, context] of tokens, and more of them to refine it."""
+    """One model with its calibration tokens [windows, context], and more of them for refinement."""
 
     checkpoint: Checkpoint
     family: Family
@@ -56,7 +56,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A quantized model: the checkpoint that it replaces weights of, those weights, and their mean stored size."""
+    """A quantized model: a checkpoint, the weights that replace its own, and their mean stored size."""
 
     checkpoint: Checkpoint
     family: Family
@@ -70,7 +70,7 @@ Row = Callable[[Subject, int], Outcome]
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the table; texts by name."""
+    """One line of the table, with a distance per text."""
 
     model: str
     row: str
@@ -81,15 +81,15 @@ class Line:
 
 
 def paper(subject: Subject, bits: int, recipe: Recipe) -> Outcome:
-    """A row of the paper's recipe."""
+    """Quantize by the paper's recipe."""
     runner = BlockRunner(subject.checkpoint, subject.family, subject.device)
     weights = quantize_model(runner, recipe, bits, subject.windows)
     return Outcome(subject.checkpoint, subject.family, weights, recipe.bits_per_weight(subject.family, bits))
 
 
 def ours_rounded(subject: Subject, bits: int) -> Outcome:
-    """Our types without calibration."""
-    plan = plan_types(subject.family, bits)
+    """Round to our types without calibration."""
+    plan = make_plan(subject.family, bits)
     searches = {
         kind: CodebookSearch(tensor_types.BY_NAME[kind], subject.device)
         for kind in set(plan.linears.values()) & tensor_types.BY_NAME.keys()
@@ -103,9 +103,9 @@ def ours_rounded(subject: Subject, bits: int) -> Outcome:
 
 
 def ours(subject: Subject, bits: int, method: Method, *, refined: bool = False) -> Outcome:
-    """Our types through the product's pipeline, and refinement on more of the same text."""
+    """Quantize to our types by the product's pipeline, optionally with refinement on more of the same text."""
     checkpoint, family = subject.checkpoint, subject.family
-    plan = plan_types(family, bits)
+    plan = make_plan(family, bits)
     weights: dict[str, torch.Tensor] = {}
     with tempfile.TemporaryDirectory() as directory:
         work = WorkDir(Path(directory) / "model", {})
@@ -129,7 +129,7 @@ def ours(subject: Subject, bits: int, method: Method, *, refined: bool = False) 
 
 
 def rotated(subject: Subject, bits: int, row: Row) -> Outcome:
-    """Another row on the rotated model."""
+    """Quantize the rotated model by another row."""
     checkpoint = RotatedCheckpoint(subject.checkpoint, subject.seed)
     return row(replace(subject, checkpoint=checkpoint, family=family_for(checkpoint.config)), bits)
 
@@ -152,14 +152,14 @@ ROWS: dict[str, Row] = {
     "D2Q+rotation-DSQ": partial(rotated, row=partial(ours, method=Method(dsq=False))),
     "D2Q+rotation": partial(rotated, row=partial(ours, method=Method())),
 }
-"""The table's rows. The first six are the paper's. A row with a plus adds a step to the row above it."""
+"""The first six rows are the paper's. A row with a plus adds a step to the row above it."""
 
 
 class Ablation:
-    """Measures the rows on one model."""
+    """One model, the rows' results on which are to be measured."""
 
     def __init__(self, model: Path, arguments: argparse.Namespace) -> None:
-        """Read the checkpoint and the texts, and run the original.
+        """Read the checkpoint and the texts, and run the original model.
 
         Raises:
             D2QError: a file can't be read, a text is too short, or this machine lacks the device.
@@ -184,7 +184,7 @@ class Ablation:
         self.original = Line(self.name, "original", None, None, 0.0, self._measure(original))
 
     def run(self, row: str, bits: int) -> Line:
-        """Quantize by one row, and measure."""
+        """Quantize by one row and measure the result."""
         self._wait()
         start = time.perf_counter()
         with torch.no_grad():
@@ -203,13 +203,13 @@ class Ablation:
 
 
 def heading(texts: list[str]) -> str:
-    """The table's first line."""
+    """Return the table's header."""
     columns = "".join(f" {name + ' PPL':>12} {name + ' KLD':>12}" for name in texts)
     return f"{'model':16} {'row':16} {'bits':>4} {'bpw':>7} {'seconds':>8}{columns}"
 
 
 def format_line(line: Line) -> str:
-    """A line of the table."""
+    """Format one line of the table."""
     bits = "-" if line.bits is None else str(line.bits)
     size = "-" if line.bits_per_weight is None else f"{line.bits_per_weight:.4f}"
     measured = "".join(f" {found.perplexity:12.3f} {found.kl_divergence:12.4f}" for found in line.texts.values())
@@ -217,7 +217,7 @@ def format_line(line: Line) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure all rows, and print the table."""
+    """Measure all rows and print the table."""
     arguments = _parse(argv)
     names = [name for name, _ in arguments.text]
     print(heading(names), flush=True)

@@ -1,7 +1,6 @@
-"""Perplexity and KL divergence of dequantized weights in torch, without a file and without the runtime.
+"""Measure perplexity and KL divergence of dequantized weights in torch, without a file and without the runtime.
 
-The protocol is llama-perplexity's, as in evaluation/perplexity.py: chunks of equal length, the tokens of the second
-half scored.
+The protocol is llama-perplexity's, as in evaluation/perplexity.py: chunks of equal length, the second half scored.
 """
 
 import math
@@ -15,6 +14,7 @@ import torch
 from d2q_edge.calibration.text import Text
 from d2q_edge.errors import D2QError
 from d2q_edge.model.whole_model import WholeModel
+from d2q_edge.quantize.kl_divergence import kl_divergence
 
 BATCH_TOKENS = 4096
 """Tokens per forward pass."""
@@ -22,7 +22,7 @@ BATCH_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Distance:
-    """What was measured on one text; kl_divergence is from the original model, in nats per token."""
+    """Perplexity on one text, and KL divergence from the original model in nats per token."""
 
     perplexity: float
     kl_divergence: float
@@ -31,7 +31,17 @@ class Distance:
 def evaluation_chunks(
     tokenizer: Any, text: Text, chunks: int | None, context: int, bos: int | None
 ) -> npt.NDArray[np.int64]:
-    """The first chunks of a text, int64 [chunks, context]; BOS replaces the first token of each, where there is one.
+    """Tokenize a text and cut it into chunks.
+
+    Args:
+        tokenizer: of the model, from transformers.
+        text: the text.
+        chunks: at most so many; None for all.
+        context: tokens per chunk.
+        bos: replaces the first token of each chunk, if there is one.
+
+    Returns:
+        int64 [chunks, context].
 
     Raises:
         D2QError: the text is shorter than one chunk.
@@ -49,17 +59,18 @@ def evaluation_chunks(
 
 
 class Reference:
-    """The original model on one text. Keeps what its head reads, a fraction of the size of its probabilities."""
+    """The original model on one text. It keeps the lm_head's inputs, a fraction of the size of its probabilities."""
 
     @torch.inference_mode()
-    def __init__(self, model: WholeModel, windows: npt.NDArray[np.int64]) -> None:
+    def __init__(self, model: WholeModel, windows: npt.NDArray[np.int64], *, batch_tokens: int = BATCH_TOKENS) -> None:
+        """Run the original model on windows [windows, context], so many tokens per forward pass."""
         self._model = model
-        self._batches = torch.from_numpy(windows).split(max(1, BATCH_TOKENS // windows.shape[1]))
+        self._batches = torch.from_numpy(windows).split(max(1, batch_tokens // windows.shape[1]))
         self._states = [model.scored_states(tokens) for tokens in self._batches]
 
     @torch.inference_mode()
     def compare(self, model: WholeModel) -> Distance:
-        """Measure another model of the same tokens."""
+        """Measure another model with the same vocabulary."""
         loss = divergence = torch.zeros((), dtype=torch.float64, device=model.device)
         count = 0
         for tokens, states in zip(self._batches, self._states, strict=True):
@@ -67,6 +78,6 @@ class Reference:
             found = model.log_probabilities(model.scored_states(tokens))
             targets = tokens[:, tokens.shape[1] // 2 + 1 :, None].to(model.device)
             loss = loss - found.gather(-1, targets).sum(dtype=torch.float64)
-            divergence = divergence + (expected.exp() * (expected - found)).sum(dtype=torch.float64)
+            divergence = divergence + kl_divergence(expected, found).sum(dtype=torch.float64)
             count += targets.numel()
         return Distance(math.exp(float(loss) / count), float(divergence) / count)

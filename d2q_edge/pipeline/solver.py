@@ -11,8 +11,9 @@ from d2q_edge.formats.quantized_weight import QuantizedWeight
 from d2q_edge.formats.tensor_types import U8
 from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.descent import descend
-from d2q_edge.quantize.gptaq import InputStatistics, layer_feedback, quantize_layer
+from d2q_edge.quantize.gptaq import layer_feedback, quantize_layer
 from d2q_edge.quantize.matmul import matmul_precision
+from d2q_edge.quantize.statistics import InputStatistics
 
 
 class GroupSolver:

@@ -1,5 +1,4 @@
-"""The quantizer: one algorithm per file, on torch tensors.
+"""The quantizer's algorithms, one per file: tensors in, tensors out.
 
-Nothing here knows about files, model families or GGUF: weights and calibration statistics in, block scales, codebooks
-and codes out (tensor_types.py packs them).
+Weights and calibration statistics go in; block scales, codebooks and codes come out (see QuantizedLayer).
 """

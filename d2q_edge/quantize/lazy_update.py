@@ -1,66 +1,63 @@
-"""Changes of one block of columns after another, carried over to the columns behind them.
+"""Lazy batch updates of the columns that are still to be quantized (GPTQ, arXiv 2210.17323, section 3.3).
 
-On a GPU as GPTQ's lazy batch updates (arXiv 2210.17323, section 3.3) a second time: what blocks do to each other inside
-a span is done at once, what they do to everything behind the span when the span is done. There a product of all rows
-with 256 columns takes most of its time for reading and writing what it is added to. Knows nothing of what changes, or
-why.
+Inside a span of columns every block updates the rest of the span at once. The columns behind the span are updated once
+per span, by one large product instead of one small product per block: a GPU spends most of a small one on reading and
+writing the columns that it adds to.
 """
 
 from collections.abc import Iterable, Iterator
 
 import torch
 
-from d2q_edge.quantize.matmul import prefers_products, product
+from d2q_edge.quantize import matmul
 
 SPAN = 1024
-"""Columns."""
+"""Columns per span on an accelerator."""
 
 
-def spans(columns: int, block_size: int, device: torch.device) -> Iterator[tuple[int, int]]:
-    """Where each span of whole blocks begins and ends; a CPU, which gains nothing, has one."""
-    width = max(SPAN // block_size, 1) * block_size if prefers_products(device) else columns
+def spans(columns: int, block_size: int, device: torch.device, span: int = SPAN) -> Iterator[tuple[int, int]]:
+    """Yield start and end of each span of whole blocks; a CPU gains nothing by them and gets a single one."""
+    width = max(span // block_size, 1) * block_size if matmul.is_accelerator(device) else columns
     for begin in range(0, columns, width):
         yield begin, min(begin + width, columns)
 
 
 class LazyUpdate:
-    """The changes of one span."""
+    """The pending update of one span: for every factor F, columns += change of a block @ F[block, columns]."""
 
-    def __init__(self, inside: torch.Tensor, behind: torch.Tensor, influences: Iterable[torch.Tensor]) -> None:
-        """Begin.
+    def __init__(self, inside: torch.Tensor, behind: torch.Tensor, factors: Iterable[torch.Tensor]) -> None:
+        """Start a span.
 
         Args:
-            inside: float32 [rows, columns], the span, changed in place.
-            behind: float32 [rows, later columns], everything behind it, changed in place.
-            influences: of every kind of change, float32 [columns, columns + later columns]: what that of a column is
-                multiplied by when it is added to one behind it.
+            inside: float32 [rows, columns], the columns of the span, updated in place.
+            behind: float32 [rows, later columns], all columns behind the span, updated in place.
+            factors: float32 [columns, columns + later columns] each, such as rows of U and P.
         """
-        self._inside, self._behind, self._influences = inside, behind, list(influences)
-        # Kept for what is behind only.
-        self._changes = [torch.empty_like(inside) for _ in self._influences if behind.shape[1]]
+        self._inside, self._behind, self._factors = inside, behind, list(factors)
+        # Only needed for the columns behind.
+        self._changes = [torch.empty_like(inside) for _ in self._factors if behind.shape[1]]
         self._done = 0
 
     def add(self, *changes: torch.Tensor) -> None:
-        """The changes of the next block, of every kind float32 [rows, columns]: the rest of the span follows."""
+        """Update the rest of the span by the next block's changes, float32 [rows, block_size], one per factor."""
         here = slice(self._done, self._done + changes[0].shape[1])
         for kept, change in zip(self._changes, changes, strict=False):
             kept[:, here] = change
         self._done = here.stop
         later = slice(here.stop, self._inside.shape[1])
-        _carry(self._inside[:, later], changes, [each[here, later] for each in self._influences])
+        _add_products(self._inside[:, later], changes, [factor[here, later] for factor in self._factors])
 
     def finish(self) -> None:
-        """What is behind the span follows."""
+        """Update the columns behind the span by all of its changes."""
         columns = self._inside.shape[1]
-        _carry(self._behind, self._changes, [each[:, columns:] for each in self._influences])
+        _add_products(self._behind, self._changes, [factor[:, columns:] for factor in self._factors])
 
 
-def _carry(target: torch.Tensor, changes: Iterable[torch.Tensor], influences: Iterable[torch.Tensor]) -> None:
-    """Add the changes' products with their influences."""
+def _add_products(target: torch.Tensor, changes: Iterable[torch.Tensor], factors: Iterable[torch.Tensor]) -> None:
     if not target.shape[1]:
         return
-    if prefers_products(target.device):
-        target += product(torch.cat(tuple(changes), 1), torch.cat(tuple(influences)))
+    if matmul.is_accelerator(target.device):
+        target += matmul.product(torch.cat(tuple(changes), 1), torch.cat(tuple(factors)))
         return
-    for change, influence in zip(changes, influences, strict=True):
-        target += product(change, influence)
+    for change, factor in zip(changes, factors, strict=True):
+        target += matmul.product(change, factor)

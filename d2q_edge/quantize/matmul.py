@@ -1,4 +1,4 @@
-"""How exactly matrix products are computed on GPUs that have a choice."""
+"""Matrix products in float32 precision, and in TF32 where that is enough."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +10,11 @@ import torch
 
 @contextmanager
 def matmul_precision(level: Literal["highest", "high"]) -> Iterator[None]:
-    """During a with block: "highest" is float32; "high" rounds the factors to TF32's 10 bits, which is several times as
-    fast on CUDA and does nothing on a CPU. Calibration activations come from bfloat16 and don't notice; the error
-    feedback works on float32."""
+    """Set torch's float32 matmul precision during a with block.
+
+    "highest" is float32. "high" rounds the factors to TF32, which is several times as fast on CUDA and changes nothing
+    on a CPU: enough for calibration activations, which come from bfloat16 weights, but not for error feedback.
+    """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(level)
     try:
@@ -21,16 +23,16 @@ def matmul_precision(level: Literal["highest", "high"]) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def prefers_products(device: torch.device) -> bool:
-    """Whether matrix products are so much faster than everything else there that more and longer ones pay."""
+def is_accelerator(device: torch.device) -> bool:
+    """Return whether few large matrix products beat many small ones, a triangular solver included."""
     return device.type != "cpu"
 
 
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left @ right, of float32 matrices nearly as exact as float32's own product (relative to |left| @ |right|, 2^-20).
+    """Return left @ right for float32 matrices, with an error below 2^-20 |left| @ |right|.
 
-    On GPUs with TF32 it is three products of what TF32 holds: of the leading 10 bits with each other, and of each with
-    what the other leaves (2^-22 of the whole is left out). That is about three times as fast as float32 there.
+    Where there is TF32, both factors are split into their leading 10 bits and the remainder, and three TF32 products
+    (all but remainder times remainder, 2^-22 of the result) are about three times as fast as one in float32.
     """
     if left.dtype != torch.float32 or not _has_tf32(left.device):
         return left @ right
@@ -40,8 +42,8 @@ def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         return torch.addmm(small, left_high, right_high)
 
 
-def whole_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """The same where `left` holds whole numbers below 2^10, of which TF32 loses nothing: two products are enough."""
+def integer_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return left @ right as `product`, for a `left` of integers below 2^10, which TF32 represents exactly."""
     if not _has_tf32(left.device):
         return left @ right
     right_high = _leading_bits(right)
@@ -50,7 +52,7 @@ def whole_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def _leading_bits(values: torch.Tensor) -> torch.Tensor:
-    """float32 with the last 13 of its 23 bits cleared."""
+    """Clear the last 13 of float32's 23 fraction bits."""
     return (values.contiguous().view(torch.int32) & -(1 << 13)).view(torch.float32)
 
 

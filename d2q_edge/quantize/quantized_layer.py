@@ -1,4 +1,4 @@
-"""What a quantizer returns for one weight matrix."""
+"""The result of quantizing one weight matrix."""
 
 from dataclasses import dataclass
 
@@ -9,13 +9,13 @@ from d2q_edge.formats.tensor_types import U8, TensorType, code_bytes
 
 @dataclass
 class QuantizedLayer:
-    """The content of all blocks of one matrix [rows, cols].
+    """The content of all blocks of one matrix [rows, columns].
 
     Attributes:
-        scales: float16 [rows, cols / block_size].
-        codebooks: uint8 [rows, cols / 32].
-        codes: uint8 [rows, cols / 2] for paired types, else [rows, cols], in the order of tensor_types.pack.
-        weights: float32 [rows, cols], the dequantized matrix.
+        scales: float16 [rows, columns / block_size].
+        codebooks: uint8 [rows, columns / 32].
+        codes: uint8 [rows, columns / 2] for paired types, else [rows, columns], in the order of tensor_types.pack.
+        weights: float32 [rows, columns], the dequantized matrix.
     """
 
     scales: torch.Tensor
@@ -24,19 +24,23 @@ class QuantizedLayer:
     weights: torch.Tensor
 
     def packed(self, kind: TensorType) -> torch.Tensor:
-        """The blocks as bytes, uint8 [rows, kind.row_bytes(cols)], as tensor_types.pack; on a CUDA device where the
-        layer is on one. (Others may not have all operations for bytes.)"""
+        """Pack the blocks as tensor_types.pack, on the layer's device if that is a CUDA device, else on the CPU.
+
+        Returns:
+            uint8 [rows, kind.row_bytes(columns)].
+        """
         rows, blocks = self.scales.shape
         own = self.scales.reshape(-1, 1), self.codebooks.reshape(-1, kind.groups), self.codes
-        scales, books, codes = (part if part.is_cuda else part.cpu() for part in own)
+        # Other devices may lack operations on bytes.
+        scales, codebooks, codes = (part if part.is_cuda else part.cpu() for part in own)
         codes = codes.reshape(len(scales), kind.groups, -1)
         if not kind.switched:
-            turned = books == 1
+            turned = codebooks == 1
             scales, codes = torch.where(turned, -scales, scales), torch.where(turned[:, :, None], 15 - codes, codes)
-        parts = [scales.contiguous().view(torch.uint8), *([books] if kind.switched else []), *code_bytes(kind, codes)]
-        return torch.cat(parts, 1).view(rows, blocks * kind.type_size)
+        head = [scales.contiguous().view(torch.uint8), *([codebooks] if kind.switched else [])]
+        return torch.cat([*head, *code_bytes(kind, codes)], 1).view(rows, blocks * kind.type_size)
 
     def pack(self, kind: TensorType) -> U8:
-        """The same for numpy."""
+        """Pack the blocks into a numpy array, as `packed`."""
         data: U8 = self.packed(kind).cpu().numpy()
         return data

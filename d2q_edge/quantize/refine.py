@@ -1,82 +1,113 @@
-"""Refinement: gradient descent on the KL divergence from the original model to the quantized one.
+"""Refinement: tune a quantized model by gradient descent on its KL divergence from the original model.
 
-The loss is the mean over all tokens of the calibration windows of KL(original || quantized) of the next-token
-probabilities. Adam with a cosine schedule. What moves: block scales (by their logarithm), norm weights and biases, and,
-where they are free, the codes through their latent points (tunable.py). A code's latent point starts at its entry and
-Adam's step has a fixed size, so that CODE_TRAVEL, the sum of all steps, decides how consistently a gradient must
-want another entry before the code changes: with half of it hardly any code changes, with three times as much one in
-fourteen does, and the held-back text gets worse (measured on qwen3-34m).
+The loss is the mean of KL(original || quantized) of the next-token probabilities over all tokens. Adam with a cosine
+schedule tunes block scales (their logarithms), norm weights and biases and, where they are free, the codes (latent
+points, see tunable.py). As Adam's step has a fixed size, the sum of all steps, Schedule.code_travel, decides how
+consistently the gradients must ask for another entry before a code changes: with half of it hardly any code changes;
+with three times as much one in fourteen does, and the validation loss rises (measured on qwen3-34m).
 
-Part of the windows is held back. After every pass the loss is measured on them, and in the end the best state, which
-may be the first, is restored. Also after every pass comes a State with which an interrupted run can go on. Knows two
-models as WholeModel; does not know files.
+Some windows are for validation: their loss is measured after every pass, and in the end the best state, which may be
+the first, is restored. A State after every pass lets an interrupted run resume.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from d2q_edge.model.whole_model import WholeModel
+from d2q_edge.quantize.kl_divergence import kl_divergence
+from d2q_edge.utils.progress import Progress
 
-PASSES = 6
-"""Over the windows."""
-BATCH = 16
-"""Windows per step."""
-MICRO_TOKENS = 4096
-"""Tokens per forward pass; gradients add up to a batch."""
 VALIDATION_EVERY = 32
-"""One window in so many is held back, or the last one."""
-SCALE_RATE = 1e-3
-"""Learning rate of everything but the codes."""
-CODE_TRAVEL = 16.5
-"""The way that a code's latent point can go in all, in units of d."""
-CODE_RATE = 0.2
-"""The most that it can go in one step: few steps don't tell which codes should change."""
+"""One window in so many, or the last one, is for validation."""
 BETAS = (0.9, 0.99)
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to tune.
+
+    Attributes:
+        passes: over the windows.
+        batch: windows per step.
+        micro_tokens: tokens per forward pass; gradients add up to a batch.
+        scale_rate: initial learning rate of everything but the codes.
+        code_travel: how far a code's latent point can move in all, in units of d.
+        code_rate: the same for one step: few steps don't tell which codes should change.
+    """
+
+    passes: int = 6
+    batch: int = 16
+    micro_tokens: int = 4096
+    scale_rate: float = 1e-3
+    code_travel: float = 16.5
+    code_rate: float = 0.2
+
+    def rates(self, step: int, steps: int) -> tuple[float, float]:
+        """Return the learning rates of a step out of so many: of everything but the codes, and of the codes."""
+        cosine = (1 + math.cos(math.pi * (step / steps))) / 2
+        # The mean of the cosine schedule is one half.
+        return self.scale_rate * cosine, min(2 * self.code_travel / steps, self.code_rate) * cosine
+
+
+SCHEDULE = Schedule()
+
+
+class LanguageModel(Protocol):
+    """A model as refinement uses it."""
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return all parameters that require gradients, by name."""
+
+    def states(self, tokens: torch.Tensor, /) -> torch.Tensor:
+        """Return the lm_head's inputs for tokens [windows, context]: [windows, context, hidden]."""
+
+    def log_probabilities(self, states: torch.Tensor, /) -> torch.Tensor:
+        """Return the log-probabilities of all next tokens: [..., vocabulary]."""
+
+
 @dataclass
-class Progress:
-    """KL divergence on the held-back windows, nats per token: at the start, and after each pass."""
+class RefinementLosses:
+    """KL divergence on the validation windows, nats per token: before the first pass, and after each pass."""
 
     before: float
     passes: list[float] = field(default_factory=list)
 
     @property
     def after(self) -> float:
-        """Of the state that was kept."""
+        """The loss of the state that was kept."""
         return min([self.before, *self.passes])
 
 
 @dataclass
 class State:
-    """All that tuning needs to go on after a pass.
+    """What a run needs to resume after a pass.
 
     Attributes:
-        progress: so far.
-        tensors: float32; every parameter NAME, its moments NAME.mean and NAME.square, and as it was in the best state,
-            NAME.best.
+        losses: so far.
+        tensors: float32: every parameter NAME, Adam's moments NAME.mean and NAME.square, and NAME.best, the parameter
+            in the best state.
     """
 
-    progress: Progress
+    losses: RefinementLosses
     tensors: dict[str, torch.Tensor]
 
 
 def tune(
-    original: WholeModel,
-    quantized: WholeModel,
+    original: LanguageModel,
+    quantized: LanguageModel,
     windows: npt.NDArray[np.int64],
     seed: int = 0,
     *,
+    schedule: Schedule | None = None,
     state: State | None = None,
     keep: Callable[[State], None] = lambda _: None,
-) -> Progress:
+) -> RefinementLosses:
     """Tune the parameters of `quantized` that require gradients, in place.
 
     Args:
@@ -84,69 +115,64 @@ def tune(
         quantized: the student; its parameters named "latent" are codes.
         windows: calibration tokens [windows, context].
         seed: of the order of the windows.
-        state: of an interrupted run with the same arguments, to go on from; its tensors are copied.
-        keep: called after every pass but the last with the state, whose tensors change when it has returned.
+        schedule: None for SCHEDULE.
+        state: of an interrupted run with the same arguments, to resume from; its tensors are copied.
+        keep: called with the state after every pass but the last; the next pass changes the state's tensors.
     """
-    held = np.arange(len(windows)) % VALIDATION_EVERY == min(VALIDATION_EVERY, len(windows)) - 1
-    train, check = torch.from_numpy(windows[~held]), torch.from_numpy(windows[held])
+    schedule = schedule or SCHEDULE
+    validation = np.arange(len(windows)) % VALIDATION_EVERY == min(VALIDATION_EVERY, len(windows)) - 1
+    train = torch.from_numpy(windows[~validation])
+    check = _micro_batches(torch.from_numpy(windows[validation]), schedule)
     if not len(train):
-        return Progress(_mean_loss(original, quantized, check))
-    batch = min(BATCH, max(1, len(train)))
-    steps = max(1, len(train) // batch)
+        return RefinementLosses(_mean_loss(original, quantized, check))
+    batch = min(schedule.batch, len(train))
+    per_pass = len(train) // batch
+    steps = schedule.passes * per_pass
     parameters = quantized.parameters()
-    optimizer = torch.optim.Adam(_groups(parameters, PASSES * steps), betas=BETAS)
+    optimizer = torch.optim.Adam(_parameter_groups(parameters), betas=BETAS)
     if state is None:
-        progress = Progress(_mean_loss(original, quantized, check))
+        losses = RefinementLosses(_mean_loss(original, quantized, check))
         best = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     else:
-        progress = state.progress
-        best = _restore(state, parameters, optimizer, len(progress.passes) * steps)
+        losses = state.losses
+        best = _restore(state, parameters, optimizer, len(losses.passes) * per_pass)
     generator = torch.Generator().manual_seed(seed)
-    done = len(progress.passes)
-    with tqdm(total=PASSES * steps, initial=done * steps, desc="Refining", unit="step", disable=None) as bar:
-        for number in range(PASSES):
-            order = torch.randperm(len(train), generator=generator)[: steps * batch].view(steps, batch)
+    done = len(losses.passes)
+    with Progress("Refining", steps, initial=done * per_pass) as progress:
+        for number in range(schedule.passes):
+            order = torch.randperm(len(train), generator=generator)[: per_pass * batch].view(per_pass, batch)
             if number < done:
                 continue
-            for step, chosen in enumerate(order):
-                _set_rates(optimizer, (number * steps + step) / (PASSES * steps))
+            for step, chosen in enumerate(order, number * per_pass):
+                for group, rate in zip(optimizer.param_groups, schedule.rates(step, steps), strict=False):
+                    group["lr"] = rate
                 optimizer.zero_grad()
-                _backward(original, quantized, train[chosen])
+                _backward(original, quantized, _micro_batches(train[chosen], schedule))
                 optimizer.step()
-                bar.update()
-            progress.passes.append(_mean_loss(original, quantized, check))
-            bar.set_postfix(kld=f"{progress.passes[-1]:.4f}")
-            if progress.passes[-1] == progress.after:
+                progress.update()
+            losses.passes.append(_mean_loss(original, quantized, check))
+            progress.set_status(f"KL divergence {losses.passes[-1]:.4f}")
+            if losses.passes[-1] == losses.after:
                 for name, parameter in parameters.items():
                     best[name].copy_(parameter.detach())
-            if number + 1 < PASSES:
-                keep(State(progress, _tensors(parameters, optimizer, best)))
+            if number + 1 < schedule.passes:
+                keep(State(losses, _tensors(parameters, optimizer, best)))
     for name, parameter in parameters.items():
         parameter.data.copy_(best[name])
-    return progress
+    return losses
 
 
-def _groups(parameters: dict[str, nn.Parameter], steps: int) -> list[dict[str, object]]:
-    """What has a learning rate in common; "peak" is the rate that the schedule begins with."""
+def _parameter_groups(parameters: dict[str, nn.Parameter]) -> list[dict[str, list[nn.Parameter]]]:
+    """Return everything but the codes, and the codes if there are any."""
     codes = [parameter for name, parameter in parameters.items() if name.endswith(".latent")]
     others = [parameter for name, parameter in parameters.items() if not name.endswith(".latent")]
-    groups: list[dict[str, object]] = [{"params": others, "peak": SCALE_RATE}]
-    if codes:
-        # A cosine's mean is one half.
-        groups.append({"params": codes, "peak": min(2 * CODE_TRAVEL / steps, CODE_RATE)})
-    return groups
-
-
-def _set_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
-    """The cosine schedule, at a share of all steps; not torch's, which gets there only step by step."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * (1 + math.cos(math.pi * share)) / 2
+    return [{"params": others}, *([{"params": codes}] if codes else [])]
 
 
 def _tensors(
     parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, best: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Of a State."""
+    """Return the tensors of a State."""
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in parameters.items():
         moments = optimizer.state[parameter]
@@ -162,7 +188,7 @@ def _tensors(
 def _restore(
     state: State, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, step: int
 ) -> dict[str, torch.Tensor]:
-    """Put a State back; returns the best state."""
+    """Restore parameters and moments from a State; return the best parameters."""
     for name, parameter in parameters.items():
         parameter.data.copy_(state.tensors[name])
         optimizer.state[parameter] = {
@@ -173,25 +199,28 @@ def _restore(
     return {name: state.tensors[f"{name}.best"].to(value.device, copy=True) for name, value in parameters.items()}
 
 
-def _backward(original: WholeModel, quantized: WholeModel, tokens: torch.Tensor) -> None:
-    """Add the gradients of the mean loss of a batch [windows, context]."""
-    for part in tokens.split(max(1, MICRO_TOKENS // tokens.shape[1])):
+def _micro_batches(tokens: torch.Tensor, schedule: Schedule) -> tuple[torch.Tensor, ...]:
+    """Split windows [windows, context] into what one forward pass takes."""
+    parts: tuple[torch.Tensor, ...] = tokens.split(max(1, schedule.micro_tokens // tokens.shape[1]))
+    return parts
+
+
+def _backward(original: LanguageModel, quantized: LanguageModel, batch: Sequence[torch.Tensor]) -> None:
+    """Add the gradients of the mean loss of a batch."""
+    windows = sum(map(len, batch))
+    for part in batch:
         with torch.no_grad():
             expected = original.log_probabilities(original.states(part))
         with torch.enable_grad():
             found = quantized.log_probabilities(quantized.states(part))
-            (_divergence(expected, found) * len(part) / len(tokens)).backward()
+            (kl_divergence(expected, found).mean() * len(part) / windows).backward()
 
 
 @torch.no_grad()
-def _mean_loss(original: WholeModel, quantized: WholeModel, tokens: torch.Tensor) -> float:
+def _mean_loss(original: LanguageModel, quantized: LanguageModel, batch: Sequence[torch.Tensor]) -> float:
     total = 0.0
-    for part in tokens.split(max(1, MICRO_TOKENS // tokens.shape[1])):
+    for part in batch:
         expected = original.log_probabilities(original.states(part))
-        total += float(_divergence(expected, quantized.log_probabilities(quantized.states(part)))) * len(part)
-    return total / len(tokens)
-
-
-def _divergence(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-    """Mean over tokens of sum_v p_v (log p_v - log q_v), from log-probabilities [..., vocabulary]."""
-    return (expected.exp() * (expected - found)).sum(-1).mean()
+        found = quantized.log_probabilities(quantized.states(part))
+        total += float(kl_divergence(expected, found).mean()) * len(part)
+    return total / sum(map(len, batch))

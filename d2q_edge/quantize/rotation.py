@@ -1,21 +1,15 @@
-"""Rotation: a checkpoint in another basis of its residual stream, in which no channel stands out.
+"""Rotation of the residual stream (QuaRot, arXiv 2404.00456, section 4, stage 1a) with small Hadamard matrices.
 
-QuaRot (arXiv 2404.00456, section 4, stage 1a) with a small rotation (DESIGN section 3): the hidden states h [tokens,
-width] become h Q with Q = diag(signs) blockdiag(H, ..., H), random signs, and H the normalized Walsh-Hadamard matrix of
-the largest power of two that divides the width, at most 128. An RMS norm without weights commutes with Q, because Q
-keeps lengths. So the weights n of every norm move into the layers behind it, and then
+The hidden states h [tokens, width] become h Q with Q = diag(signs) blockdiag(H, ..., H): random signs, and H the
+normalized Walsh-Hadamard matrix of the largest power of two that divides the width, at most 128 (DESIGN section 3). Q
+keeps lengths and so commutes with an RMS norm without weights. With the norms' weights n folded into the layers that
+follow, the model computes the same after
 
-    y = norm(h) W^T             becomes  W <- W diag(n) Q,  n <- 1     (q, k, v, gate, up, head)
-    h <- h + a W^T + b          becomes  W <- Q^T W,        b <- b Q   (o, down)
-    h <- E[token]               becomes  E <- E Q                      (embeddings)
+    y = norm(h) W^T             W <- W diag(n) Q,  n <- 1     (q, k, v, gate, up, head)
+    h <- h + a W^T + b          W <- Q^T W,        b <- b Q   (o, down)
+    h <- E[token]               E <- E Q                      (embeddings)
 
-and the model computes what it did. Everything that doesn't touch the residual stream stays: attention and its norms of
-q and k, the biases of the layers that read. Tied embeddings are untied, because the head takes the final norm's
-weights along and the embeddings don't.
-
-Knows weights. Which tensor reads or writes the residual stream is the family's knowledge, and quantization is nobody's
-business here: `RotatedCheckpoint` looks like a checkpoint in float32, and its users don't notice. The sums and
-differences are taken in a fixed order in float64, so that a seed gives the same bits on every machine.
+Sums and differences are taken in a fixed order in float64: a seed gives the same bits on every machine.
 """
 
 import math
@@ -23,20 +17,20 @@ import math
 import torch
 
 MAX_GROUP = 128
-"""Size of the largest Hadamard matrix (DESIGN section 3)."""
+"""Size of the largest Hadamard matrix."""
 CHUNK = 1 << 17
-"""Elements that are rotated at a time, in float64: a megabyte, which caches hold (four times as fast as 32 MB)."""
+"""Elements that are rotated at a time, in float64: a megabyte fits into caches (four times as fast as 32 MB)."""
 
 
 def group_size(width: int) -> int:
-    """The size of the Hadamard matrices for a residual stream of that width: the largest power of two that divides it,
-    at most MAX_GROUP."""
+    """Return the size of the Hadamard matrices for a residual stream of that width."""
     return min(width & -width, MAX_GROUP)
 
 
 def walsh_hadamard(vectors: torch.Tensor) -> torch.Tensor:
-    """`vectors @ H` over the last axis, H the symmetric orthogonal Walsh-Hadamard matrix in Sylvester's order:
-    H_1 = 1, H_2m = [[H_m, H_m], [H_m, -H_m]] / sqrt(2).
+    """Return vectors @ H over the last axis, with H the symmetric orthogonal Walsh-Hadamard matrix.
+
+    In Sylvester's order: H_1 = 1, H_2m = [[H_m, H_m], [H_m, -H_m]] / sqrt(2).
 
     Args:
         vectors: floats [..., a power of two].
@@ -55,18 +49,24 @@ def walsh_hadamard(vectors: torch.Tensor) -> torch.Tensor:
 
 
 class Rotation:
-    """The orthogonal matrix Q [width, width] of one model."""
+    """The orthogonal matrix Q [width, width] of one model.
 
-    def __init__(self, width: int, seed: int) -> None:
+    Attributes:
+        group: size of the Hadamard matrices.
+        signs: +1 or -1, float64 [width].
+    """
+
+    def __init__(self, width: int, seed: int, *, chunk: int = CHUNK) -> None:
+        """Draw the signs; `chunk` elements are rotated at a time."""
+        self._chunk = chunk
         self.group = group_size(width)
         generator = torch.Generator().manual_seed(seed)
         self.signs = torch.randint(0, 2, (width,), generator=generator).double() * 2 - 1
-        """float64 [width], +1 or -1."""
 
     def inputs(
         self, weight: torch.Tensor, norm: torch.Tensor | None = None, dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:
-        """`W diag(n) Q`, for what is read from, or looked up for, the residual stream; also `b Q`.
+        """Return W diag(n) Q, for layers that read the residual stream and for embeddings; also b Q.
 
         Args:
             weight: W, floats [..., width].
@@ -76,14 +76,14 @@ class Rotation:
         factors = self.signs if norm is None else self.signs * norm.double()
         rows = weight.reshape(-1, weight.shape[-1])
         result = torch.empty(rows.shape, dtype=dtype)
-        step = max(1, CHUNK // rows.shape[1])
+        step = max(1, self._chunk // rows.shape[1])
         for start in range(0, len(rows), step):
             part = rows[start : start + step].double() * factors
             result[start : start + step] = walsh_hadamard(part.unflatten(-1, (-1, self.group))).flatten(-2)
         return result.reshape(weight.shape)
 
     def outputs(self, weight: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """`Q^T W`, for a layer that writes to the residual stream.
+        """Return Q^T W, for layers that write to the residual stream.
 
         Args:
             weight: W, floats [width, in_features].

@@ -1,8 +1,4 @@
-"""Rounding to nearest: scales, codebooks and codes by squared error, without calibration.
-
-Makes the choices of the reference encoder (encoder.py) with the fast search of codebook.py, so that a large model takes
-minutes. No error feedback: gptaq.py does that.
-"""
+"""Round to nearest: scales, codebooks and codes by squared error, without calibration or error feedback."""
 
 import torch
 
@@ -11,7 +7,12 @@ from d2q_edge.quantize.quantized_layer import QuantizedLayer
 
 
 def round_layer(weights: torch.Tensor, search: CodebookSearch) -> QuantizedLayer:
-    """Quantize a matrix, float32 [rows, cols]; the block size of the search's tensor type divides cols."""
+    """Quantize one matrix.
+
+    Args:
+        weights: float32 [rows, columns]; columns is a multiple of the tensor type's block size.
+        search: the codebooks.
+    """
     kind = search.tensor_type
     rows, columns = weights.shape
     parts = weights.reshape(-1, kind.block_size).split(CHUNK // kind.groups)
@@ -27,13 +28,12 @@ def round_layer(weights: torch.Tensor, search: CodebookSearch) -> QuantizedLayer
 def _round_blocks(
     blocks: torch.Tensor, search: CodebookSearch
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Scales [n], codebooks [n, groups], codes [n, codes] and rounded weights of blocks [n, block_size]."""
-    kind = search.tensor_type
+    """Return scales [n], codebooks [n * groups], codes and rounded weights of blocks [n, block_size]."""
     scales = search.block_scales(blocks)
     vectors = search.vectors(blocks / scales[:, None])
-    books, _ = search.search(vectors)
-    levels = search.levels[books]
+    codebooks, _ = search.search(vectors)
+    levels = search.levels[codebooks]
     codes = torch.cdist(vectors.contiguous(), levels).argmin(2)
     nearest = levels.gather(1, codes[:, :, None].expand(-1, -1, levels.shape[2]))
     rounded = nearest.transpose(1, 2).reshape(blocks.shape) * scales[:, None]
-    return scales, books.view(len(blocks), kind.groups), codes.view(len(blocks), -1), rounded
+    return scales, codebooks, codes, rounded

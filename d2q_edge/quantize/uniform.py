@@ -1,7 +1,6 @@
-"""Scales and codebooks of q4_0: sixteen values at equal distances, so that no table has to be searched.
+"""Scales and codebooks of llama.cpp's q4_0: 16 evenly spaced values, so that there is no table to search.
 
-Knows blocks of 32 weights with one scale d and the values d * (-8 .. 7) or d * (-7 .. 8) (tensor_types.py: codebook 0
-or 1). Called by CodebookSearch, which is what gptaq.py, rtn.py and descent.py see.
+A block of 32 weights has one scale d and the values d * (-8 .. 7) (codebook 0) or d * (-7 .. 8) (codebook 1).
 """
 
 import torch
@@ -10,35 +9,35 @@ ENTRIES = 16
 LOWEST = (-8.0, -7.0)
 """Smallest entry of each codebook."""
 SCALE_STEPS = tuple(1 / (8 + step) for step in (0.8, 0.4, 0.0, -0.4, -0.8, -1.2, -1.6, -2.0, -2.4, -2.8))
-"""Scales that are tried, as multiples of a block's largest magnitude; less than 1/8 cuts it off."""
+"""Scales that are tried, as multiples of a block's largest magnitude, which less than 1/8 clips."""
 
 
 def levels(device: torch.device | str) -> torch.Tensor:
-    """Both codebooks: float32 [2, 16, 1], in units of d."""
+    """Return both codebooks in units of d: float32 [2, 16, 1]."""
     first = torch.arange(ENTRIES, dtype=torch.float32, device=device)
     return torch.stack([first + lowest for lowest in LOWEST])[:, :, None]
 
 
 def search(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The better codebook of each group.
+    """Find the better codebook of each group.
 
     Args:
         vectors: float32 [groups, 32, 1], in units of d.
 
     Returns:
-        int64 [groups] and float32 [groups], the summed squared errors in units of d squared.
+        The codebooks, int64 [groups], and their summed squared errors in units of d squared, float32 [groups].
     """
     values = vectors[:, :, 0]
     nearest = values.round()
     errors = torch.stack(
         [(nearest.clamp(lowest, lowest + ENTRIES - 1) - values).square().sum(1) for lowest in LOWEST], dim=1
     )
-    least, books = errors.min(1)
-    return books, least
+    least, codebooks = errors.min(1)
+    return codebooks, least
 
 
 def block_scales(blocks: torch.Tensor) -> torch.Tensor:
-    """The positive scale d of each block [rows, 32], not rounded: the best of SCALE_STEPS, fitted by least squares."""
+    """Choose the scale of each block [rows, 32], positive and not rounded: the best of SCALE_STEPS after a refit."""
     largest = blocks.abs().amax(1).clamp(min=1e-30)
     best = torch.full_like(largest, torch.inf)
     scales = largest / 8
@@ -50,7 +49,7 @@ def block_scales(blocks: torch.Tensor) -> torch.Tensor:
             codes = nearest.clamp(lowest, lowest + ENTRIES - 1)
             power = codes.square().sum(1)
             fitted = (codes * blocks).sum(1) / power
-            # The sum of (d code - w)^2 at the fitted d, less that of w^2. NaN where all codes are zero: never better.
+            # The squared error at the least-squares d, less the sum of w^2. NaN where all codes are zero: never better.
             error = -fitted.square() * power
             better = error < best
             best, scales = torch.where(better, error, best), torch.where(better, fitted, scales)

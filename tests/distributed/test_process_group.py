@@ -14,10 +14,11 @@ from d2q_edge.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.formats.tensor_types import BY_NAME
 from d2q_edge.options import Options
-from d2q_edge.quantize import cholesky
-from d2q_edge.quantize.cholesky import inverse_factor
+from d2q_edge.quantize import cholesky, matmul
+from d2q_edge.quantize.cholesky import inverse_cholesky
 from d2q_edge.quantize.dsq import InputEnergy
-from d2q_edge.quantize.gptaq import InputStatistics, layer_feedback
+from d2q_edge.quantize.gptaq import layer_feedback
+from d2q_edge.quantize.statistics import InputStatistics
 from tests.checkpoints import EXAMPLE
 from tests.paths import ROOT
 
@@ -89,11 +90,11 @@ def test_what_two_processes_exchange(tmp_path: Path) -> None:
 FACTORS = """
 import sys
 import torch
-from d2q_edge.quantize import cholesky
+from d2q_edge.quantize import cholesky, matmul
 from d2q_edge.distributed.process_group import ProcessGroup
 from tests.distributed.test_process_group import factors
 cholesky.STRIP = 100
-cholesky.prefers_products = lambda _: True
+matmul.is_accelerator = lambda _: True
 processes = ProcessGroup.from_environment(torch.device("cpu"))
 processes.connect()
 found = factors(processes)
@@ -105,7 +106,7 @@ def failing(matrix):
     return lower, failed + (processes.rank == 1 and len(calls) == 1)
 
 torch.linalg.cholesky_ex = failing
-again, _ = cholesky.inverse_factor(torch.eye(256) + torch.ones(256, 256), 0.01, processes)
+again, _ = cholesky.inverse_cholesky(torch.eye(256) + torch.ones(256, 256), 0.01, processes)
 assert calls == [torch.float32, torch.float64]
 torch.save([*found, again], f"{sys.argv[1]}/{processes.rank}.pt")
 """
@@ -117,10 +118,10 @@ def factors(processes: ProcessGroup) -> list[torch.Tensor]:
     statistics, energy = InputStatistics(256), InputEnergy(256)
     statistics.add_batch(*inputs)
     energy.add_batch(inputs[0])
-    feedback = layer_feedback(statistics, BY_NAME["d2q2"], processes=processes)
-    assert feedback.spread is not None
-    assert feedback.lead is not None
-    return [feedback.factor, feedback.spread, feedback.lead, energy.conditional()]
+    feedback = layer_feedback(statistics, BY_NAME["d2q2"], 0.5, processes=processes)
+    assert feedback.dXXT_UT is not None
+    assert feedback.P is not None
+    return [feedback.U, feedback.dXXT_UT, feedback.P, energy.conditional()]
 
 
 def test_two_processes_share_factorizations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,9 +131,9 @@ def test_two_processes_share_factorizations(tmp_path: Path, monkeypatch: pytest.
     done = torchrun(str(script), str(tmp_path))
     assert done.returncode == 0, done.stderr
     monkeypatch.setattr(cholesky, "STRIP", 100)
-    monkeypatch.setattr(cholesky, "prefers_products", lambda _: True)
+    monkeypatch.setattr(matmul, "is_accelerator", lambda _: True)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    again, _ = inverse_factor(torch.eye(256) + torch.ones(256, 256), 0.01)
+    again, _ = inverse_cholesky(torch.eye(256) + torch.ones(256, 256), 0.01)
     for found, other, expected in zip(first, second, [*factors(SINGLE_PROCESS), again], strict=True):
         assert torch.equal(found, other)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))

@@ -27,10 +27,8 @@ def run(output: Path, patches: Mapping[Any, Any] = {}, passes: int = 1) -> conve
     if not model.exists():
         write_checkpoint(model, "qwen2", hidden_size=64, intermediate_size=128)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning, "PASSES", passes)
         # So that codes change in a few steps.
-        patch.setattr(tuning, "CODE_RATE", 1.4)
-        patch.setattr(tuning, "CODE_TRAVEL", 100.0)
+        patch.setattr(tuning, "SCHEDULE", tuning.Schedule(passes=passes, code_rate=1.4, code_travel=100.0))
         patch.setattr(conversion, "refine", marked)
         for (place, name), value in patches.items():
             patch.setattr(place, name, value)

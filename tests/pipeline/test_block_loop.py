@@ -26,9 +26,10 @@ from d2q_edge.pipeline.report import Report
 from d2q_edge.pipeline.type_plan import plan_types
 from d2q_edge.pipeline.work_dir import Tensor, WorkDir
 from d2q_edge.quantize.codebook_search import CodebookSearch
-from d2q_edge.quantize.gptaq import Feedback, InputStatistics, layer_feedback, quantize_layer
+from d2q_edge.quantize.gptaq import Feedback, layer_feedback, quantize_layer
 from d2q_edge.quantize.quantized_layer import QuantizedLayer
 from d2q_edge.quantize.rtn import round_layer
+from d2q_edge.quantize.statistics import InputStatistics
 from tests.blocks import changed_tensors
 from tests.checkpoints import EXAMPLE
 from tests.conftest import ExampleFiles
@@ -175,7 +176,7 @@ def test_statistics_are_those_of_the_formulas(
     seen: list[tuple[torch.Tensor, torch.Tensor, float]] = []
 
     def spy(statistics: InputStatistics, kind: TensorType, alpha: float, **options: Any) -> Feedback:
-        seen.append((statistics.hessian.clone(), statistics.drift.clone(), alpha))
+        seen.append((statistics.hessian.clone(), statistics.dXXT.clone(), alpha))
         return layer_feedback(statistics, kind, alpha, **options)
 
     monkeypatch.setattr(solver, "layer_feedback", spy)
@@ -303,7 +304,7 @@ def test_feedback_beats_rounding_on_the_example(tmp_path: Path) -> None:
         def error(layer: QuantizedLayer, x: torch.Tensor = seen[name], y: torch.Tensor = output) -> float:
             return float((x @ layer.weights.T - y).square().sum() / y.square().sum())
 
-        feedback = quantize_layer(weight, layer_feedback(statistics, search.tensor_type), search)
+        feedback = quantize_layer(weight, layer_feedback(statistics, search.tensor_type, 0.5), search)
         assert error(feedback) < 0.8 * error(round_layer(weight, search)), name
         lost, whole = solver._squares(weight, feedback.weights, statistics.hessian).sum(0)
         assert float(lost / whole) == pytest.approx(error(feedback), rel=1e-3)

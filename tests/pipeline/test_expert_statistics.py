@@ -35,7 +35,7 @@ from d2q_edge.pipeline.solver import GroupSolver
 from d2q_edge.pipeline.type_plan import plan_types
 from d2q_edge.pipeline.work_dir import WorkDir
 from d2q_edge.quantize.dsq import InputEnergy, column_scales
-from d2q_edge.quantize.gptaq import InputStatistics
+from d2q_edge.quantize.statistics import InputStatistics
 from tests.availability import require_runtime
 from tests.blocks import changed_tensors
 from tests.checkpoints import BASE_CONFIG, FAMILY_CONFIG
@@ -90,7 +90,7 @@ def test_statistics_are_those_of_the_formulas(
 
     def spy(self: GroupSolver, weights: Any, kind: str, statistics: InputStatistics) -> Any:
         for name, weight in weights.items():
-            found[f"{len(found) // 19}.{name}"] = statistics.hessian, statistics.drift, int(statistics.tokens)
+            found[f"{len(found) // 19}.{name}"] = statistics.hessian, statistics.dXXT, int(statistics.tokens)
             assert weight.shape[1] == len(statistics.hessian)
         return solve(self, weights, kind, statistics)
 

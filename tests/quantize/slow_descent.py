@@ -32,12 +32,12 @@ def slow_nearest(kind: TensorType, target: Matrix) -> int:
     return int(distances.argmin())
 
 
-def slow_feedback(kind: TensorType, target: Matrix, book: int, h: Matrix) -> Matrix:
+def slow_feedback(kind: TensorType, target: Matrix, codebook: int, h: Matrix) -> Matrix:
     """Units [32] of one group: every code is the nearest entry for what remains, whose optimum then moves.
 
     With some weights fixed at an error e, the best of the others is their target + inv(H_oo) H_of e.
     """
-    levels = _levels(kind)[book]
+    levels = _levels(kind)[codebook]
     codes = [[i, i + 16] for i in range(16)] if kind.paired else [[i] for i in range(32)]
     result = np.zeros(32)
     fixed: list[int] = []

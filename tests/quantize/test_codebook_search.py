@@ -4,15 +4,16 @@ import pytest
 import torch
 
 from d2q_edge.formats.tensor_types import ALL, D2Q2, D2Q3, TensorType
-from d2q_edge.quantize.codebook_search import CodebookSearch, stored_scale
+from d2q_edge.quantize.codebook_search import CodebookSearch
+from d2q_edge.quantize.codebook_table import stored_scale
 
 
 def exhaustive(search: CodebookSearch, vectors: torch.Tensor) -> torch.Tensor:
     """Least error of every group over all codebooks, entry by entry in float64: [groups]."""
     levels = search.levels.double()
     best = torch.full((len(vectors),), torch.inf, dtype=torch.float64)
-    for book in levels:
-        distance = (vectors.double()[:, :, None] - book).square().sum(3).amin(2).sum(1)
+    for codebook in levels:
+        distance = (vectors.double()[:, :, None] - codebook).square().sum(3).amin(2).sum(1)
         best = torch.minimum(best, distance)
     return best
 
@@ -34,10 +35,10 @@ def test_search_is_nearly_exhaustive(kind: TensorType, name: str) -> None:
     weights = samples(kind, name)
     scales = search.block_scales(weights)
     vectors = search.vectors(weights / scales[:, None])
-    books, errors = search.search(vectors)
+    codebooks, errors = search.search(vectors)
     best = exhaustive(search, vectors)
     # The reported error is that of the reported codebook.
-    own = (vectors[:, :, None] - search.levels[books][:, None]).square().sum(3).amin(2).sum(1)
+    own = (vectors[:, :, None] - search.levels[codebooks][:, None]).square().sum(3).amin(2).sum(1)
     torch.testing.assert_close(errors, own, rtol=1e-3, atol=1e-2)
     assert float(errors.double().sum() / best.sum()) < 1.002
 

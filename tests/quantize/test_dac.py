@@ -39,11 +39,11 @@ def mean_shift(teacher: Batches, student: Batches) -> torch.Tensor | None:
 def slow_mean_shift(teacher: Batches, student: Batches) -> list[float] | None:
     """Channel by channel, with squared errors computed as they are defined."""
     differences = [(a.double() - b.double()).numpy() for a, b in zip(teacher, student, strict=True)]
-    held = validation(len(differences))
+    checked = validation(len(differences))
     result, before, after = [], 0.0, 0.0
     for channel in range(CHANNELS):
-        fit = np.concatenate([part[:, channel] for index, part in enumerate(differences) if index not in held])
-        check = np.concatenate([differences[index][:, channel] for index in held])
+        fit = np.concatenate([part[:, channel] for index, part in enumerate(differences) if index not in checked])
+        check = np.concatenate([differences[index][:, channel] for index in checked])
         mu, variance = math.fsum(fit) / len(fit), np.var(fit)
         plain, corrected = math.fsum(check**2), math.fsum((check - mu) ** 2)
         before += plain
@@ -96,7 +96,7 @@ def test_noise_is_left_alone() -> None:
         assert mean_shift(*streams(8, {}, tokens=1000, seed=seed)) is None
 
 
-def test_gain_is_relative_to_the_held_back_error() -> None:
+def test_gain_is_relative_to_the_validation_error() -> None:
     """The same shift everywhere is worth it where the rest of the error is small, not where it is large."""
     teacher, student = streams(8, dict.fromkeys(range(CHANNELS), 0.08), tokens=1000)
     assert mean_shift(teacher, student) is not None
@@ -130,7 +130,7 @@ def test_a_shift_that_others_do_not_have_is_refused() -> None:
 
 
 @pytest.mark.parametrize("batches", [2, 4, 9])
-def test_held_back_error_never_grows(batches: int) -> None:
+def test_validation_error_never_grows(batches: int) -> None:
     """In no channel, whatever the shifts are."""
     for seed in range(20):
         generator = np.random.default_rng(seed)
@@ -159,34 +159,34 @@ def test_equal_streams() -> None:
 
 
 @pytest.mark.parametrize("shifts", [SHIFTED, {5: 0.5}, {}], ids=["three", "one", "none"])
-def test_facts(shifts: dict[int, float]) -> None:
+def test_stats(shifts: dict[int, float]) -> None:
     """Against the definitions, in float64, over all tokens at once."""
     teacher, student = streams(8, shifts)
     measured = MeanShift(CHANNELS, len(teacher))
     for index, (wanted, reached) in enumerate(zip(teacher, student, strict=True)):
         measured.add_batch(index, wanted, reached)
-    facts, bias = measured.facts(), measured.bias()
+    stats, bias = measured.stats(), measured.bias()
     difference = (torch.cat(teacher).double() - torch.cat(student).double()).numpy()
     mean = difference.mean(0)
-    assert facts.norm == pytest.approx(np.linalg.norm(mean), rel=1e-4)
-    assert facts.signal_to_noise == pytest.approx((mean**2).sum() / difference.var(0).sum(), rel=1e-4)
+    assert stats.norm == pytest.approx(np.linalg.norm(mean), rel=1e-4)
+    assert stats.signal_to_noise == pytest.approx((mean**2).sum() / difference.var(0).sum(), rel=1e-4)
     length = math.sqrt((torch.cat(teacher).double() ** 2).sum(1).mean())
-    assert facts.relative_norm == pytest.approx(np.linalg.norm(mean) / length, rel=1e-4)
-    assert facts.applied == (bias is not None) == bool(shifts)
+    assert stats.relative_norm == pytest.approx(np.linalg.norm(mean) / length, rel=1e-4)
+    assert stats.applied == (bias is not None) == bool(shifts)
     if bias is not None:
-        assert facts.channels == int((bias != 0).sum())
-        held = np.concatenate([(teacher[index] - student[index]).double().numpy() for index in validation(8)])
+        assert stats.channels == int((bias != 0).sum())
+        checked = np.concatenate([(teacher[index] - student[index]).double().numpy() for index in validation(8)])
         fitted = [
             (teacher[index] - student[index]).double().numpy() for index in range(8) if index not in validation(8)
         ]
         shift = np.where(bias.numpy() != 0, np.concatenate(fitted).mean(0), 0)
-        gain = 1 - ((held - shift) ** 2).sum() / (held**2).sum()
-        assert facts.gain == pytest.approx(gain, rel=1e-4)
+        gain = 1 - ((checked - shift) ** 2).sum() / (checked**2).sum()
+        assert stats.gain == pytest.approx(gain, rel=1e-4)
 
 
-def test_facts_without_any_error() -> None:
+def test_stats_without_any_error() -> None:
     measured = MeanShift(CHANNELS, 4)
     for index in range(4):
         measured.add_batch(index, torch.ones(3, CHANNELS), torch.ones(3, CHANNELS))
     assert measured.bias() is None
-    assert (measured.facts().applied, measured.facts().gain, measured.facts().signal_to_noise) == (False, 0, 0)
+    assert (measured.stats().applied, measured.stats().gain, measured.stats().signal_to_noise) == (False, 0, 0)

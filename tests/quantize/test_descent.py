@@ -1,19 +1,18 @@
 """Coordinate descent: its objective in float64, its two moves against slow versions, and what it returns."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from d2q_edge.formats.tensor_types import ALL, D2Q2, D2Q2_64, D2Q3_64, Q4_0, TensorType, dequantize
-from d2q_edge.quantize import descent, lazy_update
 from d2q_edge.quantize.codebook_search import CodebookSearch
-from d2q_edge.quantize.descent import descend
-from d2q_edge.quantize.gptaq import Feedback, InputStatistics, layer_feedback, quantize_layer
+from d2q_edge.quantize.descent import CoordinateDescent, descend
+from d2q_edge.quantize.gptaq import Feedback, layer_feedback, quantize_layer
 from d2q_edge.quantize.quantized_layer import QuantizedLayer
 from d2q_edge.quantize.rtn import round_layer
+from d2q_edge.quantize.statistics import InputStatistics
 from tests.quantize.slow_descent import Matrix, least_squares, slow_feedback, slow_nearest
 
 KINDS = pytest.mark.parametrize("kind", (*ALL, Q4_0), ids=lambda kind: kind.name)
@@ -44,25 +43,25 @@ class Case:
     def quantize(self, kind: TensorType) -> QuantizedLayer:
         return quantize_layer(self.weights, self.feedback(kind), SEARCHES[kind])
 
-    def descend(self, layer: QuantizedLayer, kind: TensorType, rounds: int = descent.ROUNDS) -> QuantizedLayer:
+    def descend(self, layer: QuantizedLayer, kind: TensorType, rounds: int = 2) -> QuantizedLayer:
         return descend(layer, self.weights, self.statistics, self.feedback(kind), SEARCHES[kind], rounds)
 
-    def problem(self, layer: QuantizedLayer, kind: TensorType) -> descent._Problem:
-        return descent._Problem(layer, self.weights, self.statistics, self.feedback(kind), SEARCHES[kind])
+    def descent(self, layer: QuantizedLayer, kind: TensorType) -> CoordinateDescent:
+        return CoordinateDescent(layer, self.weights, self.statistics, self.feedback(kind), SEARCHES[kind])
 
 
 def make(columns: int, alpha: float = 0.5, rows: int = 16, dead: slice = slice(0)) -> Case:
-    """Correlated inputs of different sizes, drifted a little; those of `dead` are zero."""
+    """Correlated inputs of different sizes, perturbed a little; those of `dead` are zero."""
     generator = torch.Generator().manual_seed(columns)
     mix = torch.randn(columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
     sizes = torch.exp(0.5 * torch.randn(columns, generator=generator))
     original = torch.randn(1500, columns, generator=generator) @ mix * sizes
-    drifted = original * 0.97 + 0.1 * torch.randn(1500, columns, generator=generator) @ mix * sizes
-    drifted[:, dead] = 0
+    perturbed = original * 0.97 + 0.1 * torch.randn(1500, columns, generator=generator) @ mix * sizes
+    perturbed[:, dead] = 0
     weights = torch.randn(rows, columns, generator=generator) * 0.05
     statistics = InputStatistics(columns)
-    statistics.add_batch(drifted, original)
-    x, y = drifted.double().numpy(), original.double().numpy()
+    statistics.add_batch(perturbed, original)
+    x, y = perturbed.double().numpy(), original.double().numpy()
     h, d = 2 / 1500 * x.T @ x, 2 / 1500 * (y - x).T @ x
     alive = h.diagonal() > 0
     h += 0.01 * h.diagonal().mean() * np.eye(columns)
@@ -90,11 +89,11 @@ def test_every_move_lowers_the_objective(kind: TensorType) -> None:
     case = make(4 * kind.block_size if kind.block_size < 256 else 512)
     start = round_layer(case.weights, SEARCHES[kind])
     start = QuantizedLayer(start.scales * 1.25, start.codebooks, start.codes, start.weights * 1.25)
-    problem = case.problem(start, kind)
+    descent = case.descent(start, kind)
     errors = [case.errors(start.weights)]
-    for move in (problem.fit_scales, problem.choose_groups) * 2:
+    for move in (descent.fit_scales, descent.choose_codes) * 2:
         move()
-        errors.append(case.errors(problem.layer().weights))
+        errors.append(case.errors(descent.layer().weights))
         assert (errors[-1] <= errors[-2] * (1 + 1e-4)).all()
     assert errors[1].sum() < 0.9 * errors[0].sum()
     assert errors[2].sum() < 0.7 * errors[1].sum()
@@ -127,10 +126,10 @@ def test_no_rounds() -> None:
 def test_scales_are_those_of_least_squares(kind: TensorType) -> None:
     case = make(4 * kind.block_size if kind.block_size < 256 else 512)
     layer = case.quantize(kind)
-    problem = case.problem(layer, kind)
-    problem.fit_scales()
+    descent = case.descent(layer, kind)
+    descent.fit_scales()
     expected = least_squares(kind, layer, case.h, case.t)
-    np.testing.assert_allclose(problem.scales.numpy(), expected, rtol=FLOAT16)
+    np.testing.assert_allclose(descent.scales.numpy(), expected, rtol=FLOAT16)
     assert not np.isclose(layer.scales.numpy(), expected, rtol=FLOAT16).all(1).any()
 
 
@@ -147,18 +146,18 @@ def test_scales_that_make_no_sense_are_refused() -> None:
     assert expected[0, 0] < before[0, 0] / 2
     case.t[0] -= np.r_[layer.weights[0, :64].double().numpy(), np.zeros(192)]
     expected[0] = least_squares(D2Q2_64, layer, case.h, case.t, first=1)[0]
-    problem = case.problem(layer, D2Q2_64)
-    problem.fit_scales()
-    assert float(problem.scales[0, 0]) == before[0, 0]
-    np.testing.assert_allclose(problem.scales[1:].numpy(), expected[1:], rtol=FLOAT16)
-    np.testing.assert_allclose(problem.scales[0, 1:].numpy(), expected[0, 1:], rtol=FLOAT16)
+    descent = case.descent(layer, D2Q2_64)
+    descent.fit_scales()
+    assert float(descent.scales[0, 0]) == before[0, 0]
+    np.testing.assert_allclose(descent.scales[1:].numpy(), expected[1:], rtol=FLOAT16)
+    np.testing.assert_allclose(descent.scales[0, 1:].numpy(), expected[0, 1:], rtol=FLOAT16)
     # Two and a half times the scale would be right.
     layer = case.quantize(D2Q2_64)
-    problem = case.problem(
+    descent = case.descent(
         QuantizedLayer(layer.scales * 0.4, layer.codebooks, layer.codes, layer.weights * 0.4), D2Q2_64
     )
-    problem.fit_scales()
-    assert torch.equal(problem.scales, (layer.scales * 0.4).float())
+    descent.fit_scales()
+    assert torch.equal(descent.scales, (layer.scales * 0.4).float())
 
 
 @KINDS
@@ -168,56 +167,50 @@ def test_an_empty_block_keeps_no_other_scale(kind: TensorType) -> None:
     case = make(columns, dead=slice(kind.block_size))
     layer = case.quantize(kind)
     assert float(layer.weights[:, : kind.block_size].abs().max()) < 1e-5
-    problem = case.problem(layer, kind)
-    problem.fit_scales()
+    descent = case.descent(layer, kind)
+    descent.fit_scales()
     expected = least_squares(kind, layer, case.h, case.t, first=1)[:, 1:]
-    assert torch.equal(problem.scales[:, 0], layer.scales[:, 0].float())
-    np.testing.assert_allclose(problem.scales[:, 1:].numpy(), expected, rtol=FLOAT16)
+    assert torch.equal(descent.scales[:, 0], layer.scales[:, 0].float())
+    np.testing.assert_allclose(descent.scales[:, 1:].numpy(), expected, rtol=FLOAT16)
     assert not np.isclose(layer.scales[:, 1:].numpy(), expected, rtol=FLOAT16).all(1).any()
 
 
-@pytest.mark.parametrize("kind", [D2Q2, D2Q3_64, Q4_0], ids=lambda kind: kind.name)
-def test_every_choice_is_the_best_of_its_candidates(kind: TensorType, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "blocks", "accelerator"),
+    [(D2Q2, 4, False), (D2Q3_64, 4, False), (Q4_0, 4, False), (D2Q2, 5, True), (D2Q2_64, 17, True)],
+    ids=["d2q2", "d2q3_64", "q4_0", "d2q2, two spans", "d2q2_64, two spans"],
+)
+def test_every_choice_is_the_best_of_its_candidates(
+    kind: TensorType, blocks: int, accelerator: bool, request: pytest.FixtureRequest
+) -> None:
     """Group after group: the present codes, or those by error feedback in the present or the nearest codebook."""
-    rows = 8
-    monkeypatch.setattr(lazy_update, "SPAN", 2 * kind.block_size)
-    monkeypatch.setattr(lazy_update, "prefers_products", lambda _: True)
-    case = make(4 * kind.block_size, rows=rows)
-    problem = case.problem(case.quantize(kind), kind)
-    inner = descent._choose_group
-    agreed: list[Any] = []
-    changed: list[Any] = []
-    state = problem._quantized().double().numpy()
-
-    def spy(
-        search: CodebookSearch, gradient: torch.Tensor, present: torch.Tensor, books: torch.Tensor, *rest: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        group = len(agreed)
+    if accelerator:
+        request.getfixturevalue("accelerated")
+    rows = 2 if accelerator else 8
+    case = make(blocks * kind.block_size, rows=rows)
+    descent = case.descent(case.quantize(kind), kind)
+    state = descent.quantized().double().numpy()
+    codebooks = descent.codebooks.flatten(1).tolist()
+    descent.choose_codes()
+    result = descent.quantized().double().numpy()
+    np.testing.assert_array_equal(dequantize(kind, descent.layer().pack(kind)), descent.quantized().numpy())
+    agreed, changed = [], []
+    for group in range(state.shape[1] // 32):
         here = slice(group * 32, group * 32 + 32)
-        scales = problem.scales[:, group * 32 // kind.block_size].double().numpy()
-        slope = ((state - case.t) @ case.h)[:, here]
-        np.testing.assert_allclose(gradient.numpy() * scales[:, None], slope, rtol=0, atol=1e-4 * abs(slope).max())
-        np.testing.assert_allclose(present.numpy() * scales[:, None], state[:, here], atol=1e-7)
+        scales = descent.scales[:, group * 32 // kind.block_size].double().numpy()
+        gradient = ((state - case.t) @ case.h)[:, here]
         candidates = np.stack([state, state, state])
         for row in range(rows):
-            step = np.linalg.solve(case.h[here, here], slope[row])
-            target = state[row, here] / scales[row] - step / scales[row]
-            for candidate, book in ((1, int(books[row])), (2, slow_nearest(kind, target))):
-                units = slow_feedback(kind, target, book, case.h[here, here])
+            target = (state[row, here] - np.linalg.solve(case.h[here, here], gradient[row])) / scales[row]
+            for candidate, codebook in ((1, codebooks[row][group]), (2, slow_nearest(kind, target))):
+                units = slow_feedback(kind, target, codebook, case.h[here, here])
                 candidates[candidate, row, here] = units * scales[row]
-        result = inner(search, gradient, present, books, *rest)
-        state[:, here] = result[0].double().numpy() * scales[:, None]
+        changed.append((result[:, here] != state[:, here]).any(1))
+        state[:, here] = result[:, here]
         errors = np.stack([case.errors(torch.from_numpy(candidate)) for candidate in candidates])
         found = case.errors(torch.from_numpy(state))
         assert (found <= errors[0] * (1 + 1e-6)).all()
         agreed.append(np.isclose(found, errors.min(0), rtol=1e-6))
-        changed.append((result[0] != present).numpy().any(1))
-        return result
-
-    monkeypatch.setattr(descent, "_choose_group", spy)
-    problem.choose_groups()
-    np.testing.assert_allclose(problem._quantized().double().numpy(), state, atol=1e-7)
-    assert len(agreed) == case.weights.shape[1] // 32
     assert np.mean(changed) > 0.3
     # A near tie is decided otherwise now and then.
     assert np.mean(agreed) > 0.95

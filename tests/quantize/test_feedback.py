@@ -7,14 +7,14 @@ import torch
 
 from d2q_edge.formats.tensor_types import D2Q2, D2Q3, Q4_0, TensorType
 from d2q_edge.quantize.codebook_search import CodebookSearch
-from d2q_edge.quantize.feedback import Rounded, corners, round_group
+from d2q_edge.quantize.feedback import QuantizedGroup, diagonal_blocks, invert_code_blocks, quantize_group
 
 KINDS = pytest.mark.parametrize("kind", [D2Q2, D2Q3, Q4_0], ids=lambda kind: kind.name)
 F64 = npt.NDArray[np.float64]
 
 
 class Case:
-    def __init__(self, kind: TensorType, rows: int, *, lead: bool, seed: int = 0) -> None:
+    def __init__(self, kind: TensorType, rows: int, *, with_P: bool, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.search = CodebookSearch(kind)
         self.width = self.search.levels.shape[2]
@@ -22,20 +22,20 @@ class Case:
         def upper(size: float, diagonal: torch.Tensor) -> torch.Tensor:
             return torch.randn(32, 32, generator=generator).triu(1) * size + torch.diag(diagonal)
 
-        self.targets = torch.randn(rows, 32, generator=generator) * 30
-        self.books = torch.randint(0, len(self.search.levels), (rows,), generator=generator)
+        self.weights = torch.randn(rows, 32, generator=generator) * 30
+        self.codebooks = torch.randint(0, len(self.search.levels), (rows,), generator=generator)
         self.scales = torch.rand(rows, generator=generator) + 0.5
-        self.factor = upper(0.3, 1 + torch.rand(32, generator=generator))
-        self.lead = upper(0.1, torch.zeros(32)) if lead else None
+        self.U = upper(0.3, 1 + torch.rand(32, generator=generator))
+        self.P = upper(0.1, torch.zeros(32)) if with_P else None
 
-    def round(self) -> Rounded:
-        inverses = corners(self.factor, self.width)
+    def quantize(self) -> QuantizedGroup:
+        inv_U_jj = invert_code_blocks(self.U, self.width)
         levels = self.search.levels
-        return round_group(self.targets, levels, self.books, self.scales, self.factor, inverses, self.lead)
+        return quantize_group(self.weights, levels, self.codebooks, self.scales, self.U, inv_U_jj, self.P)
 
     def slowly(self, row: int) -> tuple[list[int], F64, F64, F64]:
-        w, u = self.targets[row].double().numpy().copy(), self.factor.double().numpy()
-        levels = self.search.levels[self.books[row]].double().numpy() * float(self.scales[row])
+        w, u = self.weights[row].double().numpy().copy(), self.U.double().numpy()
+        levels = self.search.levels[self.codebooks[row]].double().numpy() * float(self.scales[row])
         codes, quantized, errors = [], np.zeros(32), np.zeros(32)
         for first in range(0, 32, self.width):
             j = np.arange(first, first + self.width)
@@ -46,16 +46,16 @@ class Case:
             errors[j] = (w[j] - quantized[j]) @ inverse
             later = np.arange(first + self.width, 32)
             w[later] -= errors[j] @ u[np.ix_(j, later)]
-            if self.lead is not None:
-                w[later] += w[j] @ self.lead.double().numpy()[np.ix_(j, later)]
+            if self.P is not None:
+                w[later] += w[j] @ self.P.double().numpy()[np.ix_(j, later)]
         return codes, quantized, errors, w
 
 
 @KINDS
-@pytest.mark.parametrize("lead", [False, True])
-def test_against_a_slow_loop(kind: TensorType, lead: bool) -> None:
-    case = Case(kind, 12, lead=lead)
-    found = case.round()
+@pytest.mark.parametrize("with_P", [False, True])
+def test_against_a_slow_loop(kind: TensorType, with_P: bool) -> None:
+    case = Case(kind, 12, with_P=with_P)
+    found = case.quantize()
     assert found.codes.dtype == torch.uint8
     for row in range(12):
         codes, *arrays = case.slowly(row)
@@ -65,11 +65,20 @@ def test_against_a_slow_loop(kind: TensorType, lead: bool) -> None:
 
 
 @pytest.mark.parametrize("width", [1, 2])
-def test_corners_are_inverses(width: int) -> None:
+def test_code_blocks_are_inverted(width: int) -> None:
     factors = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(0)).triu() + 3 * torch.eye(32)
-    found = corners(factors, width)
+    found = invert_code_blocks(factors, width)
     assert found.shape == (3, 32 // width, width, width)
     for index in range(3):
         for code in range(32 // width):
             j = slice(code * width, (code + 1) * width)
             torch.testing.assert_close(found[index, code], torch.linalg.inv(factors[index, j, j]))
+
+
+def test_diagonal_blocks() -> None:
+    matrix = torch.arange(96.0 * 96).view(96, 96)
+    found = diagonal_blocks(matrix)
+    assert found.shape == (3, 32, 32)
+    for index in range(3):
+        here = slice(32 * index, 32 * index + 32)
+        assert torch.equal(found[index], matrix[here, here])

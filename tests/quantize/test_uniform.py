@@ -40,10 +40,10 @@ def test_search_is_exhaustive(name: str) -> None:
     search = CodebookSearch(Q4_0)
     weights = samples(name)
     vectors = search.vectors(weights / weights.abs().amax(1, keepdim=True) * 9)
-    books, errors = search.search(vectors)
+    codebooks, errors = search.search(vectors)
     expected, which = exhaustive(vectors).min(1)
     torch.testing.assert_close(errors.double(), expected, rtol=1e-4, atol=1e-4)
-    assert books.tolist() == which.tolist()
+    assert codebooks.tolist() == which.tolist()
     assert 0 < sum(which.tolist()) < len(weights)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from d2q_edge.errors import D2QError
-from d2q_edge.quantize.gptaq import InputStatistics
+from d2q_edge.quantize.statistics import InputStatistics
 from tests.quantize.test_gptaq import problem, statistics_of
 from tools.paper_recipe.feedback import Fit, mean_shift, quantize_columns, round_groups
 from tools.paper_recipe.grid import Grid, clipped_grid, dual_scale_grid
@@ -50,23 +50,23 @@ def slow_gptaq(weights: Matrix, x: Matrix, original: Matrix, fit: Fit, size: int
 @pytest.mark.parametrize("fit", [AFFINE, DUAL], ids=["affine", "dual"])
 @pytest.mark.parametrize("columns", [256, 96], ids=["two groups of 128", "three of 32"])
 def test_against_the_slow_version(fit: Fit, alpha: float, columns: int) -> None:
-    weights, original, drifted = problem(columns)
-    found = quantize_columns(weights, statistics_of(original, drifted), fit, alpha)
+    weights, original, perturbed = problem(columns)
+    found = quantize_columns(weights, statistics_of(original, perturbed), fit, alpha)
     size = 128 if columns == 256 else 32
-    x, y = drifted.double().numpy(), original.double().numpy()
+    x, y = perturbed.double().numpy(), original.double().numpy()
     expected = slow_gptaq(weights.double().numpy(), x, y, fit, size, alpha)
     # float32 decides a near tie otherwise now and then, and the rest of that row follows; most rows agree entirely.
     same = np.isclose(found, expected, rtol=1e-3, atol=1e-5).all(axis=1)
     assert same.mean() > 0.7
 
 
-def two_columns(drift: float) -> InputStatistics:
-    """H = [[2, 1], [1, 1]], so that U = [[1, -1], [0, 1]]; D = [[0, drift], [0, 0]], so that P = alpha D."""
+def two_columns(difference: float) -> InputStatistics:
+    """H = [[2, 1], [1, 1]], so that U = [[1, -1], [0, 1]]; dXXT = [[0, difference], [0, 0]], so that P = alpha dXXT."""
     x = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
     statistics = InputStatistics(2)
-    statistics.add_batch(x, x + drift * torch.tensor([[-1.0, 0.0], [1.0, 0.0]]))
+    statistics.add_batch(x, x + difference * torch.tensor([[-1.0, 0.0], [1.0, 0.0]]))
     torch.testing.assert_close(statistics.hessian, torch.tensor([[2.0, 1.0], [1.0, 1.0]]))
-    torch.testing.assert_close(statistics.drift, torch.tensor([[0.0, drift], [0.0, 0.0]]))
+    torch.testing.assert_close(statistics.dXXT, torch.tensor([[0.0, difference], [0.0, 0.0]]))
     return statistics
 
 
@@ -75,7 +75,7 @@ def two_columns(drift: float) -> InputStatistics:
     [
         # 0.9 rounds up to 1; the error -0.1 takes 0.1 off 0.55, which then rounds down.
         (0.0, [1.0, 0.0]),
-        # The drift gives 0.25 * 0.9 * 1 back: 0.675 rounds up.
+        # P gives 0.25 * 0.9 * 1 back: 0.675 rounds up.
         (0.25, [1.0, 1.0]),
     ],
 )
@@ -107,11 +107,11 @@ def test_by_hand_with_column_scales(alpha: float, expected: list[float]) -> None
 @pytest.mark.parametrize("fit", [AFFINE, DUAL], ids=["affine", "dual"])
 def test_each_step_pays(fit: Fit) -> None:
     """The error of the outputs, |X~ W - X Q|: rounding > GPTQ > GPTAQ."""
-    weights, original, drifted = problem(256, rows=64)
-    statistics = statistics_of(original, drifted)
+    weights, original, perturbed = problem(256, rows=64)
+    statistics = statistics_of(original, perturbed)
 
     def error(quantized: torch.Tensor) -> float:
-        return float((original @ weights.T - drifted @ quantized.T).square().mean())
+        return float((original @ weights.T - perturbed @ quantized.T).square().mean())
 
     rounded = error(round_groups(weights, fit))
     gptq = error(quantize_columns(weights, statistics, fit, alpha=0))
@@ -124,10 +124,10 @@ def test_each_step_pays(fit: Fit) -> None:
 
 @pytest.mark.parametrize("fit", [AFFINE, DUAL], ids=["affine", "dual"])
 def test_dead_columns_become_zero(fit: Fit) -> None:
-    weights, original, drifted = problem(256)
-    original[:, 7] = drifted[:, 7] = 0
+    weights, original, perturbed = problem(256)
+    original[:, 7] = perturbed[:, 7] = 0
     weights[:, 7] = 1000.0
-    found = quantize_columns(weights, statistics_of(original, drifted), fit)
+    found = quantize_columns(weights, statistics_of(original, perturbed), fit)
     assert bool(found.isfinite().all())
     assert float(found[:, 7].abs().max()) < 1e-4
     assert float(found.abs().max()) < 1
@@ -141,17 +141,17 @@ def test_rounding_without_correlations_is_rounding_to_nearest() -> None:
 
 
 def test_damping_holds_feedback_back() -> None:
-    weights, original, drifted = problem(256)
-    statistics = statistics_of(original, drifted)
+    weights, original, perturbed = problem(256)
+    statistics = statistics_of(original, perturbed)
     damped = quantize_columns(weights, statistics, AFFINE, alpha=0, damping=1e9)
     torch.testing.assert_close(damped, round_groups(weights, AFFINE))
     assert not torch.allclose(quantize_columns(weights, statistics, AFFINE, alpha=0), damped, atol=1e-3)
 
 
 def test_arguments_are_left_alone() -> None:
-    weights, original, drifted = problem(128)
+    weights, original, perturbed = problem(128)
     before = weights.clone()
-    quantize_columns(weights, statistics_of(original, drifted), DUAL)
+    quantize_columns(weights, statistics_of(original, perturbed), DUAL)
     round_groups(weights, AFFINE)
     torch.testing.assert_close(weights, before, rtol=0, atol=0)
 

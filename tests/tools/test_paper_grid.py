@@ -37,15 +37,15 @@ def slow_clipped_levels(row: Matrix, bits: int) -> Matrix:
 
 
 @pytest.mark.parametrize("bits", [2, 3])
-def test_clipped_grid_against_the_slow_version(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clipped_grid_against_the_slow_version(bits: int) -> None:
     weights = heavy_tailed(12, 64)
     weights[3] = weights[3].abs()  # zero is an end of the range
     weights[4] = -weights[4].abs()
     weights[5, 0] = 100.0  # far outlier: clipped
     expected = np.stack([slow_clipped_levels(row, bits) for row in weights.numpy()])
     np.testing.assert_allclose(clipped_grid(weights, bits).levels, expected, rtol=1e-12, atol=1e-15)
-    monkeypatch.setattr(paper_grid, "_CHUNK", 40 * 64 * 5)  # in parts of five rows
-    np.testing.assert_allclose(clipped_grid(weights, bits).levels, expected, rtol=1e-12, atol=1e-15)
+    by_five_rows = clipped_grid(weights, bits, chunk=40 * 64 * 5)
+    np.testing.assert_allclose(by_five_rows.levels, expected, rtol=1e-12, atol=1e-15)
     single = clipped_grid(weights.float(), bits).levels
     np.testing.assert_allclose(single, expected, rtol=1e-5, atol=1e-6)
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
-from d2q_edge.quantize.gptaq import InputStatistics
+from d2q_edge.quantize.statistics import InputStatistics
 from tools.paper_recipe import pipeline as paper_pipeline
 from tools.paper_recipe.feedback import Fit, quantize_columns
 from tools.paper_recipe.grid import clipped_grid, dual_scale_grid
@@ -55,7 +55,6 @@ def before(weights: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Te
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_statistics_and_corrections(make_checkpoint: Make, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     model = make_checkpoint(family, **SMALL)
-    monkeypatch.setattr(paper_pipeline, "BATCH_TOKENS", 160)  # three batches
     solved: list[tuple[InputStatistics, Fit, float]] = []
 
     def spy(weights: torch.Tensor, statistics: InputStatistics, fit: Fit, alpha: float) -> torch.Tensor:
@@ -64,7 +63,8 @@ def test_statistics_and_corrections(make_checkpoint: Make, monkeypatch: pytest.M
 
     monkeypatch.setattr(paper_pipeline, "quantize_columns", spy)
     runner = runner_of(model)
-    weights = quantize_model(runner, Recipe(alpha=0.4, dual_scale=True, correct=True), 2, WINDOWS)
+    recipe = Recipe(alpha=0.4, dual_scale=True, correct=True)
+    weights = quantize_model(runner, recipe, 2, WINDOWS, batch_tokens=160)  # three batches
     biases = [f"model.layers.{index}.{NORM}.bias" for index in range(2)]
     assert set(weights) == {*runner.family.linear_weights(), *biases, "model.norm.bias"}
 
@@ -74,7 +74,7 @@ def test_statistics_and_corrections(make_checkpoint: Make, monkeypatch: pytest.M
         original = seen_at(model, {}, module)
         x = seen_at(model, before(weights, f"{module}.weight"), module)
         torch.testing.assert_close(statistics.hessian, 2 / len(x) * x.T @ x, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(statistics.drift, 2 / len(x) * (original - x).T @ x, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(statistics.dXXT, 2 / len(x) * (original - x).T @ x, rtol=1e-3, atol=1e-4)
         assert alpha == 0.4
         assert fit.func is (dual_scale_grid if layer == "mlp.down_proj" else clipped_grid)  # type: ignore[attr-defined]
 

@@ -16,7 +16,6 @@ from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
 from d2q_edge.model.whole_model import WholeModel
 from tests.checkpoints import EXAMPLE
-from tools import torch_evaluation
 from tools.torch_evaluation import Reference, evaluation_chunks
 
 Make = Callable[..., Path]
@@ -53,15 +52,15 @@ def slow_log_probabilities(model: Path, weights: dict[str, torch.Tensor]) -> tor
 
 
 @pytest.mark.parametrize("name", ["tied", "untied"])
-def test_against_the_slow_version(make_checkpoint: Make, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_against_the_slow_version(make_checkpoint: Make, name: str) -> None:
     model = EXAMPLE if name == "tied" else make_checkpoint("llama")
-    monkeypatch.setattr(torch_evaluation, "BATCH_TOKENS", 48)  # two windows a batch
     checkpoint = Checkpoint.open(model)
     family = family_for(checkpoint.config)
     assert family.tied_embeddings == (name == "tied")
     replaced = changes(checkpoint)
     original = WholeModel(checkpoint, family, {}, CPU)
-    found = Reference(original, WINDOWS).compare(WholeModel(checkpoint, family, replaced, CPU))
+    reference = Reference(original, WINDOWS, batch_tokens=48)  # two windows a batch
+    found = reference.compare(WholeModel(checkpoint, family, replaced, CPU))
     p, q = slow_log_probabilities(model, {}), slow_log_probabilities(model, replaced)
     losses, divergences = [], []
     for window, tokens in enumerate(WINDOWS):

@@ -1,1 +1,1 @@
-"""The recipe of the D2Quant paper itself, in torch: the yardstick that the ablation compares ours with."""
+"""The recipe of the D2Quant paper, in torch: the baseline of the ablation."""

@@ -1,8 +1,7 @@
-"""The two grids of the paper's own recipe (DESIGN section 3): what the weights of a row may become within one group.
+"""The two grids of the paper's recipe (DESIGN section 3): the values that the weights of a group can take, row by row.
 
-Knows a group of columns, all rows at once: the clipped min-max grid that most layers get, and the Dual-Scale Quantizer
-of down projections (the paper's section 3.2), whose column scales all rows share. Does not know about error feedback
-(paper.py). These grids are the yardstick that our types are compared with; no file ever holds them.
+Most layers get a clipped min-max grid, down projections the Dual-Scale Quantizer (section 3.2 of the paper), whose
+column scales all rows share.
 """
 
 import math
@@ -11,24 +10,24 @@ from dataclasses import dataclass
 import torch
 
 CLIP_SHARES = tuple(1 - 0.02 * step for step in range(40))
-"""Shares of the range between the least and the largest weight that are tried."""
+"""Shares of the range from the least to the largest weight that are tried."""
 CLIP_POWER = 2.4
 """The clip search minimizes the sum of |error| to this power."""
 ITERATIONS = 15
-"""Alternating steps of the dual-scale fit."""
+"""Alternating least-squares steps of the dual-scale fit."""
 COLUMN_TINY = 1e-6
-"""Least column scale, where their mean is 1: keeps a column of zeros from dividing by zero."""
+"""Least column scale, relative to their mean, so that a column of zeros doesn't divide by zero."""
 _RIDGE = 1e-6
-"""Relative to the diagonal: where all weights of a row have one code, its planes are collinear."""
-_CHUNK = 1 << 24
-"""Weights times clip shares per step: bounds memory."""
+"""Relative to the diagonal; the planes of a row are collinear where all of its weights have one code."""
+CHUNK = 1 << 24
+"""Weights times clip shares per step, which bounds memory."""
 _NORMAL_LEVELS = {2: (0.4528, 1.5104), 3: (0.2451, 0.7560, 1.3440, 2.1520)}
-"""Positive half of the levels with the least squared error for a unit Gaussian (Max, 1960), where the fit starts."""
+"""Positive half of the best levels for a unit Gaussian (Max, 1960), where the fit starts."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What the weights of one group may become: W[i, j] = columns[j] * levels[i, code].
+    """The values of one group: W[i, j] = columns[j] * levels[i, code].
 
     Attributes:
         levels: [rows, K], ascending in every row.
@@ -40,31 +39,32 @@ class Grid:
 
     @property
     def thresholds(self) -> torch.Tensor:
-        """Half way between neighbouring levels, [rows, K - 1]."""
+        """The midpoints of neighboring levels, [rows, K - 1]."""
         return (self.levels[:, 1:] + self.levels[:, :-1]) / 2
 
     def round(self, weights: torch.Tensor) -> torch.Tensor:
-        """The nearest values for weights [rows, columns]."""
+        """Round weights [rows, columns] to the nearest values."""
         scaled = weights if self.columns is None else weights / self.columns
         rounded = self.levels.gather(1, torch.searchsorted(self.thresholds, scaled.contiguous()))
         return rounded if self.columns is None else rounded * self.columns
 
 
-def clipped_grid(weights: torch.Tensor, bits: int) -> Grid:
-    """The asymmetric grid step * (0 .. 2^bits - 1, less a whole zero point) of each row, with the best clipping.
+def clipped_grid(weights: torch.Tensor, bits: int, *, chunk: int = CHUNK) -> Grid:
+    """Fit the asymmetric grid step * (0 .. 2^bits - 1, less an integer zero point) of each row, with the best clipping.
 
-    The zero point makes zero a level. It follows from the range and stays when the range is clipped.
+    The zero point makes zero a level. It follows from the whole range and stays when the range is clipped.
 
     Args:
         weights: floating point [rows, columns] of one group.
         bits: per weight.
+        chunk: weights times clip shares per step.
     """
     top = 2**bits - 1
     low, high = weights.amin(1, keepdim=True).clamp(max=0), weights.amax(1, keepdim=True).clamp(min=0)
     step = ((high - low) / top).clamp(min=torch.finfo(weights.dtype).tiny)
     zero = (-low / step).round()
     shares = weights.new_tensor(CLIP_SHARES)
-    rows = max(1, _CHUNK // (weights.shape[1] * len(shares)))
+    rows = max(1, chunk // (weights.shape[1] * len(shares)))
     parts = zip(weights.split(rows), step.split(rows), zero.split(rows), strict=True)
     best = torch.cat([_clip_errors(*part, top, shares).argmin(0) for part in parts])
     return Grid(step * shares[best, None] * (torch.arange(top + 1, device=weights.device) - zero))
@@ -73,17 +73,17 @@ def clipped_grid(weights: torch.Tensor, bits: int) -> Grid:
 def _clip_errors(
     weights: torch.Tensor, step: torch.Tensor, zero: torch.Tensor, top: int, shares: torch.Tensor
 ) -> torch.Tensor:
-    """Error of every row [rows] with every share: [shares, rows]."""
+    """Return the error of every row with every share: [shares, rows]."""
     steps = step * shares[:, None, None]
     rounded = (weights / steps).add_(zero).round_().clamp_(0, top).sub_(zero).mul_(steps)
     return rounded.sub_(weights).abs_().pow_(CLIP_POWER).sum(2)
 
 
 def dual_scale_grid(weights: torch.Tensor, bits: int, iterations: int = ITERATIONS) -> Grid:
-    """Column scales c and levels r0 B0 + r1 B1 (+ r2 B2), B = +-1, of each row, by alternating least squares.
+    """Fit column scales c and levels r0 B0 + r1 B1 (+ r2 B2), B = +-1, of each row by alternating least squares.
 
-    From c_j = mean_i |W_ij| and the codes that suit Gaussian rows, every step solves for all r of a row together,
-    then for c, then takes the nearest codes. No part of a step makes the squared error larger.
+    From c_j = mean_i |W_ij| and the codes for Gaussian rows, every step solves for all r of a row together, then for c,
+    and then takes the nearest codes. No part of a step raises the squared error.
 
     Args:
         weights: floating point [rows, columns] of one group.
@@ -111,18 +111,18 @@ def dual_scale_grid(weights: torch.Tensor, bits: int, iterations: int = ITERATIO
 
 
 def _sign_patterns(bits: int, like: torch.Tensor) -> torch.Tensor:
-    """All combinations of signs in ascending order as binary numbers, minus for 0: [2^bits, bits]."""
+    """Return all combinations of signs in ascending binary order, minus for 0: [2^bits, bits]."""
     sign = like.new_tensor([-1.0, 1.0])
     return torch.cartesian_prod(*[sign] * bits)
 
 
 def _normalized(columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Column scales divided by their mean, and that mean; 1 where all of them are zero."""
+    """Return the column scales over their mean, and that mean; 1 where all of them are zero."""
     mean = columns.mean()
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
     return (columns / mean).clamp(min=COLUMN_TINY), mean
 
 
 def group_size(columns: int, wanted: int = 128) -> int:
-    """Columns per group: `wanted`, or the largest power of two that divides the width."""
+    """Return the columns per group: `wanted`, or the largest power of two that divides the width."""
     return math.gcd(columns, wanted)

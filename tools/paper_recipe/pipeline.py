@@ -1,12 +1,10 @@
-"""The paper's own recipe for a whole model, block by block, in torch: the yardstick for pipeline.py, never exported.
+"""The paper's recipe for a whole model, block by block, in torch (DESIGN section 3).
 
-Knows the order of the paper's steps (DESIGN section 3, "Paper recipe"): as in pipeline.py, the original and the
-quantized model run side by side and every layer is quantized for what the quantized layers before it put out. The
-steps themselves are in quantize/paper.py. Rotation is not among them: it belongs to the checkpoint that the BlockRunner
-reads (quantize/rotation.py).
+As in the product's pipeline, the original and the quantized model run side by side, and every layer is quantized for
+the output of the quantized layers before it. Rotation is a matter of the checkpoint that the BlockRunner reads.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,14 +17,14 @@ from tqdm import tqdm
 from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.model.families import Family, LinearGroup
 from d2q_edge.model.whole_model import Weights
-from d2q_edge.quantize.gptaq import InputStatistics
+from d2q_edge.quantize.statistics import InputStatistics
 from tools.paper_recipe.feedback import ALPHA, Fit, mean_shift, quantize_columns, round_groups
 from tools.paper_recipe.grid import clipped_grid, dual_scale_grid, group_size
 
 BATCH_TOKENS = 8192
 """Tokens per forward pass."""
 DUAL_SCALE_LAYER = "mlp.down_proj"
-"""The layer that the paper gives the dual-scale grid."""
+"""The layer with the paper's dual-scale grid."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +44,11 @@ class Recipe:
     correct: bool = False
 
     def fit(self, layer: str, bits: int) -> Fit:
-        """The grid of a layer, named relative to its block."""
+        """Return the fit of a layer, named relative to its block."""
         return partial(dual_scale_grid if self._is_dual(layer) else clipped_grid, bits=bits)
 
     def bits_per_weight(self, family: Family, bits: int) -> float:
-        """Mean over the weights of the blocks' linear layers, with float16 scales and minimums."""
+        """Return the mean over the blocks' linear layers, with float16 scales and minimums."""
         total = stored = 0.0
         for layer in family.block_linears:
             rows, columns = family.linear_shape(layer)
@@ -64,7 +62,14 @@ class Recipe:
 
 
 @torch.inference_mode()
-def quantize_model(runner: BlockRunner, recipe: Recipe, bits: int, windows: npt.NDArray[np.int64]) -> Weights:
+def quantize_model(
+    runner: BlockRunner,
+    recipe: Recipe,
+    bits: int,
+    windows: npt.NDArray[np.int64],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+) -> Weights:
     """Quantize all linear layers of all blocks.
 
     Args:
@@ -72,6 +77,7 @@ def quantize_model(runner: BlockRunner, recipe: Recipe, bits: int, windows: npt.
         recipe: the steps.
         bits: 2 or 3.
         windows: calibration tokens [windows, context].
+        batch_tokens: tokens per forward pass.
 
     Returns:
         Dequantized weights, and biases of norms, by full name: float32 on the runner's device.
@@ -79,7 +85,8 @@ def quantize_model(runner: BlockRunner, recipe: Recipe, bits: int, windows: npt.
     Raises:
         D2QError: calibration statistics can't be factored.
     """
-    driver = _Driver(runner, recipe, bits, windows)
+    batches = torch.from_numpy(windows).split(max(1, batch_tokens // windows.shape[1]))
+    driver = _Driver(runner, recipe, bits, batches if recipe.feedback or recipe.correct else ())
     for index in tqdm(range(runner.family.num_layers), desc="Quantizing", unit="block", disable=None):
         block = runner.load(index)
         driver.quantize(index, block)
@@ -88,13 +95,11 @@ def quantize_model(runner: BlockRunner, recipe: Recipe, bits: int, windows: npt.
 
 
 class _Driver:
-    """Both streams between two blocks, as batches [windows, context, hidden]; without need for them, they are empty."""
+    """Both streams between two blocks, as batches [windows, context, hidden]; empty if the recipe doesn't use them."""
 
-    def __init__(self, runner: BlockRunner, recipe: Recipe, bits: int, windows: npt.NDArray[np.int64]) -> None:
+    def __init__(self, runner: BlockRunner, recipe: Recipe, bits: int, batches: Sequence[torch.Tensor]) -> None:
         self.runner, self.recipe, self.bits = runner, recipe, bits
         self.weights: dict[str, torch.Tensor] = {}
-        per_batch = max(1, BATCH_TOKENS // windows.shape[1])
-        batches = torch.from_numpy(windows).split(per_batch) if recipe.feedback or recipe.correct else ()
         self.original = [runner.embed(part) for part in batches]
         self.quantized = self.original
 
@@ -116,7 +121,7 @@ class _Driver:
         self.quantized = [self.runner.forward(block, hidden) for hidden in self.quantized]
 
     def finish(self) -> None:
-        """Correct the final norm, which the teacher computes from the original stream."""
+        """Correct the final norm; its teacher is the original stream."""
         if not self.recipe.correct:
             return
         norm = self.runner.final_norm()
@@ -126,7 +131,7 @@ class _Driver:
     def _run_original(
         self, block: nn.Module, linear_groups: tuple[LinearGroup, ...]
     ) -> tuple[dict[LinearGroup, list[torch.Tensor]], list[torch.Tensor]]:
-        """The original stream: the inputs of every linear group, and the block's outputs."""
+        """Run the original stream; return the inputs of every linear group, and the block's outputs."""
         inputs: dict[LinearGroup, list[torch.Tensor]] = {group: [] for group in linear_groups}
         outputs = []
         for hidden in self.original:
@@ -137,14 +142,14 @@ class _Driver:
         return inputs, outputs
 
     def _inputs(self, block: nn.Module, group: LinearGroup) -> Iterator[torch.Tensor]:
-        """The inputs of a linear group in the quantized stream, with the block as it is now."""
+        """Yield the inputs of a linear group in the quantized stream, with the block as it is now."""
         return (self.runner.input_of(block, group.linears[0], hidden) for hidden in self.quantized)
 
     def _quantize_group(self, prefix: str, block: nn.Module, group: LinearGroup, original: list[torch.Tensor]) -> None:
         layers = [block.get_submodule(name) for name in group.linears]
         weights: list[torch.Tensor] = [layer.get_parameter("weight") for layer in layers]
         fit = self.recipe.fit(group.linears[0], self.bits)
-        # Rows don't influence each other in the grid that linear_groups of several layers have.
+        # Groups of several layers have the clipped grid, whose rows are independent.
         together = torch.cat(weights)
         if self.recipe.feedback:
             statistics = InputStatistics(together.shape[1], self.runner.device)

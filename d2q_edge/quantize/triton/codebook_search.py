@@ -1,8 +1,6 @@
-"""The searches of codebook.py in Triton: the errors of a group in all 256 codebooks stay in registers, instead of going
-to memory and back for every step.
+"""The codebook search in Triton: the errors of a group in all 256 codebooks stay in registers instead of memory.
 
-Knows the arithmetic only. `best_book` is also part of the kernels of gptaq_cuda.py and descent_cuda.py. Results differ
-from codebook.py's in the last bits, and where two codebooks are equally good.
+`best_codebook` is also a part of the kernels of gptaq.py and descent.py.
 """
 
 from functools import cache
@@ -12,12 +10,12 @@ import triton
 import triton.language as tl
 
 from d2q_edge.formats.tensor_types import GROUP, SCALE_MAX, SCALE_TINY
-from d2q_edge.quantize.codebook_search import EDGE, KNEE, REACH, SCALE_STEPS, SHORTLIST, CodebookSearch
+from d2q_edge.quantize.codebook_table import EDGE, KNEE, REACH, SCALE_STEPS, SHORTLIST, CodebookTable
 
 GROUPS = 4
-"""Groups per program of a search."""
+"""Groups per program of the codebook search."""
 BLOCKS = 16
-"""Groups per program of a search for scales, those of a few blocks; the fastest on an H200."""
+"""Groups per program of the search for scales, a few whole blocks; the fastest number on an H200."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -30,47 +28,47 @@ def _bin(values, BINS: tl.constexpr, KNEE: tl.constexpr, EDGE: tl.constexpr):  #
 def _ranks(  # type: ignore[no-untyped-def]
     place, scale, live, table,
     N: tl.constexpr, V: tl.constexpr, BINS: tl.constexpr, KNEE: tl.constexpr, EDGE: tl.constexpr,
-    BOOKS: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr,
+    CODEBOOKS: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Errors of every codebook [ROWS, BOOKS] by the table, for the groups whose values begin at `place` [ROWS]."""
-    book = tl.arange(0, BOOKS)
-    total = tl.zeros([ROWS, BOOKS], tl.float32)
+    """Rank the codebooks [ROWS, CODEBOOKS] by the table, for the groups whose values begin at `place` [ROWS]."""
+    codebook = tl.arange(0, CODEBOOKS)
+    total = tl.zeros([ROWS, CODEBOOKS], tl.float32)
     for index in tl.range(0, N, loop_unroll_factor=UNROLL):
         entry = _bin(tl.load(place + index * V, mask=live, other=0.0) / scale, BINS, KNEE, EDGE)
         if V == 2:
             second = tl.load(place + index * V + 1, mask=live, other=0.0) / scale
             entry = entry * BINS + _bin(second, BINS, KNEE, EDGE)
-        total += tl.load(table + entry[:, None] * BOOKS + book[None, :]).to(tl.float32)
+        total += tl.load(table + entry[:, None] * CODEBOOKS + codebook[None, :]).to(tl.float32)
     return total
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def best_book(  # type: ignore[no-untyped-def]
+def best_codebook(  # type: ignore[no-untyped-def]
     place, scale, live, table, levels,
     N: tl.constexpr, V: tl.constexpr, K: tl.constexpr, BINS: tl.constexpr, KNEE: tl.constexpr, EDGE: tl.constexpr,
-    SHORTLIST: tl.constexpr, BOOKS: tl.constexpr, ROWS: tl.constexpr,
+    SHORTLIST: tl.constexpr, CODEBOOKS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The best codebook of the groups whose values begin at `place` [ROWS]; all are measured where there are few.
+    """Find the best codebook of the groups whose values begin at `place` [ROWS]; all are measured where there are few.
 
     Args:
         scale: what the values are divided by, float32 [ROWS].
-        live: which groups there are, bool [ROWS].
+        live: which of the groups exist, bool [ROWS].
         table: pointer to the rank table.
-        levels: pointer to the codebooks, [codebooks, V, K].
+        levels: pointer to the entries, [codebooks, V, K].
 
     Returns:
-        int32 [ROWS], and its error in units of the scale squared, float32 [ROWS].
+        The codebooks, int32 [ROWS], and their errors in units of the scale squared, float32 [ROWS].
     """
-    # As wide as a group, so that the same few threads do all that belongs to a row.
+    # As wide as a group, so that the same few threads do all of a row.
     lane = tl.arange(0, N * V) % K
     best = tl.full([ROWS], float("inf"), tl.float32)
     chosen = tl.zeros([ROWS], tl.int32)
-    if BOOKS > SHORTLIST:
-        ranks = _ranks(place, scale, live, table, N, V, BINS, KNEE, EDGE, BOOKS, ROWS, 4)
-    for turn in range(SHORTLIST if BOOKS > SHORTLIST else BOOKS):
-        if BOOKS > SHORTLIST:
+    if CODEBOOKS > SHORTLIST:
+        ranks = _ranks(place, scale, live, table, N, V, BINS, KNEE, EDGE, CODEBOOKS, ROWS, 4)
+    for turn in range(SHORTLIST if CODEBOOKS > SHORTLIST else CODEBOOKS):
+        if CODEBOOKS > SHORTLIST:
             candidate = tl.argmin(ranks, 1)
-            ranks = tl.where(tl.arange(0, BOOKS)[None, :] == candidate[:, None], float("inf"), ranks)
+            ranks = tl.where(tl.arange(0, CODEBOOKS)[None, :] == candidate[:, None], float("inf"), ranks)
         else:
             candidate = tl.zeros([ROWS], tl.int32) + turn
         entry = levels + candidate[:, None] * (K * V) + lane[None, :]
@@ -94,16 +92,18 @@ def best_book(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _search(  # type: ignore[no-untyped-def]
-    vectors, table, levels, books, errors, groups,
+    vectors, table, levels, codebooks, errors, groups,
     N: tl.constexpr, V: tl.constexpr, K: tl.constexpr, BINS: tl.constexpr, KNEE: tl.constexpr, EDGE: tl.constexpr,
-    SHORTLIST: tl.constexpr, BOOKS: tl.constexpr, GROUPS: tl.constexpr,
+    SHORTLIST: tl.constexpr, CODEBOOKS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     live = group < groups
     one = tl.full([GROUPS], 1.0, tl.float32)
     place = vectors + group * (N * V)
-    chosen, best = best_book(place, one, live, table, levels, N, V, K, BINS, KNEE, EDGE, SHORTLIST, BOOKS, GROUPS)
-    tl.store(books + group, chosen.to(tl.int64), mask=live)
+    chosen, best = best_codebook(
+        place, one, live, table, levels, N, V, K, BINS, KNEE, EDGE, SHORTLIST, CODEBOOKS, GROUPS
+    )
+    tl.store(codebooks + group, chosen.to(tl.int64), mask=live)
     tl.store(errors + group, best, mask=live)
 
 
@@ -111,7 +111,7 @@ def _search(  # type: ignore[no-untyped-def]
 def _block_scales(  # type: ignore[no-untyped-def]
     weights, table, scales, factors, begins, blocks, stride, unit, edge, nearest, reach, tiny, huge,
     STEPS: tl.constexpr, PER_BLOCK: tl.constexpr, N: tl.constexpr, V: tl.constexpr, BINS: tl.constexpr,
-    KNEE: tl.constexpr, EDGE: tl.constexpr, BOOKS: tl.constexpr, GROUPS: tl.constexpr,
+    KNEE: tl.constexpr, EDGE: tl.constexpr, CODEBOOKS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     # One entry per group; what belongs to a block is the same in all of its groups.
     COUNT: tl.constexpr = GROUPS // PER_BLOCK
@@ -124,12 +124,12 @@ def _block_scales(  # type: ignore[no-untyped-def]
     base = tl.sqrt(power / (PER_BLOCK * N * V)) / unit
     base = tl.reshape(tl.broadcast_to(base[:, None], [COUNT, PER_BLOCK]), [GROUPS])
     scale = tl.minimum(tl.maximum(base, tiny), huge).to(tl.float16).to(tl.float32)
-    centre = scale
+    center = scale
     best = tl.full([GROUPS], float("inf"), tl.float32)
     for step in range(STEPS):
-        centre = tl.where(tl.load(begins + step) != 0, scale, centre)
-        trial = tl.minimum(tl.maximum(centre * tl.load(factors + step), tiny), huge).to(tl.float16).to(tl.float32)
-        ranks = _ranks(place, trial, live, table, N, V, BINS, KNEE, EDGE, BOOKS, GROUPS, 1)
+        center = tl.where(tl.load(begins + step) != 0, scale, center)
+        trial = tl.minimum(tl.maximum(center * tl.load(factors + step), tiny), huge).to(tl.float16).to(tl.float32)
+        ranks = _ranks(place, trial, live, table, N, V, BINS, KNEE, EDGE, CODEBOOKS, GROUPS, 1)
         size = tl.abs(values / trial[:, None])
         beyond = tl.where(size > reach, (size - edge) * (size - edge) - nearest, 0.0)
         error = tl.sum(tl.reshape(tl.min(ranks, 1) + tl.sum(beyond, 1), [COUNT, PER_BLOCK]), 1)
@@ -140,46 +140,44 @@ def _block_scales(  # type: ignore[no-untyped-def]
     tl.store(scales + block, scale, mask=live & (group % PER_BLOCK == 0))
 
 
-def search(search: CodebookSearch, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As CodebookSearch.search."""
+def search(table: CodebookTable, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the best codebook of each group, as CodebookSearch.search."""
     groups = len(vectors)
-    books = torch.empty(groups, dtype=torch.int64, device=vectors.device)
+    codebooks = torch.empty(groups, dtype=torch.int64, device=vectors.device)
     errors = torch.empty(groups, device=vectors.device)
     _search[(triton.cdiv(groups, GROUPS),)](
-        vectors.contiguous(), search.short_table, search.columns, books, errors, groups,
-        GROUPS=GROUPS, **constants(search),
+        vectors.contiguous(), table.short_table, table.columns, codebooks, errors, groups,
+        GROUPS=GROUPS, **search_constants(table),
     )  # fmt: skip
-    return books, errors
+    return codebooks, errors
 
 
-def block_scales(search: CodebookSearch, blocks: torch.Tensor) -> torch.Tensor:
-    """As CodebookSearch.block_scales; but the weights, float32 [rows, block_size], are in the order of their codes."""
-    kind = search.tensor_type
+def block_scales(table: CodebookTable, blocks: torch.Tensor) -> torch.Tensor:
+    """Choose block scales as CodebookSearch.block_scales, of blocks [rows, block_size] in the order of their codes."""
+    kind = table.tensor_type
     scales = torch.empty(len(blocks), device=blocks.device)
     factors, begins = _steps(blocks.device)
     _block_scales[(triton.cdiv(len(blocks) * kind.groups, BLOCKS),)](
-        blocks, search.short_table, scales, factors, begins, len(blocks), blocks.stride(0),
-        search.unit, search.edge, (REACH - search.edge) ** 2, REACH, SCALE_TINY, SCALE_MAX,
-        STEPS=len(factors), PER_BLOCK=kind.groups, GROUPS=BLOCKS, **_table_constants(search),
+        blocks, table.short_table, scales, factors, begins, len(blocks), blocks.stride(0),
+        table.unit, table.edge, (REACH - table.edge) ** 2, REACH, SCALE_TINY, SCALE_MAX,
+        STEPS=len(factors), PER_BLOCK=kind.groups, GROUPS=BLOCKS, **_table_constants(table),
     )  # fmt: skip
     return scales
 
 
 @cache
 def _steps(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """All of SCALE_STEPS one after the other, float32, and where one of its parts begins, int32."""
+    """Concatenate SCALE_STEPS, float32, and mark where each of its parts begins, int32."""
     factors = [factor for part in SCALE_STEPS for factor in part]
     begins = [int(at == 0) for part in SCALE_STEPS for at in range(len(part))]
     return torch.tensor(factors, device=device), torch.tensor(begins, dtype=torch.int32, device=device)
 
 
-def constants(search: CodebookSearch) -> dict[str, int | float]:
-    """What a kernel with `best_book` is compiled for, of one type's codebooks."""
-    return {**_table_constants(search), "K": search.levels.shape[1], "SHORTLIST": SHORTLIST}
+def search_constants(table: CodebookTable) -> dict[str, int | float]:
+    """Return what a kernel with `best_codebook` is compiled for."""
+    return {**_table_constants(table), "K": table.levels.shape[1], "SHORTLIST": SHORTLIST}
 
 
-def _table_constants(search: CodebookSearch) -> dict[str, int | float]:
-    """Those of the look-up table."""
-    books, _, width = search.levels.shape
-    bins = round(len(search.short_table) ** (1 / width))
-    return {"N": GROUP // width, "V": width, "BINS": bins, "KNEE": KNEE, "EDGE": EDGE, "BOOKS": books}
+def _table_constants(table: CodebookTable) -> dict[str, int | float]:
+    codebooks, _, width = table.levels.shape
+    return {"N": GROUP // width, "V": width, "BINS": table.bins, "KNEE": KNEE, "EDGE": EDGE, "CODEBOOKS": codebooks}

@@ -1,7 +1,6 @@
-"""The error feedback inside one block of columns (gptaq.quantize_block) as one Triton kernel.
+"""Error feedback inside one block of columns (gptaq.quantize_block) as one Triton kernel.
 
-Rows don't influence each other: a program has a few of them, and takes one group after another. Knows the arithmetic
-only. Results differ from torch's in the last bits, and where two codebooks or codes are equally good.
+Rows are independent: a program takes a few of them, and one group after another.
 """
 
 import torch
@@ -9,20 +8,20 @@ import triton
 import triton.language as tl
 
 from d2q_edge.formats.tensor_types import GROUP
-from d2q_edge.quantize.codebook_search import CodebookSearch
-from d2q_edge.quantize.triton.codebook_search import best_book, block_scales, constants
-from d2q_edge.quantize.triton.feedback import round_rows
-from d2q_edge.quantize.triton.support import rows_per_program
+from d2q_edge.quantize import uniform
+from d2q_edge.quantize.codebook_table import CodebookTable, stored_scale
+from d2q_edge.quantize.triton.codebook_search import best_codebook, block_scales, search_constants
+from d2q_edge.quantize.triton.feedback import quantize_rows, rows_per_program
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _quantize_block(  # type: ignore[no-untyped-def]
-    work, scales, table, levels, factor, lead, inverses,
-    books, codes, quantized, errors,
+    work, scales, table, levels, U, P, inv_U_jj,
+    codebooks, codes, quantized, errors,
     rows,
-    GROUPS: tl.constexpr, GROUP: tl.constexpr, HAS_LEAD: tl.constexpr, ROWS: tl.constexpr,
+    GROUPS: tl.constexpr, GROUP: tl.constexpr, HAS_P: tl.constexpr, ROWS: tl.constexpr,
     N: tl.constexpr, V: tl.constexpr, K: tl.constexpr, BINS: tl.constexpr, KNEE: tl.constexpr, EDGE: tl.constexpr,
-    SHORTLIST: tl.constexpr, BOOKS: tl.constexpr,
+    SHORTLIST: tl.constexpr, CODEBOOKS: tl.constexpr,
 ):  # fmt: skip
     SIZE: tl.constexpr = GROUPS * GROUP
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -34,14 +33,16 @@ def _quantize_block(  # type: ignore[no-untyped-def]
     for group in range(GROUPS):
         first = group * GROUP
         start = row * SIZE + first
-        book, _ = best_book(work + start, scale, live, table, levels, N, V, K, BINS, KNEE, EDGE, SHORTLIST, BOOKS, ROWS)
-        tl.store(books + row * GROUPS + group, book.to(tl.uint8), mask=live)
+        codebook, _ = best_codebook(
+            work + start, scale, live, table, levels, N, V, K, BINS, KNEE, EDGE, SHORTLIST, CODEBOOKS, ROWS
+        )
+        tl.store(codebooks + row * GROUPS + group, codebook.to(tl.uint8), mask=live)
         place = start[:, None] + column[None, :]
         square = first * SIZE + first
-        code, found, lost, seen = round_rows(
-            tl.load(work + place, mask=alive, other=0.0), book, scale, levels,
-            factor + square, lead + square, SIZE, inverses + group * (N * V * V),
-            GROUP, K, V, HAS_LEAD, ROWS,
+        code, found, lost, seen = quantize_rows(
+            tl.load(work + place, mask=alive, other=0.0), codebook, scale, levels,
+            U + square, P + square, SIZE, inv_U_jj + group * (N * V * V),
+            GROUP, K, V, HAS_P, ROWS,
         )  # fmt: skip
         beside = (row * GROUPS + group)[:, None] * N + column[None, :] // V
         tl.store(codes + beside, code.to(tl.uint8), mask=alive & (column[None, :] % V == 0))
@@ -51,35 +52,31 @@ def _quantize_block(  # type: ignore[no-untyped-def]
         for later in range(group + 1, GROUPS):
             ahead = (later - group) * GROUP
             tile = tl.load(work + place + ahead, mask=alive, other=0.0)
-            tile -= tl.dot(lost, tl.load(factor + square + ahead + inside), input_precision="ieee")
-            if HAS_LEAD:
-                tile += tl.dot(seen, tl.load(lead + square + ahead + inside), input_precision="ieee")
+            tile -= tl.dot(lost, tl.load(U + square + ahead + inside), input_precision="ieee")
+            if HAS_P:
+                tile += tl.dot(seen, tl.load(P + square + ahead + inside), input_precision="ieee")
             tl.store(work + place + ahead, tile, mask=alive)
-        # The next group reads what other threads of this program have written.
+        # Other threads of this program have written what the next group reads.
         tl.debug_barrier()
 
 
 def quantize_block(
-    search: CodebookSearch,
-    weights: torch.Tensor,
-    factor: torch.Tensor,
-    lead: torch.Tensor | None,
-    inverses: torch.Tensor,
+    table: CodebookTable, weights: torch.Tensor, U: torch.Tensor, P: torch.Tensor | None, inv_U_jj: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """As gptaq.quantize_block."""
-    kind = search.tensor_type
+    """Quantize one block of every row, as gptaq.quantize_block."""
+    kind = table.tensor_type
     rows, size = weights.shape
     work = weights.clone(memory_format=torch.contiguous_format)
     # q4_0's blocks are groups, and its codes in the order of the columns.
-    scales = block_scales(search, work) if kind.switched else search.block_scales(work)
-    books = torch.empty(rows, kind.groups, dtype=torch.uint8, device=work.device)
+    scales = block_scales(table, work) if kind.switched else stored_scale(uniform.block_scales(work))
+    codebooks = torch.empty(rows, kind.groups, dtype=torch.uint8, device=work.device)
     codes = torch.empty(rows, kind.codes(size), dtype=torch.uint8, device=work.device)
     quantized, errors = torch.empty_like(work), torch.empty_like(work)
-    factor = factor.contiguous()
+    U = U.contiguous()
     together = rows_per_program(rows, work.device)
     _quantize_block[(triton.cdiv(rows, together),)](
-        work, scales, search.short_table, search.columns, factor, factor if lead is None else lead.contiguous(),
-        inverses.contiguous(), books, codes, quantized, errors, rows,
-        GROUPS=kind.groups, GROUP=GROUP, HAS_LEAD=lead is not None, ROWS=together, num_stages=1, **constants(search),
+        work, scales, table.short_table, table.columns, U, U if P is None else P.contiguous(),
+        inv_U_jj.contiguous(), codebooks, codes, quantized, errors, rows,
+        GROUPS=kind.groups, GROUP=GROUP, HAS_P=P is not None, ROWS=together, num_stages=1, **search_constants(table),
     )  # fmt: skip
-    return scales, books, codes, quantized, errors, work
+    return scales, codebooks, codes, quantized, errors, work

@@ -1,4 +1,4 @@
-"""The reference encoder: held against a brute force in float64, and against llama.cpp's Q2_K by mean squared error."""
+"""The reference encoder against brute force in float64, and against llama.cpp's Q2_K by mean squared error."""
 
 import ctypes
 

@@ -1,0 +1,40 @@
+"""Second moments of a layer's input over the calibration tokens: the Hessian of GPTQ and the dXXT of GPTAQ.
+
+With X the layer's input in the quantized model and X~ that in the original model, one column per token
+(arXiv 2504.02692; activations have tokens in rows here):
+
+    H = 2/n X X^T,   dXXT = 2/n (X~ - X) X^T.
+"""
+
+import torch
+
+
+class InputStatistics:
+    """H and dXXT of one layer input, accumulated over batches of calibration tokens."""
+
+    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
+        self.tokens = torch.zeros((), device=device)
+        self._XXT = torch.zeros(columns, columns, device=device)
+        self._dXXT = torch.zeros(columns, columns, device=device)
+
+    def add_batch(self, quantized: torch.Tensor, original: torch.Tensor) -> None:
+        """Add the inputs of the same tokens in both models, float32 [..., columns]."""
+        x = quantized.reshape(-1, quantized.shape[-1])
+        self.tokens += len(x)
+        self._XXT += x.T @ x
+        self._dXXT += (original.reshape(x.shape) - x).T @ x
+
+    @property
+    def sums(self) -> list[torch.Tensor]:
+        """The accumulators, for an all_reduce over the processes that share the batches."""
+        return [self._XXT, self._dXXT, self.tokens]
+
+    @property
+    def hessian(self) -> torch.Tensor:
+        """H, float32 [columns, columns]."""
+        return self._XXT * (2 / self.tokens.clamp(min=1))
+
+    @property
+    def dXXT(self) -> torch.Tensor:
+        """dXXT, float32 [columns, columns]."""
+        return self._dXXT * (2 / self.tokens.clamp(min=1))

@@ -25,7 +25,7 @@ from d2q_edge.pipeline.refinement import Refinement, refine
 from d2q_edge.pipeline.report import Report
 from d2q_edge.pipeline.type_plan import TypePlan
 from d2q_edge.pipeline.work_dir import WorkDir, was_published
-from d2q_edge.utils.output_lock import sole_writer
+from d2q_edge.utils.locks import sole_writer
 from d2q_edge.utils.progress import track
 
 __all__ = ["Conversion", "Job", "convert", "execute", "plan"]

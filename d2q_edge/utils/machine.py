@@ -44,9 +44,7 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def available_memory(
-    membership: Path = Path("/proc/self/cgroup"), hierarchy: Path = Path("/sys/fs/cgroup")
-) -> int:
+def available_memory(membership: Path = Path("/proc/self/cgroup"), hierarchy: Path = Path("/sys/fs/cgroup")) -> int:
     """Return how many bytes this process can allocate without swapping, or being killed for its container's limit.
 
     Args:
@@ -67,7 +65,12 @@ def _cgroup_headroom(membership: Path, hierarchy: Path) -> Iterator[int]:
         if number == "0":
             root, limit, usage, prefix = hierarchy, "memory.max", "memory.current", ""
         elif "memory" in controllers.split(","):
-            root, limit, usage, prefix = hierarchy / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+            root, limit, usage, prefix = (
+                hierarchy / "memory",
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                "total_",
+            )
         else:
             continue
         # A container may see the host's path here although only its own subtree is mounted: missing levels are skipped.

@@ -67,7 +67,7 @@ def inspect(path: Path, *, try_to_load: bool = True) -> dict[str, Any]:
         "metadata_bytes": file.size - sum(info.nbytes for info in tensors),
         "layers": {layer: dict(Counter(blocks.values()).most_common()) for layer, blocks in allocation(file).items()},
         "biased_norms": dict(Counter(match[2] if (match := BLOCK.fullmatch(name)) else name for name in biases)),
-        "context_length": file.kv.get(f"{file.kv.get('general.architecture')}.context_length"),
+        "context_length": file.context_length,
         "base_model": file.kv.get("general.base_model.0.name"),
         "license": file.kv.get("general.license"),
         "quantized_by": file.kv.get("general.quantized_by"),

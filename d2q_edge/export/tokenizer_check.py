@@ -39,7 +39,7 @@ _GAPS = {
 
 @dataclass(frozen=True)
 class _Reference:
-    """The original tokenizer: its name for messages, text to ids, one id to text, and whether it knows special tokens."""
+    """The original tokenizer: its name, text to ids, one id to text, and whether it knows special tokens."""
 
     name: str
     encode: Callable[[str], list[int]]

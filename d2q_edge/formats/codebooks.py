@@ -31,20 +31,8 @@ def table_sha256(pairs: npt.NDArray[np.int8], scalars: npt.NDArray[np.int8]) -> 
     return hashlib.sha256(pairs.astype(np.int8).tobytes() + scalars.astype(np.int8).tobytes()).hexdigest()
 
 
-def format_tables(pairs: npt.NDArray[np.int8], scalars: npt.NDArray[np.int8]) -> str:
-    """Format both tables as text (pairs int8 [256, 16, 2], scalars int8 [256, 8]); the inverse of parse_tables."""
-    lines = [
-        "# The codebooks of the d2q tensor types, learned by tools/learn_tables.py. Do not edit: files depend on them.",
-        "# pair INDEX then 16 entries first,second: values of the weights i and i + 16 of a group, in units of d.",
-        "# scalar INDEX then 8 entries in ascending order: values of one weight, in units of d.",
-    ]
-    lines += [f"pair {k} " + " ".join(f"{a},{b}" for a, b in codebook) for k, codebook in enumerate(pairs.tolist())]
-    lines += [f"scalar {k} " + " ".join(map(str, codebook)) for k, codebook in enumerate(scalars.tolist())]
-    return "\n".join(lines) + "\n"
-
-
 def parse_tables(text: str) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.int8]]:
-    """Parse the text form and return (pairs int8 [256, 16, 2], scalars int8 [256, 8]).
+    """Parse codebooks.txt, whose comments describe its lines, into (pairs int8 [256, 16, 2], scalars int8 [256, 8]).
 
     Raises:
         ValueError: a line is malformed, a codebook is missing, or an entry is outside ENTRY_MIN..ENTRY_MAX.

@@ -1,7 +1,7 @@
-"""Read GGUF files (ggml/docs/gguf.md) with stock types, ours and unknown ones.
+"""Read GGUF files (ggml/docs/gguf.md) with tensors of stock types, ours and unknown ones.
 
-gguf-py's reader raises on unknown type numbers and trusts the file. This one treats every file as untrusted: a truncated
-or malformed one ends in a D2QError.
+gguf-py's reader raises on unknown type numbers and trusts the file. Here every file is untrusted: a truncated or
+malformed one ends in a D2QError.
 """
 
 from __future__ import annotations
@@ -36,15 +36,10 @@ _EXPONENT = 0x7C00
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a file.
+    """One tensor of a file. `shape` is in numpy's order; `offset` counts bytes from the start of the file.
 
-    Attributes:
-        name: its name.
-        shape: in numpy's order.
-        type_id: ggml's number of its type.
-        type_name: lower case ("f16", "q8_0", "d2q2"), or "type" and the number for an unknown type.
-        offset: bytes from the start of the file.
-        nbytes: size of the data; for an unknown type the distance to the next tensor or the end of the file.
+    `type_name` is lower case ("f16", "q8_0", "d2q2"), or "type" and the number for an unknown type, whose `nbytes`
+    reach to the next tensor or the end of the file.
     """
 
     name: str
@@ -64,12 +59,9 @@ class GGUFFile:
     """A GGUF whose header has been parsed; tensor data stays on disk until it is asked for.
 
     Attributes:
-        path: the file.
-        size: its bytes.
-        version: of the format, 2 or 3.
-        kv: the metadata keys; arrays are lists.
-        alignment: of the tensors' data, in bytes.
+        kv: the metadata by key; arrays are lists.
         tensors: by name, in the order of the file.
+        size: bytes of the file.
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -43,16 +43,11 @@ ALIGNMENT: int = gguf.GGUF_DEFAULT_ALIGNMENT
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """One tensor to write.
+    """One tensor to write. `shape` is in numpy's order, (rows, columns) for a matrix.
 
-    Attributes:
-        name: in the file.
-        shape: in numpy's order, (rows, columns) for a matrix.
-        type: name of a stock type or of one of ours.
-        load: called once, when it is the tensor's turn. Returns either the encoded bytes, uint8 [rows, bytes per row],
-            or floats of `shape`, which are then encoded (stock types only); those may also be a torch tensor of any
-            float type on any device.
-        parts: of a stack; they are loaded and written one after the other.
+    `load` is called once, when it is the tensor's turn. It returns either the encoded bytes, uint8 [rows, bytes per
+    row], or floats of `shape`, which are then encoded (stock types only); those may also be a torch tensor of any float
+    dtype on any device. The `parts` of a stack are loaded and written one after the other.
     """
 
     name: str

@@ -259,7 +259,7 @@ def _mean(values: Tensor, w: Tensor | None) -> Tensor:
 
 
 def _of_lowest(error: Tensor, *values: Tensor) -> list[Tensor]:
-    """Return the values [sub-blocks, n] at the first lowest error [steps, sub-blocks, n]; faster than argmin, gather."""
+    """Return the values [sub-blocks, n] of the first lowest error [steps, sub-blocks, n]; argmin is slow."""
     lowest = error.amin(0)
     found = [value[-1] for value in values]
     for i in reversed(range(len(error) - 1)):

@@ -51,7 +51,8 @@ def available_memory(membership: Path = Path("/proc/self/cgroup"), hierarchy: Pa
         membership: file that names the process's cgroups, one "ID:CONTROLLERS:PATH" per line (cgroups(7)).
         hierarchy: where the cgroup file systems are mounted.
     """
-    return max(0, min([psutil.virtual_memory().available, *_cgroup_headroom(membership, hierarchy)]))
+    free: int = psutil.virtual_memory().available
+    return max(0, min([free, *_cgroup_headroom(membership, hierarchy)]))
 
 
 def _cgroup_headroom(membership: Path, hierarchy: Path) -> Iterator[int]:

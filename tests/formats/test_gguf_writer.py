@@ -259,7 +259,7 @@ def test_disk_that_fills_up(out: Path) -> None:
         (out.parent / ".model.gguf.partial").symlink_to("/dev/full")
 
     for tensors in (GOOD, [tensor("large", "f32", np.zeros((2**10, 2**10), np.float32))]):
-        with pytest.raises(D2QError, match="the disk is full: .*model.gguf could not be written"):
+        with pytest.raises(D2QError, match=r"the disk is full: .*model.gguf could not be written"):
             write_gguf(out, "llama", tensors, fill_the_disk, force=True)
         assert out.read_text() == "precious"
         assert list(out.parent.iterdir()) == [out]

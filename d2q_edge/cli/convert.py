@@ -68,7 +68,7 @@ def command(model: Path, output: Path | None, stock_type: str | None, gpus: int,
 def _convert(model: Path, output: Path | None, stock_type: str | None, options: dict[str, Any]) -> None:
     from d2q_edge.conversion import convert as quantize
     from d2q_edge.export import model_file
-    from d2q_edge.export.conversion_report import make_report
+    from d2q_edge.export.conversion_report import fingerprint
     from d2q_edge.export.model_card import NAME, check_card, write_card
     from d2q_edge.export.targets import check_targets
     from d2q_edge.formats.gguf_writer import check_output
@@ -135,7 +135,8 @@ def _convert(model: Path, output: Path | None, stock_type: str | None, options: 
     if not is_first_process():
         return
     if report:
-        write_json(report, make_report(result.to_json(), None if options["dry_run"] else output))
+        known = {} if options["dry_run"] else {"fingerprint": fingerprint(output)}
+        write_json(report, {**result.to_json(), **known})
     if card and not options["dry_run"]:
         write_card(output, result.to_json())
     click.echo(result.describe(output))

@@ -1,4 +1,7 @@
-"""Write and read the JSON report of a conversion (`convert --report`), and find the one that belongs to a GGUF file."""
+"""Read the JSON report that `convert --report` writes, and find the one that belongs to a GGUF file.
+
+A report is `Conversion.to_json()` and the file's fingerprint.
+"""
 
 import hashlib
 import math
@@ -17,20 +20,6 @@ PIECE = 2**20
 """Bytes of each piece of a file that its fingerprint is made of."""
 LARGEST = 1e30
 """Numbers are summed and drawn; larger ones could overflow."""
-
-
-def make_report(conversion: Mapping[str, Any], output: Path | None) -> dict[str, Any]:
-    """Return the report's content.
-
-    Args:
-        conversion: `Conversion.to_json()`.
-        output: the finished file, which the report identifies by its fingerprint; None for a dry run.
-
-    Raises:
-        D2QError: the file can't be read.
-    """
-    report = {"format": FORMAT, **conversion}
-    return report if output is None else {**report, "fingerprint": fingerprint(output)}
 
 
 def beside(path: Path) -> Path:

@@ -16,7 +16,6 @@ from d2q_edge.export.conversion_report import (
     beside,
     find_report,
     fingerprint,
-    make_report,
     read_report,
 )
 from d2q_edge.formats.gguf_reader import GGUFFile
@@ -117,22 +116,15 @@ class TestFingerprint:
 
 
 class TestFormat:
-    def test_number_comes_first(self, file: GGUFFile) -> None:
-        made = make_report({"bytes": file.size, "validation": None}, file.path)
-        assert list(made.items()) == [
-            ("format", 2),
-            ("bytes", file.size),
-            ("validation", None),
-            ("fingerprint", fingerprint(file.path)),
-        ]
-        assert FORMAT == 2
-        assert make_report({"bytes": 5}, None) == {"format": 2, "bytes": 5}
+    def test_number_comes_first(self, example_files: ExampleFiles) -> None:
+        assert next(iter(example_files.reports[2].to_json().items())) == ("format", FORMAT) == ("format", 2)
 
     def test_current(self, tmp_path: Path) -> None:
-        values = make_report({**conversion(), "bytes": 5}, None)
+        values = {"format": FORMAT, **conversion(), "bytes": 5}
         (tmp_path / "x.json").write_text(json.dumps(values))
         assert read_report(tmp_path / "x.json") == values
-        assert values["validation"]["kl_divergence"] == 0.3125
+        with pytest.raises(D2QError, match="its validation can't be what convert"):
+            read_report(report(tmp_path / "y.json", 5, format=FORMAT, validation=0.5))
 
     def test_first_format_says_held_back(self, tmp_path: Path) -> None:
         values = {**conversion(), "bytes": 5}

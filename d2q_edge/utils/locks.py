@@ -49,22 +49,22 @@ def sole_writer(output: Path) -> Iterator[None]:
         D2QError: another process holds the lock.
     """
     path = Path(f"{output}.lock")
+    handle = None
     try:
-        handle = open_locked(path)[0]
+        handle, _ = open_locked(path)
+        os.ftruncate(handle, 0)
+        os.write(handle, f"{os.getpid()}\n".encode())
     except BlockingIOError as error:
         raise D2QError(f"another d2q-edge{_holder(path)} is writing {output}; wait for its end, or stop it") from error
     except OSError:
-        yield
-        return
+        pass  # no lock file, or a full disk and no process id in it
     try:
-        with suppress(OSError):  # a full disk
-            os.ftruncate(handle, 0)
-            os.write(handle, f"{os.getpid()}\n".encode())
         yield
     finally:
-        # Unlink before closing: whoever opened the file in between notices that it was deleted.
-        path.unlink(missing_ok=True)
-        os.close(handle)
+        if handle is not None:
+            # Unlink before closing: whoever opened the file in between notices that it was deleted.
+            path.unlink(missing_ok=True)
+            os.close(handle)
 
 
 def _holder(path: Path) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -90,22 +90,24 @@ def test_what_a_file_holds(make_checkpoint: Make, tmp_path: Path, capsys: pytest
     assert file.kv["general.size_label"] in file_name(checkpoint, family_for(checkpoint.config), "D2Q2")
 
 
-def test_a_stack_is_loaded_part_by_part(make_checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+class NotingCheckpoint(Checkpoint):
+    """A checkpoint that notes what is loaded."""
+
+    loaded: ClassVar[list[str]] = []
+
+    def tensor(self, name: str) -> torch.Tensor:
+        self.loaded.append(name)
+        return super().tensor(name)
+
+
+def test_a_stack_is_loaded_part_by_part(make_checkpoint: Make) -> None:
     """At no time is more than one expert in memory."""
-    checkpoint = Checkpoint.open(make_checkpoint("olmoe"))
+    checkpoint = NotingCheckpoint.open(make_checkpoint("olmoe"))
     tensors = model_tensors(checkpoint, family_for(checkpoint.config), "f16")
     (down,) = (tensor for tensor in tensors if tensor.name == "blk.0.ffn_down_exps.weight")
-    loaded: list[str] = []
-    original = Checkpoint.tensor
-
-    def tensor(self: Checkpoint, name: str) -> torch.Tensor:
-        loaded.append(name)
-        return original(self, name)
-
-    monkeypatch.setattr(Checkpoint, "tensor", tensor)
     assert len(down.parts) == 6
     down.parts[4].load()
-    assert loaded == ["model.layers.0.mlp.experts.4.down_proj.weight"]
+    assert NotingCheckpoint.loaded == ["model.layers.0.mlp.experts.4.down_proj.weight"]
     whole, part = encode(down).view(np.float16), encode(down.parts[4])
     np.testing.assert_array_equal(whole[4], part)
     assert part.any()

@@ -39,21 +39,19 @@ SINGULAR = 1e-6
 """Determinants below this share of their terms are rounding errors."""
 
 
-def encode(type_name: str, weights: Tensor, importance: Tensor | None = None) -> Tensor:
+def encode(type_name: str, weights: Tensor) -> Tensor:
     """Encode rows of weights, on the device where they are.
 
     Args:
         type_name: "q4_k", "q5_k" or "q6_k".
         weights: floats [rows, cols], finite, cols a multiple of 256; computed with as float32. Weights beyond every
             float16 scale are clipped.
-        importance: weights of the squared errors by column, floats [cols], not negative; None for all ones. A sub-block
-            whose importance is zero throughout is encoded as if it were one.
 
     Returns:
         uint8 [rows, cols / 256 * bytes per super-block], on the same device; deterministic.
 
     Raises:
-        ValueError: shapes don't fit, values are not finite, or an importance is negative.
+        ValueError: the shape doesn't fit, or values are not finite.
     """
     rows, columns = weights.shape
     if weights.numel() == 0 or columns % BLOCK:
@@ -61,11 +59,6 @@ def encode(type_name: str, weights: Tensor, importance: Tensor | None = None) ->
             f"{type_name} needs rows of a positive multiple of {BLOCK} columns, not {tuple(weights.shape)}"
         )
     sub_block, encode_chunk = ENCODERS[type_name]
-    w = None
-    if importance is not None:
-        if importance.shape != (columns,) or not importance.isfinite().all() or (importance < 0).any():
-            raise ValueError(f"importance must be {columns} finite numbers, none of them negative")
-        w = _relative(importance.to(weights.device, torch.float32), sub_block)
     blocks = weights.reshape(-1, BLOCK)
     step = (PIECE if weights.device.type == "cpu" else GPU_PIECE) // BLOCK
 
@@ -77,11 +70,8 @@ def encode(type_name: str, weights: Tensor, importance: Tensor | None = None) ->
             if not size.isfinite().all():
                 raise ValueError("weights must be finite")
             size[size == 0] = 1
-            of_part = None
-            if w is not None:
-                of_part = w[:, :, torch.arange(start, start + len(part), device=w.device) % w.shape[2]]
             # Normalized, so that neither denormal nor huge weights upset the sums.
-            return encode_chunk(size, x / size, of_part)
+            return encode_chunk(size, x / size)
 
     starts = range(0, len(blocks), step)
     threads = min(torch.get_num_threads(), len(starts)) if weights.device.type == "cpu" else 1
@@ -98,39 +88,35 @@ def encode(type_name: str, weights: Tensor, importance: Tensor | None = None) ->
     return torch.cat(chunks).view(rows, -1)
 
 
-def _encode_affine(size: Tensor, x: Tensor, w: Tensor | None, bits: int) -> Tensor:
+def _encode_affine(size: Tensor, x: Tensor, bits: int) -> Tensor:
     """Encode q4_k or q5_k: uint8 [n, 144 or 176] of weights [8, 32, n] in units of their super-blocks' sizes [n]."""
     top = 2**bits - 1
     spare = x.new_empty((3, *x.shape))
-    scale, minimum = _affine_search(x, w, top, spare)
+    scale, minimum = _affine_search(x, top, spare)
     d, dmin = _half(scale.amax(0) / 63 * size), _half(minimum.amax(0) / 63 * size)
     unit, unit_min = _over(d, size), _over(dmin, size)
-    s, m = _affine_integers(x, w, (scale, minimum), (unit, unit_min), top, spare)
+    s, m = _affine_integers(x, (scale, minimum), (unit, unit_min), top, spare)
     codes = _affine_codes(x, s * unit, m * unit_min, top, spare[0])
     return _pack_affine(d, dmin, s.byte(), m.byte(), codes.byte(), bits)
 
 
-def _affine_search(x: Tensor, w: Tensor | None, top: int, spare: Tensor) -> tuple[Tensor, Tensor]:
+def _affine_search(x: Tensor, top: int, spare: Tensor) -> tuple[Tensor, Tensor]:
     """Return scale and min [8, n], not negative, of least squared error for x = scale * code - min."""
     low = x.amin(1).clamp_(max=0)
     extent = (x.amax(1) - low).clamp_(min=TINY)
     y = (x - low[:, None]).div_(extent[:, None])  # 0 .. 1, so that the sums below lose no digits to an offset
-    sum_y = _sum(torch.mul(y, 1 if w is None else w, out=spare[0]))
-    total = x.shape[1] if w is None else _sum(w.clone())
+    sum_y, total = _sum(spare[0].copy_(y)), x.shape[1]
     sums = x.new_empty((3, len(AFFINE_STEPS), *low.shape))
     codes, squares, products = spare
     for i, step in enumerate(AFFINE_STEPS):
         torch.mul(y, top + step, out=codes).round_().clamp_(max=top)
         torch.mul(codes, codes, out=squares)
-        if w is not None:
-            squares.mul_(w)
-            codes.mul_(w)
         torch.mul(codes, y, out=products)
         _sum(spare, out=sums[:, i])
     sum_c, sum_cc, sum_cy = sums  # [steps, 8, n] each
     determinant = total * sum_cc - sum_c * sum_c
     offset = (sum_cc * sum_y - sum_c * sum_cy).div_(determinant)
-    # Where all weights that count have the same code, any offset is as good as the lowest one.
+    # Where all weights have the same code, any offset is as good as the lowest one.
     offset.masked_fill_(determinant <= SINGULAR * total * sum_cc, 0)
     offset = torch.minimum(offset, -low / extent)  # the stored min must not be negative
     rest = sum_cy - offset * sum_c
@@ -142,12 +128,7 @@ def _affine_search(x: Tensor, w: Tensor | None, top: int, spare: Tensor) -> tupl
 
 
 def _affine_integers(
-    x: Tensor,
-    w: Tensor | None,
-    found: tuple[Tensor, Tensor],
-    units: tuple[Tensor, Tensor],
-    top: int,
-    spare: Tensor,
+    x: Tensor, found: tuple[Tensor, Tensor], units: tuple[Tensor, Tensor], top: int, spare: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the integer scales and mins [8, n] in these units [n].
 
@@ -162,10 +143,10 @@ def _affine_integers(
         s = (nearest + step).clamp_(0, 63)
         trial = s * unit
         excess = _affine_codes(x, trial, minimum, top, spare[0]).mul_(trial[:, None]).sub_(x)
-        m = _integers(_mean(excess, w).clamp_(min=0), unit_min, 63)
+        m = _integers(_mean(excess).clamp_(min=0), unit_min, 63)
         offset = m * unit_min
         excess = _affine_codes(x, trial, offset, top, spare[0]).mul_(trial[:, None])
-        error = _mean(excess.sub_(torch.add(x, offset[:, None], out=spare[1])).square_(), w)
+        error = _mean(excess.sub_(torch.add(x, offset[:, None], out=spare[1])).square_())
         better = error < best
         best = torch.where(better, error, best)
         best_s, best_m = torch.where(better, s, best_s), torch.where(better, m, best_m)
@@ -192,10 +173,10 @@ def _pack_affine(d: Tensor, dmin: Tensor, s: Tensor, m: Tensor, codes: Tensor, b
     return torch.cat(parts).T.contiguous()
 
 
-def _encode_q6_k(size: Tensor, x: Tensor, w: Tensor | None) -> Tensor:
+def _encode_q6_k(size: Tensor, x: Tensor) -> Tensor:
     """Encode q6_k: uint8 [n, 210] of weights [16, 16, n] in units of their super-blocks' sizes [n]."""
     spare = x.new_empty((2, *x.shape))
-    scale = _symmetric_search(x, w, spare)
+    scale = _symmetric_search(x, spare)
     d = _half(_extreme(scale, 0) * size / -128)
     unit = _over(d, size)
     s = (scale / unit).masked_fill_(unit == 0, 0).round_().clamp_(-128, 127)
@@ -205,7 +186,7 @@ def _encode_q6_k(size: Tensor, x: Tensor, w: Tensor | None) -> Tensor:
     return _pack_q6_k(d, s.to(torch.int8), codes.byte())
 
 
-def _symmetric_search(x: Tensor, w: Tensor | None, spare: Tensor) -> Tensor:
+def _symmetric_search(x: Tensor, spare: Tensor) -> Tensor:
     """Return the signed scale [16, n] of least squared error for x = scale * code, codes -32 to 31."""
     extreme = _extreme(x, 1)
     extreme.masked_fill_(extreme.abs() <= TINY, TINY)
@@ -217,8 +198,6 @@ def _symmetric_search(x: Tensor, w: Tensor | None, spare: Tensor) -> Tensor:
         torch.mul(y, -(32 + step), out=codes).round_().clamp_(-32, 31)
         torch.mul(codes, codes, out=squares)
         codes.mul_(y)
-        if w is not None:
-            spare.mul_(w)
         _sum(spare, out=sums[:, i])
     sum_cy, sum_cc = sums  # [steps, 16, n] each
     scale = sum_cy / sum_cc.clamp_(min=TINY)
@@ -236,14 +215,6 @@ def _pack_q6_k(d: Tensor, s: Tensor, codes: Tensor) -> Tensor:
     return torch.cat([ql.flatten(0, 2), qh.flatten(0, 1), s.view(torch.uint8), _bytes(d)]).T.contiguous()
 
 
-def _relative(importance: Tensor, sub_block: int) -> Tensor:
-    """Return importance [columns] as [sub-blocks, weights, super-blocks of a row], with mean 1 in each sub-block."""
-    w = importance.view(-1, BLOCK).T.reshape(BLOCK // sub_block, sub_block, -1)
-    largest = w.amax(1, keepdim=True)
-    w = torch.where(largest > 0, w / largest.clamp(min=TINY), 1)
-    return w / _mean(w.clone(), None)[:, None]
-
-
 def _sum(values: Tensor, out: Tensor | None = None) -> Tensor:
     """Sum over the last axis but one, a power of two long, always in the same order; overwrites the values."""
     half = values.shape[-2] // 2
@@ -253,9 +224,9 @@ def _sum(values: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.add(values.select(-2, 0), values.select(-2, 1), out=out)
 
 
-def _mean(values: Tensor, w: Tensor | None) -> Tensor:
-    """Average over the weights of a sub-block, axis 1; importance has mean 1. Overwrites the values."""
-    return _sum(values if w is None else values.mul_(w)).div_(values.shape[1])
+def _mean(values: Tensor) -> Tensor:
+    """Average over the weights of a sub-block, axis 1; overwrites the values."""
+    return _sum(values).div_(values.shape[1])
 
 
 def _of_lowest(error: Tensor, *values: Tensor) -> list[Tensor]:
@@ -295,12 +266,12 @@ def _bytes(halves: Tensor) -> Tensor:
     return halves.view(torch.uint8).view(-1, 2).T
 
 
-ENCODERS = MappingProxyType[str, tuple[int, Callable[[Tensor, Tensor, Tensor | None], Tensor]]](
+ENCODERS = MappingProxyType[str, tuple[int, Callable[[Tensor, Tensor], Tensor]]](
     {
         "q6_k": (16, _encode_q6_k),
-        "q5_k": (32, lambda size, x, w: _encode_affine(size, x, w, 5)),
-        "q4_k": (32, lambda size, x, w: _encode_affine(size, x, w, 4)),
+        "q5_k": (32, lambda size, x: _encode_affine(size, x, 5)),
+        "q4_k": (32, lambda size, x: _encode_affine(size, x, 4)),
     }
 )
-"""By type name: weights of a sub-block, and the encoder of a chunk. It takes the super-blocks' sizes [n], their weights
-in these units [sub-blocks, weights, n], and importance of the same shape or None, and returns uint8 [n, bytes]."""
+"""By type name: weights of a sub-block, and the encoder of a chunk. It takes the super-blocks' sizes [n] and their
+weights in these units [sub-blocks, weights, n], and returns uint8 [n, bytes]."""

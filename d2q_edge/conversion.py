@@ -10,6 +10,7 @@ from typing import Any
 
 from d2q_edge.distributed.process_group import ProcessGroup
 from d2q_edge.errors import D2QError
+from d2q_edge.export.conversion_report import FORMAT
 from d2q_edge.export.model_file import check_tokenizer
 from d2q_edge.formats.gguf_writer import check_output
 from d2q_edge.model.blocks import BlockRunner
@@ -25,15 +26,13 @@ from d2q_edge.pipeline.refinement import Refinement, refine
 from d2q_edge.pipeline.report import Report
 from d2q_edge.pipeline.type_plan import TypePlan
 from d2q_edge.pipeline.work_dir import WorkDir, was_published
-from d2q_edge.utils.output_lock import sole_writer
+from d2q_edge.utils.locks import sole_writer
 from d2q_edge.utils.progress import track
 
 __all__ = ["Conversion", "Job", "convert", "execute", "plan"]
 
 REFINE_FACTOR = 8
 """Refinement uses that many times the calibration tokens, as far as the text goes."""
-REPORT_FORMAT = 2
-"""Of the JSON that `Conversion.to_json` makes; 1 called validation held_back."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Conversion:
     def to_json(self) -> dict[str, Any]:
         """Return plain values for json.dump: sizes, the type of every matrix, and what was measured (Report)."""
         return {
-            "format": REPORT_FORMAT,
+            "format": FORMAT,
             "bytes": self.size,
             "bits_per_weight": self.bits_per_weight,
             "linear_bits_per_weight": self.types.linear_bits_per_weight,

@@ -1,6 +1,6 @@
-"""The one exception of this package that a user is meant to read, and how it and other strangers' text are shown."""
+"""Define the exception that users are meant to read, and make untrusted text safe to print on a terminal."""
 
-LONGEST = 1000
+MAX_LENGTH = 1000
 """Characters of a message that are shown."""
 
 
@@ -13,16 +13,16 @@ class D2QError(Exception):
 
 
 def sentence(error: BaseException) -> str:
-    """An error's message for a terminal: one line of bearable length, and no characters that could steer the terminal.
+    """Return an error's message as one printable line of at most MAX_LENGTH characters.
 
-    Messages quote those of other libraries, which may have many lines, and values from strangers' files.
+    Messages quote other libraries' messages, which may have many lines, and values from untrusted files.
     """
     line = " ".join(str(error).split())
-    if len(line) > LONGEST:
-        line = f"{line[: LONGEST - 300]} [...] {line[-293:]}"
+    if len(line) > MAX_LENGTH:
+        line = f"{line[: MAX_LENGTH - 300]} [...] {line[-293:]}"
     return printable(line)
 
 
 def printable(line: str) -> str:
-    """A line of strangers' text without what could steer a terminal."""
+    """Escape everything in untrusted text that could control a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)

@@ -1,11 +1,11 @@
-"""Feed damaged files to everything that reads files, and look for anything but one clear sentence.
+"""Feed damaged files to everything that reads files, and report whatever isn't read or refused with a D2QError.
 
     python tools/fuzz.py --minutes 10
     python tools/fuzz.py --target config --seed 1234 --cases 1     # one case again, with its traceback
 
-A case is decided by its target and its seed (fuzz_targets.py makes the damage). Cases run in forked workers with
+A case is determined by its target and its seed (fuzz_targets.py does the damage). Cases run in forked workers with
 little memory to spare. A finding is an exception other than D2QError, a crash, a case that takes longer than
-TIME_LIMIT, or one that wants more than MEMORY_LIMIT.
+TIME_LIMIT, or one that allocates more than MEMORY_LIMIT.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from tools import fuzz_targets
 TIME_LIMIT = 60.0
 """Seconds for one case; even on a busy machine they take a fraction of one."""
 MEMORY_LIMIT = 2 << 30
-"""Bytes that a case may take in addition to what the libraries have taken."""
+"""Bytes that a case may allocate beyond what the libraries have."""
 CASES_PER_WORKER = 200
 
 Target = Callable[[int, Path], None]
-"""target(seed, directory): runs one case; the directory is its own, and empty at first."""
+"""Runs one case, given its seed and a directory of its own, which is empty at first."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What went wrong in a case; `what` is an exception's class and message, or "crash", "hang"."""
+    """A case that went wrong; `what` is an exception's class and message, or "crash", "hang"."""
 
     target: str
     seed: int
@@ -49,7 +49,7 @@ class Finding:
 
 
 def run_case(target: Target, seed: int, directory: Path) -> str | None:
-    """Run one case in this process; returns what is wrong, or None."""
+    """Run one case in this process and return what is wrong, or None."""
     try:
         target(seed, directory)
     except D2QError as error:
@@ -63,8 +63,8 @@ def run_case(target: Target, seed: int, directory: Path) -> str | None:
     return None
 
 
-def run_cases(name: str, target: Target, seeds: range) -> Iterator[Finding]:
-    """Run cases in workers, one after another; a worker that is lost costs only its current case."""
+def run_cases(name: str, target: Target, seeds: range, time_limit: float = TIME_LIMIT) -> Iterator[Finding]:
+    """Run cases in forked workers, one after another; a worker that dies costs only its current case."""
     first = seeds.start
     while first < seeds.stop:
         last = min(first + CASES_PER_WORKER, seeds.stop)
@@ -76,7 +76,7 @@ def run_cases(name: str, target: Target, seeds: range) -> Iterator[Finding]:
                 os.close(reader)
                 _work(target, range(first, last), Path(directory), progress, writer)
             os.close(writer)
-            ended = _watch(worker, progress)
+            ended = _watch(worker, progress, time_limit)
             with os.fdopen(reader, encoding="utf-8", errors="replace") as found:
                 for line in found:
                     seed, _, what = line.rstrip("\n").partition(" ")
@@ -88,10 +88,10 @@ def run_cases(name: str, target: Target, seeds: range) -> Iterator[Finding]:
 
 
 def _work(target: Target, seeds: range, directory: Path, progress: mmap.mmap, writer: int) -> None:
-    """The worker's life: it never returns."""
+    """Run cases in a worker and end its process."""
     status = 1
     try:
-        # What libraries print about damaged files is of no interest.
+        # Libraries print about damaged files.
         silence = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silence, 1)
         os.dup2(silence, 2)
@@ -115,8 +115,8 @@ def _little_memory() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def _watch(worker: int, progress: mmap.mmap) -> str:
-    """Wait for a worker's end; returns why it ended before its time, or "" """
+def _watch(worker: int, progress: mmap.mmap, time_limit: float) -> str:
+    """Wait for a worker's end and return why it ended early, or ""."""
     seen, since = bytes(progress), time.monotonic()
     while True:
         ended, status = os.waitpid(worker, os.WNOHANG)
@@ -124,7 +124,7 @@ def _watch(worker: int, progress: mmap.mmap) -> str:
             return "" if status == 0 else f"crash: {os.waitstatus_to_exitcode(status)}"
         if bytes(progress) != seen:
             seen, since = bytes(progress), time.monotonic()
-        if time.monotonic() - since > TIME_LIMIT:
+        if time.monotonic() - since > time_limit:
             os.kill(worker, 9)
             os.waitpid(worker, 0)
             return "hang"

@@ -1,7 +1,7 @@
-"""What tools/fuzz.py damages, and how: one function per kind of file.
+"""Define the targets of tools/fuzz.py: one function per kind of file, which damages a file and reads it.
 
-Damage is done to the bytes (bits flipped, ranges cut, doubled, replaced) or, for JSON, to the structure (values
-replaced by strange ones, keys deleted, doubled, renamed), because random bytes in JSON rarely get past the parser.
+Damage is done to the bytes (bits flipped, ranges cut, duplicated, replaced) or, for JSON, to the structure (values
+replaced by odd ones, keys deleted, duplicated, renamed), because random bytes in JSON rarely get past the parser.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ CONFIG: dict[str, Any] = {
     "use_sliding_window": False,
     "vocab_size": TOKENS,
 }
-SEEING: dict[str, Any] = {
+WITH_VISION: dict[str, Any] = {
     "architectures": ["Gemma3ForConditionalGeneration"],
     "model_type": "gemma3",
     "eos_token_id": [1, 106],
@@ -77,7 +77,7 @@ SEEING: dict[str, Any] = {
     "vision_config": {"hidden_size": 32, "model_type": "siglip_vision_model"},
 }
 DEEP = "@deep@"
-"""Stands for a value that is nested too deep for Python to write."""
+"""Stands for a value that is nested too deep for Python's json module."""
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 3, 64, 2**31 - 1, 2**31, 2**32, 2**53, 2**63, -(2**63), 10**30, 10**400),
     *(
@@ -133,7 +133,7 @@ def damage_bytes(rng: random.Random, data: bytes, interesting: int | None = None
 
 
 def damage_json(rng: random.Random, value: Any) -> bytes:
-    """Change values and keys of parsed JSON; returns JSON, mostly."""
+    """Change values and keys of parsed JSON and return text, which is mostly JSON."""
     changed = copy.deepcopy(value)
     for _ in range(rng.choice((1, 1, 2, 3))):
         changed = _change(rng, changed)
@@ -166,7 +166,7 @@ def _change(rng: random.Random, value: Any) -> Any:
 
 
 def damage_gguf(seed: int, directory: Path) -> None:
-    """A GGUF with our types and others: read, decoded and described."""
+    """Damage a GGUF with our types and others; read, decode and describe it."""
     rng = random.Random(f"gguf {seed}")
     path = directory / "x.gguf"
     path.write_bytes(damage_bytes(rng, _gguf(), 1000))
@@ -178,7 +178,7 @@ def damage_gguf(seed: int, directory: Path) -> None:
 
 
 def damage_weights(seed: int, directory: Path) -> None:
-    """The one weight file of a model, its header mostly."""
+    """Damage the one weight file of a model, mostly its header."""
     rng = random.Random(f"weights {seed}")
     model = _model(directory, shards=1)
     file = model / "model.safetensors"
@@ -194,7 +194,7 @@ def damage_weights(seed: int, directory: Path) -> None:
 
 
 def damage_index(seed: int, directory: Path) -> None:
-    """The index of a model in shards, or which shard is which."""
+    """Damage the index of a model in shards, or swap or delete shards."""
     rng = random.Random(f"index {seed}")
     model = _model(directory, shards=3)
     index = model / "model.safetensors.index.json"
@@ -210,7 +210,7 @@ def damage_index(seed: int, directory: Path) -> None:
 
 
 def damage_config(seed: int, directory: Path) -> None:
-    """A config.json with lies in it, up to the file's size and one block in torch."""
+    """Damage config.json; compute the output's size and load one block in torch."""
     rng = random.Random(f"config {seed}")
     model = _model(directory, shards=1)
     (model / "config.json").write_bytes(damage_json(rng, CONFIG))
@@ -222,9 +222,9 @@ def damage_config(seed: int, directory: Path) -> None:
 
 
 def damage_text_config(seed: int, directory: Path) -> None:
-    """The config.json of a model that takes images with lies in it, up to the shapes of its text part."""
+    """Damage the config.json of a model that takes images; bind the family of its text part."""
     rng = random.Random(f"text config {seed}")
-    (directory / "config.json").write_bytes(damage_json(rng, SEEING))
+    (directory / "config.json").write_bytes(damage_json(rng, WITH_VISION))
     config = read_json_object(directory / "config.json", strict=True)
     config = text_config(config) if is_multimodal(config) else config
     family_for(config)
@@ -232,7 +232,7 @@ def damage_text_config(seed: int, directory: Path) -> None:
 
 
 def damage_tokenizer(seed: int, directory: Path) -> None:
-    """The files of the tokenizer, and others that end up in the file: model card, templates, generation settings."""
+    """Damage the tokenizer's files, or others that end up in the output: model card, templates, generation settings."""
     rng = random.Random(f"tokenizer {seed}")
     model = _model(directory, shards=1)
     name = rng.choice(
@@ -269,7 +269,7 @@ def _plan(model: Path, directory: Path) -> None:
 
 
 def _model(directory: Path, *, shards: int) -> Path:
-    """A good model, to be damaged."""
+    """Write an undamaged model."""
     model = directory / f"model-{shards}"
     model.mkdir(exist_ok=True)
     for name, data in _files(shards).items():
@@ -279,7 +279,7 @@ def _model(directory: Path, *, shards: int) -> Path:
 
 @functools.cache
 def _files(shards: int) -> dict[str, bytes]:
-    """Name and content of the files of a good model."""
+    """Return name and content of the files of an undamaged model."""
     generator = torch.Generator().manual_seed(0)
     shapes = family_for(CONFIG).tensor_shapes()
     tensors = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
@@ -296,7 +296,7 @@ def _files(shards: int) -> dict[str, bytes]:
 
 
 def _tokenizer() -> dict[str, bytes]:
-    """The example's, cut down to TOKENS tokens, and what else is in a model's directory."""
+    """Return the example's tokenizer, cut down to TOKENS tokens, and the other small files of a model."""
     content = json.loads((EXAMPLE / "tokenizer.json").read_text(encoding="utf-8"))
     kept = TOKENS - len(content["added_tokens"])
     model = content["model"]
@@ -320,7 +320,7 @@ def _tokenizer() -> dict[str, bytes]:
 
 @functools.cache
 def _gguf() -> bytes:
-    """The bytes of a good file."""
+    """Return the bytes of an undamaged GGUF."""
     rng = np.random.default_rng(0)
     floats = rng.standard_normal((2, 256)).astype(np.float32)
     tensors = [

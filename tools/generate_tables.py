@@ -1,10 +1,9 @@
-"""Write the headers of the codebook tables in cpp_patch/src from d2q_edge/codebooks.txt: d2q-tables.h for C, and
-d2q-tables-metal.h for Metal, where what a kernel looks up together is one word.
+"""Generate the headers of the codebook tables in cpp_patch/src from d2q_edge/formats/codebooks.txt.
+
+d2q-tables.h is for C, d2q-tables-metal.h for Metal, where what a kernel looks up together is one word.
 
     python tools/generate_tables.py            write the headers
-    python tools/generate_tables.py --check    exit with 1 when a header is not what would be written
-
-Knows the headers' form only; the tables and their checksum come from d2q_edge.formats.codebooks.
+    python tools/generate_tables.py --check    exit with 1 if a header is stale
 """
 
 import argparse
@@ -56,7 +55,7 @@ constant uint d2q_scalar_table[256][2] = {
 def _rows(table: npt.NDArray[np.int8]) -> list[str]:
     if table.ndim == 1:
         return ["{" + ",".join(str(value) for value in table.tolist()) + "}"]
-    return ["{" + ",".join(row for part in book for row in _rows(part)) + "}" for book in table]
+    return ["{" + ",".join(row for part in codebook for row in _rows(part)) + "}" for codebook in table]
 
 
 def _words(table: npt.NDArray[np.int8], word: str) -> str:
@@ -66,14 +65,14 @@ def _words(table: npt.NDArray[np.int8], word: str) -> str:
 
 
 def metal_text() -> str:
-    """The complete header for Metal."""
+    """Return the complete header for Metal."""
     return METAL % (_words(PAIR_TABLE, "<u2"), _words(SCALAR_TABLE, "<u4"))
 
 
 def header_text() -> str:
-    """The complete header for C."""
+    """Return the complete header for C."""
     pairs = ",\n".join(_rows(PAIR_TABLE.transpose(0, 2, 1)))
-    scalars = ",\n".join(row for book in SCALAR_TABLE for row in _rows(book))
+    scalars = ",\n".join(row for codebook in SCALAR_TABLE for row in _rows(codebook))
     return "\n".join(
         [
             PREAMBLE % TABLE_SHA256,

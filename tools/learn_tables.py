@@ -1,19 +1,19 @@
-"""Learn the codebook tables of the d2q tensor types and write d2q_edge/codebooks.txt.
+"""Learn the codebook tables of the d2q tensor types and write them in the form of d2q_edge/formats/codebooks.txt.
 
     python tools/learn_tables.py --device cuda --model ../shared/models/qwen3-34m --model examples/tiny-qwen3 \\
         --held-out ../shared/models/llama-54m --output /tmp/codebooks.txt
 
 The tables in the repository are frozen: every file ever written depends on them. This tool is kept so that they can be
-judged and, before the first release, replaced: copy the new file over d2q_edge/codebooks.txt, put the checksum that is
-printed here into d2q_edge/codebooks.py, and run tools/generate_tables.py. The same seed gives a table of the same
-quality, not the same bits (sums on a GPU are not ordered). On a CPU it takes hours, on a data-centre GPU minutes.
+judged and, before the first release, replaced: copy the new file over codebooks.txt, put the checksum that is printed
+here into codebooks.py, and run tools/generate_tables.py. The same seed gives a table of the same quality, not the same
+bits (sums on a GPU are not ordered). On a CPU it takes hours, on a data-centre GPU minutes.
 
-What is learned: 256 codebooks, of 16 pairs or 8 scalars, that serve groups of 32 weights; eight groups share a scale d.
-The training set is a mixture of sources, each of unit variance. The loss is the mean over sources, weighted, of the
-squared error. Each round (a) tries another d for every block, (b) gives every group its best codebook and every weight
-its best entry, (c) moves every entry to the weighted mean of what it serves (Lloyd's algorithm), and now and then
-(d) drops the codebooks whose groups would hardly miss them and puts new ones where the loss is. The last rounds do the
-same on the integer grid, with a dither that fades out, so that rounding is part of what is optimized.
+256 codebooks of 16 pairs or 8 scalars are learned for groups of 32 weights; eight groups share a scale d. The training
+set is a mixture of sources of unit variance, and the loss is the weighted mean over sources of the squared error. Each
+round (a) tries another d for every block, (b) assigns the best codebook to every group and the best entry to every
+weight, (c) moves every entry to the weighted mean of its cell (Lloyd's algorithm), and now and then (d) drops the
+codebooks whose removal costs least and seeds new ones where the loss is. The last rounds do the same on the integer
+grid, with a dither that fades out, so that rounding is part of what is optimized.
 
 The frozen tables were made by the recipes below with seed 0, from examples/tiny-qwen3 and every third layer of
 qwen3-34m; llama-54m was held out.
@@ -26,20 +26,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from d2q_edge.formats.codebooks import CODEBOOKS, ENTRY_MAX, ENTRY_MIN, format_tables, table_sha256
+from d2q_edge.formats.codebooks import CODEBOOKS, ENTRY_MAX, ENTRY_MIN, table_sha256
 
 BLOCK, GROUP = 256, 32
-TEST_BLOCKS = 8192
 TAILS = ("laplace", "student4", "lognormal", "outlier")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What one table is learned from. `unit`: d is the RMS of a block over this, at first.
+    """Training set and schedule of one table. At first, d is the RMS of a block over `unit`.
 
     A larger unit makes the integer grid finer (Gaussian weights gain up to 0.2 % between 13 and 24) and leaves less
     room for outliers (the lognormal source lost 15 % between 16 and 24 with scalars).
@@ -60,7 +60,7 @@ SCALARS = Recipe(1, 8, 18.0, (0.03, 0.03, 0.03, 0.03), 0.5, 32768, 400, 120)
 
 
 def synthetic(kind: str, blocks: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Blocks [blocks, 256] float32 of one source, scaled to unit variance of the whole source."""
+    """Return float32 [blocks, 256] of one source, scaled to unit variance of the whole source."""
     x = torch.randn(blocks, BLOCK, generator=generator, device=device)
     if kind == "laplace":
         uniform = torch.rand(blocks, BLOCK, generator=generator, device=device)
@@ -78,7 +78,7 @@ def synthetic(kind: str, blocks: int, generator: torch.Generator, device: torch.
 
 
 def model_blocks(directory: Path, blocks: int, seed: int, device: torch.device) -> Tensor:
-    """A random sample [blocks, 256] of the linear layers' rows in a checkpoint, each layer scaled to unit variance."""
+    """Sample [blocks, 256] from the linear layers' rows in a checkpoint, each layer scaled to unit variance."""
     parts = []
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
@@ -93,12 +93,12 @@ def model_blocks(directory: Path, blocks: int, seed: int, device: torch.device) 
 
 
 def vectors(blocks: Tensor, dimension: int) -> Tensor:
-    """The groups [n * 8, vectors, dimension] of blocks [n, 256]; a pair is the weights i and i + 16 of a group."""
+    """Return the groups [n * 8, vectors, dimension] of blocks [n, 256]; a pair is the weights i and i + 16."""
     return blocks.reshape(-1, dimension, GROUP // dimension).transpose(1, 2)
 
 
 def _errors_unrolled(x: Tensor, table: Tensor) -> Tensor:
-    """Squared error [groups, codebooks] of groups x [groups, vectors, dimension]; written to be fused by a compiler."""
+    """Compute the squared errors [groups, codebooks] of groups x [groups, vectors, dimension], unrolled for fusion."""
     half_norm = table.square().sum(-1) / 2
     best = torch.full((), math.inf, device=x.device)
     for k in range(table.shape[1]):
@@ -110,7 +110,7 @@ def _errors_unrolled(x: Tensor, table: Tensor) -> Tensor:
 
 
 class Encoder:
-    """Chooses scales and codebooks for blocks, given a float or integer table [256, entries, dimension]."""
+    """Choose scales and codebooks for blocks, given a float or integer table [256, entries, dimension]."""
 
     def __init__(self, device: torch.device, chunk: int = 8192) -> None:
         self.compiled = device.type == "cuda"
@@ -118,7 +118,7 @@ class Encoder:
         self.errors = torch.compile(_errors_unrolled, dynamic=False) if self.compiled else _errors_unrolled
 
     def group_errors(self, blocks: Tensor, scale: Tensor, table: Tensor) -> Tensor:
-        """Squared errors [n, 8, 256] of blocks [n, 256] with scales [n], in the blocks' own units."""
+        """Compute the squared errors [n, 8, 256] of blocks [n, 256] with scales [n], in the blocks' own units."""
         out = torch.empty(len(blocks), BLOCK // GROUP, len(table), device=blocks.device)
         for start in range(0, len(blocks), self.chunk):
             part = blocks[start : start + self.chunk] / scale[start : start + self.chunk, None]
@@ -130,7 +130,7 @@ class Encoder:
         return out * scale.square()[:, None, None]
 
     def best_scale(self, blocks: Tensor, candidates: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-        """The best of candidates [n, c] for each block: (scale [n], squared error of the block [n])."""
+        """Return the best of candidates [n, c] for each block as (scale [n], squared error of the block [n])."""
         error = torch.full((len(blocks),), math.inf, device=blocks.device)
         scale = candidates[:, 0].clone()
         for candidate in candidates.T:
@@ -141,7 +141,7 @@ class Encoder:
         return scale, error
 
     def search(self, blocks: Tensor, table: Tensor, unit: float) -> tuple[Tensor, Tensor]:
-        """Scales by the wide search that encoder.py does, rounded to fp16, and the blocks' squared errors."""
+        """Return fp16-rounded scales of a wide search, like the quantizer's, and the blocks' squared errors."""
         rms = blocks.square().mean(1).sqrt().clamp_min(1e-6)
         wide = torch.logspace(math.log10(0.5), math.log10(4.0), 19, device=blocks.device)
         scale, _ = self.best_scale(blocks, (rms[:, None] / unit * wide).half().float(), table)
@@ -149,15 +149,15 @@ class Encoder:
         return self.best_scale(blocks, (scale[:, None] * near).half().float(), table)
 
 
-def assign(blocks: Tensor, scale: Tensor, books: Tensor, table: Tensor) -> Tensor:
-    """The best entry [n * 8, vectors] of each vector within its group's codebook [n, 8]."""
-    chosen = table[books.reshape(-1)]
+def assign(blocks: Tensor, scale: Tensor, codebooks: Tensor, table: Tensor) -> Tensor:
+    """Return the best entry [n * 8, vectors] of each vector within its group's codebook [n, 8]."""
+    chosen = table[codebooks.reshape(-1)]
     x = vectors(blocks / scale[:, None], table.shape[2])
     return torch.baddbmm(chosen.square().sum(2)[:, None], x, chosen.mT, beta=0.5, alpha=-1).argmin(2)
 
 
 def means(x: Tensor, cells: Tensor, weight: Tensor, table: Tensor) -> Tensor:
-    """Weighted means of the vectors x in each cell (codebook * entries + entry), within the range of the entries."""
+    """Return the weighted means of the vectors x in each cell (codebook * entries + entry), clamped to the range."""
     count, entries, dimension = table.shape
     total = torch.zeros(count * entries, device=x.device).index_add_(0, cells, weight)
     sums = torch.zeros(count * entries, dimension, device=x.device).index_add_(0, cells, x * weight[:, None])
@@ -166,7 +166,7 @@ def means(x: Tensor, cells: Tensor, weight: Tensor, table: Tensor) -> Tensor:
 
 
 def from_groups(x: Tensor, entries: int) -> Tensor:
-    """Codebooks [m, entries, dimension] that fit the single groups x [m, vectors, dimension]."""
+    """Make codebooks [m, entries, dimension] that each fit one group of x [m, vectors, dimension]."""
     if x.shape[2] == 2:
         return x.clone()  # as many pairs as entries
     return x.sort(1).values.view(len(x), entries, -1).mean(2, keepdim=True)
@@ -175,7 +175,7 @@ def from_groups(x: Tensor, entries: int) -> Tensor:
 def learn(
     sources: list[tuple[Tensor, float]], recipe: Recipe, generator: torch.Generator, encoder: Encoder
 ) -> tuple[Tensor, float]:
-    """Learn one table from (blocks [n, 256], weight of the source): (integer table as float, training loss)."""
+    """Learn one table from (blocks [n, 256], weight) of each source; return (integer table as float, training loss)."""
     device = sources[0][0].device
     blocks = torch.cat([x for x, _ in sources])
     weight = torch.cat([torch.full((len(x),), w / len(x) / BLOCK, device=device) for x, w in sources])
@@ -184,7 +184,7 @@ def learn(
     scale = rms / recipe.unit
 
     def draw(count: int, probability: Tensor) -> Tensor:
-        """Indices of groups, drawn in proportion to `probability` (torch.multinomial has a limit on the number)."""
+        """Draw indices of groups in proportion to `probability` (torch.multinomial has a limit on the number)."""
         at = torch.rand(count, generator=generator, device=device) * probability.sum()
         return torch.searchsorted(probability.double().cumsum(0), at.double()).clamp_max(len(probability) - 1)
 
@@ -204,11 +204,11 @@ def learn(
         better = trial.amin(2).sum(1) < errors.amin(2).sum(1)
         scale = torch.where(better, scale * jump.exp(), scale)
         errors = torch.where(better[:, None, None], trial, errors)
-        group_error, books = errors.min(2)
+        group_error, codebooks = errors.min(2)
         loss = (group_error.sum(1) * weight).sum().item()
         if integer and loss < best_loss:
             best_loss, best_table = loss, table
-        cells = books.reshape(-1, 1) * recipe.entries + assign(blocks, scale, books, table)
+        cells = codebooks.reshape(-1, 1) * recipe.entries + assign(blocks, scale, codebooks, table)
         x = vectors(blocks / scale[:, None], recipe.dimension)
         vector_weight = (weight * scale.square()).repeat_interleave(BLOCK // recipe.dimension)
         table = means(x.reshape(-1, recipe.dimension), cells.reshape(-1), vector_weight, table)
@@ -217,11 +217,11 @@ def learn(
             table = (table + dither * max(2 * left - 1, 0)).round().clamp(ENTRY_MIN, ENTRY_MAX)
         elif current % 4 == 3 and left > 0.25:
             group_weight = weight.repeat_interleave(8)
-            second = errors.scatter(2, books[:, :, None], math.inf).amin(2)
+            second = errors.scatter(2, codebooks[:, :, None], math.inf).amin(2)
             missed = (second - group_error).reshape(-1) * group_weight
-            utility = torch.zeros(CODEBOOKS, device=device).index_add_(0, books.reshape(-1), missed)
+            utility = torch.zeros(CODEBOOKS, device=device).index_add_(0, codebooks.reshape(-1), missed)
             cost = group_error.reshape(-1) * group_weight
-            total = torch.zeros(CODEBOOKS, device=device).index_add_(0, books.reshape(-1), cost)
+            total = torch.zeros(CODEBOOKS, device=device).index_add_(0, codebooks.reshape(-1), cost)
             drop = max(int(24 * left), 2)
             dropped = utility.argsort()[:drop]
             split = total.argsort(descending=True)[: drop // 2]
@@ -233,48 +233,63 @@ def learn(
 
 
 def canonical(table: Tensor) -> Tensor:
-    """The same table, int8, in a fixed order: entries ascending, codebooks by size (sum of squares), then by entries.
+    """Return the table as int8 in a fixed order: entries ascending, codebooks by sum of squares, then by entries.
 
     Raises:
         ValueError: an entry is not an integer.
     """
     if not torch.equal(table, table.round()):
         raise ValueError("the table is not on the integer grid")
-    books = [sorted(map(tuple, book)) for book in table.int().tolist()]
-    books.sort(key=lambda book: (sum(v * v for entry in book for v in entry), book))
-    return torch.tensor(books, dtype=torch.int8)
+    codebooks = [sorted(map(tuple, codebook)) for codebook in table.int().tolist()]
+    codebooks.sort(key=lambda codebook: (sum(v * v for entry in codebook for v in entry), codebook))
+    return torch.tensor(codebooks, dtype=torch.int8)
 
 
-def main() -> None:
+def format_tables(pairs: npt.NDArray[np.int8], scalars: npt.NDArray[np.int8]) -> str:
+    """Return the text of codebooks.txt (pairs int8 [256, 16, 2], scalars int8 [256, 8]); parse_tables reads it."""
+    lines = [
+        "# The codebooks of the d2q tensor types, learned by tools/learn_tables.py. Do not edit: files depend on them.",
+        "# pair INDEX then 16 entries first,second: values of the weights i and i + 16 of a group, in units of d.",
+        "# scalar INDEX then 8 entries in ascending order: values of one weight, in units of d.",
+    ]
+    lines += [f"pair {k} " + " ".join(f"{a},{b}" for a, b in codebook) for k, codebook in enumerate(pairs.tolist())]
+    lines += [f"scalar {k} " + " ".join(map(str, codebook)) for k, codebook in enumerate(scalars.tolist())]
+    return "\n".join(lines) + "\n"
+
+
+def main(
+    arguments: list[str] | None = None, recipes: tuple[Recipe, Recipe] = (PAIRS, SCALARS), test_blocks: int = 8192
+) -> None:
+    """Learn a table by each recipe (pairs, then scalars) and report its error on `test_blocks` blocks per source."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", type=Path, action="append", default=[], help="checkpoint to learn from (repeatable)")
     parser.add_argument("--held-out", type=Path, help="checkpoint to report on")
     parser.add_argument("--output", type=Path, required=True, help="where the tables go, as text")
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
     encoder = Encoder(device)
     tables = []
-    for recipe in (PAIRS, SCALARS):
+    for recipe in recipes:
         started = time.monotonic()
-        generator = torch.Generator(device=device).manual_seed(arguments.seed)
+        generator = torch.Generator(device=device).manual_seed(options.seed)
         weights = dict(zip(("gaussian", *TAILS), (1.0, *recipe.tail_weight), strict=True))
         sources = [(synthetic(kind, recipe.blocks, generator, device), w) for kind, w in weights.items()]
-        for directory in arguments.model:
-            share = recipe.real_weight / len(arguments.model)
-            sources.append((model_blocks(directory, recipe.blocks, arguments.seed, device), share))
+        for directory in options.model:
+            share = recipe.real_weight / len(options.model)
+            sources.append((model_blocks(directory, recipe.blocks, options.seed, device), share))
         table, loss = learn(sources, recipe, generator, encoder)
         print(f"dimension {recipe.dimension}: loss {loss:.6f}, {time.monotonic() - started:.0f} s")
-        test = {kind: synthetic(kind, TEST_BLOCKS, generator, device) for kind in ("gaussian", *TAILS)}
-        if arguments.held_out:
-            test["held-out"] = model_blocks(arguments.held_out, TEST_BLOCKS, arguments.seed, device)
+        test = {kind: synthetic(kind, test_blocks, generator, device) for kind in ("gaussian", *TAILS)}
+        if options.held_out:
+            test["held-out"] = model_blocks(options.held_out, test_blocks, options.seed, device)
         for kind, blocks in test.items():
             error = encoder.search(blocks, table, recipe.unit)[1].sum() / blocks.square().sum()
             print(f"  {kind:10} {error.item():.5f}")
         tables.append(canonical(table).numpy())
     pairs, scalars = tables[0], tables[1][:, :, 0]
-    arguments.output.write_text(format_tables(pairs, scalars), encoding="ascii")
+    options.output.write_text(format_tables(pairs, scalars), encoding="ascii")
     print(f"TABLE_SHA256 = {table_sha256(pairs, scalars)!r}")
 
 

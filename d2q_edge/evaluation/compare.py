@@ -27,8 +27,8 @@ from d2q_edge.export.conversion_report import find_report
 from d2q_edge.export.inspection import allocation
 from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.runtime import source
+from d2q_edge.utils.files import scratch_directory
 from d2q_edge.utils.machine import usable_cpus
-from d2q_edge.utils.scratch import scratch_directory
 
 REFERENCE, GIVEN, STOCK = "reference", "file", "stock"
 """What a row is."""

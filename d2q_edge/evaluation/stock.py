@@ -16,8 +16,8 @@ from d2q_edge.errors import D2QError
 from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.runtime import follow_tool, source
 from d2q_edge.runtime.llama_vocabulary import LlamaVocabulary
+from d2q_edge.utils.files import scratch_directory
 from d2q_edge.utils.machine import usable_cpus
-from d2q_edge.utils.scratch import scratch_directory
 
 IMATRIX_CONTEXT = 512
 """Tokens per chunk of the importance matrix; llama-imatrix's default."""

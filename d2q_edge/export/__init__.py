@@ -1,1 +1,1 @@
-"""TODO."""
+"""What a finished file holds besides weights, and reports about it."""

@@ -1,7 +1,6 @@
-"""What a conversion measured, as JSON: written by `convert --report`, found again by `compare`.
+"""Read the JSON report that `convert --report` writes, and find the one that belongs to a GGUF file.
 
-The content is what `convert.Conversion.to_json` makes, and the file's fingerprint. Knows where the file lies, and which
-of its values pictures and pages rely on; not how its numbers came about.
+A report is `Conversion.to_json()` and the file's fingerprint.
 """
 
 import hashlib
@@ -15,22 +14,23 @@ from d2q_edge.errors import D2QError
 from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.utils.json_files import parse_json
 
+FORMAT = 2
+"""Number of the report's format. Format 1 has no number, and "held_back" in place of "validation"."""
 PIECE = 2**20
 """Bytes of each piece of a file that its fingerprint is made of."""
 LARGEST = 1e30
-"""No number in a report is larger; they are added up and drawn, and what is near the largest float overflows."""
+"""Numbers are summed and drawn; larger ones could overflow."""
 
 
 def beside(path: Path) -> Path:
-    """Where the report of a GGUF file is looked for."""
+    """Return where the report of a GGUF file is looked for."""
     return path.with_name(path.name + ".json")
 
 
 def fingerprint(path: Path) -> str:
-    """Tells a file from others of the same size, without reading gigabytes: SHA-256 of its size and three pieces.
+    """Return the SHA-256 of a file's size and its first, middle and last MiB, without reading gigabytes.
 
-    The pieces are its first, middle and last MiB. Files of two conversions differ in the weights of every block, and so
-    in the middle at the latest.
+    Files of two conversions differ in the weights of every block, and so in the middle at the latest.
 
     Raises:
         D2QError: the file can't be read.
@@ -48,11 +48,10 @@ def fingerprint(path: Path) -> str:
 
 
 def find_report(path: Path, file: GGUFFile, named: Sequence[Path] = ()) -> Mapping[str, Any] | None:
-    """The report of a GGUF file: the one among `named` that is about it, or the one beside it, or None.
+    """Return the report of a GGUF file: the one among `named` that is about it, or the one beside it, or None.
 
-    A report is about a file if it has that file's size in bytes and its fingerprint, so that files may be renamed, and
-    a report of an earlier version of the file is not taken for this one's. Older reports have no fingerprint; one of
-    them is taken by the size alone, if no other is about the file.
+    A report is about a file if it has the file's size and fingerprint, so that files may be renamed and a report of an
+    earlier version doesn't match. A report without a fingerprint is taken by the size alone, if no other matches.
 
     Raises:
         D2QError: a named report can't be read, or the file can't.
@@ -62,20 +61,21 @@ def find_report(path: Path, file: GGUFFile, named: Sequence[Path] = ()) -> Mappi
         with suppress(D2QError):
             reports.append(read_report(beside(path)))
     reports = [report for report in reports if report["bytes"] == file.size]
-    told = [report for report in reports if report.get("fingerprint") is not None]
-    if told:
+    identified = [report for report in reports if report.get("fingerprint") is not None]
+    if identified:
         own = fingerprint(path)
-        told = [report for report in told if report["fingerprint"] == own]
-    older = [report for report in reports if report.get("fingerprint") is None]
-    return next(iter(told + older), None)
+        identified = [report for report in identified if report["fingerprint"] == own]
+    unidentified = [report for report in reports if report.get("fingerprint") is None]
+    return next(iter(identified + unidentified), None)
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """Read a report.
+    """Read a report of this format or an older one, and return it in this format's words.
+
+    Everything but "bytes" may be missing.
 
     Raises:
-        D2QError: it can't be read, or isn't one: what it has is not as convert writes it. It may lack anything but the
-            size.
+        D2QError: it can't be read, is of a newer format, or has values that convert doesn't write.
     """
     try:
         report = parse_json(path.read_bytes())
@@ -85,6 +85,10 @@ def read_report(path: Path) -> dict[str, Any]:
         raise D2QError(f"{path} isn't a report of convert: {error}") from error
     if not isinstance(report, dict) or not isinstance(report.get("bytes"), int):
         raise D2QError(f"{path} isn't a report of convert: it has no size in bytes")
+    if report.get("format", FORMAT) != FORMAT:
+        raise D2QError(f"{path} has a format that this version of d2q-edge doesn't know; update d2q-edge")
+    if "format" not in report and "held_back" in report:
+        report["validation"] = report.pop("held_back")
     for field, is_valid in FIELDS.items():
         if report.get(field) is not None and not is_valid(report[field]):
             raise D2QError(f"{path} isn't a report of convert: its {field} can't be what convert writes there")
@@ -92,7 +96,7 @@ def read_report(path: Path) -> dict[str, Any]:
 
 
 Check = Callable[[Any], bool]
-"""Whether a value from a report is what it should be."""
+"""Tells whether a value from a report is what it should be."""
 
 
 def _is_text(value: Any) -> bool:
@@ -100,19 +104,17 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is one that can be drawn, or left out of a picture as not finite."""
-    if not isinstance(value, int | float):
-        return False
-    return abs(value) <= LARGEST or value != value or abs(value) == math.inf
+    """Return whether a value can be drawn, or left out of a picture as not finite."""
+    return isinstance(value, int | float) and (abs(value) <= LARGEST or value != value or abs(value) == math.inf)
 
 
 def _numbers(*names: str) -> Check:
-    """Whether a value is an object with these numbers."""
+    """Return a check for an object with these numbers."""
     return lambda value: isinstance(value, dict) and all(_is_number(value.get(name)) for name in names)
 
 
 def _each(is_valid: Check) -> Check:
-    """Whether a value is an object, and everything in it is valid."""
+    """Return a check for an object whose values are all valid."""
     return lambda value: isinstance(value, dict) and all(map(is_valid, value.values()))
 
 

@@ -1,7 +1,6 @@
-"""What a GGUF file holds: types, sizes, recipe, and whether the installed runtime can run it. Stock files too.
+"""Summarize a GGUF file: types, sizes, recipe, and whether the installed runtime can load it. Stock files too.
 
-Knows tensor names as llama.cpp gives them ("blk.N." is a block's, token_embd and output are the tables). The file is
-read without the runtime; only the question whether that one can run it needs it (trial_load.py).
+Tensor names are llama.cpp's (src/llama-arch.cpp): "blk.N." starts those of a block.
 """
 
 import re
@@ -24,23 +23,23 @@ PARTS = ("blocks", "embeddings", "head", "other")
 
 
 def inspect(path: Path, *, try_to_load: bool = True) -> dict[str, Any]:
-    """Facts about one file, as plain values for json.dump.
+    """Summarize one file as plain values for json.dump.
 
     Args:
         path: the GGUF file.
-        try_to_load: ask the installed runtime whether it can run the file, which takes about a second.
+        try_to_load: ask the installed runtime whether it can load the file, which takes about a second.
 
     Returns:
         architecture, name, bytes, parameters, bits_per_weight (of all tensors), types (type name to tensors, bytes and
-        elements, largest first), norm_biases (number of mean-shift tensors), recipe and table_sha256 (None in files
-        that d2q-edge didn't quantize); parts (blocks, embeddings, head, other to the same three numbers; a tied head
-        has none), metadata_bytes (whatever isn't tensors: keys, tokenizer, padding), layers (a block's matrix to its
-        types and how many blocks have it in that type), biased_norms (norm to how many have a bias), context_length,
-        base_model, license, quantized_by, split (None, or which part of how many), runtime (version; runs: whether it
-        can run the file, None if not asked; reason: why not).
+        elements, largest first), norm_biases (their number), recipe and table_sha256 (None in files that d2q-edge
+        didn't quantize); parts (blocks, embeddings, head, other to the same three numbers; a tied head has none),
+        metadata_bytes (everything but tensors: keys, tokenizer, padding), layers (a block's matrix to its types and how
+        many blocks have it in that type), biased_norms (norm to how many have a bias), context_length, base_model,
+        license, quantized_by, split (None, or which part of how many), runtime (version; runs: whether it can load the
+        file, None if not asked; reason: why not).
 
     Raises:
-        D2QError: the file can't be read, is malformed, or has blocks of ours that can't be used.
+        D2QError: the file can't be read, is malformed, or has blocks of ours with a scale that isn't finite.
     """
     file = GGUFFile(path)
     file.check_blocks()
@@ -50,6 +49,7 @@ def inspect(path: Path, *, try_to_load: bool = True) -> dict[str, Any]:
     for info in tensors:
         types.setdefault(info.type_name, []).append(info)
         parts[part_of(info.name)].append(info)
+    sums = {name: _sums(members) for name, members in types.items()}
     biases = [name.removesuffix(".bias") for name in file.tensors if name.endswith("_norm.bias")]
     reason = why_not(path) if try_to_load else None
     return {
@@ -59,9 +59,7 @@ def inspect(path: Path, *, try_to_load: bool = True) -> dict[str, Any]:
         "bytes": file.size,
         "parameters": sum(info.elements for info in tensors),
         "bits_per_weight": file.bits_per_weight,
-        "types": dict(
-            sorted(((name, _sums(members)) for name, members in types.items()), key=lambda item: -item[1]["bytes"])
-        ),
+        "types": dict(sorted(sums.items(), key=lambda item: -item[1]["bytes"])),
         "norm_biases": len(biases),
         "recipe": _parse(file.kv.get("d2q.recipe")),
         "table_sha256": file.kv.get("d2q.table_sha256"),
@@ -69,7 +67,7 @@ def inspect(path: Path, *, try_to_load: bool = True) -> dict[str, Any]:
         "metadata_bytes": file.size - sum(info.nbytes for info in tensors),
         "layers": {layer: dict(Counter(blocks.values()).most_common()) for layer, blocks in allocation(file).items()},
         "biased_norms": dict(Counter(match[2] if (match := BLOCK.fullmatch(name)) else name for name in biases)),
-        "context_length": file.kv.get(f"{file.kv.get('general.architecture')}.context_length"),
+        "context_length": file.context_length,
         "base_model": file.kv.get("general.base_model.0.name"),
         "license": file.kv.get("general.license"),
         "quantized_by": file.kv.get("general.quantized_by"),
@@ -83,7 +81,7 @@ def inspect(path: Path, *, try_to_load: bool = True) -> dict[str, Any]:
 
 
 def part_of(name: str) -> str:
-    """Which of PARTS a tensor belongs to, by its name."""
+    """Return which of PARTS a tensor belongs to, by its name."""
     if BLOCK.fullmatch(name):
         return "blocks"
     if name.split(".")[0] in EMBEDDINGS:
@@ -92,7 +90,7 @@ def part_of(name: str) -> str:
 
 
 def allocation(file: GGUFFile) -> dict[str, dict[int, str]]:
-    """Where the bits go: for every matrix that blocks have ("attn_q", ...), its type by block number."""
+    """Return the type of every matrix in the blocks ("attn_q", ...), by block number."""
     found: dict[str, dict[int, str]] = {}
     for info in file.tensors.values():
         match = BLOCK.fullmatch(info.name)
@@ -101,38 +99,35 @@ def allocation(file: GGUFFile) -> dict[str, dict[int, str]]:
     return found
 
 
-def describe(facts: dict[str, Any]) -> str:
-    """The same facts as a short text for people."""
+def describe(summary: dict[str, Any]) -> str:
+    """Format a summary as a short text for people."""
+    size, parts, found = summary["bytes"], summary["parts"], summary["runtime"]
+    header = f"{'tensors':>7} {'bytes':>15} {'bits/weight':>11} {'share':>6}"
     lines = [
-        f"{facts['file']}: {facts['name'] or 'unnamed'} ({facts['architecture'] or 'unknown architecture'})",
-        f"{facts['bytes']:,} bytes, {facts['parameters']:,} parameters, {facts['bits_per_weight']:.3f} bits per weight",
+        f"{summary['file']}: {summary['name'] or 'unnamed'} ({summary['architecture'] or 'unknown architecture'})",
+        f"{size:,} bytes, {summary['parameters']:,} parameters, {summary['bits_per_weight']:.3f} bits per weight",
     ]
-    if facts["split"]:
-        lines.append(f"part {facts['split']['part']} of {facts['split']['of']} of a split file")
-    lines += ["", f"{'type':20} {'tensors':>7} {'bytes':>15} {'bits/weight':>11} {'share':>6}"]
-    lines += [_row(name, entry, facts["bytes"]) for name, entry in facts["types"].items()]
-    lines += ["", f"{'part':20} {'tensors':>7} {'bytes':>15} {'bits/weight':>11} {'share':>6}"]
-    lines += [_row(name, entry, facts["bytes"]) for name, entry in facts["parts"].items() if entry["tensors"]]
-    metadata = {"tensors": 0, "bytes": facts["metadata_bytes"], "elements": 0}
-    lines += [_row("keys and tokenizer", metadata, facts["bytes"])]
-    if not facts["parts"]["head"]["tensors"] and facts["parts"]["embeddings"]["tensors"]:
+    if summary["split"]:
+        lines.append(f"part {summary['split']['part']} of {summary['split']['of']} of a split file")
+    lines += ["", f"{'type':20} {header}"]
+    lines += [_row(name, entry, size) for name, entry in summary["types"].items()]
+    lines += ["", f"{'part':20} {header}"]
+    lines += [_row(name, entry, size) for name, entry in parts.items() if entry["tensors"]]
+    lines += [_row("keys and tokenizer", {"tensors": 0, "bytes": summary["metadata_bytes"], "elements": 0}, size)]
+    if not parts["head"]["tensors"] and parts["embeddings"]["tensors"]:
         lines.append("the embeddings serve as the head, too")
     lines.append("")
-    if any(len(kinds) > 1 for kinds in facts["layers"].values()):
+    if any(len(kinds) > 1 for kinds in summary["layers"].values()):
         lines += ["types in the blocks:"]
-        lines += [
-            f"  {layer}: " + ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
-            for layer, kinds in facts["layers"].items()
-        ]
-    if facts["biased_norms"]:
-        lines.append("norm biases: " + ", ".join(f"{count} x {norm}" for norm, count in facts["biased_norms"].items()))
-    if facts["recipe"]:
-        recipe = {key: f"{value:.12}..." if "sha256" in key else value for key, value in facts["recipe"].items()}
+        lines += [f"  {layer}: {_counts(kinds)}" for layer, kinds in summary["layers"].items()]
+    if summary["biased_norms"]:
+        lines.append(f"norm biases: {_counts(summary['biased_norms'])}")
+    if summary["recipe"]:
+        recipe = {key: f"{value:.12}..." if "sha256" in key else value for key, value in summary["recipe"].items()}
         lines.append("recipe: " + ", ".join(f"{key} {value}" for key, value in recipe.items()))
     for key in ("base_model", "license", "quantized_by", "context_length"):
-        if facts[key]:
-            lines.append(f"{key.replace('_', ' ')}: {facts[key]}")
-    found = facts["runtime"]
+        if summary[key]:
+            lines.append(f"{key.replace('_', ' ')}: {summary[key]}")
     if found["runs"]:
         lines.append(f"runtime: llama-cpp-python {found['version']} can run it")
     elif found["runs"] is False:
@@ -160,6 +155,10 @@ def _row(name: str, entry: dict[str, int], total: int) -> str:
     bits = f"{8 * entry['bytes'] / entry['elements']:.4f}" if entry["elements"] else ""
     tensors = f"{entry['tensors']}" if entry["tensors"] else ""
     return f"{name:20} {tensors:>7} {entry['bytes']:15,} {bits:>11} {entry['bytes'] / total:6.1%}"
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} x {name}" for name, count in counts.items())
 
 
 def _parse(recipe: Any) -> dict[str, Any] | None:

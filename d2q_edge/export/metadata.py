@@ -1,8 +1,8 @@
-"""The general.* metadata of a file: what a model's card, configs and directory say about it, made fit to be written.
+"""Collect a file's general.* metadata from the model card, the configs and the directory name, and make it writable.
 
-gguf-py gathers it, by the rules of llama.cpp's converter. But a card is free text by strangers: a version may be a
-number, an author a list, "no" a truth value. None of that is a reason not to convert a model: values are turned into
-what their keys hold, or left out. Does not know the model's own settings (families/) or its tokenizer.
+gguf-py collects it by the rules of llama.cpp's converter. But a card is untrusted free text: a version may be a number,
+an author a list, "no" a boolean. None of that is a reason not to convert a model: values are converted to what their
+keys hold, or left out.
 """
 
 import dataclasses
@@ -24,13 +24,13 @@ from d2q_edge.utils.json_files import read_json_object
 
 _INT32 = range(-(2**31), 2**31)
 _YAML_WORDS = {True: "yes", False: "no"}
-"""What YAML takes for truth values: "no" is Norwegian."""
+"""What YAML takes for booleans: "no" is Norwegian."""
 
 
 def general_metadata(
     checkpoint: Checkpoint, parameters: tuple[int, int, int, int], *, quantized: bool
 ) -> tuple[gguf.Metadata, list[str]]:
-    """Gather the metadata.
+    """Collect the metadata.
 
     Args:
         checkpoint: the model.
@@ -42,12 +42,10 @@ def general_metadata(
     """
     directory = checkpoint.directory.resolve()
     notes: list[str] = []
-    # It would say in its own way what is said here, every time.
-    logging.getLogger("metadata").setLevel(logging.CRITICAL)
+    logging.getLogger("metadata").setLevel(logging.CRITICAL)  # gguf-py's own messages about what the notes say
     try:
         metadata = _load(directory, parameters[0], quantized=quantized)
-    except Exception as error:
-        # Free text, parsed as YAML; there is no one exception for what can be wrong.
+    except Exception as error:  # whatever parsing free text as YAML raises
         reason = " ".join(str(error).split())
         notes.append(
             f"README.md (the model card), generation_config.json or the name in config.json of {directory} can't be "
@@ -56,19 +54,17 @@ def general_metadata(
         metadata = _load_without_card(checkpoint, directory, parameters[0])
     for field in dataclasses.fields(metadata):
         value = getattr(metadata, field.name)
-        fit = None if value is None else _fit(value, str(field.type))
-        if fit is None and value is not None:
+        converted = None if value is None else _convert(value, str(field.type))
+        if converted is None and value is not None:
             notes.append(f"the file goes without the model's {field.name}, which isn't what it should be: {value!r}")
-        setattr(metadata, field.name, fit)
-    if metadata.name is None:
-        metadata.name = directory.name
-    if metadata.size_label is None:
-        metadata.size_label = gguf.size_label(*parameters)
+        setattr(metadata, field.name, converted)
+    metadata.name = directory.name if metadata.name is None else metadata.name
+    metadata.size_label = gguf.size_label(*parameters) if metadata.size_label is None else metadata.size_label
     return metadata, notes
 
 
 def _load(directory: Path, parameters: int, *, quantized: bool) -> gguf.Metadata:
-    """What gguf-py's converter gathers."""
+    """Return what llama.cpp's converter collects."""
     metadata = gguf.Metadata.load(model_path=directory, total_params=parameters)
     # The version of gguf-py on PyPI lacks this rule of the converter in our llama.cpp.
     generation = gguf.Metadata.load_generation_config(directory)
@@ -80,12 +76,11 @@ def _load(directory: Path, parameters: int, *, quantized: bool) -> gguf.Metadata
 
 
 def _load_without_card(checkpoint: Checkpoint, directory: Path, parameters: int) -> gguf.Metadata:
-    """The same of a directory of the same name with nothing but what can be read."""
+    """Return the same for a directory of the same name that holds only the files that can be read."""
     name = checkpoint.config.get("_name_or_path")
     files = {"config.json": {"_name_or_path": name} if isinstance(name, str) else {}}
     if (directory / "generation_config.json").is_file():
-        # One that can't be read may have been the reason.
-        with suppress(D2QError):
+        with suppress(D2QError):  # it may have been the reason
             files["generation_config.json"] = read_json_object(directory / "generation_config.json")
     with tempfile.TemporaryDirectory() as place:
         copy = Path(place) / (directory.name or "model")
@@ -98,9 +93,9 @@ def _load_without_card(checkpoint: Checkpoint, directory: Path, parameters: int)
 def _name_after(
     metadata: gguf.Metadata, source: Repository, directory: Path, parameters: int, *, quantized: bool
 ) -> None:
-    """Put a repository's id in the place of its directory's name, which is a commit in the hub's cache.
+    """Take names from a repository's id in place of the directory's name, which is a commit in the hub's cache.
 
-    A quantized file's base model is the repository, whatever that one's own base is; so the hub shows it.
+    A quantized file's base model is the repository, whatever that one's own base is; this is how the hub shows it.
     """
     card = gguf.Metadata.load_model_card(directory)
     if quantized:
@@ -113,8 +108,8 @@ def _name_after(
     metadata.source_repo_url = metadata.source_repo_url or source.url
 
 
-def _fit(value: Any, kind: str) -> Any:
-    """A value as a field of gguf.Metadata of that declared type holds it; None if it can't be."""
+def _convert(value: Any, kind: str) -> Any:
+    """Convert a value to a gguf.Metadata field's declared type `kind`; None if it can't be."""
     if "dict" in kind:
         # Empty entries stay: gguf-py counts them, and its converter makes some.
         entries = value if isinstance(value, list) else []
@@ -124,18 +119,21 @@ def _fit(value: Any, kind: str) -> Any:
             if isinstance(entry, dict)
         ]
     if "list" in kind:
-        texts = [_text(item) for item in value] if isinstance(value, list) else [_text(value)]
+        texts = [_text(item) for item in (value if isinstance(value, list) else [value])]
         return [text for text in texts if text is not None]
     if "str" in kind:
         return _text(value)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     if "int" in kind:
-        return int(value) if number and value == int(value) and int(value) in _INT32 else None
-    return value if number else None
+        return int(value) if value == int(value) and int(value) in _INT32 else None
+    return value
 
 
 def _text(value: Any) -> str | None:
-    """A scalar, or a list of them with commas between, as text."""
+    """Return a scalar, or a list of them joined by commas, as text."""
     if isinstance(value, bool):
         return _YAML_WORDS[value]
     if isinstance(value, list):

@@ -1,7 +1,6 @@
-"""A model card, as repositories of GGUF files have it: README.md with metadata in front, for people and for the hub.
+"""Write a model card (README.md with YAML metadata, as the Hugging Face hub has it) for a finished file.
 
-Everything in it comes from the finished file and from what its conversion measured. Knows the conventions of cards and
-how a file is run; reads the file through inspection.py.
+Everything in it comes from the finished file and from what its conversion measured.
 """
 
 from collections.abc import Mapping
@@ -22,14 +21,14 @@ OWN = "quantized_by: d2q-edge"
 
 
 def check_card(output: Path, *, force: bool) -> None:
-    """Make sure that a card can be written beside a file, before the long work.
+    """Check before the work that a card can be written beside a file.
 
     Args:
         output: the GGUF file.
-        force: a card of ours may be replaced; never anything else that has its name.
+        force: replace a card of ours; a README.md of somebody else is never replaced.
 
     Raises:
-        D2QError: there is a README.md.
+        D2QError: there is a README.md that may not be replaced.
     """
     card = output.parent / NAME
     if not card.exists():
@@ -45,7 +44,7 @@ def check_card(output: Path, *, force: bool) -> None:
 
 
 def write_card(output: Path, report: Mapping[str, Any]) -> Path:
-    """Write the card beside a finished file, and return where it is.
+    """Write the card beside a finished file, and return its path.
 
     Args:
         output: the GGUF file.
@@ -63,16 +62,18 @@ def write_card(output: Path, report: Mapping[str, Any]) -> Path:
 
 
 def model_card(path: Path, report: Mapping[str, Any]) -> str:
-    """The card's text.
+    """Return the card's text; the arguments are those of `write_card`.
 
     Raises:
         D2QError: the file can't be read.
     """
-    facts, kv = inspect(path, try_to_load=False), GGUFFile(path).kv
+    summary, kv = inspect(path, try_to_load=False), GGUFFile(path).kv
     base = _base_model(kv)
-    recipe = facts["recipe"] or {}
-    own = [name for name in facts["types"] if name in tensor_types.BY_NAME]
-    title = facts["name"] or path.stem
+    own = [name for name in summary["types"] if name in tensor_types.BY_NAME]
+    title = summary["name"] or path.stem
+    link = f"[{base}](https://huggingface.co/{base})" if base else title
+    blocks = summary["parts"]["blocks"]
+    block_bits = 8 * blocks["bytes"] / blocks["elements"] if blocks["elements"] else 0.0
     front = ModelCardData(
         base_model=base,
         base_model_relation="quantized" if base else None,
@@ -85,30 +86,29 @@ def model_card(path: Path, report: Mapping[str, Any]) -> str:
         tags=["gguf", "d2q-edge", "quantized", *own],
         quantized_by="d2q-edge",
     ).to_yaml()
-    link = f"[{base}](https://huggingface.co/{base})" if base else title
-    lines = [
-        "---",
-        front,
-        "---",
-        "",
-        f"# {title} in {facts['bits_per_weight']:.2f} bits per weight",
-        "",
+    sections = [
+        f"---\n{front}\n---",
+        f"# {title} in {summary['bits_per_weight']:.2f} bits per weight",
         f"A GGUF file of {link} for the CPU of a laptop or a phone, made by d2q-edge {__version__}.",
-        "",
-        "| File | Bytes | Bits per weight | Bits per weight in the blocks |",
-        "|---|---:|---:|---:|",
-        f"| {path.name} | {facts['bytes']:,} | {facts['bits_per_weight']:.3f} | {_block_bits(facts):.3f} |",
-        "",
-        *_runtime(path, own),
-        *_measured(report, path),
-        *_contents(facts),
-        *_recipe(recipe),
+        "| File | Bytes | Bits per weight | Bits per weight in the blocks |\n|---|---:|---:|---:|\n"
+        f"| {path.name} | {summary['bytes']:,} | {summary['bits_per_weight']:.3f} | {block_bits:.3f} |",
+        *_runtime(path.name, own),
+        *_measured(path.name, report),
+        "## What is in it",
+        "| Type | Tensors | Bytes | Bits per weight |\n|---|---:|---:|---:|\n"
+        + "\n".join(
+            f"| {name} | {entry['tensors']} | {entry['bytes']:,} | {8 * entry['bytes'] / entry['elements']:.4f} |"
+            for name, entry in summary["types"].items()
+        ),
     ]
-    return "\n".join(lines).rstrip() + "\n"
+    if summary["recipe"]:
+        rows = "\n".join(f"| {key} | {value} |" for key, value in summary["recipe"].items())
+        sections += ["## How it was made", f"| Setting | Value |\n|---|---|\n{rows}"]
+    return "\n\n".join(sections) + "\n"
 
 
 def _base_model(kv: Mapping[str, Any]) -> str | None:
-    """The original's name on the hub, if the file knows it."""
+    """Return the original's name on the hub, if the file has it."""
     for key in ("general.base_model.0.repo_url", "general.source.repo_url", "general.repo_url"):
         url = _text(kv, key)
         if url and "huggingface.co/" in url:
@@ -121,70 +121,40 @@ def _text(kv: Mapping[str, Any], key: str) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def _block_bits(facts: Mapping[str, Any]) -> float:
-    blocks = facts["parts"]["blocks"]
-    return 8 * blocks["bytes"] / blocks["elements"] if blocks["elements"] else 0.0
-
-
-def _runtime(path: Path, own: list[str]) -> list[str]:
-    kinds = " and ".join(own)
-    refuse = f"It has tensors of our types ({kinds}), which stock llama.cpp and programs built on it refuse to load. "
+def _runtime(file: str, own: list[str]) -> list[str]:
+    refuse = (
+        f"It has tensors of our types ({' and '.join(own)}), which stock llama.cpp and programs built on it refuse to "
+        "load. "
+    )
     return [
         "## How to run it",
-        "",
         (refuse if own else "") + "The patched llama-cpp-python that d2q-edge builds runs it:",
-        "",
-        "```sh",
-        "pip install d2q-edge",
-        "d2q-edge runtime install                  # once: builds the patched llama-cpp-python",
-        f'd2q-edge run {path.name} -p "Once upon a time"',
-        f"d2q-edge chat {path.name}",
-        f"d2q-edge serve {path.name}                 # an OpenAI-compatible server",
-        "```",
-        "",
+        f"""```sh
+pip install d2q-edge
+d2q-edge runtime install                  # once: builds the patched llama-cpp-python
+d2q-edge run {file} -p "Once upon a time"
+d2q-edge chat {file}
+d2q-edge serve {file}                 # an OpenAI-compatible server
+```""",
     ]
 
 
-def _measured(report: Mapping[str, Any], path: Path) -> list[str]:
-    lines = ["## How near it is to the original", ""]
-    validation = report.get("validation")
-    if validation:
-        lines += [
+def _measured(file: str, report: Mapping[str, Any]) -> list[str]:
+    sections = ["## How near it is to the original"]
+    if validation := report.get("validation"):
+        sections.append(
             f"KL divergence of its predictions from the original's on {validation['tokens']:,} tokens of calibration "
             f"text that were held back: **{validation['kl_divergence']:.4f}** "
             f"± {validation['kl_divergence_stderr']:.4f} nats "
             f"per token; the most likely token is the same in {validation['top1_agreement']:.1%} of them. (Estimated "
-            "while converting, with embeddings and head unrounded.)",
-            "",
-        ]
-    if report.get("refinement"):
-        found = report["refinement"]
-        lines += [
-            f"Tuning the whole model brought it from {found['before']:.4f} to {found['after']:.4f} on held-back text.",
-            "",
-        ]
-    lines += [
+            "while converting, with embeddings and head unrounded.)"
+        )
+    if found := report.get("refinement"):
+        sections.append(
+            f"Tuning the whole model brought it from {found['before']:.4f} to {found['after']:.4f} on held-back text."
+        )
+    return [
+        *sections,
         "To measure it on your own text, against a file that `d2q-edge convert --type f16` makes:",
-        "",
-        "```sh",
-        f"d2q-edge eval {path.name} --reference original-f16.gguf --text your.txt",
-        "```",
-        "",
+        f"```sh\nd2q-edge eval {file} --reference original-f16.gguf --text your.txt\n```",
     ]
-    return lines
-
-
-def _contents(facts: Mapping[str, Any]) -> list[str]:
-    lines = ["## What is in it", "", "| Type | Tensors | Bytes | Bits per weight |", "|---|---:|---:|---:|"]
-    lines += [
-        f"| {name} | {entry['tensors']} | {entry['bytes']:,} | {8 * entry['bytes'] / entry['elements']:.4f} |"
-        for name, entry in facts["types"].items()
-    ]
-    return [*lines, ""]
-
-
-def _recipe(recipe: Mapping[str, Any]) -> list[str]:
-    if not recipe:
-        return []
-    lines = ["## How it was made", "", "| Setting | Value |", "|---|---|"]
-    return [*lines, *(f"| {key} | {value} |" for key, value in recipe.items()), ""]

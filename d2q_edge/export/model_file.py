@@ -1,7 +1,7 @@
-"""From a checkpoint to a GGUF: which tensors, in which order and types, with which metadata.
+"""Turn a checkpoint into a GGUF as llama.cpp's convert_hf_to_gguf.py does: tensors, their order and types, metadata.
 
-With a stock type the result is the same file as llama.cpp's own converter writes. The quantizing path starts from the
-same list and replaces tensors in it. This module doesn't quantize to our types and doesn't touch the disk itself.
+With a stock type the result is the same file as that converter writes. Quantizing starts from the same list of tensors
+and replaces some.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import Family, family_for
 from d2q_edge.model.tokenizer import Tokenizer, read_tokenizer
 from d2q_edge.model.weight_files import IGNORED_SUFFIXES
-from d2q_edge.utils.output_lock import sole_writer
+from d2q_edge.utils.locks import sole_writer
 
 _MIXTURES = {"f32": "ALL_F32", "q5_k": "MOSTLY_Q5_K_S", "q4_k": "MOSTLY_Q4_K_S"}
 FILE_TYPES: dict[str, int] = {
@@ -40,13 +40,14 @@ alone; those of its small mixtures come nearest."""
 
 CPU = torch.device("cpu")
 Value = str | int | float | bool | Sequence[str] | Sequence[int] | Sequence[float]
+AddMetadata = Callable[[gguf.GGUFWriter], None]
 
 
 def stored_floats(checkpoint: Checkpoint, name: str, device: torch.device = CPU) -> torch.Tensor:
-    """A tensor of the checkpoint for `float_tensor`.
+    """Load a tensor of the checkpoint for `float_tensor`.
 
-    A matrix is as it is stored, on the device that is to encode it: 16 bits are moved sooner than 32, and a whole table
-    in float32 need not be anywhere. Anything else is float32 and stays on the CPU; families calculate with norms.
+    A matrix keeps its stored dtype, on the device that is to encode it: 16 bits move faster than 32, and a whole table
+    never needs to exist in float32. Anything else becomes float32 on the CPU; families compute with norms.
     """
     tensor = checkpoint.tensor(name)
     return tensor.to(device) if tensor.dim() > 1 else tensor.float()
@@ -55,11 +56,16 @@ def stored_floats(checkpoint: Checkpoint, name: str, device: torch.device = CPU)
 def float_tensor(
     family: Family, hf_name: str, type_name: str, load: Callable[[], npt.NDArray[Any] | torch.Tensor]
 ) -> GGUFTensor:
-    """A tensor to be encoded in a stock type when it is written.
+    """Describe a tensor that is encoded in a stock type when it is written.
 
-    Norms and biases, one-dimensional as they are, and routers become f32, and a matrix whose width doesn't fit the
-    type's blocks another one (`fitting_type`), as in llama.cpp's converter. `load` returns floats in the checkpoint's
-    row order, as `GGUFTensor.load` may; norms as float32.
+    As in llama.cpp's converter, everything one-dimensional and routers become f32, and a matrix whose width doesn't fit
+    the type's blocks gets another type (`fitting_type`).
+
+    Args:
+        family: the checkpoint's.
+        hf_name: the tensor's name in the checkpoint.
+        type_name: stock type of a matrix.
+        load: as of GGUFTensor; returns floats in the checkpoint's row order, norms as float32.
     """
     name = family.gguf_name(hf_name)
     shape = family.tensor_shapes()[hf_name]
@@ -73,7 +79,7 @@ def float_tensor(
 def packed_tensor(
     family: Family, hf_name: str, type_name: str, load: Callable[[], npt.NDArray[np.uint8]]
 ) -> GGUFTensor:
-    """A weight packed by `tensor_types.pack`; `load` returns uint8 [rows, bytes] in the checkpoint's row order."""
+    """Describe a weight packed by `tensor_types.pack`; `load` returns uint8 [rows, bytes] in the checkpoint's order."""
     shape = family.tensor_shapes()[hf_name]
     return GGUFTensor(family.gguf_name(hf_name), shape, type_name, lambda: family.export_rows(hf_name, load()))
 
@@ -81,7 +87,7 @@ def packed_tensor(
 def model_tensors(
     checkpoint: Checkpoint, family: Family, type_name: str, replacements: Mapping[str, GGUFTensor] | None = None
 ) -> list[GGUFTensor]:
-    """All tensors of the file, in llama.cpp's converter's order.
+    """Return all tensors of the file, in the order of llama.cpp's converter.
 
     Args:
         checkpoint: checked against `family.tensor_shapes()`.
@@ -90,22 +96,19 @@ def model_tensors(
         replacements: by checkpoint name, what to write in place of the checkpoint's own tensor.
     """
     replacements = replacements or {}
-
-    def constant(array: npt.NDArray[Any]) -> Callable[[], npt.NDArray[Any]]:
-        return lambda: array
-
-    extra = [GGUFTensor(name, array.shape, "f32", constant(array)) for name, array in family.extra_tensors().items()]
     tensors = {}
     for name in checkpoint.names:
         if name in replacements:
             tensors[name] = replacements[name]
         elif not name.endswith(IGNORED_SUFFIXES) and not (family.tied_embeddings and name == f"{family.head}.weight"):
             tensors[name] = float_tensor(family, name, type_name, partial(stored_floats, checkpoint, name))
-    return [*extra, *_stack(family, tensors)]
+    extra = family.extra_tensors().items()
+    constants = [GGUFTensor(name, array.shape, "f32", partial(np.asarray, array)) for name, array in extra]
+    return [*constants, *_stack(family, tensors)]
 
 
 def _stack(family: Family, tensors: Mapping[str, GGUFTensor]) -> list[GGUFTensor]:
-    """Put stacks together, all of a block where the last of their parts is, as llama.cpp's converter does."""
+    """Stack experts; all stacks of a block go where the last of their parts is, as in llama.cpp's converter."""
     missing = Counter(family.block_of(part) for parts in family.stacks.values() for part in parts)
     parts_of_stacks = {part for parts in family.stacks.values() for part in parts}
     result = []
@@ -123,7 +126,7 @@ def _stack(family: Family, tensors: Mapping[str, GGUFTensor]) -> list[GGUFTensor
 
 
 def model_tokenizer(checkpoint: Checkpoint, family: Family, pre_tokenizer: str | None = None) -> Tokenizer:
-    """The checkpoint's tokenizer, as the file will have it; see `read_tokenizer`.
+    """Return the checkpoint's tokenizer as the file will have it; see `read_tokenizer`.
 
     Raises:
         D2QError: it can't be exported.
@@ -171,7 +174,7 @@ def write_model(
 
 
 def check_tokenizer(checkpoint: Checkpoint, family: Family, tokenizer: Tokenizer) -> None:
-    """Find out before the work what `write_model` would find out after it, with a file without tensors.
+    """Verify the tokenizer before the work as `write_model` does after it, with a file without tensors.
 
     Raises:
         D2QError: the tokenizer differs in llama.cpp.
@@ -191,7 +194,7 @@ def model_size(
     file_type: int,
     extra: Mapping[str, Value] | None = None,
 ) -> int:
-    """Bytes of the file that `write_model` would write; no tensor is loaded.
+    """Return the bytes of the file that `write_model` would write; no tensor is loaded.
 
     Raises:
         D2QError: the metadata can't be exported.
@@ -207,8 +210,8 @@ def _metadata_writer(
     tokenizer: Tokenizer,
     *,
     quiet: bool = True,
-) -> Callable[[gguf.GGUFWriter], None]:
-    """What adds all keys; unless `quiet`, it says on stderr what of the model's card it leaves out."""
+) -> AddMetadata:
+    """Return a function that adds all keys and, unless `quiet`, reports on stderr what the card loses."""
 
     def add_metadata(writer: gguf.GGUFWriter) -> None:
         writer.add_type(gguf.GGUFType.MODEL)
@@ -225,6 +228,19 @@ def _metadata_writer(
             _add_value(writer, key, value)
 
     return add_metadata
+
+
+def _add_value(writer: gguf.GGUFWriter, key: str, value: Value) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_int64(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
 
 
 def export(
@@ -255,56 +271,33 @@ def export(
     if type_name not in STOCK_TYPES:
         raise D2QError(f"{type_name!r} isn't a stock type that can be written; these are: {', '.join(STOCK_TYPES)}")
     with sole_writer(path):
-        return _export(model, path, type_name, force, pre_tokenizer, verify)
-
-
-def _export(model: str | Path, path: Path, type_name: str, force: bool, pre_tokenizer: str | None, verify: bool) -> int:
-    checkpoint = Checkpoint.open(model)
-    check_targets({"the output": path}, checkpoint.directory)
-    family = family_for(checkpoint.config)
-    checkpoint.check(family.tensor_shapes())
-    tokenizer = model_tokenizer(checkpoint, family, pre_tokenizer)
-    for note in (*checkpoint.notes, *tokenizer.notes, *family.notes):
-        print(note, file=sys.stderr)
-    tensors = model_tensors(checkpoint, family, type_name)
-    matrices = [tensor for tensor in tensors if len(tensor.shape) >= 2]
-    routers = {family.gguf_name(name) for name in family.tensor_shapes() if family.is_router(name)}
-    if others := [tensor for tensor in matrices if tensor.type != type_name and tensor.name not in routers]:
-        kinds = ", ".join(sorted({tensor.type for tensor in others}))
-        print(
-            f"{len(others)} of {len(matrices)} matrices become {kinds}: their width isn't a multiple of {type_name}'s "
-            "block size",
-            file=sys.stderr,
+        checkpoint = Checkpoint.open(model)
+        check_targets({"the output": path}, checkpoint.directory)
+        family = family_for(checkpoint.config)
+        checkpoint.check(family.tensor_shapes())
+        tokenizer = model_tokenizer(checkpoint, family, pre_tokenizer)
+        for note in (*checkpoint.notes, *tokenizer.notes, *family.notes):
+            print(note, file=sys.stderr)
+        tensors = model_tensors(checkpoint, family, type_name)
+        matrices = [tensor for tensor in tensors if len(tensor.shape) >= 2]
+        routers = {family.gguf_name(name) for name in family.tensor_shapes() if family.is_router(name)}
+        if others := [tensor for tensor in matrices if tensor.type != type_name and tensor.name not in routers]:
+            kinds = ", ".join(sorted({tensor.type for tensor in others}))
+            print(
+                f"{len(others)} of {len(matrices)} matrices become {kinds}: their width isn't a multiple of "
+                f"{type_name}'s block size",
+                file=sys.stderr,
+            )
+        file_type = FILE_TYPES[type_name]
+        return write_model(
+            path, checkpoint, family, tokenizer, tensors, file_type=file_type, force=force, verify=verify
         )
-    return write_model(
-        path,
-        checkpoint,
-        family,
-        tokenizer,
-        tensors,
-        file_type=FILE_TYPES[type_name],
-        force=force,
-        verify=verify,
-    )
 
 
 def file_name(checkpoint: Checkpoint, family: Family, encoding: str) -> str:
-    """A name for the output by GGUF's convention, BaseName-SizeLabel-FineTune-Version-Encoding.gguf."""
+    """Return a name by GGUF's convention, BaseName-SizeLabel-FineTune-Version-Encoding.gguf."""
     metadata, _ = general_metadata(checkpoint, family.parameters(), quantized=False)
     name = gguf.naming_convention(
         metadata.name, metadata.basename, metadata.finetune, metadata.version, metadata.size_label, encoding
     )
     return f"{name}.gguf"
-
-
-def _add_value(writer: gguf.GGUFWriter, key: str, value: Value) -> None:
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        writer.add_int64(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    else:
-        writer.add_array(key, value)

@@ -1,4 +1,4 @@
-"""What a conversion writes must not be what it reads, nor twice the same file, whatever --force allows."""
+"""Check that a conversion doesn't overwrite what it reads, or write one file twice, whatever --force allows."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ from d2q_edge.model.checkpoint import READ_SUFFIXES
 
 
 def check_targets(targets: Mapping[str, Path], model: Path, texts: Iterable[Path] = ()) -> None:
-    """Compare files that will be written with each other and with what is read.
+    """Compare the files that will be written with each other and with what is read.
 
     Args:
         targets: the files that will be written, by what they are ("the output", ...).
@@ -16,7 +16,7 @@ def check_targets(targets: Mapping[str, Path], model: Path, texts: Iterable[Path
         texts: other files that are read.
 
     Raises:
-        D2QError: one is the same file as another one, or is read.
+        D2QError: two targets are the same file, or one is read.
     """
     seen: dict[Path, str] = {}
     for name, path in targets.items():

@@ -1,4 +1,4 @@
-"""Checks that a written file tokenizes text as the original does: llama.cpp against transformers, on a probe.
+"""Check that a file tokenizes text in llama.cpp as the model does in transformers.
 
 A tokenizer that is almost right makes a file that runs and is worse than it should be, which nobody notices. The probe
 is a list of texts (data/tokenizer_probe.json), the model's special tokens within text, and a sample of its vocabulary.
@@ -26,7 +26,7 @@ from d2q_edge.runtime.llama_vocabulary import LlamaVocabulary
 
 PROBE = Path(__file__).parents[1] / "data" / "tokenizer_probe.json"
 _SPECIAL_SAMPLES, _VOCABULARY_SAMPLES, _WORDS_PER_TEXT = 64, 2000, 50
-# llama.cpp takes some texts for control tokens wherever a vocabulary has them, such as Qwen's ordinary "</s>".
+# llama.cpp makes control tokens of some texts wherever a vocabulary has them, such as Qwen's ordinary "</s>".
 _LOOKS_SPECIAL = re.compile(r"\s*[<\[_].*[>\]]\s*")
 _GAPS = {
     "decomposed": "text that isn't in Unicode's composed form (NFC)",
@@ -39,14 +39,7 @@ _GAPS = {
 
 @dataclass(frozen=True)
 class _Reference:
-    """The original tokenizer.
-
-    Attributes:
-        name: for messages.
-        encode: text to ids.
-        decode: one id to text.
-        special: whether `encode` adds and finds special tokens.
-    """
+    """The original tokenizer: its name, text to ids, one id to text, and whether it knows special tokens."""
 
     name: str
     encode: Callable[[str], list[int]]
@@ -55,13 +48,13 @@ class _Reference:
 
 
 def verify(path: Path, directory: Path, tokenizer: Tokenizer, *, quiet: bool = False) -> None:
-    """Compare a file's tokenizer with the original, on the probe.
+    """Compare a file's tokenizer with the original on the probe.
 
     Args:
         path: the GGUF file.
-        directory: of the Hugging Face model that it was made from.
+        directory: the Hugging Face model that it was made from.
         tokenizer: what was written into the file.
-        quiet: don't say on stderr what was left out or is known to differ.
+        quiet: don't report on stderr what was left out or is known to differ.
 
     Raises:
         D2QError: a token differs, or llama.cpp or transformers can't load their file.
@@ -97,31 +90,30 @@ def verify(path: Path, directory: Path, tokenizer: Tokenizer, *, quiet: bool = F
 
 
 def text_gaps(text: str) -> frozenset[str]:
-    """Which of the gaps a text falls into: "decomposed", "marks", "camel", "leading"; see _GAPS."""
-    gaps = set()
-    if text.startswith((" ", "\u2581")):
-        gaps.add("leading")
-    if unicodedata.normalize("NFC", text) != text:
-        gaps.add("decomposed")
-    if any(unicodedata.category(character)[0] == "M" for character in text):
-        gaps.add("marks")
-    for word in re.findall(r"[^\W\d_]{2,}", text):
-        cased = any(not letter.isascii() and letter.lower() != letter.upper() for letter in word)
-        if cased and any(letter != letter.lower() for letter in word[1:]):
-            gaps.add("camel")
-    return frozenset(gaps)
+    """Return which of the gaps "decomposed", "marks", "camel" and "leading" a text falls into; see _GAPS."""
+    found = {
+        "leading": text.startswith((" ", "\u2581")),
+        "decomposed": unicodedata.normalize("NFC", text) != text,
+        "marks": any(unicodedata.category(character)[0] == "M" for character in text),
+        "camel": any(
+            any(not letter.isascii() and letter.lower() != letter.upper() for letter in word)
+            and any(letter != letter.lower() for letter in word[1:])
+            for word in re.findall(r"[^\W\d_]{2,}", text)
+        ),
+    }
+    return frozenset(gap for gap, is_there in found.items() if is_there)
 
 
 def _load_reference(directory: Path) -> _Reference | None:
-    """What tokenizer.json does in transformers, or a tokenizer.model alone in SentencePiece; None without the latter.
+    """Load tokenizer.json in transformers, or else tokenizer.model in SentencePiece; None where that isn't installed.
 
-    transformers guesses at what a tokenizer.model alone leaves open.
+    transformers would guess at what a tokenizer.model alone leaves open.
 
     Raises:
         D2QError: transformers can't load it.
     """
     if (directory / "tokenizer.json").is_file():
-        # Takes seconds to import, which a conversion without verification should not.
+        # Importing transformers takes seconds, which a conversion without verification saves.
         from d2q_edge.model.tokenizer.original import load_original
 
         loaded: Any = load_original(directory)
@@ -146,7 +138,7 @@ def _load_reference(directory: Path) -> _Reference | None:
 
 
 def _probes(tokenizer: Tokenizer, reference: _Reference) -> Iterator[tuple[str, frozenset[str]]]:
-    """Texts, each with those of the tokenizer's gaps that it falls into."""
+    """Yield texts, each with those of the tokenizer's gaps that it falls into."""
     kinds = (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED)
     special = [text for text, kind in zip(tokenizer.tokens, tokenizer.types, strict=True) if kind in kinds]
     texts: list[str] = json.loads(PROBE.read_text(encoding="utf-8"))
@@ -169,10 +161,10 @@ def _probes(tokenizer: Tokenizer, reference: _Reference) -> Iterator[tuple[str, 
 
 
 def _vocabulary(tokenizer: Tokenizer, reference: _Reference) -> Iterator[str]:
-    """Texts made of an even sample of the normal tokens, apart from those that are only parts of characters."""
+    """Yield texts made of an even sample of the normal tokens, without those that are only parts of characters."""
     normal = [i for i, kind in enumerate(tokenizer.types) if kind == gguf.TokenType.NORMAL]
     decoded = (reference.decode(token_id) for token_id in normal[:: len(normal) // _VOCABULARY_SAMPLES + 1])
-    # Where tokenizer.json has no decoder, spaces are still spelled as in the vocabulary.
+    # Without a decoder in tokenizer.json, spaces come out as the vocabulary spells them.
     words = [word.replace("\u2581", " ") if tokenizer.model == "llama" else word for word in decoded]
     words = [word for word in words if not _LOOKS_SPECIAL.fullmatch(word)]
     words = [word for word in words if word and "\ufffd" not in word and not text_gaps(word) & tokenizer.gaps]
@@ -181,7 +173,7 @@ def _vocabulary(tokenizer: Tokenizer, reference: _Reference) -> Iterator[str]:
 
 
 def _difference(text: str, ours: list[int], theirs: list[int], reference: _Reference) -> str:
-    """The first difference in one sentence."""
+    """Describe the first difference in one sentence."""
     start = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
     shown = text if len(text) <= 60 else text[:57] + "..."
 

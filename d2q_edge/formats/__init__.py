@@ -1,1 +1,1 @@
-"""TODO."""
+"""The block formats of quantized tensors, and GGUF files."""

@@ -1,7 +1,7 @@
-"""Reading GGUF files: keys, tensor infos, raw bytes, dequantized weights, with our tensor types and unknown ones too.
+"""Read GGUF files (ggml/docs/gguf.md) with tensors of stock types, ours and unknown ones.
 
-gguf-py's own reader raises on type numbers that it doesn't know and trusts the file; this one trusts nothing, so that a
-truncated or malformed file ends in one clear sentence. It knows nothing about models.
+gguf-py's reader raises on unknown type numbers and trusts the file. Here every file is untrusted: a truncated or
+malformed one ends in a D2QError.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import struct
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gguf
@@ -22,22 +23,23 @@ from d2q_edge.formats import tensor_types
 
 VERSIONS = (2, 3)
 MAX_DIMS = 4
-# More items than any key's array has; they become Python objects, which take thirty times the file's memory.
 MAX_ITEMS = 1 << 22
-# A float16 whose exponent is all ones is NaN or infinite.
-_EXPONENT = 0x7C00
-_CHECKED_BLOCKS = 1 << 20
-# GGUF's value types: number -> struct format. Strings are 8, arrays are 9.
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+"""More items than any key's array has; as Python objects they take thirty times the file's memory."""
+SCALAR_FORMATS = MappingProxyType(
+    {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+)
+"""GGUF's scalar value types: number to struct format."""
 _STRING, _ARRAY = 8, 9
+_EXPONENT = 0x7C00
+"""Bits of a float16 that are all ones in NaN and infinity."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a file. `shape` is in numpy's order; `offset` counts from the start of the file.
+    """One tensor of a file. `shape` is in numpy's order; `offset` counts bytes from the start of the file.
 
-    `type_name` is lower case ("f16", "q8_0", "d2q2"), or "type" and the number for a type that we don't know. The size
-    of such a tensor isn't known either: `nbytes` then reaches to the next tensor or the end of the file.
+    `type_name` is lower case ("f16", "q8_0", "d2q2"), or "type" and the number for an unknown type, whose `nbytes`
+    reach to the next tensor or the end of the file.
     """
 
     name: str
@@ -49,14 +51,21 @@ class TensorInfo:
 
     @property
     def elements(self) -> int:
+        """Number of values."""
         return math.prod(self.shape)
 
 
 class GGUFFile:
-    """An opened GGUF. The header is parsed at once; tensor data stays on disk until it is asked for."""
+    """A GGUF whose header has been parsed; tensor data stays on disk until it is asked for.
+
+    Attributes:
+        kv: the metadata by key; arrays are lists.
+        tensors: by name, in the order of the file.
+        size: bytes of the file.
+    """
 
     def __init__(self, path: str | Path) -> None:
-        """Open and check a file.
+        """Open a file and check its header.
 
         Raises:
             D2QError: it can't be read, isn't a GGUF, is truncated, or contradicts itself.
@@ -71,13 +80,10 @@ class GGUFFile:
             self._data: npt.NDArray[np.uint8] = np.memmap(self.path, dtype=np.uint8, mode="r")
         except OSError as error:
             raise D2QError(f"can't read {self.path}: {error.strerror or error}") from error
-        # For the many small reads of the header; slicing the array would take several times as long.
-        self._bytes = self._data.data
+        self._bytes = self._data.data  # many small reads are several times as fast as from the array
         self._position = 0
         self.kv: dict[str, Any] = {}
-        """All keys; arrays are lists."""
         self.tensors: dict[str, TensorInfo] = {}
-        """Tensors by name, in the order of the file."""
         self._parse()
 
     @property
@@ -88,16 +94,14 @@ class GGUFFile:
 
     @property
     def context_length(self) -> int | None:
-        """Tokens that the model was made for, where the file says that."""
+        """The model's training context in tokens, where the file has it."""
         length = self.kv.get(f"{self.kv.get('general.architecture')}.context_length")
         return length if type(length) is int and length > 0 else None
 
-    def check_blocks(self) -> None:
-        """Find out whether every block of our types has a finite scale; all their other bytes are valid whatever they
-        are.
+    def check_blocks(self, chunk: int = 1 << 20) -> None:
+        """Check that every block of our types has a finite scale; llama.cpp would compute on with NaN.
 
-        llama.cpp would calculate on with NaN. This reads through the file once, at the speed of memory or of the disk;
-        whoever runs the model needs all of it in memory anyway.
+        All other bytes of a block are valid whatever they are. This reads the data once, `chunk` blocks at a time.
 
         Raises:
             D2QError: a block's scale is NaN or infinite.
@@ -107,8 +111,8 @@ class GGUFFile:
             if own is None:
                 continue
             blocks = self.raw(info.name).reshape(-1, own.type_size)
-            for start in range(0, len(blocks), _CHECKED_BLOCKS):
-                scales = np.ascontiguousarray(blocks[start : start + _CHECKED_BLOCKS, :2]).view("<u2")
+            for start in range(0, len(blocks), chunk):
+                scales = np.ascontiguousarray(blocks[start : start + chunk, :2]).view("<u2")
                 bad = (scales & _EXPONENT) == _EXPONENT
                 if bad.any():
                     raise D2QError(
@@ -117,7 +121,7 @@ class GGUFFile:
                     )
 
     def raw(self, name: str) -> npt.NDArray[np.uint8]:
-        """A tensor's bytes, uint8 [nbytes], mapped from the file.
+        """Return a tensor's bytes, uint8 [nbytes], mapped from the file.
 
         Raises:
             D2QError: there is no such tensor.
@@ -126,10 +130,10 @@ class GGUFFile:
         return self._data[info.offset : info.offset + info.nbytes]
 
     def dequantize(self, name: str) -> npt.NDArray[np.float32]:
-        """A tensor's values, float32 of its shape; ours exactly as `tensor_types.dequantize` defines them.
+        """Return a tensor's values, float32 of its shape; ours exactly as `tensor_types.dequantize` defines them.
 
         Raises:
-            D2QError: there is no such tensor, or nothing here can decode its type.
+            D2QError: there is no such tensor, or its type can't be decoded.
         """
         info = self._info(name)
         raw = self.raw(name)
@@ -171,13 +175,11 @@ class GGUFFile:
         self.alignment = self.kv.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
         if type(self.alignment) is not int or self.alignment <= 0 or self.alignment & (self.alignment - 1):
             raise self._malformed("general.alignment isn't a power of two")
-        found = []
-        names = set()
+        found: dict[str, tuple[tuple[int, ...], int, int]] = {}
         for _ in range(tensor_count):
             name = self._name()
-            if name in names:
+            if name in found:
                 raise self._malformed(f"the tensor {name} comes twice")
-            names.add(name)
             (dims,) = self._take("I")
             if dims > MAX_DIMS:
                 raise self._malformed(f"the tensor {name} has {dims} dimensions")
@@ -185,15 +187,14 @@ class GGUFFile:
             if 0 in shape:
                 raise self._malformed(f"the tensor {name} is empty")
             type_id, offset = self._take("IQ")
-            found.append((name, shape, type_id, offset))
-        start = -(-self._position // self.alignment) * self.alignment
-        self._place(found, start)
+            found[name] = shape, type_id, offset
+        self._place(found, -(-self._position // self.alignment) * self.alignment)
 
-    def _place(self, found: list[tuple[str, tuple[int, ...], int, int]], start: int) -> None:
-        """Turn parsed tensor infos into `tensors`, sizes worked out and checked against the file."""
-        borders = sorted({offset for *_, offset in found} | {self.size - start})
+    def _place(self, found: dict[str, tuple[tuple[int, ...], int, int]], start: int) -> None:
+        """Fill `tensors` from (shape, type, offset behind `start`) by name, and check sizes against the file."""
+        borders = sorted({offset for _, _, offset in found.values()} | {self.size - start})
         following = dict(pairwise(borders))
-        for name, shape, type_id, offset in found:
+        for name, (shape, type_id, offset) in found.items():
             if offset % self.alignment:
                 raise self._malformed(f"the tensor {name} isn't aligned")
             type_name, block, size = _type(type_id)
@@ -213,8 +214,8 @@ class GGUFFile:
                 raise self._malformed(f"the tensors {name} and {other} overlap")
 
     def _value(self, value_type: int) -> Any:
-        if value_type in _SCALARS:
-            return self._take(_SCALARS[value_type])[0]
+        if value_type in SCALAR_FORMATS:
+            return self._take(SCALAR_FORMATS[value_type])[0]
         if value_type == _STRING:
             return self._string()
         if value_type != _ARRAY:
@@ -222,14 +223,14 @@ class GGUFFile:
         item_type, count = self._take("IQ")
         if count > MAX_ITEMS:
             raise self._malformed(f"an array has {count} items")
-        if item_type in _SCALARS:
-            return list(self._take(f"{count}{_SCALARS[item_type]}"))
+        if item_type in SCALAR_FORMATS:
+            return list(self._take(f"{count}{SCALAR_FORMATS[item_type]}"))
         if item_type != _STRING:
             raise self._malformed(f"an array holds items of type {item_type}")
         return [self._string() for _ in range(count)]
 
     def _name(self) -> str:
-        """Of a key or tensor: it ends up in messages, and so in terminals."""
+        """Read the name of a key or tensor, which must be safe to show in messages."""
         name = self._string()
         if not name.isprintable() or "\ufffd" in name:
             raise self._malformed(f"a key or tensor has the name {name[:100]!r}")
@@ -262,7 +263,7 @@ class GGUFFile:
 
 
 def _type(type_id: int) -> tuple[str, int | None, int]:
-    """(name, weights per block, bytes per block) of a tensor type; the block is None when the type is unknown."""
+    """Return (name, weights per block, bytes per block) of a type; None weights per block for an unknown type."""
     own = tensor_types.BY_ID.get(type_id)
     if own is not None:
         return own.name, own.block_size, own.type_size

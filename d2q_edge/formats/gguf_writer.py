@@ -1,21 +1,18 @@
-"""Writing GGUF files: tensors of stock types and of ours, streamed to disk, whole or not at all.
+"""Write GGUF files (ggml/docs/gguf.md): tensors of stock types and of ours, streamed to disk one after the other.
 
-Knows bytes, sizes and files. Does not know models: names, order, types and metadata come from the caller (`export`).
-gguf-py lays out header and keys; our tensor types enter by number, because it refuses types that it doesn't know. It
-also encodes the stock types, but for those of k_types, which are encoded on the device where their weights are.
+gguf-py's writer collects the keys and knows their value types; the header is packed here, because gguf-py packs arrays
+item by item (a second for a large vocabulary). gguf-py also encodes the stock types, apart from K-quants (k_quants.py).
 """
 
 from __future__ import annotations
 
 import errno
-import functools
 import math
 import os
 import shutil
 import struct
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -25,37 +22,32 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 import torch
-from tqdm import tqdm
 
 from d2q_edge.errors import D2QError
 from d2q_edge.formats import k_quants, tensor_types
-from d2q_edge.formats.pieces import Piece, write_pieces
-from d2q_edge.utils import durable
-from d2q_edge.utils.file_lock import open_locked
+from d2q_edge.formats.gguf_reader import SCALAR_FORMATS
+from d2q_edge.utils import files
+from d2q_edge.utils.locks import open_locked
+from d2q_edge.utils.progress import Progress
 
 STOCK_TYPES: dict[str, gguf.GGMLQuantizationType] = {
     name.lower(): gguf.GGMLQuantizationType[name]
     for name in ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_1", "Q5_K", "Q5_0", "Q4_1", "Q4_K", "Q4_0")
 }
-"""The stock types that we can write, by name, best first: those that gguf-py can encode, and those of k_types."""
+"""The stock types that can be written, by lower-case name, best first."""
 FALLBACKS = MappingProxyType({"q6_k": "q8_0", "q5_k": "q5_1", "q4_k": "q5_0"})
-"""For widths that 256 doesn't divide, as in llama-quantize."""
-
-_ITEMS = MappingProxyType({int: "i", float: "f"})
-"""How struct packs what gguf-py makes of an array's items: int32 and float32."""
+"""What takes the place of K-quants where 256 doesn't divide the width, as in llama-quantize."""
 
 ALIGNMENT: int = gguf.GGUF_DEFAULT_ALIGNMENT
 
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """One tensor to write.
+    """One tensor to write. `shape` is in numpy's order, (rows, columns) for a matrix.
 
-    `shape` is in numpy's order, (rows, columns) for a matrix. `load` is called once, when it is the tensor's turn, and
-    returns either floats of that shape, which are then encoded (stock types only), or the encoded bytes: a numpy array,
-    uint8 [rows, bytes per row]. Floats may be torch's, of any float type and on any device. A stack has `parts`, which
-    are loaded and written one after the other. Tensors without a `group` are loaded one at a time, in the thread that
-    writes the file; those with one may be loaded in another thread at the same time, one at a time of each group.
+    `load` is called once, when it is the tensor's turn. It returns either the encoded bytes, uint8 [rows, bytes per
+    row], or floats of `shape`, which are then encoded (stock types only); those may also be a torch tensor of any float
+    dtype on any device. The `parts` of a stack are loaded and written one after the other.
     """
 
     name: str
@@ -63,11 +55,10 @@ class GGUFTensor:
     type: str
     load: Callable[[], npt.NDArray[Any] | torch.Tensor]
     parts: tuple[GGUFTensor, ...] = ()
-    group: int | None = None
 
     @classmethod
     def stack(cls, name: str, parts: Sequence[GGUFTensor]) -> GGUFTensor:
-        """A tensor [parts, *shape] of tensors of one shape and type; their own names don't matter.
+        """Return a tensor [parts, *shape] of tensors of one shape and type, whose own names don't matter.
 
         Raises:
             ValueError: shapes or types differ, or there are no parts.
@@ -95,7 +86,7 @@ class GGUFTensor:
 
 
 def block_and_type_size(type_name: str) -> tuple[int, int]:
-    """Weights per block and bytes per block of a type that can be written.
+    """Return weights per block and bytes per block of a type that can be written.
 
     Raises:
         D2QError: there is no such type.
@@ -111,7 +102,7 @@ def block_and_type_size(type_name: str) -> tuple[int, int]:
 
 
 def fitting_type(type_name: str, width: int) -> str:
-    """This type, or, where its block size doesn't divide the width, what llama-quantize takes in its place."""
+    """Return this type, or what llama-quantize takes in its place where its block size doesn't divide the width."""
     for kind in (type_name, FALLBACKS.get(type_name, "f16")):
         if width % block_and_type_size(kind)[0] == 0:
             return kind
@@ -142,11 +133,9 @@ def _encode_floats(tensor: GGUFTensor, values: npt.NDArray[Any] | torch.Tensor) 
         values = values if isinstance(values, torch.Tensor) else torch.from_numpy(values)
         packed: npt.NDArray[np.uint8] = k_quants.encode(tensor.type, values.reshape(-1, tensor.shape[-1])).cpu().numpy()
         return packed
-    # The rest is gguf-py's and numpy's.
     floats = values.cpu().float().numpy() if isinstance(values, torch.Tensor) else values
     if tensor.type == "f16":
-        # The conversion warns and gives infinities; the check below says it better.
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore"):  # the check below says it better
             halves = floats.astype(np.float16)
         if not np.isfinite(halves).all():
             raise D2QError(f"tensor {tensor.name} has values too large for float16; use bf16, q8_0 or f32 instead")
@@ -156,12 +145,12 @@ def _encode_floats(tensor: GGUFTensor, values: npt.NDArray[Any] | torch.Tensor) 
 
 
 def data_size(tensors: Sequence[GGUFTensor]) -> int:
-    """Bytes of all tensors in the file, with padding; the file is larger by its header."""
-    return sum(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors)
+    """Return the bytes of all tensors in the file with padding; the file is larger by its header."""
+    return sum(tensor.nbytes + _padding(tensor.nbytes) for tensor in tensors)
 
 
 def check_output(path: Path, *, force: bool, size: int = 0) -> None:
-    """Find out before the work whether the result can be written; leaves nothing behind.
+    """Find out before the work whether a file can be written; leave nothing behind.
 
     Args:
         path: the file to be written.
@@ -192,20 +181,12 @@ def check_output(path: Path, *, force: bool, size: int = 0) -> None:
 
 
 def file_size(arch: str, tensors: Sequence[GGUFTensor], add_metadata: Callable[[gguf.GGUFWriter], None]) -> int:
-    """Bytes of the file that `write_gguf` would write; the header is written for trial, no tensor is loaded."""
-    writer = _make_writer(arch, tensors, add_metadata)
-    try:
-        with tempfile.TemporaryDirectory() as directory:
-            header = Path(directory) / "header.gguf"
-            _write_header(writer, header)
-            writer.close()
-            start = -(-header.stat().st_size // ALIGNMENT) * ALIGNMENT
-    except OSError as error:
-        raise _cannot_write(Path(tempfile.gettempdir()), error) from error
-    finally:
-        with suppress(OSError):
-            writer.close()
-    return start + data_size(tensors)
+    """Return the bytes of the file that `write_gguf` would write; no tensor is loaded.
+
+    Raises:
+        D2QError: the metadata can't be written.
+    """
+    return len(_header(arch, tensors, add_metadata)) + data_size(tensors)
 
 
 def write_gguf(
@@ -217,7 +198,7 @@ def write_gguf(
     force: bool = False,
     check: Callable[[Path], None] | None = None,
 ) -> int:
-    """Write a GGUF: into a temporary file beside `path`, which takes its name only when it is complete.
+    """Write a GGUF into a temporary file beside `path`, which takes its name only when it is complete.
 
     Args:
         path: the file to write.
@@ -231,126 +212,104 @@ def write_gguf(
         The file's size in bytes.
 
     Raises:
-        D2QError: as in `check_output` and `encode`, or the disk fills up. Whatever is raised, nothing is left behind.
+        D2QError: as in `check_output` and `encode`, the metadata can't be written, or the disk fills up. Whatever is
+            raised, nothing is left behind.
     """
     size = data_size(tensors)
     check_output(path, force=force, size=size)
-    writer = _make_writer(arch, tensors, add_metadata)
+    header = _header(arch, tensors, add_metadata)
     try:
         with _partial_file(path) as partial:
-            try:
-                _write_header(writer, partial)
-                _write_data(writer.fout[0], tensors, size)
-                writer.close()
-                if check is not None:
-                    check(partial)
-                durable.replace(partial, path)
-            finally:
-                # After a failure, closing may fail too, because of what is still buffered; the first reason is the one.
-                with suppress(OSError):
-                    writer.close()
+            with partial.open("wb") as file, Progress("Writing", size, "B", unit_scale=True) as progress:
+                file.write(header)
+                for tensor in tensors:
+                    for part in tensor.parts or (tensor,):
+                        progress.update(_write_data(file, part))
+                    file.write(bytes(_padding(tensor.nbytes)))
+            if check is not None:
+                check(partial)
+            files.replace(partial, path)
         return path.stat().st_size
     except OSError as error:
         raise _cannot_write(path, error) from error
 
 
-def _write_data(file: BinaryIO, tensors: Sequence[GGUFTensor], size: int) -> None:
-    """The tensors' data, `size` bytes, behind the header. (gguf-py's way of doing it loses the reason of errors.)"""
-    file.write(bytes(-file.tell() % ALIGNMENT))
-    file.flush()
-    start = file.tell()
-    # None: no bar where stderr isn't a terminal.
-    with tqdm(total=size, desc="Writing", unit="B", unit_scale=True, disable=None) as progress:
-        write_pieces(file.fileno(), _pieces(tensors, start), progress.update)
-    # What lies between the tensors was never written and reads as zeros, as padding must; this is the last one's.
-    file.truncate(start + size)
+def _write_data(file: BinaryIO, tensor: GGUFTensor) -> int:
+    """Write a tensor's data and return its size; its memory is free again before the next one is loaded."""
+    data = np.ascontiguousarray(encode(tensor))
+    file.write(data.reshape(-1).view(np.uint8).data)
+    return data.nbytes
 
 
-def _pieces(tensors: Sequence[GGUFTensor], offset: int) -> Iterator[Piece]:
-    """The data of tensors, of which the first begins at that place of the file."""
+def _padding(size: int) -> int:
+    return -size % ALIGNMENT
+
+
+def _header(arch: str, tensors: Sequence[GGUFTensor], add_metadata: Callable[[gguf.GGUFWriter], None]) -> bytes:
+    """Return everything before the tensors' data, padded."""
+    writer = gguf.GGUFWriter(path=None, arch=arch)
+    infos, offset = [], 0
     for tensor in tensors:
-        for part in tensor.parts or (tensor,):
-            yield Piece(offset, functools.partial(_data, part), part.group)
-            offset += part.nbytes
-        offset += -tensor.nbytes % ALIGNMENT
-
-
-def _data(tensor: GGUFTensor) -> memoryview:
-    return np.ascontiguousarray(encode(tensor)).reshape(-1).view(np.uint8).data
-
-
-class _Writer(gguf.GGUFWriter):  # type: ignore[misc]  # gguf-py has no types
-    """gguf-py's writer packs arrays item by item: most of a second for a large vocabulary, three times in a conversion,
-    for the file's size, for the check of the tokenizer and for the file. This one does it at once.
-    """
-
-    def _pack_val(
-        self,
-        val: Any,
-        vtype: gguf.GGUFValueType,
-        add_vtype: bool,
-        sub_type: gguf.GGUFValueType | None = None,
-    ) -> bytes:
-        """The same bytes."""
-        array = vtype == gguf.GGUFValueType.ARRAY and isinstance(val, list) and sub_type is None
-        kinds = set(map(type, val)) if array else set()
-        if kinds == {str}:
-            encoded = [text.encode() for text in val]
-            items = b"".join(part for text in encoded for part in (struct.pack("<Q", len(text)), text))
-        elif len(kinds) == 1 and (item := _ITEMS.get(*kinds)):
-            items = struct.pack(f"<{len(val)}{item}", *val)
-        else:
-            return bytes(super()._pack_val(val, vtype, add_vtype, sub_type))
-        head = struct.pack("<I", vtype) if add_vtype else b""
-        return head + struct.pack("<IQ", gguf.GGUFValueType.get_type(val[0]), len(val)) + items
-
-
-def _make_writer(
-    arch: str, tensors: Sequence[GGUFTensor], add_metadata: Callable[[gguf.GGUFWriter], None]
-) -> gguf.GGUFWriter:
-    writer = _Writer(path=None, arch=arch)
-    for tensor in tensors:
-        # A float dtype keeps gguf-py from working the shape out of a type that it may not know.
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, _type_id(tensor.type))
-    with _strange_values():
-        add_metadata(writer)
-    return writer
-
-
-def _write_header(writer: gguf.GGUFWriter, path: Path) -> None:
-    """Everything before the tensors' data."""
-    with _strange_values():
-        writer.write_header_to_file(path)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-
-
-@contextmanager
-def _strange_values() -> Iterator[None]:
-    """Say in one sentence what gguf-py makes of values that a stranger's model card or tokenizer brought along.
-
-    It checks some when they are added, and others when they are written.
-    """
+        own = tensor_types.BY_NAME.get(tensor.type)
+        type_id = own.id if own is not None else int(STOCK_TYPES[tensor.type])
+        # For its count of parameters; a float dtype keeps it from computing shapes by a type that it doesn't know.
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, type_id)
+        dims = len(tensor.shape)
+        infos.append(_pack_string(tensor.name))
+        infos.append(struct.pack(f"<I{dims}QIQ", dims, *tensor.shape[::-1], type_id, offset))
+        offset += tensor.nbytes + _padding(tensor.nbytes)
     try:
-        yield
+        add_metadata(writer)
+        (keys,) = writer.kv_data
+        packed = [
+            _pack_string(key) + struct.pack("<I", entry.type) + _pack_value(entry.value, entry.type, entry.sub_type)
+            for key, entry in keys.items()
+        ]
     except (TypeError, ValueError, AttributeError, KeyError, IndexError, OverflowError, struct.error) as error:
         raise D2QError(
             f"the model's metadata can't be written ({type(error).__name__}: {error}); a value in README.md, "
             "generation_config.json or the tokenizer's files is of the wrong kind"
         ) from error
+    head = struct.pack("<4sIQQ", b"GGUF", gguf.GGUF_VERSION, len(tensors), len(keys))
+    header = b"".join([head, *packed, *infos])
+    return header + bytes(_padding(len(header)))
 
 
-def _type_id(type_name: str) -> int:
-    own = tensor_types.BY_NAME.get(type_name)
-    return own.id if own is not None else int(STOCK_TYPES[type_name])
+def _pack_value(value: Any, kind: gguf.GGUFValueType, item_kind: gguf.GGUFValueType | None = None) -> bytes:
+    """Pack a key's value, without the number of its type.
+
+    Raises:
+        TypeError, ValueError, OverflowError, struct.error: the value isn't of that type.
+    """
+    if kind in SCALAR_FORMATS:
+        return struct.pack(f"<{SCALAR_FORMATS[kind]}", value)
+    if kind == gguf.GGUFValueType.STRING:
+        return _pack_string(value)
+    if not isinstance(value, Sequence) or not value:
+        raise ValueError("an array must be a sequence that isn't empty")
+    if item_kind is None and isinstance(value, bytes):
+        item_kind = gguf.GGUFValueType.UINT8
+    elif item_kind is None:
+        kinds = {gguf.GGUFValueType.get_type(item) for item in {type(item): item for item in value}.values()}
+        if len(kinds) > 1:
+            raise ValueError("the items of an array must be of one type")
+        (item_kind,) = kinds
+    head = struct.pack("<IQ", item_kind, len(value))
+    if item_kind in SCALAR_FORMATS:
+        return head + struct.pack(f"<{len(value)}{SCALAR_FORMATS[item_kind]}", *value)
+    if item_kind == gguf.GGUFValueType.STRING:
+        return head + b"".join(map(_pack_string, value))
+    return head + b"".join([_pack_value(item, item_kind) for item in value])
+
+
+def _pack_string(value: str | bytes) -> bytes:
+    encoded = value.encode() if isinstance(value, str) else memoryview(value)
+    return struct.pack("<Q", len(encoded)) + encoded
 
 
 @contextmanager
 def _partial_file(path: Path) -> Iterator[Path]:
-    """An empty temporary file beside `path`, locked against other processes; removed if it is still there at the end.
-
-    One that a killed process left is taken over.
-    """
+    """Create or take over a temporary file beside `path`, lock it, and remove it if it is still there at the end."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         handle, _ = open_locked(partial)

@@ -1,17 +1,19 @@
-"""Encoders for llama.cpp's stock types q4_k, q5_k and q6_k, which gguf-py can decode but not write.
+"""Encode llama.cpp's K-quants q4_k, q5_k and q6_k, which gguf-py can decode but not encode.
 
-Knows the three block layouts (ggml-common.h) and how to choose scales, minimums and codes by squared error. Does not
-know files or models (gguf_file.py). All three hold 256 weights in small groups whose scales are integers in units of
-one or two float16 numbers:
+A super-block holds 256 weights in sub-blocks, whose scales (and mins) are integers in units of one (or two) float16
+super-block scales (ggml-common.h):
 
-    q4_k, q5_k: 8 groups of 32, w = d * s * code - dmin * m; s and m have 6 bits, codes 4 or 5.
-    q6_k:      16 groups of 16, w = d * s * (code - 32); s has 8 bits and a sign, codes have 6.
+    block_q4_K { half d, dmin; u8 scales[12]; u8 qs[128]; }                144 bytes
+    block_q5_K { half d, dmin; u8 scales[12]; u8 qh[32]; u8 qs[128]; }     176 bytes
+        8 sub-blocks of 32, w = d * sc * q - dmin * m; sc and m have 6 bits, q has 4 or 5.
+    block_q6_K { u8 ql[128]; u8 qh[64]; i8 scales[16]; half d; }           210 bytes
+        16 sub-blocks of 16, w = d * sc * (q - 32); sc has 8 bits with a sign, q has 6.
 
-Every group tries several step sizes; each fixes the codes, and least squares gives the scale (and minimum) that fit
-these codes best. The integers are made from the winners. (Fitting d and dmin once more to the final codes would gain
-half a percent.) torch, where the weights are, in pieces of many blocks: the axis of the blocks is the last one
-everywhere, so that every step is one pass over long rows, and sums are taken by adding halves, in an order that
-depends neither on threads nor on where in a piece a block lies.
+For every sub-block several step sizes are tried; each fixes the codes, and least squares gives the scale (and min) that
+fit these codes best. The integers are made from the winners. (Refitting d and dmin to the final codes would gain half a
+percent.) Everything runs in torch, where the weights are, in chunks of many super-blocks. The axis of the super-blocks
+is the last one everywhere, so that every step is one pass over long rows, and sums are taken by adding halves, in an
+order that depends neither on threads nor on where in a chunk a super-block lies.
 """
 
 from collections.abc import Callable
@@ -23,120 +25,100 @@ from torch import Tensor
 
 BLOCK = 256
 PIECE = 2**20
-"""Weights that a thread encodes at a time: a step on one of the few arrays of a search is long enough for threads not
-to wait for each other in Python."""
+"""Weights in a CPU thread's chunk: large enough for threads not to wait for each other's Python."""
 GPU_PIECE = 2**24
-"""The same on a GPU: long enough for it not to wait for Python. About half a gigabyte of its memory."""
+"""Weights in a GPU's chunk: large enough for it not to wait for Python. Takes about half a gigabyte of GPU memory."""
 AFFINE_STEPS = tuple(-2 + 0.3 * i for i in range(13))
-"""Codes that a group's range is divided into, relative to the largest code. More than that cuts the range's end off,
-which often pays; fewer have other places for the zero."""
+"""Trial step sizes of q4_k and q5_k: a sub-block's range is divided into the largest code plus this many steps. More
+steps than codes clip the upper end, which often pays; fewer move the zero."""
 SYMMETRIC_STEPS = tuple(-3.2 + 0.4 * i for i in range(11))
-"""The same for q6_k, relative to 32 codes between zero and the largest magnitude."""
+"""The same for q6_k, relative to 32 steps between zero and the largest magnitude."""
 TINY = 1e-30
-"""Keeps quotients finite where all weights of a group are zero."""
+"""Keeps quotients finite where all weights of a sub-block are zero."""
 SINGULAR = 1e-6
 """Determinants below this share of their terms are rounding errors."""
 
 
-def encode(type_name: str, weights: Tensor, importance: Tensor | None = None) -> Tensor:
+def encode(type_name: str, weights: Tensor) -> Tensor:
     """Encode rows of weights, on the device where they are.
 
     Args:
         type_name: "q4_k", "q5_k" or "q6_k".
-        weights: floats [rows, cols], finite, cols a multiple of 256; computed with as float32. Where they are too large
-            for any float16 scale the stored weights are too small.
-        importance: weights of the squared errors by column, floats [cols], not negative; None for all ones. A group
-            whose importance is zero throughout is encoded as if it were one.
+        weights: floats [rows, cols], finite, cols a multiple of 256; computed with as float32. Weights beyond every
+            float16 scale are clipped.
 
     Returns:
-        uint8 [rows, cols / 256 * bytes per block], on the same device. The same input gives the same bytes.
+        uint8 [rows, cols / 256 * bytes per super-block], on the same device; deterministic.
 
     Raises:
-        ValueError: shapes don't fit, or values are not finite, or an importance is negative.
+        ValueError: the shape doesn't fit, or values are not finite.
     """
     rows, columns = weights.shape
     if weights.numel() == 0 or columns % BLOCK:
         raise ValueError(
             f"{type_name} needs rows of a positive multiple of {BLOCK} columns, not {tuple(weights.shape)}"
         )
-    group, encode_piece = ENCODERS[type_name]
-    w = None
-    if importance is not None:
-        if importance.shape != (columns,) or not importance.isfinite().all() or (importance < 0).any():
-            raise ValueError(f"importance must be {columns} finite numbers, none of them negative")
-        w = _relative(importance.to(weights.device, torch.float32), group)
+    sub_block, encode_chunk = ENCODERS[type_name]
     blocks = weights.reshape(-1, BLOCK)
     step = (PIECE if weights.device.type == "cpu" else GPU_PIECE) // BLOCK
 
     def encode_from(start: int) -> Tensor:
         with torch.inference_mode():
             part = blocks[start : start + step]
-            # [group, weight of the group, block]
-            x = part.float().T.contiguous().view(-1, group, len(part))
+            x = part.float().T.contiguous().view(-1, sub_block, len(part))  # [sub-block, weight, super-block]
             size = torch.maximum(x.amax((0, 1)), -x.amin((0, 1)))
             if not size.isfinite().all():
                 raise ValueError("weights must be finite")
-            # So that neither denormal nor huge weights upset the sums.
             size[size == 0] = 1
-            of_part = None
-            if w is not None:
-                # Which columns these blocks are: rows follow each other.
-                of_part = w[:, :, torch.arange(start, start + len(part), device=w.device) % w.shape[2]]
-            return encode_piece(size, x / size, of_part)
+            # Normalized, so that neither denormal nor huge weights upset the sums.
+            return encode_chunk(size, x / size)
 
     starts = range(0, len(blocks), step)
     threads = min(torch.get_num_threads(), len(starts)) if weights.device.type == "cpu" else 1
     if threads == 1:
-        pieces = [encode_from(start) for start in starts]
+        chunks = [encode_from(start) for start in starts]
     else:
-        # A thread of Python for each piece, and each alone with it, is faster than all on one piece: it stays in the
-        # cache, and nobody waits for others after every step.
+        # One single-threaded chunk per Python thread is faster than all threads on one chunk: it stays in the cache,
+        # and no thread waits for others after every step.
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             try:
-                pieces = list(pool.map(encode_from, starts))
+                chunks = list(pool.map(encode_from, starts))
             finally:
                 torch.set_num_threads(torch.get_num_threads())
-    return torch.cat(pieces).view(rows, -1)
+    return torch.cat(chunks).view(rows, -1)
 
 
-def _encode_affine(size: Tensor, x: Tensor, w: Tensor | None, bits: int) -> Tensor:
-    """q4_k and q5_k: bytes [n, 144 or 176] of weights [8, 32, n] in units of their blocks' sizes [n]."""
+def _encode_affine(size: Tensor, x: Tensor, bits: int) -> Tensor:
+    """Encode q4_k or q5_k: uint8 [n, 144 or 176] of weights [8, 32, n] in units of their super-blocks' sizes [n]."""
     top = 2**bits - 1
     spare = x.new_empty((3, *x.shape))
-    # [8, n] each. What is stored is the negated minimum.
-    scale, minimum = _affine_search(x, w, top, spare)
+    scale, minimum = _affine_search(x, top, spare)
     d, dmin = _half(scale.amax(0) / 63 * size), _half(minimum.amax(0) / 63 * size)
     unit, unit_min = _over(d, size), _over(dmin, size)
-    s, m = _affine_integers(x, w, (scale, minimum), (unit, unit_min), top, spare)
+    s, m = _affine_integers(x, (scale, minimum), (unit, unit_min), top, spare)
     codes = _affine_codes(x, s * unit, m * unit_min, top, spare[0])
     return _pack_affine(d, dmin, s.byte(), m.byte(), codes.byte(), bits)
 
 
-def _affine_search(x: Tensor, w: Tensor | None, top: int, spare: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and minimum [8, n], not negative, of the groups by squared error: x is about scale * code - minimum."""
+def _affine_search(x: Tensor, top: int, spare: Tensor) -> tuple[Tensor, Tensor]:
+    """Return scale and min [8, n], not negative, of least squared error for x = scale * code - min."""
     low = x.amin(1).clamp_(max=0)
     extent = (x.amax(1) - low).clamp_(min=TINY)
     y = (x - low[:, None]).div_(extent[:, None])  # 0 .. 1, so that the sums below lose no digits to an offset
-    sum_y = _sum(torch.mul(y, 1 if w is None else w, out=spare[0]))
-    total = x.shape[1] if w is None else _sum(w.clone())
+    sum_y, total = _sum(spare[0].copy_(y)), x.shape[1]
     sums = x.new_empty((3, len(AFFINE_STEPS), *low.shape))
     codes, squares, products = spare
     for i, step in enumerate(AFFINE_STEPS):
         torch.mul(y, top + step, out=codes).round_().clamp_(max=top)
         torch.mul(codes, codes, out=squares)
-        if w is not None:
-            squares.mul_(w)
-            codes.mul_(w)
         torch.mul(codes, y, out=products)
         _sum(spare, out=sums[:, i])
-    # [steps, 8, n]
-    sum_c, sum_cc, sum_cy = sums
+    sum_c, sum_cc, sum_cy = sums  # [steps, 8, n] each
     determinant = total * sum_cc - sum_c * sum_c
     offset = (sum_cc * sum_y - sum_c * sum_cy).div_(determinant)
-    # Where all weights that count have the same code, any offset is as good as the lowest one.
+    # Where all weights have the same code, any offset is as good as the lowest one.
     offset.masked_fill_(determinant <= SINGULAR * total * sum_cc, 0)
-    # The minimum must stay at or below zero.
-    offset = torch.minimum(offset, -low / extent)
+    offset = torch.minimum(offset, -low / extent)  # the stored min must not be negative
     rest = sum_cy - offset * sum_c
     scale = rest / sum_cc.clamp_(min=TINY)
     # Sum of (scale code + offset - y)^2 less that of y^2, which is the same for all trials.
@@ -146,17 +128,12 @@ def _affine_search(x: Tensor, w: Tensor | None, top: int, spare: Tensor) -> tupl
 
 
 def _affine_integers(
-    x: Tensor,
-    w: Tensor | None,
-    found: tuple[Tensor, Tensor],
-    units: tuple[Tensor, Tensor],
-    top: int,
-    spare: Tensor,
+    x: Tensor, found: tuple[Tensor, Tensor], units: tuple[Tensor, Tensor], top: int, spare: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """s and m [8, n] in these units [n].
+    """Return the integer scales and mins [8, n] in these units [n].
 
-    Beside an outlier the other groups' integers are small, so that rounding them matters: the neighbours of s are
-    tried too, each with the minimum that then fits best.
+    Beside an outlier the other sub-blocks' integers are small, so that rounding them matters: the neighbours of each
+    scale are tried too, each with the min that then fits best.
     """
     (scale, minimum), (unit, unit_min) = found, units
     nearest = _integers(scale, unit, 63)
@@ -166,10 +143,10 @@ def _affine_integers(
         s = (nearest + step).clamp_(0, 63)
         trial = s * unit
         excess = _affine_codes(x, trial, minimum, top, spare[0]).mul_(trial[:, None]).sub_(x)
-        m = _integers(_mean(excess, w).clamp_(min=0), unit_min, 63)
+        m = _integers(_mean(excess).clamp_(min=0), unit_min, 63)
         offset = m * unit_min
         excess = _affine_codes(x, trial, offset, top, spare[0]).mul_(trial[:, None])
-        error = _mean(excess.sub_(torch.add(x, offset[:, None], out=spare[1])).square_(), w)
+        error = _mean(excess.sub_(torch.add(x, offset[:, None], out=spare[1])).square_())
         better = error < best
         best = torch.where(better, error, best)
         best_s, best_m = torch.where(better, s, best_s), torch.where(better, m, best_m)
@@ -177,13 +154,13 @@ def _affine_integers(
 
 
 def _affine_codes(x: Tensor, scale: Tensor, minimum: Tensor, top: int, out: Tensor) -> Tensor:
-    """The nearest codes [8, 32, n] to x = scale [8, n] * code - minimum [8, n]; zeros where the scale is zero."""
+    """Return the codes [8, 32, n] nearest to x = scale [8, n] * code - min [8, n]; zeros where the scale is zero."""
     inverse = scale.reciprocal().masked_fill_(scale <= 0, 0)
     return torch.add(x, minimum[:, None], out=out).mul_(inverse[:, None]).round_().clamp_(0, top)
 
 
 def _pack_affine(d: Tensor, dmin: Tensor, s: Tensor, m: Tensor, codes: Tensor, bits: int) -> Tensor:
-    """Bytes of d, dmin [n], s, m [8, n] and codes [8, 32, n]."""
+    """Pack d, dmin [n], scales and mins [8, n] (as get_scale_min_k4 of ggml reads them) and codes [8, 32, n]."""
     parts = [
         *(_bytes(d), _bytes(dmin)),
         *(s[:4] | (s[4:] >> 4) << 6, m[:4] | (m[4:] >> 4) << 6, (s[4:] & 15) | (m[4:] & 15) << 4),
@@ -196,10 +173,10 @@ def _pack_affine(d: Tensor, dmin: Tensor, s: Tensor, m: Tensor, codes: Tensor, b
     return torch.cat(parts).T.contiguous()
 
 
-def _encode_q6_k(size: Tensor, x: Tensor, w: Tensor | None) -> Tensor:
-    """Bytes [n, 210] of weights [16, 16, n] in units of their blocks' sizes [n]."""
+def _encode_q6_k(size: Tensor, x: Tensor) -> Tensor:
+    """Encode q6_k: uint8 [n, 210] of weights [16, 16, n] in units of their super-blocks' sizes [n]."""
     spare = x.new_empty((2, *x.shape))
-    scale = _symmetric_search(x, w, spare)
+    scale = _symmetric_search(x, spare)
     d = _half(_extreme(scale, 0) * size / -128)
     unit = _over(d, size)
     s = (scale / unit).masked_fill_(unit == 0, 0).round_().clamp_(-128, 127)
@@ -209,8 +186,8 @@ def _encode_q6_k(size: Tensor, x: Tensor, w: Tensor | None) -> Tensor:
     return _pack_q6_k(d, s.to(torch.int8), codes.byte())
 
 
-def _symmetric_search(x: Tensor, w: Tensor | None, spare: Tensor) -> Tensor:
-    """Signed scale [16, n] of the groups by squared error: x is about scale * code, codes -32 to 31."""
+def _symmetric_search(x: Tensor, spare: Tensor) -> Tensor:
+    """Return the signed scale [16, n] of least squared error for x = scale * code, codes -32 to 31."""
     extreme = _extreme(x, 1)
     extreme.masked_fill_(extreme.abs() <= TINY, TINY)
     y = x / extreme[:, None]
@@ -221,19 +198,16 @@ def _symmetric_search(x: Tensor, w: Tensor | None, spare: Tensor) -> Tensor:
         torch.mul(y, -(32 + step), out=codes).round_().clamp_(-32, 31)
         torch.mul(codes, codes, out=squares)
         codes.mul_(y)
-        if w is not None:
-            spare.mul_(w)
         _sum(spare, out=sums[:, i])
-    # [steps, 16, n]
-    sum_cy, sum_cc = sums
+    sum_cy, sum_cc = sums  # [steps, 16, n] each
     scale = sum_cy / sum_cc.clamp_(min=TINY)
     (scale,) = _of_lowest(-scale * sum_cy, scale)
     return scale.mul_(extreme)
 
 
 def _pack_q6_k(d: Tensor, s: Tensor, codes: Tensor) -> Tensor:
-    """Bytes of d [n], s [16, n] and codes [16, 16, n] (group, weight of the group, block)."""
-    # Of each half of a block, four quarters of 32 weights share bytes.
+    """Pack d [n], scales [16, n] and codes [16, 16, n] (sub-block, weight, super-block)."""
+    # In each half of a super-block, four quarters of 32 weights share bytes.
     codes = codes.view(2, 4, 32, -1)
     low, high = codes & 15, codes >> 4
     ql = low[:, :2] | low[:, 2:] << 4
@@ -241,16 +215,8 @@ def _pack_q6_k(d: Tensor, s: Tensor, codes: Tensor) -> Tensor:
     return torch.cat([ql.flatten(0, 2), qh.flatten(0, 1), s.view(torch.uint8), _bytes(d)]).T.contiguous()
 
 
-def _relative(importance: Tensor, group: int) -> Tensor:
-    """Importance [columns] as [groups of a block, group, blocks of a row], with mean 1 in each group."""
-    w = importance.view(-1, BLOCK).T.reshape(BLOCK // group, group, -1)
-    largest = w.amax(1, keepdim=True)
-    w = torch.where(largest > 0, w / largest.clamp(min=TINY), 1)
-    return w / _mean(w.clone(), None)[:, None]
-
-
 def _sum(values: Tensor, out: Tensor | None = None) -> Tensor:
-    """Over the last axis but one, whose length is a power of two, always in the same order; overwrites the values."""
+    """Sum over the last axis but one, a power of two long, always in the same order; overwrites the values."""
     half = values.shape[-2] // 2
     while half > 1:
         values.narrow(-2, 0, half).add_(values.narrow(-2, half, half))
@@ -258,13 +224,13 @@ def _sum(values: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.add(values.select(-2, 0), values.select(-2, 1), out=out)
 
 
-def _mean(values: Tensor, w: Tensor | None) -> Tensor:
-    """Over the weights of a group, axis 1; importance has mean 1. Overwrites the values."""
-    return _sum(values if w is None else values.mul_(w)).div_(values.shape[1])
+def _mean(values: Tensor) -> Tensor:
+    """Average over the weights of a sub-block, axis 1; overwrites the values."""
+    return _sum(values).div_(values.shape[1])
 
 
 def _of_lowest(error: Tensor, *values: Tensor) -> list[Tensor]:
-    """The values [groups, n] where the error [steps, groups, n] is lowest, at first. (argmin and gather are slow.)"""
+    """Return the values [sub-blocks, n] of the first lowest error [steps, sub-blocks, n]; argmin is slow."""
     lowest = error.amin(0)
     found = [value[-1] for value in values]
     for i in reversed(range(len(error) - 1)):
@@ -274,38 +240,38 @@ def _of_lowest(error: Tensor, *values: Tensor) -> list[Tensor]:
 
 
 def _extreme(values: Tensor, axis: int) -> Tensor:
-    """The value of largest magnitude along an axis."""
+    """Return the value of largest magnitude along an axis."""
     high, low = values.amax(axis), values.amin(axis)
     return torch.where(high >= -low, high, low)
 
 
 def _half(values: Tensor) -> Tensor:
-    """As float16 holds them, never infinite."""
+    """Round to float16 without overflow."""
     return values.clamp(-65504, 65504).half()
 
 
 def _over(halves: Tensor, size: Tensor) -> Tensor:
-    """float16 scales in units of the blocks' sizes."""
+    """Return float16 scales in units of the super-blocks' sizes."""
     ratio = halves.float() / size
     return ratio.masked_fill_(~ratio.isfinite(), 0)
 
 
 def _integers(values: Tensor, unit: Tensor, top: int) -> Tensor:
-    """Values [groups, n], not negative, in units [n]: whole numbers up to `top`."""
+    """Round values [sub-blocks, n], not negative, to multiples 0 .. top of a unit [n]."""
     return (values / unit).masked_fill_(unit <= 0, 0).round_().clamp_(max=top)
 
 
 def _bytes(halves: Tensor) -> Tensor:
-    """uint8 [2, n], in the file's order on little-endian machines, which all that have torch are."""
+    """Return the bytes uint8 [2, n] of float16 [n], little-endian like every machine that has torch."""
     return halves.view(torch.uint8).view(-1, 2).T
 
 
-ENCODERS = MappingProxyType[str, tuple[int, Callable[[Tensor, Tensor, Tensor | None], Tensor]]](
+ENCODERS = MappingProxyType[str, tuple[int, Callable[[Tensor, Tensor], Tensor]]](
     {
         "q6_k": (16, _encode_q6_k),
-        "q5_k": (32, lambda size, x, w: _encode_affine(size, x, w, 5)),
-        "q4_k": (32, lambda size, x, w: _encode_affine(size, x, w, 4)),
+        "q5_k": (32, lambda size, x: _encode_affine(size, x, 5)),
+        "q4_k": (32, lambda size, x: _encode_affine(size, x, 4)),
     }
 )
-"""By type name: weights of a group, and what makes bytes [n, bytes of a block] of the blocks' sizes [n], their weights
-in these units [groups, group, n], and importance of the same shape or None."""
+"""By type name: weights of a sub-block, and the encoder of a chunk. It takes the super-blocks' sizes [n] and their
+weights in these units [sub-blocks, weights, n], and returns uint8 [n, bytes]."""

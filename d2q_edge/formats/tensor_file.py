@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from d2q_edge.errors import D2QError
-from d2q_edge.utils import durable
+from d2q_edge.utils import files
 
 Array = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 _ENTRY = "d2q"
@@ -30,7 +30,7 @@ def save_tensors(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str,
     text = json.dumps(metadata)
     try:
         save_file(contiguous, partial, metadata={_ENTRY: json.dumps([_checksum(path, contiguous, text), text])})
-        durable.replace(partial, path)
+        files.replace(partial, path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
         raise D2QError(f"can't write {path} ({error}); free some disk space and run the same command") from error

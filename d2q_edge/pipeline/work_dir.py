@@ -17,7 +17,7 @@ from typing import Any
 from d2q_edge.errors import D2QError
 from d2q_edge.formats.quantized_block import QuantizedBlock
 from d2q_edge.formats.tensor_file import Array, load_tensors, save_tensors
-from d2q_edge.utils import durable
+from d2q_edge.utils import files
 
 OWN_FILE = re.compile(
     r"settings\.(json|partial)|((block|refined)-\d+|refining)\.(safetensors|partial)|complete\.gguf"
@@ -119,7 +119,7 @@ class WorkDir:
         try:
             status = self.complete.stat()
             self._write_settings({_PUBLISHED: [status.st_size, status.st_mtime_ns]})
-            durable.replace(self.complete, self.output)
+            files.replace(self.complete, self.output)
         except OSError as error:
             raise D2QError(f"can't write {self.output}: {error.strerror or error}") from error
 
@@ -152,7 +152,7 @@ class WorkDir:
         if self._settings.exists():
             return
         try:
-            durable.make_directory(self.path)
+            files.make_directory(self.path)
             self._write_settings({})
         except OSError as error:
             raise D2QError(
@@ -162,7 +162,7 @@ class WorkDir:
     def _write_settings(self, more: Mapping[str, Any]) -> None:
         partial = self._settings.with_suffix(".partial")
         partial.write_text(json.dumps({_FINGERPRINT: self._fingerprint, **more}, indent=1), encoding="utf-8")
-        durable.replace(partial, self._settings)
+        files.replace(partial, self._settings)
 
     def _file(self, index: int, refined: bool) -> Path:
         return self.path / f"{'refined' if refined else 'block'}-{index:04d}.safetensors"

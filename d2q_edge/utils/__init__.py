@@ -1,1 +1,1 @@
-"""TODO."""
+"""Helpers without a domain: files, locks, JSON, progress, the machine."""

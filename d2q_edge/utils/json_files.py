@@ -1,8 +1,7 @@
-"""Reading JSON files by strangers."""
-
-from __future__ import annotations
+"""Read JSON from untrusted files."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ def read_json_object(path: Path, *, strict: bool = False) -> dict[str, Any]:
 
     Args:
         path: the file.
-        strict: refuse an object that has a key twice. Other programs may take the first one, we would take the last.
+        strict: refuse an object that has a key twice; parsers disagree about which one counts.
 
     Raises:
         D2QError: the file can't be read, isn't JSON, or isn't an object.
@@ -34,7 +33,7 @@ def parse_json(content: bytes, *, strict: bool = False) -> Any:
     """Parse JSON in UTF-8.
 
     Raises:
-        ValueError: it isn't JSON, or so deep that it can't be meant; with `strict`, a key comes twice.
+        ValueError: it isn't JSON or is nested too deep for the parser; with `strict`, also where a key comes twice.
     """
     try:
         return json.loads(content.decode("utf-8"), object_pairs_hook=_unique if strict else None)
@@ -45,7 +44,6 @@ def parse_json(content: bytes, *, strict: bool = False) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        seen: set[str] = set()
-        double = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {double!r} comes twice")
+        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {key!r} comes twice")
     return found

@@ -1,4 +1,4 @@
-"""This machine: its CPUs, and a name for it, because a native build does not run on every CPU of an architecture."""
+"""Describe this machine: usable CPUs, available memory, and a cache key for native builds."""
 
 import functools
 import hashlib
@@ -7,7 +7,11 @@ import platform
 import re
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+
+import psutil
 
 CPU_FIELDS = re.compile(r"^(flags|Features|CPU implementer|CPU part|isa)\s*:.*$", re.MULTILINE)
 """Lines of /proc/cpuinfo that decide what -march=native means, on x86, ARM and RISC-V."""
@@ -27,11 +31,59 @@ def _cpu() -> str:
 
 
 def cache_key(patch: str) -> str:
-    """Folder name of what is built from `patch` on this machine, with the CMAKE_ARGS of the environment."""
+    """Return the folder name for what is built from `patch` on this machine with the CMAKE_ARGS of the environment.
+
+    A native build does not run on every CPU of an architecture, so the CPU is part of the name.
+    """
     machine = (platform.system(), platform.machine(), platform.libc_ver(), _cpu(), os.environ.get("CMAKE_ARGS", ""))
     return f"{patch}-{hashlib.sha256(repr(machine).encode()).hexdigest()[:8]}"
 
 
 def usable_cpus() -> int:
-    """Number of CPUs that this process may run on."""
+    """Return the number of CPUs that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available_memory(membership: Path = Path("/proc/self/cgroup"), hierarchy: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return how many bytes this process can allocate without swapping, or being killed for its container's limit.
+
+    Args:
+        membership: file that names the process's cgroups, one "ID:CONTROLLERS:PATH" per line (cgroups(7)).
+        hierarchy: where the cgroup file systems are mounted.
+    """
+    free: int = psutil.virtual_memory().available
+    return max(0, min([free, *_cgroup_headroom(membership, hierarchy)]))
+
+
+def _cgroup_headroom(membership: Path, hierarchy: Path) -> Iterator[int]:
+    """Yield limit - usage of every memory cgroup from the process's own up to the root, where there is a limit."""
+    try:
+        lines = membership.read_text("utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            root, limit, usage, prefix = hierarchy, "memory.max", "memory.current", ""
+        elif "memory" in controllers.split(","):
+            root, limit, usage, prefix = (
+                hierarchy / "memory",
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                "total_",
+            )
+        else:
+            continue
+        # A container may see the host's path here although only its own subtree is mounted: missing levels are skipped.
+        parts = [part for part in PurePosixPath(path).parts if part not in ("/", "..")]
+        for depth in range(len(parts), -1, -1):
+            group = root.joinpath(*parts[:depth])
+            try:
+                headroom = int((group / limit).read_text()) - int((group / usage).read_text())
+            except (OSError, ValueError):  # no such group, or no limit ("max")
+                continue
+            # The page cache counts as usage, but the kernel drops it before it enforces the limit.
+            with suppress(OSError, ValueError):
+                statistics = dict(entry.split() for entry in (group / "memory.stat").read_text().splitlines())
+                headroom += sum(int(statistics.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+            yield headroom

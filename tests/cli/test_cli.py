@@ -45,7 +45,7 @@ class TestConvert:
         assert {path.name for path in Path.cwd().iterdir()} == {"out.gguf", "report.json"}
         report = json.loads(Path("report.json").read_text())
         assert report.keys() == {
-            "bytes", "bits_per_weight", "linear_bits_per_weight", "types", "layer_errors", "column_scales",
+            "format", "bytes", "bits_per_weight", "linear_bits_per_weight", "types", "layer_errors", "column_scales",
             "norm_shifts", "validation", "seconds", "refinement", "fingerprint",
         }  # fmt: skip
         assert report["fingerprint"] == fingerprint(Path("out.gguf"))

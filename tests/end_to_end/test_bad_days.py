@@ -23,7 +23,7 @@ from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.options import Options
 from d2q_edge.pipeline import block_loop, solver, work_dir
 from d2q_edge.pipeline.work_dir import WorkDir
-from d2q_edge.utils import durable
+from d2q_edge.utils import files
 from tests.checkpoints import write_checkpoint
 from tests.interruption import interrupt_after
 
@@ -85,7 +85,7 @@ class TestDisk:
         [
             (work_dir, "save_file", "No space left on device.*free some disk space and run the same command"),
             (gguf_writer, "encode", "the disk is full: .* free some space and run the same command"),
-            (durable, "replace", "No space left on device|the disk is full"),
+            (files, "replace", "No space left on device|the disk is full"),
         ],
         ids=["block", "output", "rename"],
     )

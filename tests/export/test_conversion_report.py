@@ -1,4 +1,4 @@
-"""Finding what a conversion wrote about a file."""
+"""Reports of conversions: format, fingerprint, and finding the one that belongs to a file."""
 
 import hashlib
 import json
@@ -10,7 +10,14 @@ import pytest
 
 from d2q_edge.errors import D2QError
 from d2q_edge.evaluation.report.page import page
-from d2q_edge.export.conversion_report import PIECE, beside, find_report, fingerprint, read_report
+from d2q_edge.export.conversion_report import (
+    FORMAT,
+    PIECE,
+    beside,
+    find_report,
+    fingerprint,
+    read_report,
+)
 from d2q_edge.formats.gguf_reader import GGUFFile
 from tests.conftest import ExampleFiles
 from tests.evaluation.report.comparisons import comparison, conversion
@@ -38,7 +45,7 @@ def test_beside_the_file(file: GGUFFile) -> None:
 
 
 @pytest.mark.parametrize("content", ['{"bytes": 23}', "{}", "[1]", "nonsense"])
-def test_another_versions_report_beside_it(file: GGUFFile, content: str) -> None:
+def test_unusable_report_beside_it(file: GGUFFile, content: str) -> None:
     beside(file.path).write_text(content)
     assert find_report(file.path, file) is None
 
@@ -98,7 +105,7 @@ class TestFingerprint:
         beside(file.path).write_bytes(named[0].read_bytes())
         assert find_report(file.path, file) is None, "the file has been converted again since"
 
-    def test_older_reports(self, file: GGUFFile, tmp_path: Path) -> None:
+    def test_reports_without_a_fingerprint(self, file: GGUFFile, tmp_path: Path) -> None:
         """Without a fingerprint, the size has to do, unless another report is surely about the file."""
         older = report(tmp_path / "older.json", file.size, "older")
         found = find_report(file.path, file, [older])
@@ -106,6 +113,32 @@ class TestFingerprint:
         report(beside(file.path), file.size, "own", fingerprint=fingerprint(file.path))
         found = find_report(file.path, file, [older])
         assert found is not None and found["mark"] == "own"
+
+
+class TestFormat:
+    def test_number_comes_first(self, example_files: ExampleFiles) -> None:
+        assert next(iter(example_files.reports[2].to_json().items())) == ("format", FORMAT) == ("format", 2)
+
+    def test_current(self, tmp_path: Path) -> None:
+        values = {"format": FORMAT, **conversion(), "bytes": 5}
+        (tmp_path / "x.json").write_text(json.dumps(values))
+        assert read_report(tmp_path / "x.json") == values
+        with pytest.raises(D2QError, match="its validation can't be what convert"):
+            read_report(report(tmp_path / "y.json", 5, format=FORMAT, validation=0.5))
+
+    def test_first_format_says_held_back(self, tmp_path: Path) -> None:
+        values = {**conversion(), "bytes": 5}
+        older = {"held_back" if key == "validation" else key: value for key, value in values.items()}
+        assert "validation" not in older
+        (tmp_path / "x.json").write_text(json.dumps(older))
+        assert read_report(tmp_path / "x.json") == values
+        with pytest.raises(D2QError, match="its validation can't be what convert"):
+            read_report(report(tmp_path / "y.json", 5, held_back=0.5))
+
+    @pytest.mark.parametrize("number", [3, "2", None, [], 0])
+    def test_unknown(self, tmp_path: Path, number: Any) -> None:
+        with pytest.raises(D2QError, match=r"x.json has a format that this version of d2q-edge doesn't know; update"):
+            read_report(report(tmp_path / "x.json", 5, format=number))
 
 
 class TestMalformed:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -91,22 +91,24 @@ def test_what_a_file_holds(make_checkpoint: Make, tmp_path: Path, capsys: pytest
     assert file.kv["general.size_label"] in file_name(checkpoint, family_for(checkpoint.config), "D2Q2")
 
 
-def test_a_stack_is_loaded_part_by_part(make_checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+class NotingCheckpoint(Checkpoint):
+    """A checkpoint that notes what is loaded."""
+
+    loaded: ClassVar[list[str]] = []
+
+    def tensor(self, name: str) -> torch.Tensor:
+        self.loaded.append(name)
+        return super().tensor(name)
+
+
+def test_a_stack_is_loaded_part_by_part(make_checkpoint: Make) -> None:
     """At no time is more than one expert in memory."""
-    checkpoint = Checkpoint.open(make_checkpoint("olmoe"))
+    checkpoint = NotingCheckpoint.open(make_checkpoint("olmoe"))
     tensors = model_tensors(checkpoint, family_for(checkpoint.config), "f16")
     (down,) = (tensor for tensor in tensors if tensor.name == "blk.0.ffn_down_exps.weight")
-    loaded: list[str] = []
-    original = Checkpoint.tensor
-
-    def tensor(self: Checkpoint, name: str) -> torch.Tensor:
-        loaded.append(name)
-        return original(self, name)
-
-    monkeypatch.setattr(Checkpoint, "tensor", tensor)
     assert len(down.parts) == 6
     down.parts[4].load()
-    assert loaded == ["model.layers.0.mlp.experts.4.down_proj.weight"]
+    assert NotingCheckpoint.loaded == ["model.layers.0.mlp.experts.4.down_proj.weight"]
     whole, part = encode(down).view(np.float16), encode(down.parts[4])
     np.testing.assert_array_equal(whole[4], part)
     assert part.any()
@@ -156,7 +158,7 @@ def test_rounded_files(make_checkpoint: Make, tmp_path: Path, family: str, confi
     bound = family_for(checkpoint.config)
     weights: dict[str, torch.Tensor] = {}
     dequantized = {name: file.dequantize(name) for name in file.tensors}
-    for name, kind in done.plan.linears.items():
+    for name, kind in done.types.linears.items():
         search = CodebookSearch(tensor_types.BY_NAME[kind], torch.device("cpu"))
         rounded = round_layer(checkpoint.tensor(name), search).weights.numpy()
         found = dequantized[bound.gguf_name(name)]
@@ -165,7 +167,7 @@ def test_rounded_files(make_checkpoint: Make, tmp_path: Path, family: str, confi
             found = found[int(name.split(".")[5])]
         np.testing.assert_allclose(found, rounded, rtol=1e-3, atol=1e-6)
         weights[name] = torch.from_numpy(found)
-    for table in done.plan.tables:
+    for table in done.types.tables:
         weights[table] = torch.from_numpy(dequantized[bound.gguf_name(table)])
     original, expected = log_probabilities(checkpoint, {}), log_probabilities(checkpoint, weights)
     divergences = (expected.exp() * (expected - file_logits(out).log_softmax(-1))).sum(-1)

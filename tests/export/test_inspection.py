@@ -1,8 +1,9 @@
-"""What inspect says about files of ours, stock files, and files with things that it can't know."""
+"""Summaries of files of ours, stock files, and odd ones."""
 
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -31,11 +32,9 @@ NORMS = 4 * (2 * 256 + 2 * 64) + 256
 BIASES = 5 * 256
 
 
-@pytest.fixture(autouse=True)
-def loads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trying takes a second each time, so that only the tests that are about it do."""
-    if "tries" not in request.node.name:
-        monkeypatch.setattr(inspection, "why_not", lambda _: None)
+def summarize(path: Path) -> dict[str, Any]:
+    """Inspect a file without the trial load, which takes a second."""
+    return inspect(path, try_to_load=False)
 
 
 def write(path: Path, *, architecture: str = "llama", **text: str) -> Path:
@@ -52,39 +51,39 @@ def write(path: Path, *, architecture: str = "llama", **text: str) -> Path:
 
 
 def test_own_file(example_files: ExampleFiles) -> None:
-    facts = inspect(example_files.d2q2)
-    assert list(facts) == KEYS
-    assert facts["file"] == str(example_files.d2q2)
-    assert (facts["architecture"], facts["name"]) == ("qwen3", "Tiny Qwen3")
-    assert facts["bytes"] == example_files.d2q2.stat().st_size
-    assert facts["parameters"] == LINEAR + NORMS + BIASES + 4096 * 256
-    assert facts["types"] == {
+    summary = summarize(example_files.d2q2)
+    assert list(summary) == KEYS
+    assert summary["file"] == str(example_files.d2q2)
+    assert (summary["architecture"], summary["name"]) == ("qwen3", "Tiny Qwen3")
+    assert summary["bytes"] == example_files.d2q2.stat().st_size
+    assert summary["parameters"] == LINEAR + NORMS + BIASES + 4096 * 256
+    assert summary["types"] == {
         "q5_k": {"tensors": 1, "bytes": 4096 * 256 * 176 // 256, "elements": 4096 * 256},
         "d2q2": {"tensors": 28, "bytes": LINEAR * 74 // 256, "elements": LINEAR},
         "f32": {"tensors": 22, "bytes": (NORMS + BIASES) * 4, "elements": NORMS + BIASES},
     }
-    assert list(facts["types"]) == ["d2q2", "q5_k", "f32"], "largest first"
-    assert facts["bits_per_weight"] == 8 * sum(t["bytes"] for t in facts["types"].values()) / facts["parameters"]
-    assert facts["norm_biases"] == 5
-    assert (facts["recipe"]["bits"], facts["recipe"]["method"]) == (2, "gptaq")
-    assert facts["table_sha256"] == TABLE_SHA256
-    assert facts["parts"] == {
+    assert list(summary["types"]) == ["d2q2", "q5_k", "f32"], "largest first"
+    assert summary["bits_per_weight"] == 8 * sum(t["bytes"] for t in summary["types"].values()) / summary["parameters"]
+    assert summary["norm_biases"] == 5
+    assert (summary["recipe"]["bits"], summary["recipe"]["method"]) == (2, "gptaq")
+    assert summary["table_sha256"] == TABLE_SHA256
+    assert summary["parts"] == {
         "blocks": {
             "tensors": 28 + 16 + 4,
             "bytes": LINEAR * 74 // 256 + (NORMS + BIASES - 512) * 4,
             "elements": LINEAR + NORMS + BIASES - 512,
         },
-        "embeddings": facts["types"]["q5_k"],
+        "embeddings": summary["types"]["q5_k"],
         "head": {"tensors": 0, "bytes": 0, "elements": 0},
         "other": {"tensors": 2, "bytes": 2 * 256 * 4, "elements": 2 * 256},
     }
-    assert facts["metadata_bytes"] + sum(part["bytes"] for part in facts["parts"].values()) == facts["bytes"]
-    assert facts["biased_norms"] == {"ffn_norm": 4, "output_norm": 1}
+    assert summary["metadata_bytes"] + sum(part["bytes"] for part in summary["parts"].values()) == summary["bytes"]
+    assert summary["biased_norms"] == {"ffn_norm": 4, "output_norm": 1}
     matrices = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-    assert facts["layers"] == {matrix: {"d2q2": 4} for matrix in matrices}
-    assert facts["context_length"] == 2048
-    assert str(facts["quantized_by"]).startswith("d2q-edge ")
-    assert facts["split"] is None
+    assert summary["layers"] == {matrix: {"d2q2": 4} for matrix in matrices}
+    assert summary["context_length"] == 2048
+    assert str(summary["quantized_by"]).startswith("d2q-edge ")
+    assert summary["split"] is None
 
 
 @pytest.mark.parametrize(
@@ -109,15 +108,15 @@ def test_parts(name: str, part: str) -> None:
 
 
 def test_stock_file(example_files: ExampleFiles) -> None:
-    facts = inspect(example_files.f16)
-    assert list(facts) == KEYS
-    assert facts["types"].keys() == {"f16", "f32"}
-    assert facts["recipe"] is facts["table_sha256"] is None
-    assert "recipe" not in describe(facts)
+    summary = summarize(example_files.f16)
+    assert list(summary) == KEYS
+    assert summary["types"].keys() == {"f16", "f32"}
+    assert summary["recipe"] is summary["table_sha256"] is None
+    assert "recipe" not in describe(summary)
     # gguf-py's own reader.
     tensors = gguf.GGUFReader(example_files.f16).tensors
-    assert sum(entry["bytes"] for entry in facts["types"].values()) == sum(int(t.n_bytes) for t in tensors)
-    assert facts["parameters"] == sum(int(t.n_elements) for t in tensors)
+    assert sum(entry["bytes"] for entry in summary["types"].values()) == sum(int(t.n_bytes) for t in tensors)
+    assert summary["parameters"] == sum(int(t.n_elements) for t in tensors)
 
 
 def test_files_of_any_architecture(pristine_tree: Path) -> None:
@@ -125,12 +124,12 @@ def test_files_of_any_architecture(pristine_tree: Path) -> None:
     files = sorted((pristine_tree / "vendor/llama.cpp/models").glob("*.gguf"), key=lambda path: path.stat().st_size)
     assert len(files) > 10
     for path in files[:2]:
-        facts = inspect(path)
-        assert list(facts) == KEYS
-        assert facts["bytes"] == facts["metadata_bytes"] == path.stat().st_size
+        summary = summarize(path)
+        assert list(summary) == KEYS
+        assert summary["bytes"] == summary["metadata_bytes"] == path.stat().st_size
         expected = gguf.GGUFReader(path).fields["general.architecture"].contents()
-        assert facts["architecture"] == expected
-        assert expected in describe(facts)
+        assert summary["architecture"] == expected
+        assert expected in describe(summary)
 
 
 def test_one_part_of_a_split_file(tmp_path: Path) -> None:
@@ -140,9 +139,9 @@ def test_one_part_of_a_split_file(tmp_path: Path) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    facts = inspect(tmp_path / "a.gguf")
-    assert facts["split"] == {"part": 2, "of": 3}
-    assert "part 2 of 3 of a split file" in describe(facts)
+    summary = summarize(tmp_path / "a.gguf")
+    assert summary["split"] == {"part": 2, "of": 3}
+    assert "part 2 of 3 of a split file" in describe(summary)
 
 
 def test_mixed_types(tmp_path: Path) -> None:
@@ -154,9 +153,9 @@ def test_mixed_types(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    facts = inspect(tmp_path / "a.gguf")
-    assert facts["layers"] == {"attn_v": {"f16": 2, "f32": 1}}
-    assert "  attn_v: 2 x f16, 1 x f32" in describe(facts).splitlines()
+    summary = summarize(tmp_path / "a.gguf")
+    assert summary["layers"] == {"attn_v": {"f16": 2, "f32": 1}}
+    assert "  attn_v: 2 x f16, 1 x f32" in describe(summary).splitlines()
     assert inspection.allocation(GGUFFile(tmp_path / "a.gguf")) == {"attn_v": {0: "f16", 1: "f32", 2: "f16"}}
 
 
@@ -164,9 +163,9 @@ class TestRuntime:
     def test_tries_files_that_it_can_run(self, example_files: ExampleFiles) -> None:
         require_runtime()
         for path in (example_files.d2q2, example_files.f16):
-            facts = inspect(path)
-            assert facts["runtime"] == {"version": runtime.info().version, "runs": True, "reason": None}
-            assert describe(facts).splitlines()[-1].endswith("can run it")
+            summary = inspect(path)
+            assert summary["runtime"] == {"version": runtime.info().version, "runs": True, "reason": None}
+            assert describe(summary).splitlines()[-1].endswith("can run it")
 
     def test_tries_files_that_it_cannot_run(self, example_files: ExampleFiles, tmp_path: Path) -> None:
         require_runtime()
@@ -177,13 +176,12 @@ class TestRuntime:
         other.write_bytes(content.replace(TABLE_SHA256.encode(), b"0" * 64, 1))
         unknown = write(tmp_path / "unknown.gguf", architecture="nosuch")
         for path, said in ((missing, "blk.3.attn_q.weight"), (other, "codebook tables"), (unknown, "nosuch")):
-            facts = inspect(path)
-            assert facts["runtime"]["runs"] is False
-            assert said in facts["runtime"]["reason"], facts["runtime"]
-            assert said in describe(facts).splitlines()[-1]
+            summary = inspect(path)
+            assert summary["runtime"]["runs"] is False
+            assert said in summary["runtime"]["reason"], summary["runtime"]
+            assert said in describe(summary).splitlines()[-1]
 
     def test_tries_what_makes_it_crash(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(trial_load, "TIMEOUT", 60)
         code = "import os,sys; print('x.cpp:1: GGML_ASSERT(false) failed', file=sys.stderr); os.abort()"
         start = subprocess.run
         monkeypatch.setattr(subprocess, "run", lambda command, **options: start([command[0], "-c", code], **options))
@@ -196,29 +194,29 @@ class TestRuntime:
         assert "is not installed: run `d2q-edge runtime install`" in str(trial_load.attempt(example_files.f16))
 
     def test_is_not_asked(self, example_files: ExampleFiles) -> None:
-        facts = inspect(example_files.f16, try_to_load=False)
-        assert facts["runtime"] == {"version": None, "runs": None, "reason": None}
-        assert "runtime" not in describe(facts)
+        summary = inspect(example_files.f16, try_to_load=False)
+        assert summary["runtime"] == {"version": None, "runs": None, "reason": None}
+        assert "runtime" not in describe(summary)
 
 
 @pytest.mark.parametrize("recipe", ["{", "[1]", '"text"'])
 def test_odd_files(tmp_path: Path, recipe: str) -> None:
-    facts = inspect(write(tmp_path / "a.gguf", d2q__recipe=recipe))
-    assert facts["norm_biases"] == 1
-    assert facts["name"] is facts["recipe"] is None
-    assert describe(facts).startswith(f"{tmp_path / 'a.gguf'}: unnamed (llama)\n")
+    summary = summarize(write(tmp_path / "a.gguf", d2q__recipe=recipe))
+    assert summary["norm_biases"] == 1
+    assert summary["name"] is summary["recipe"] is None
+    assert describe(summary).startswith(f"{tmp_path / 'a.gguf'}: unnamed (llama)\n")
 
 
 def test_file_without_tensors(tmp_path: Path) -> None:
     path = tmp_path / "empty.gguf"
     path.write_bytes(b"GGUF" + (3).to_bytes(4, "little") + bytes(16))
-    facts = inspect(path)
-    assert (facts["parameters"], facts["bits_per_weight"], facts["types"]) == (0, 0.0, {})
-    assert "unknown architecture" in describe(facts)
+    summary = summarize(path)
+    assert (summary["parameters"], summary["bits_per_weight"], summary["types"]) == (0, 0.0, {})
+    assert "unknown architecture" in describe(summary)
 
 
 def test_description(example_files: ExampleFiles) -> None:
-    lines = describe(inspect(example_files.d2q2)).splitlines()
+    lines = describe(summarize(example_files.d2q2)).splitlines()
     assert lines[0].endswith("d2q2.gguf: Tiny Qwen3 (qwen3)")
     assert lines[1].startswith(f"{example_files.d2q2.stat().st_size:,} bytes, 4,198,400 parameters, 3.1")
     assert lines[3].split() == ["type", "tensors", "bytes", "bits/weight", "share"]
@@ -232,12 +230,12 @@ def test_description(example_files: ExampleFiles) -> None:
     assert len({len(line) for line in [*lines[3:7], *lines[8:13]]}) == 1, "columns line up"
 
 
-def test_names_of_strangers_do_not_steer_the_terminal(tmp_path: Path) -> None:
-    text = describe(inspect(write(tmp_path / "a.gguf", general__name="a\x1b[2Jb\nc")))
+def test_untrusted_names_do_not_control_the_terminal(tmp_path: Path) -> None:
+    text = describe(summarize(write(tmp_path / "a.gguf", general__name="a\x1b[2Jb\nc")))
     assert text.startswith(f"{tmp_path / 'a.gguf'}: a\\x1b[2Jb\\nc (llama)\n")
 
 
 def test_not_a_gguf(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("something else, long enough for a header")
     with pytest.raises(D2QError, match="isn't a GGUF file"):
-        inspect(tmp_path / "a")
+        summarize(tmp_path / "a")

@@ -42,17 +42,17 @@ def test_of_our_file(example_files: ExampleFiles) -> None:
     assert data["quantized_by"] == "d2q-edge"
     assert set(data.get("tags") or []) == {"gguf", "d2q-edge", "quantized", "d2q2"}
     assert data.get("base_model") is None, "nobody knows what it was made of"
-    facts = inspect(example_files.d2q2, try_to_load=False)
-    assert f"# Tiny Qwen3 in {facts['bits_per_weight']:.2f} bits per weight" in card.content
-    assert f"| d2q2.gguf | {facts['bytes']:,} | {facts['bits_per_weight']:.3f} |" in card.content
-    for name, entry in facts["types"].items():
+    summary = inspect(example_files.d2q2, try_to_load=False)
+    assert f"# Tiny Qwen3 in {summary['bits_per_weight']:.2f} bits per weight" in card.content
+    assert f"| d2q2.gguf | {summary['bytes']:,} | {summary['bits_per_weight']:.3f} |" in card.content
+    for name, entry in summary["types"].items():
         assert f"| {name} | {entry['tensors']} | {entry['bytes']:,} |" in card.content
     assert "our types (d2q2), which stock llama.cpp and programs built on it refuse to load" in card.content
     assert "d2q-edge chat d2q2.gguf" in card.content
     assert "on 2,048 tokens of calibration text that were held back: **0.2123** ± 0.0054" in card.content
     assert "the same in 81.2% of them" in card.content
     assert "from 0.2100 to 0.1900" in card.content
-    assert f"| calibration_sha256 | {facts['recipe']['calibration_sha256']} |" in card.content
+    assert f"| calibration_sha256 | {summary['recipe']['calibration_sha256']} |" in card.content
     assert text.endswith("\n") and not text.endswith("\n\n")
 
 

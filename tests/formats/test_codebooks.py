@@ -16,12 +16,12 @@ from d2q_edge.formats.codebooks import (
     SCALAR_TABLE,
     TABLE_FILE,
     TABLE_SHA256,
-    format_tables,
     load_tables,
     parse_tables,
     table_sha256,
 )
 from tests.paths import ROOT
+from tools.learn_tables import format_tables
 
 HEADER = ROOT / "cpp_patch" / "src" / "d2q-tables.h"
 GENERATOR = ROOT / "tools" / "generate_tables.py"

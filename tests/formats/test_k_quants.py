@@ -21,11 +21,9 @@ STEP = {"q4_k": 1 / 15, "q5_k": 1 / 31, "q6_k": 1 / 32}
 twice this."""
 
 
-def encode(name: str, weights: F32, importance: F32 | None = None) -> npt.NDArray[np.uint8]:
+def encode(name: str, weights: F32) -> npt.NDArray[np.uint8]:
     """On the CPU, from numpy to numpy."""
-    packed: npt.NDArray[np.uint8] = k_quants.encode(
-        name, torch.from_numpy(weights), None if importance is None else torch.from_numpy(importance)
-    ).numpy()
+    packed: npt.NDArray[np.uint8] = k_quants.encode(name, torch.from_numpy(weights)).numpy()
     return packed
 
 
@@ -34,10 +32,9 @@ def decode(name: str, packed: npt.NDArray[np.uint8]) -> F32:
     return values
 
 
-def relative_error(name: str, weights: F32, importance: F32 | None = None, measure: F32 | None = None) -> float:
-    square = np.square(decode(name, encode(name, weights, importance)) - weights.astype(np.float64))
-    w = np.ones(weights.shape[1]) if measure is None else measure
-    return float((square * w).sum() / (np.square(weights.astype(np.float64)) * w).sum())
+def relative_error(name: str, weights: F32) -> float:
+    square = np.square(decode(name, encode(name, weights)) - weights.astype(np.float64))
+    return float(square.sum() / np.square(weights.astype(np.float64)).sum())
 
 
 def gaussian(rows: int, columns: int, seed: int = 0) -> F32:
@@ -177,30 +174,6 @@ def test_weights_beyond_every_scale_stay_finite(name: str, row: str) -> None:
 
 
 @each_type
-def test_importance_is_by_column(name: str) -> None:
-    """Three blocks per row and more rows than one piece holds, so that a wrong column would show."""
-    weights = gaussian(k_quants.PIECE // 768 + 5, 768, seed=3)
-    importance = np.random.default_rng(4).lognormal(0, 2, 768).astype(np.float32)
-    weighted = relative_error(name, weights, importance, importance)
-    assert weighted < 0.85 * relative_error(name, weights, None, importance)
-    whole = encode(name, weights, importance)
-    np.testing.assert_array_equal(whole[-3:], encode(name, weights[-3:], importance))
-    np.testing.assert_array_equal(whole, encode(name, weights, importance * np.float32(64)))
-
-
-@each_type
-def test_importance_zero(name: str) -> None:
-    weights = gaussian(8, 512, seed=5)
-    importance = np.ones(512, np.float32)
-    importance[:256] = 0
-    np.testing.assert_array_equal(encode(name, weights, importance), encode(name, weights))
-    importance[0] = 1
-    found = decode(name, encode(name, weights, importance))
-    assert np.abs(found[:, 0] - weights[:, 0]).mean() < 0.01
-    assert np.isfinite(found).all()
-
-
-@each_type
 def test_pieces_do_not_show(name: str) -> None:
     weights = gaussian(k_quants.PIECE // 256 + 3, 256, seed=6)
     whole = encode(name, weights)
@@ -212,12 +185,11 @@ def test_pieces_do_not_show(name: str) -> None:
 def test_threads_do_not_show(name: str) -> None:
     """Nor does the encoder's way of using them."""
     weights = gaussian(2 * k_quants.PIECE // 512 + 3, 512, seed=8)
-    importance = np.random.default_rng(9).lognormal(0, 1, 512).astype(np.float32)
-    expected = encode(name, weights, importance)
+    expected = encode(name, weights)
     threads, elsewhere = torch.get_num_threads(), []
     try:
         torch.set_num_threads(3)
-        np.testing.assert_array_equal(encode(name, weights, importance), expected)
+        np.testing.assert_array_equal(encode(name, weights), expected)
         other = Thread(target=lambda: elsewhere.append(torch.get_num_threads()))
         other.start()
         other.join()
@@ -238,16 +210,14 @@ def test_weights_stay(name: str, rows: int) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @each_type
-@pytest.mark.parametrize("weighted", [False, True])
-def test_on_a_gpu(name: str, weighted: bool) -> None:
+def test_on_a_gpu(name: str) -> None:
     """What it decodes to is the same, but where two candidates are equally good up to rounding; in several pieces."""
     weights = torch.from_numpy(gaussian(k_quants.GPU_PIECE // 768 + 5, 768, seed=11))
-    importance = torch.from_numpy(np.random.default_rng(12).lognormal(0, 1, 768).astype(np.float32))
     for dtype in (torch.float32, torch.bfloat16):
         rows = weights.to(dtype)
-        found = k_quants.encode(name, rows.cuda(), importance.cuda() if weighted else None)
+        found = k_quants.encode(name, rows.cuda())
         assert found.device.type == "cuda"
-        expected = k_quants.encode(name, rows, importance if weighted else None)
+        expected = k_quants.encode(name, rows)
         decoded, values = decode(name, found.cpu().numpy()), decode(name, expected.numpy())
         assert (decoded != values).mean() < 1e-3
         assert np.abs(decoded - values).max() < 0.2 * np.abs(values).max()
@@ -272,8 +242,3 @@ def test_wrong_input() -> None:
     for bad in (np.nan, np.inf):
         with pytest.raises(ValueError, match="weights must be finite"):
             encode("q6_k", np.where(np.eye(2, 256) > 0, np.float32(bad), good))
-        with pytest.raises(ValueError, match="256 finite numbers"):
-            encode("q6_k", good, np.full(256, bad, np.float32))
-    for importance in (np.ones(255, np.float32), np.full(256, -1, np.float32), np.ones((2, 256), np.float32)):
-        with pytest.raises(ValueError, match="256 finite numbers"):
-            encode("q5_k", good, importance)

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from d2q_edge.errors import D2QError
-from d2q_edge.formats.pieces import THREADS
 from d2q_edge.model.families import Family, family_for
 from d2q_edge.pipeline import memory
 from d2q_edge.pipeline.memory import GIB, MemoryPlan, plan_memory
@@ -121,7 +120,7 @@ def test_blocks_that_are_read_while_a_table_is_encoded(tmp_path: Path, monkeypat
     needed = [
         plan_memory(family("wide"), 512, 512, CPU, tmp_path / "out.gguf", 16 * block).host for block in (0, 10**7)
     ]
-    assert needed[1] - needed[0] == 2 * THREADS * 10**7
+    assert needed[1] - needed[0] == 2 * 10**7
 
 
 def test_free_memory() -> None:

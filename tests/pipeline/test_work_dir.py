@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from d2q_edge.errors import D2QError
 from d2q_edge.pipeline import work_dir
 from d2q_edge.pipeline.work_dir import BlockWriter, WorkDir, was_published
-from d2q_edge.utils import durable
+from d2q_edge.utils import files
 
 SETTINGS: dict[str, Any] = {"bits": 2, "files": [("a.safetensors", 10)], "recipe": {"seed": 0}}
 BLOCK = {
@@ -148,7 +148,7 @@ def test_a_block_is_not_another_one(output: Path) -> None:
 def test_everything_is_flushed_before_it_counts(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The order of what reaches the disk: content, then name, then the directory's entries."""
     events: list[tuple[str, str]] = []
-    sync, rename = durable.sync, Path.replace
+    sync, rename = files.sync, Path.replace
 
     def note_flush(path: Path) -> None:
         events.append(("flush", path.name))
@@ -158,7 +158,7 @@ def test_everything_is_flushed_before_it_counts(output: Path, monkeypatch: pytes
         events.append(("rename", target.name))
         rename(path, target)
 
-    monkeypatch.setattr(durable, "sync", note_flush)
+    monkeypatch.setattr(files, "sync", note_flush)
     monkeypatch.setattr(Path, "replace", note_rename)
     work = WorkDir(output, SETTINGS)
     work.write_block(0, BLOCK)
@@ -344,7 +344,7 @@ def test_what_a_writer_could_not_write_is_an_error(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(durable, "replace", full)
+    monkeypatch.setattr(files, "replace", full)
     written = []
     with pytest.raises(D2QError, match="No space left"), BlockWriter(work, active=True) as writer:
         for index in range(blocks):

@@ -44,9 +44,8 @@ def bad_target(seed: int, directory: Path) -> None:
         raise D2QError("")
 
 
-def test_what_there_is_to_find_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fuzz, "TIME_LIMIT", 1.0)
-    found = {finding.seed: finding.what for finding in fuzz.run_cases("bad", bad_target, range(9))}
+def test_what_there_is_to_find_is_found() -> None:
+    found = {finding.seed: finding.what for finding in fuzz.run_cases("bad", bad_target, range(9), time_limit=1.0)}
     assert list(found) == [2, 3, 4, 5, 7]
     assert found[2].startswith("ValueError: two lines (test_fuzz.py:")
     assert found[3] == "crash: -6"

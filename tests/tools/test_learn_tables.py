@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from d2q_edge.formats.codebooks import format_tables, parse_tables
+from d2q_edge.formats.codebooks import parse_tables
 from d2q_edge.formats.tensor_types import GROUP
 from tests.checkpoints import EXAMPLE
-from tools import learn_tables
 from tools.learn_tables import (
     PAIRS,
     SCALARS,
@@ -18,7 +17,9 @@ from tools.learn_tables import (
     Encoder,
     Recipe,
     canonical,
+    format_tables,
     learn,
+    main,
     model_blocks,
     synthetic,
     vectors,
@@ -83,18 +84,12 @@ def test_canonical_order_is_exact_and_refuses_fractions() -> None:
         canonical(table + 0.25)
 
 
-def test_command_writes_readable_tables(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name in ("PAIRS", "SCALARS"):
-        tiny = replace(getattr(learn_tables, name), blocks=1, rounds=1, integer_rounds=1)
-        monkeypatch.setattr(learn_tables, name, tiny)
-    monkeypatch.setattr(learn_tables, "TEST_BLOCKS", 1)
+def test_command_writes_readable_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs, scalars = (replace(recipe, blocks=1, rounds=1, integer_rounds=1) for recipe in (PAIRS, SCALARS))
     output = tmp_path / "codebooks.txt"
-    monkeypatch.setattr("sys.argv", ["learn_tables.py", "--model", str(EXAMPLE), "--output", str(output)])
-    learn_tables.main()
+    main(["--model", str(EXAMPLE), "--output", str(output)], (pairs, scalars), test_blocks=1)
     text = output.read_text(encoding="ascii")
-    pairs, scalars = parse_tables(text)
-    assert format_tables(pairs, scalars) == text
-    assert np.unique(pairs).size > 10
+    tables = parse_tables(text)
+    assert format_tables(*tables) == text
+    assert np.unique(tables[0]).size > 10
     assert "TABLE_SHA256" in capsys.readouterr().out

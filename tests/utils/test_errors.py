@@ -1,8 +1,8 @@
-"""How errors are shown."""
+"""How messages are shown on a terminal."""
 
 import pytest
 
-from d2q_edge.errors import LONGEST, D2QError, sentence
+from d2q_edge.errors import MAX_LENGTH, D2QError, sentence
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ def test_sentence(message: str, shown: str) -> None:
 def test_long_message() -> None:
     """The beginning says what is wrong, and the end what to do."""
     shown = sentence(D2QError("what " + "x" * 100_000 + " do"))
-    assert len(shown) == LONGEST
+    assert len(shown) == MAX_LENGTH
     assert shown.startswith("what xxx")
     assert shown.endswith("xxx do")
-    assert sentence(D2QError("y" * LONGEST)) == "y" * LONGEST
+    assert sentence(D2QError("y" * MAX_LENGTH)) == "y" * MAX_LENGTH

@@ -1,4 +1,4 @@
-"""Directories that are not kept: removed at the end, kept while their process runs, swept up when it is gone."""
+"""Atomic files: what is flushed, what a failure leaves. Scratch directories: removed at the end, or after a kill."""
 
 import errno
 import fcntl
@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from d2q_edge.errors import D2QError
-from d2q_edge.utils import scratch
-from d2q_edge.utils.scratch import LOCK, scratch_directory
+from d2q_edge.utils import files
+from d2q_edge.utils.files import LOCK_NAME, scratch_directory
 
 HOLD = """
 import sys
 from pathlib import Path
-from d2q_edge.utils.scratch import scratch_directory
+from d2q_edge.utils.files import scratch_directory
 with scratch_directory(Path(sys.argv[1]), "work-", "") as path:
     (path / "large").write_bytes(bytes(1000))
     print(path, flush=True)
@@ -27,9 +27,53 @@ with scratch_directory(Path(sys.argv[1]), "work-", "") as path:
 """
 
 
+@pytest.fixture
+def flushed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The inodes that are flushed, in order."""
+    inodes: list[int] = []
+    fsync = os.fsync
+
+    def note(handle: int) -> None:
+        inodes.append(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", note)
+    return inodes
+
+
+def test_replace(tmp_path: Path, flushed: list[int]) -> None:
+    partial, path = tmp_path / "x.partial", tmp_path / "x"
+    path.write_text("old")
+    partial.write_text("new")
+    inode = partial.stat().st_ino
+    files.replace(partial, path)
+    assert path.read_text() == "new"
+    assert not partial.exists()
+    assert flushed == [inode, tmp_path.stat().st_ino]
+
+
+@pytest.mark.parametrize("partial", ["absent", "/dev/null"])
+def test_replace_that_fails_changes_nothing(tmp_path: Path, partial: str) -> None:
+    """Flushing a device fails, as flushing a file does whose disk has an error; that is noticed before the rename."""
+    (tmp_path / "x").write_text("old")
+    if partial == "/dev/null":
+        (tmp_path / "device").symlink_to(partial)
+        partial = "device"
+    with pytest.raises(OSError, match=r"No such file|Invalid argument|not supported"):
+        files.replace(tmp_path / partial, tmp_path / "x")
+    assert (tmp_path / "x").read_text() == "old"
+
+
+def test_make_directory(tmp_path: Path, flushed: list[int]) -> None:
+    for _ in range(2):
+        files.make_directory(tmp_path / "a")
+        assert (tmp_path / "a").is_dir()
+    assert flushed == [tmp_path.stat().st_ino] * 2
+
+
 @contextmanager
 def holder(base: Path) -> Iterator[tuple["subprocess.Popen[str]", Path]]:
-    """Another process in its directory; it leaves when its stdin ends."""
+    """Run another process that has a scratch directory; it ends with its stdin."""
     command = [sys.executable, "-c", HOLD, str(base)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -37,7 +81,7 @@ def holder(base: Path) -> Iterator[tuple["subprocess.Popen[str]", Path]]:
         process.kill()
 
 
-def test_is_there_for_the_with_block(tmp_path: Path) -> None:
+def test_exists_during_the_with_block(tmp_path: Path) -> None:
     base = tmp_path / "new" / "base"
     with scratch_directory(base, "work-", "") as path:
         assert path.parent == base and path.name.startswith("work-")
@@ -50,7 +94,7 @@ def test_is_there_for_the_with_block(tmp_path: Path) -> None:
     assert list(base.iterdir()) == []
 
 
-def test_of_running_and_of_killed_processes(tmp_path: Path) -> None:
+def test_directories_of_killed_processes_are_removed(tmp_path: Path) -> None:
     with holder(tmp_path) as (process, held):
         with scratch_directory(tmp_path, "work-", ""):
             assert (held / "large").stat().st_size == 1000, "its process runs"
@@ -63,7 +107,7 @@ def test_of_running_and_of_killed_processes(tmp_path: Path) -> None:
             assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_else_is_there_stays(tmp_path: Path) -> None:
+def test_other_files_stay(tmp_path: Path) -> None:
     (tmp_path / "work-file").write_text("x")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "x").write_text("x")
@@ -77,13 +121,13 @@ def test_what_else_is_there_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("moment", ["before the file", "before the lock", "while it is locked"])
-def test_swept_up_too_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
-    """Another process removes the directory before this one has locked it: then it makes another one."""
+def test_removed_before_it_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    """When another process removes the new directory, another one is made."""
     lock, made = fcntl.flock, tempfile.mkdtemp
     seen: list[str] = []
 
     def remove(path: Path) -> None:
-        (path / LOCK).unlink(missing_ok=True)
+        (path / LOCK_NAME).unlink(missing_ok=True)
         path.rmdir()
 
     def make(**options: str) -> str:
@@ -97,7 +141,7 @@ def test_swept_up_too_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mom
         if len(seen) == 1 and moment == "before the lock":
             remove(Path(seen[0]))
         if len(seen) == 1 and moment == "while it is locked":
-            other = os.open(Path(seen[0]) / LOCK, os.O_RDWR)
+            other = os.open(Path(seen[0]) / LOCK_NAME, os.O_RDWR)
             lock(other, fcntl.LOCK_EX)
             try:
                 lock(handle, operation)
@@ -115,7 +159,7 @@ def test_swept_up_too_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mom
 
 
 def test_where_nothing_can_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It works, and nothing of others is removed, because nobody knows whether they still run."""
+    """Other directories stay, because their processes may still run."""
     (tmp_path / "work-other").mkdir()
 
     def refuse(*_: object) -> None:
@@ -147,7 +191,7 @@ def test_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path) -> tuple[int, bool]:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(scratch, "open_locked", full)
+    monkeypatch.setattr(files, "open_locked", full)
     with (
         pytest.raises(D2QError, match=r"\(No space left on device\); set SOMETHING$"),
         scratch_directory(tmp_path / "new", "work-", "set SOMETHING"),

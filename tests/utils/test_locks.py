@@ -1,4 +1,4 @@
-"""Only one process writes a file: it is told so, before it touches anything, and a lock doesn't outlive its holder."""
+"""Only one process writes a file; another one is refused before it touches anything. A lock ends with its holder."""
 
 import errno
 import fcntl
@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 from d2q_edge.errors import D2QError
-from d2q_edge.utils.output_lock import sole_writer
+from d2q_edge.utils.locks import sole_writer
 from tests.command_line import Result, refused
 from tests.paths import ROOT
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from d2q_edge.utils.output_lock import sole_writer
+from d2q_edge.utils.locks import sole_writer
 with sole_writer(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
@@ -34,7 +34,7 @@ def output(tmp_path: Path) -> Path:
 
 @contextmanager
 def another_process(output: Path) -> Iterator["subprocess.Popen[str]"]:
-    """A process that holds the lock."""
+    """Run a process that holds the lock."""
     command = [sys.executable, "-c", HOLD, str(output)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         try:
@@ -44,7 +44,7 @@ def another_process(output: Path) -> Iterator["subprocess.Popen[str]"]:
             process.kill()
 
 
-def test_nothing_stays(output: Path) -> None:
+def test_lock_file_is_removed(output: Path) -> None:
     for _ in range(2):
         with sole_writer(output):
             assert [path.name for path in output.parent.iterdir()] == ["out.gguf.lock"]
@@ -71,8 +71,8 @@ def test_one_at_a_time(output: Path) -> None:
     assert list(output.parent.iterdir()) == []
 
 
-def test_the_holder_may_end_between_opening_and_locking(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then the locked file is a deleted one, which keeps nobody else out: it has to be made again."""
+def test_holder_ends_between_open_and_flock(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the locked file is a deleted one, which keeps nobody out: it is opened again."""
     lock, real = output.with_name("out.gguf.lock"), fcntl.flock
     locked: list[int] = []
 
@@ -100,7 +100,7 @@ def test_file_systems_without_locks(output: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_no_place_for_a_lock(tmp_path: Path) -> None:
-    """Whoever writes finds out what is wrong, and says it better."""
+    """Writing the output fails with a better message."""
     with sole_writer(tmp_path / "none" / "out.gguf"):
         pass
     assert list(tmp_path.iterdir()) == []

@@ -40,7 +40,7 @@ from d2q_edge.pipeline.output import Content, Output
 from d2q_edge.pipeline.type_plan import make_plan
 from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.rtn import round_layer
-from d2q_edge.runtime import run_tool
+from d2q_edge.runtime.tools import INSTALLED, Tools
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-qwen3"
 OURS = {"d2q2": 2, "d2q3": 3}
@@ -123,12 +123,12 @@ def make_files(model: Path, out: Path) -> dict[str, Path]:
     """The model in every type, by the type's name."""
     f16, imatrix = out / "f16.gguf", out / "imatrix.gguf"
     export(model, f16, "f16", force=True)
-    run_tool("llama-imatrix", "-m", f16, "-f", BUILTIN["calibration"], "-o", imatrix, "-c", 128, "--chunks", 1)
+    INSTALLED.run("llama-imatrix", "-m", f16, "-f", BUILTIN["calibration"], "-o", imatrix, "-c", 128, "--chunks", 1)
     files = {}
     for name in STOCK:
         files[name] = out / f"{name}.gguf"
         tables = ("--token-embedding-type", "q8_0", "--output-tensor-type", "q8_0")
-        run_tool("llama-quantize", "--pure", "--imatrix", imatrix, *tables, f16, files[name], name.upper())
+        INSTALLED.run("llama-quantize", "--pure", "--imatrix", imatrix, *tables, f16, files[name], name.upper())
     checkpoint = Checkpoint.open(model)
     family = family_for(checkpoint.config)
     for name, bits in OURS.items():
@@ -142,14 +142,14 @@ def make_files(model: Path, out: Path) -> dict[str, Path]:
     return files
 
 
-def measure(files: dict[str, Path], settings: Settings) -> Times:
+def measure(files: dict[str, Path], settings: Settings, tools: Tools = INSTALLED) -> Times:
     """Run llama-bench on every variant in turn."""
     runs: dict[Variant, Sequence[object]] = {
         (name, repack): ("-m", path, "--repack", int(repack))
         for name, path in files.items()
         for repack in ((True, False) if name in REPACKED else (True,))
     }
-    return run_rounds(runs, settings)
+    return run_rounds(runs, settings, tools)
 
 
 def ratios(rounds: list[dict[Variant, float]]) -> dict[str, float]:

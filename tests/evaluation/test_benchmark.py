@@ -103,6 +103,7 @@ def small(make_checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
     return tmp_path / "small.gguf"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Q2_K", "iq2_xs"])
 def test_stock_file_is_the_same_model(small: Path, name: str) -> None:
     require_tool("llama-quantize")

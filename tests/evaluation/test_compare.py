@@ -32,6 +32,7 @@ QUICK = Settings(chunks=3, context=128, speed=False)
 QUICKEST = Settings(chunks=1, context=64, speed=False)
 
 
+@pytest.mark.slow
 class TestNumbers:
     @pytest.fixture(scope="class")
     @staticmethod

@@ -47,6 +47,7 @@ def measured(example_files: ExampleFiles, text: Path) -> Evaluation:
     return evaluate(example_files.d2q2, example_files.f16, str(text), CHUNKS)
 
 
+@pytest.mark.slow
 class TestAgainstTheTool:
     @pytest.fixture(scope="class")
     @staticmethod
@@ -114,6 +115,7 @@ class TestAgainstTheTool:
         assert measured.top1_agreement * 100 == pytest.approx(float(found[1]), abs=100 / (255 * CHUNKS) + 1e-3)
 
 
+@pytest.mark.slow
 class TestAgainstTorch:
     @pytest.mark.parametrize(
         ("file", "chunks", "tolerance"), [("f16", 4, 5e-4), ("d2q2", 64, 5e-3), ("d2q3", 64, 5e-3)]

@@ -42,6 +42,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tools: Tools) -> Path
     return tmp_path / "cache"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pure", [False, True])
 def test_as_by_hand(
     example_files: ExampleFiles, text: Path, tmp_path: Path, cache: Path, tools: Tools, pure: bool
@@ -75,6 +76,7 @@ def test_matrix_is_kept(example_files: ExampleFiles, text: Path, cache: Path, to
         without_tools.importance_matrix()
 
 
+@pytest.mark.slow
 def test_failures(example_files: ExampleFiles, text: Path, tmp_path: Path, cache: Path, tools: Tools) -> None:
     short, target = tmp_path / "short.txt", tmp_path / "x.gguf"
     short.write_text("Too short.")
@@ -91,6 +93,7 @@ def test_failures(example_files: ExampleFiles, text: Path, tmp_path: Path, cache
         replace(quantizer, original=tmp_path / "none.gguf").quantize("Q2_K", target)
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_left_is_removed(
     example_files: ExampleFiles, text: Path, cache: Path, tools: Tools
 ) -> None:

@@ -83,6 +83,7 @@ def test_generated_widths_fit_blocks(tmp_path: Path) -> None:
         bench_model.generate_checkpoint(tmp_path / "model", Shape(1, 256, 500))
 
 
+@pytest.mark.slow
 def test_tiny_model(tmp_path: Path) -> None:
     for tool in ("llama-quantize", "llama-imatrix", "llama-bench"):
         require_tool(tool)

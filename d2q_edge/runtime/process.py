@@ -125,11 +125,12 @@ class _Steps:
         """Go to the last step that the output counts."""
         if totals := TOTAL.findall(output):
             self._announced = int(totals[-1])
-        if not (counters := STEP.findall(output)):
+        counters = STEP.findall(output)
+        if not counters and self._progress is not None:
             return
-        step, total, percent = counters[-1]
+        step, total, percent = counters[-1] if counters else ("0", "", "")
         count = 100 if percent else int(total or self._announced)
-        if int(step) > count:
+        if not count or int(step) > count:
             return
         # A build can count several times: one program after the other, or once more after CMake has run again.
         if self._progress is None or self._progress.total != count or int(step) < self._progress.done:

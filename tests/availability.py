@@ -29,7 +29,7 @@ def require_runtime() -> None:
 def require_tool(name: str) -> Path:
     """The path of one of llama.cpp's tools, built from the patched tree."""
     try:
-        return runtime.find_tool(name)
+        return runtime.Tools().find(name)
     except D2QError as error:
         unavailable(str(error))
 

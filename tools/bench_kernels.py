@@ -1,9 +1,8 @@
-"""Compare the speed of our dot products with stock llama.cpp's, in one process, interleaved.
+"""Compare the speed of our dot products with stock llama.cpp's, interleaved in one process.
 
-Compiles ggml's own kernels and ours from the patched source (tools/bench_kernels.c) for the instruction sets of this
-machine: AVX2 only, and native. Prints a table, or with --json a map from instruction set to `type/stock_type` to the
-median ratio of their times over rounds and widths; below 1 ours is faster. --markdown prints the same ratios as the
-README's table. x86 only for now.
+Compiles ggml's kernels and ours from the patched source with tools/bench_kernels.c, for AVX2 only and for this machine
+(x86 only). Prints a table; --json prints a map from instruction set to `type/stock_type` to the median ratio of their
+times over rounds and widths (below 1 ours is faster), --markdown the same ratios as the README's table.
 """
 
 import json
@@ -52,7 +51,7 @@ def compile_bench(tree: Path, target: str, output: Path) -> None:
 
 
 def run_bench(program: Path, columns: int, rounds: int, stream_bytes: int) -> Times:
-    """Nanoseconds per dot product, (cached, streamed), for every type and round."""
+    """Return nanoseconds per dot product, (cached, streamed), for every type and round."""
     arguments = [str(program), str(columns), str(rounds), str(stream_bytes)]
     times: Times = {}
     for line in subprocess.run(arguments, check=True, capture_output=True, text=True).stdout.splitlines():
@@ -62,7 +61,7 @@ def run_bench(program: Path, columns: int, rounds: int, stream_bytes: int) -> Ti
 
 
 def ratios(runs: list[Times], which: int) -> dict[str, float]:
-    """Median over all rounds of ours over stock, for cached (0) or streamed (1) rows."""
+    """Return the median over all rounds of ours over stock, for cached (0) or streamed (1) rows."""
     return {
         f"{ours}/{stock}": statistics.median(
             a[which] / b[which] for times in runs for a, b in zip(times[ours], times[stock], strict=True)
@@ -72,7 +71,7 @@ def ratios(runs: list[Times], which: int) -> dict[str, float]:
 
 
 def print_table(target: str, columns: int, times: Times) -> None:
-    """Medians in nanoseconds and the ratios."""
+    """Print medians in nanoseconds and the ratios."""
     click.echo(f"\n{target}, {columns} columns: nanoseconds per dot product, cached and streamed")
     for name, rounds in times.items():
         cached, streamed = (statistics.median(values) for values in zip(*rounds, strict=True))
@@ -83,7 +82,7 @@ def print_table(target: str, columns: int, times: Times) -> None:
 
 
 def markdown(result: dict[str, dict[str, float]]) -> str:
-    """The ratios as the README has them: a row for each pair of types, a column for each instruction set."""
+    """Format the ratios as the README's table: a row for each pair of types, a column for each instruction set."""
     lines = [f"| time of a dot product | {' | '.join(result)} |", "|---" * (1 + len(result)) + "|"]
     for ours, stock in PAIRS:
         values = " | ".join(f"{seen[f'{ours}/{stock}']:.2f}" for seen in result.values())

@@ -1,15 +1,14 @@
 """Compare the speed of whole models in our types and in stock ones, with llama-bench.
 
-The model is a given checkpoint, or a generated one: blocks of 2048/5632 with random weights, Qwen3 in shape, because
-the bundled tokenizer is one of Qwen3's kind. Stock files are made by llama-quantize, every matrix of the blocks in the
-named type; embeddings and head are Q8_0 in all files. Speed doesn't depend on what the weights are, so that in our
-files a few rows of each layer are encoded and repeated: the search for all of them would take minutes.
+The model is a given checkpoint, or a generated Qwen3 (like the bundled tokenizer) with random weights. Stock files are
+made by llama-quantize, every matrix of the blocks in the same type; embeddings and head are Q8_0 in all files. Speed
+doesn't depend on the weights, so our files have a few encoded rows of each layer, repeated: encoding all of them would
+take minutes.
 
-Types run in turn, for several rounds, so that a busy moment hits all of them alike. Stock types that llama.cpp can
-repack when it loads them are measured in both forms, and the better one counts. Prints tokens per second and ratios of
-times (below 1 ours is faster), or with --json a map from phase and threads, as "prompt-1" or "generation-2", to
-`type/stock_type` to the median ratio of the rounds. --markdown prints the README's table of tokens per second. Needs
-the runtime's tools: `d2q-edge runtime install --tools`.
+Types run in turn, for several rounds, so that a busy moment slows all of them alike. Stock types that llama.cpp can
+repack are measured in both forms, and the better one counts. Prints tokens per second and ratios of times (below 1 ours
+is faster); --json prints a map from phase and threads ("prompt-1") to `type/stock_type` to the median ratio of the
+rounds, --markdown the README's table of tokens per second. Needs `d2q-edge runtime install --tools`.
 """
 
 import contextlib
@@ -40,13 +39,13 @@ from d2q_edge.pipeline.output import Content, Output
 from d2q_edge.pipeline.type_plan import plan_types
 from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.rtn import round_layer
-from d2q_edge.runtime import run_tool
+from d2q_edge.runtime.tools import INSTALLED, Tools
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-qwen3"
 OURS = {"d2q2": 2, "d2q3": 3}
 STOCK = ("q2_K", "iq2_xs", "q3_K", "q4_K", "q4_0")
 REPACKED = ("q2_K", "q4_K", "q4_0")
-"""Those that llama.cpp has interleaved forms of."""
+"""Types that llama.cpp can repack."""
 ENCODED_ROWS = 16
 
 Variant = tuple[str, bool]
@@ -57,14 +56,14 @@ Times = dict[str, list[dict[Variant, float]]]
 
 @dataclass(frozen=True)
 class Shape:
-    """Of the generated model; heads of 128, two queries for each key."""
+    """Shape of the generated model; heads of 128, two query heads for each key head."""
 
     layers: int = 8
     width: int = 2048
     feed_forward: int = 5632
 
     def config(self) -> dict[str, object]:
-        """config.json; the vocabulary is the example's."""
+        """Return its config.json; the vocabulary is the example's."""
         return {
             **json.loads((EXAMPLE / "config.json").read_text("utf-8")),
             "hidden_size": self.width,
@@ -78,7 +77,7 @@ class Shape:
 
 
 class _RepeatedRows(Content):
-    """The checkpoint's tensors; of a layer that is packed, the first rows again and again."""
+    """The checkpoint's tensors; a quantized layer repeats its first rows."""
 
     def __init__(self, checkpoint: Checkpoint, types: dict[str, str]) -> None:
         self.checkpoint, self.types = checkpoint, types
@@ -97,10 +96,10 @@ class _RepeatedRows(Content):
 
 
 def generate_checkpoint(directory: Path, shape: Shape) -> None:
-    """Write a checkpoint of random weights, norms of one, with the example's tokenizer.
+    """Write a checkpoint of random weights, with norm weights of one and the example's tokenizer.
 
     Raises:
-        D2QError: a width that 256 doesn't divide.
+        D2QError: a width is no multiple of 256.
     """
     if shape.width % 256 or shape.feed_forward % 256:
         raise D2QError("the generated model's widths must be multiples of 256, as the stock types' blocks are")
@@ -120,15 +119,15 @@ def generate_checkpoint(directory: Path, shape: Shape) -> None:
 
 
 def make_files(model: Path, out: Path) -> dict[str, Path]:
-    """The model in every type, by the type's name."""
+    """Write the model in every type; return the files by type."""
     f16, imatrix = out / "f16.gguf", out / "imatrix.gguf"
     export(model, f16, "f16", force=True)
-    run_tool("llama-imatrix", "-m", f16, "-f", BUILTIN["calibration"], "-o", imatrix, "-c", 128, "--chunks", 1)
+    INSTALLED.run("llama-imatrix", "-m", f16, "-f", BUILTIN["calibration"], "-o", imatrix, "-c", 128, "--chunks", 1)
     files = {}
     for name in STOCK:
         files[name] = out / f"{name}.gguf"
         tables = ("--token-embedding-type", "q8_0", "--output-tensor-type", "q8_0")
-        run_tool("llama-quantize", "--pure", "--imatrix", imatrix, *tables, f16, files[name], name.upper())
+        INSTALLED.run("llama-quantize", "--pure", "--imatrix", imatrix, *tables, f16, files[name], name.upper())
     checkpoint = Checkpoint.open(model)
     family = family_for(checkpoint.config)
     for name, bits in OURS.items():
@@ -142,20 +141,20 @@ def make_files(model: Path, out: Path) -> dict[str, Path]:
     return files
 
 
-def measure(files: dict[str, Path], settings: Settings) -> Times:
+def measure(files: dict[str, Path], settings: Settings, tools: Tools = INSTALLED) -> Times:
     """Run llama-bench on every variant in turn."""
     runs: dict[Variant, Sequence[object]] = {
         (name, repack): ("-m", path, "--repack", int(repack))
         for name, path in files.items()
         for repack in ((True, False) if name in REPACKED else (True,))
     }
-    return run_rounds(runs, settings)
+    return run_rounds(runs, settings, tools)
 
 
 def ratios(rounds: list[dict[Variant, float]]) -> dict[str, float]:
-    """For every pair of our and a stock type, the median over the rounds of our time over theirs.
+    """Return the median over the rounds of our time over a stock type's, for every pair of types.
 
-    Of a type in two forms, the one that makes the larger ratio counts.
+    Of a type with two forms, the one with the larger ratio counts.
     """
     result = {}
     for ours, stock in product(OURS, STOCK):
@@ -168,17 +167,12 @@ def ratios(rounds: list[dict[Variant, float]]) -> dict[str, float]:
 
 
 def speeds(times: Times, settings: Settings) -> dict[Variant, dict[str, float]]:
-    """Tokens per second of every variant by phase, from the median of the rounds."""
-    phases = sorted(times)
-
-    def speed(variant: Variant, phase: str) -> float:
-        return settings.tokens(phase) / statistics.median(seen[variant] for seen in times[phase])
-
-    return {variant: {phase: speed(variant, phase) for phase in phases} for variant in times[phases[0]][0]}
+    """Return tokens per second of every variant by phase, from the median of the rounds."""
+    return {variant: settings.speeds(times, variant) for variant in next(iter(times.values()))[0]}
 
 
 def markdown(times: Times, settings: Settings) -> str:
-    """Tokens per second as the README has them: a row for each type, of one in two forms the faster of each column."""
+    """Format the README's table: tokens per second of each type, in each column of its faster form."""
     phases = sorted(times, key=lambda phase: (phase.startswith(PROMPT), phase))
     heads = [f"{phase}, {count} thread{'s' * (count != '1')}" for phase, count in (p.split("-") for p in phases)]
     lines = [f"| tokens/s | {' | '.join(heads)} |", "|---" * (1 + len(phases)) + "|"]
@@ -191,7 +185,7 @@ def markdown(times: Times, settings: Settings) -> str:
 
 
 def table(times: Times, settings: Settings) -> str:
-    """Tokens per second, then ratios of times, a column for each phase and number of threads."""
+    """Format tokens per second, then ratios of times, with a column for each phase and number of threads."""
     phases = sorted(times)
     lines = [f"{'tokens/s':18}" + "".join(f"{phase:>14}" for phase in phases)]
     for (name, repack), measured in speeds(times, settings).items():
@@ -205,7 +199,7 @@ def table(times: Times, settings: Settings) -> str:
 
 @contextlib.contextmanager
 def prepared(model: Path | None, shape: Shape, keep: Path | None) -> Iterator[dict[str, Path]]:
-    """The files to be measured, in `keep` if given: made unless a complete set is there from an earlier run."""
+    """Yield the files to measure, in `keep` if given; a complete set of an earlier run is reused."""
     with tempfile.TemporaryDirectory() as work:
         out = Path(work) if keep is None else keep
         out.mkdir(parents=True, exist_ok=True)
@@ -225,14 +219,14 @@ def prepared(model: Path | None, shape: Shape, keep: Path | None) -> Iterator[di
 
 @click.command()
 @click.option("--model", type=click.Path(path_type=Path), help="A Hugging Face model directory, not random weights.")
-@click.option("--layers", default=Shape.layers, show_default=True, help="Of the generated model.")
+@click.option("--layers", default=Shape.layers, show_default=True, help="Number of blocks of the generated model.")
 @click.option("--width", default=Shape.width, show_default=True)
 @click.option("--feed-forward", default=Shape.feed_forward, show_default=True)
 @click.option("--prompt", default=Settings.prompt, show_default=True, help="Tokens of the prompt.")
 @click.option("--generation", default=Settings.generation, show_default=True, help="Tokens to generate.")
 @click.option("--threads", type=int, multiple=True, default=Settings.threads, show_default=True)
 @click.option("--rounds", type=click.IntRange(1), default=Settings.rounds, show_default=True)
-@click.option("--keep", type=click.Path(path_type=Path), help="Keep the files there, and use them in a later run.")
+@click.option("--keep", type=click.Path(path_type=Path), help="Keep the files in this directory for later runs.")
 @click.option("--json", "as_json", is_flag=True, help="Only the ratios, as JSON.")
 @click.option("--markdown", "as_markdown", is_flag=True, help="Only the README's table of tokens per second.")
 def main(

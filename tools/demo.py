@@ -15,7 +15,7 @@ from d2q_edge.conversion import convert
 from d2q_edge.errors import D2QError
 from d2q_edge.evaluation.benchmark import GENERATION, Settings, benchmark
 from d2q_edge.evaluation.perplexity import Evaluation, evaluate
-from d2q_edge.evaluation.stock import make_stock_file
+from d2q_edge.evaluation.stock import StockQuantizer
 from d2q_edge.export.model_file import export
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
@@ -42,7 +42,7 @@ def make_stock_files(f16: Path, out: Path) -> dict[str, Path]:
     """Every matrix in the named type, embeddings and head in Q8_0."""
     files = {name: out / f"{name}.gguf" for name in STOCK}
     for name, file in files.items():
-        make_stock_file(f16, name, file, pure=True)
+        StockQuantizer(f16, pure=True).quantize(name, file)
     return files
 
 

@@ -1,10 +1,10 @@
 """Compare the cycles of our ARM kernels with stock llama.cpp's, as llvm-mca models them.
 
-Compiles ggml's own kernels and ours from the patched source with the cross compiler, takes the loop over the blocks out
-of each function's assembly and asks llvm-mca for its block reciprocal throughput, which is printed per 256 weights (the
-dot product instructions in the loop say how many weights it handles). For the matrix multiplication the loop gives the
-cycles per 256 weights and result; looking up the weights, shared by up to 64 columns, comes on top. With --json a map
-from CPU to `type/stock_type` to the ratio; below 1 ours is faster.
+Compiles ggml's kernels and ours from the patched source with the cross compiler, extracts the loop over the blocks from
+each function's assembly, and runs llvm-mca on it. The block reciprocal throughput is printed per 256 weights; the dot
+product instructions in the loop tell how many weights it handles. For the matrix multiplication it is that of 256
+weights and one result, without the look-up of the weights, which up to 64 columns share. --json prints a map from CPU
+to `type/stock_type` to the ratio; below 1 ours is faster.
 
 llvm-mca before LLVM 16 has no model of the Neoverse N1 of its own and takes the Cortex-A57's.
 """
@@ -30,21 +30,21 @@ OUR_TYPES = ("d2q2", "d2q3", "d2q2_64", "d2q3_64")
 STOCK_TYPES = ("q2_K", "q3_K", "q4_K", "q4_0")
 PAIRS = (("d2q2", "q2_K"), ("d2q3", "q3_K"), ("d2q2_64", "q4_0"), ("d2q3_64", "q4_0"))
 INSTRUCTION_WEIGHTS = {"sdot": 16, "smmla": 32}
-"""Products per instruction: of one vector of bytes; of two rows with two columns."""
+"""Products per instruction: of two vectors of bytes; of two rows with two columns."""
 JUMP = re.compile(r"\t(?:b|b\.?[a-z]{2}|cbn?z|tbn?z)\t(?:.*,\s*)?(\.L\w+)$")
 RELOCATION = re.compile(r":lo12:[\w.+]+|\.L\w+")
 
 
 @dataclass(frozen=True)
 class Loop:
-    """Instructions of a loop without inner loops, and how many weights times columns one turn multiplies."""
+    """Instructions of an innermost loop, and how many weights times columns an iteration multiplies."""
 
     lines: list[str]
     weights: int
 
 
 def assembly(tree: Path, name: str, march: str, output: Path) -> str:
-    """The assembly of one file of ggml/src."""
+    """Compile one file of ggml/src to assembly."""
     ggml = tree / "vendor/llama.cpp/ggml"
     command = [COMPILER, "-std=gnu11", "-O3", "-DNDEBUG", "-D_GNU_SOURCE", "-w", f"-march={march}", "-S"]
     command += [f"-I{ggml / part}" for part in ("include", "src", "src/ggml-cpu")]
@@ -53,7 +53,7 @@ def assembly(tree: Path, name: str, march: str, output: Path) -> str:
 
 
 def innermost_loops(text: str, function: str) -> list[Loop]:
-    """The loops of a function that contain dot product instructions and no other loop.
+    """Return the loops of a function that contain dot product instructions and no other loop.
 
     Raises:
         D2QError: there is no such function or no such loop in it.
@@ -81,7 +81,7 @@ def innermost_loops(text: str, function: str) -> list[Loop]:
 
 
 def cycles(loop: Loop, cpu: str, mca: str) -> float:
-    """Block reciprocal throughput per 256 weights."""
+    """Return the block reciprocal throughput per 256 weights."""
     command = [mca, "-mtriple=aarch64-linux-gnu", f"-mcpu={cpu}", "-mattr=+dotprod,+fullfp16,+i8mm", "-iterations=100"]
     result = subprocess.run(command, input="\n".join(loop.lines) + "\n", capture_output=True, text=True, check=True)
     found = re.search(r"Block RThroughput:\s+([\d.]+)", result.stdout)
@@ -91,7 +91,7 @@ def cycles(loop: Loop, cpu: str, mca: str) -> float:
 
 
 def measure(tree: Path, work: Path, mca: str) -> dict[str, dict[str, float]]:
-    """For each CPU and kernel: cycles per 256 weights."""
+    """Return cycles per 256 weights for each CPU and kernel."""
     ours = assembly(tree, "d2q/d2q-arm.c", DOTPROD, work / "ours.s")
     stock = assembly(tree, "ggml-cpu/arch/arm/quants.c", DOTPROD, work / "stock.s")
     loops: dict[str, Loop] = {}
@@ -102,7 +102,7 @@ def measure(tree: Path, work: Path, mca: str) -> dict[str, dict[str, float]]:
         (loops[name],) = innermost_loops(stock, f"ggml_vec_dot_{name}_{'q8_0' if name == 'q4_0' else 'q8_K'}")
     for label, march in (("dotprod", DOTPROD), ("i8mm", I8MM)):
         text = assembly(tree, "d2q/d2q-arm-gemm.c", march, work / "gemm.s")
-        # the shortest is the one over a whole block of 256; the others handle the scales of 32 too
+        # The shortest loop is the one over a whole block of 256; the others also handle the scales of 32.
         loops[f"gemm {label}"] = min(innermost_loops(text, "multiply_panel"), key=lambda loop: len(loop.lines))
     return {cpu: {name: cycles(loop, cpu, mca) for name, loop in loops.items()} for cpu in CPUS}
 
@@ -111,7 +111,7 @@ def measure(tree: Path, work: Path, mca: str) -> dict[str, dict[str, float]]:
 @click.option("--llvm-mca", "mca", default="llvm-mca", show_default=True, help="The program to use.")
 @click.option("--json", "as_json", is_flag=True, help="Ratios of ours to stock.")
 def main(mca: str, as_json: bool) -> None:
-    """Cycles of the ARM kernels per 256 weights."""
+    """Print the cycles of the ARM kernels per 256 weights."""
     for program, package in ((mca, "llvm"), (COMPILER, "gcc-aarch64-linux-gnu")):
         if shutil.which(program) is None:
             raise D2QError(f"{program} is missing: install it (Debian, Ubuntu: apt install {package})")

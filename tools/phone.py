@@ -1,11 +1,11 @@
 """Build the patched llama.cpp for a phone: Android with the NDK, or plain 64-bit ARM Linux with Debian's compiler.
 
-`python tools/phone.py android --ndk DIR` makes one folder for every 64-bit Android phone: the CPU backend is built once
-for each group of phones, and the library takes the fastest that the phone can run. `python tools/phone.py linux` makes
-static programs for one instruction set, which need nothing on the phone. What to do with the folder: docs/phone.md.
+`python tools/phone.py android --ndk DIR` makes one folder for all 64-bit Android phones, with the CPU backend for each
+group of phones, and the library loads the fastest that the phone can run. `python tools/phone.py linux` makes static
+programs for one instruction set. docs/phone.md says what to do with the folder.
 
-Knows CMake's options for both. The NDK brings its own toolchain file; the options are those that its documentation
-(https://developer.android.com/ndk/guides/cmake) and llama.cpp's docs/android.md name.
+The NDK has its own toolchain file; the options are those of its documentation
+(https://developer.android.com/ndk/guides/cmake) and of llama.cpp's docs/android.md.
 """
 
 import shutil
@@ -21,17 +21,17 @@ from d2q_edge.runtime.process import run_logged, say
 from d2q_edge.utils.machine import usable_cpus
 
 PROGRAMS = ("llama-completion", "llama-bench", "llama-simple")
-"""Chat and completion with all options; the benchmark; the smallest program that generates text."""
+"""Completion and chat with all options; the benchmark; the smallest program that generates text."""
 CC, CXX = "aarch64-linux-gnu-gcc", "aarch64-linux-gnu-g++"
 LINUX_MARCH = "armv8.2-a+dotprod"
-"""Cores from Cortex-A55 and A75 (2018) on have dotprod. Cortex-A53 and A73 want armv8-a; armv8.6-a+i8mm is faster where
-there is i8mm (Cortex-A510 and A710 on, 2022)."""
+"""Cortex-A55, A75 (2018) and later have dotprod. Cortex-A53 and A73 need armv8-a; armv8.6-a+i8mm is faster where there
+is i8mm (Cortex-A510, A710 and later, 2022)."""
 ANDROID_API = 28
-"""Android 9, the oldest that llama.cpp's own build is made for."""
+"""Android 9, the oldest that llama.cpp's own build supports."""
 OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DGGML_NATIVE=OFF",  # this machine's CPU isn't the phone's
-    "-DGGML_OPENMP=OFF",  # the NDK's has to be shipped along; ggml's own threads do
+    "-DGGML_OPENMP=OFF",  # ggml's own threads suffice, and need no library of the NDK
     "-DGGML_LLAMAFILE=OFF",
     "-DLLAMA_OPENSSL=OFF",
     "-DLLAMA_BUILD_COMMON=ON",
@@ -44,7 +44,7 @@ OPTIONS = (
 
 
 def linux_options(march: str) -> list[str]:
-    """CMake's options for static programs of one instruction set, by the name that the compiler's -march has for it."""
+    """Return CMake's options for static programs of one instruction set, as named by gcc's -march."""
     return [
         *OPTIONS,
         "-DCMAKE_SYSTEM_NAME=Linux",
@@ -58,7 +58,7 @@ def linux_options(march: str) -> list[str]:
 
 
 def android_options(ndk: Path, api: int) -> list[str]:
-    """CMake's options for programs and libraries that run on every 64-bit ARM phone from this API level on.
+    """Return CMake's options for programs and libraries for all 64-bit ARM phones from an API level on.
 
     Raises:
         D2QError: there is no NDK in that directory.
@@ -81,7 +81,7 @@ def android_options(ndk: Path, api: int) -> list[str]:
 
 
 def cpp_runtime(ndk: Path) -> Path:
-    """The NDK's shared C++ runtime for 64-bit ARM, which Android doesn't have.
+    """Return the NDK's shared C++ runtime for 64-bit ARM, which Android lacks.
 
     Raises:
         D2QError: this NDK has none.
@@ -93,7 +93,7 @@ def cpp_runtime(ndk: Path) -> Path:
 
 
 def configure(tree: Path, build: Path, options: Sequence[str], log: Path) -> None:
-    """Configure llama.cpp of the patched tree.
+    """Configure the llama.cpp of a patched tree.
 
     Raises:
         D2QError: CMake is missing or fails.
@@ -104,27 +104,27 @@ def configure(tree: Path, build: Path, options: Sequence[str], log: Path) -> Non
 
 
 def compile_programs(build: Path, programs: Sequence[str], log: Path) -> None:
-    """Compile programs, and what they need, in a configured folder; they land in its bin/.
+    """Compile programs, and what they need, into the bin/ of a configured folder.
 
     Raises:
         D2QError: the compiler fails, or there is no such program.
     """
     command: list[str | Path] = ["cmake", "--build", build, "--parallel", str(usable_cpus()), "--target", *programs]
-    run_logged(command, log, "building llama.cpp for the phone failed")
+    run_logged(command, log, "building llama.cpp for the phone failed", description="Building for the phone")
 
 
 def collect(build: Path, programs: Sequence[str], out: Path) -> list[Path]:
-    """Copy the programs, and the shared libraries where there are any, from a build folder; what lies in `out` then."""
+    """Copy the programs and the shared libraries of a build folder; return the files in `out`."""
     out.mkdir(parents=True, exist_ok=True)
     for path in (build / "bin").iterdir():
-        # A link to a versioned library becomes a file: adb push and most ways to a phone don't keep links.
+        # Links to versioned libraries become files: adb push doesn't keep links.
         if path.name in programs or ".so" in path.name:
             shutil.copy2(path, out / path.name)
     return sorted(out.iterdir())
 
 
 def build_for(options: Sequence[str], programs: Sequence[str], out: Path) -> list[Path]:
-    """Patch, configure, compile and collect; the files in `out`, where the log is kept too.
+    """Patch, configure, compile and collect; return the files in `out`. The log is beside it.
 
     Raises:
         D2QError: the source can't be fetched, or a step fails.

@@ -1,8 +1,7 @@
-"""How much memory common models need on a phone, from their shapes alone: the table in docs/phone.md.
+"""Print the table in docs/phone.md: the memory that common models need on a phone, computed from their shapes.
 
-Types are those that `d2q-edge convert --bits 2` and `3` choose, so that the sizes are what `--dry-run` prints; only the
-tokenizer's part is an estimate. phone_models.json has, of each model's public config.json, the settings that decide
-sizes. Knows nothing of weights.
+Types are those of `d2q-edge convert --bits 2` and `3`, so the sizes are what `--dry-run` prints; only the tokenizer's
+size is an estimate. phone_models.json has the settings of each model's public config.json that decide sizes.
 """
 
 import json
@@ -21,25 +20,25 @@ from d2q_edge.pipeline.type_plan import plan_types
 MODELS = Path(__file__).with_name("phone_models.json")
 CONTEXT = 4096
 TOKENIZER_BYTES = 40
-"""For each vocabulary entry: the token, its type, and its merge. Real files have 20 to 60."""
+"""Bytes per vocabulary entry, for the token, its type, and its merge. Real files have 20 to 60."""
 BATCH = 512
-"""llama.cpp's default for tokens computed at once: so many does the cache of a sliding window hold besides it."""
+"""llama.cpp's default number of tokens computed at once; the cache of a sliding window holds that many more."""
 PADDING = 256
-"""And a multiple of that."""
+"""The cache's length is a multiple of this."""
 PHONES = (4, 6, 8, 12)
-"""Memory in GiB."""
+"""Memory of phones in GiB."""
 SHARE = 0.5
-"""Of a phone's memory that one app can hope for: a rule of thumb. Android and iOS stop apps that take much more."""
+"""Share of a phone's memory for one app, a rule of thumb: Android and iOS end apps that take much more."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes.
+    """What a model needs.
 
     Attributes:
         parameters: number of weights.
-        files: the file, by --bits.
-        cache: keys and values of CONTEXT tokens in f16.
+        files: bytes of the file, by --bits.
+        cache: bytes of the KV cache of CONTEXT tokens in f16.
     """
 
     parameters: int
@@ -47,20 +46,22 @@ class Need:
     cache: int
 
     def total(self, bits: int) -> int:
-        """File and cache: what must be in memory, besides buffers that depend on the batch."""
+        """Return the bytes of file and KV cache; buffers that depend on the batch come on top."""
         return self.files[bits] + self.cache
 
     def phone(self, bits: int) -> str:
-        """The smallest phone whose share the total fits into."""
+        """Return the smallest phone whose share has room for the total."""
         return next((f"{size} GB" for size in PHONES if self.total(bits) <= SHARE * size * 2**30), "none")
 
 
 def cache_bytes(family: Family, context: int = CONTEXT) -> int:
-    """Keys and values in f16, as llama.cpp allocates them: a layer with a sliding window keeps the window and a batch.
+    """Return the bytes of the KV cache in f16, as llama.cpp allocates it.
+
+    A layer with a sliding window keeps the window and a batch.
 
     Args:
         family: of the model.
-        context: tokens.
+        context: n_ctx, tokens.
     """
     cells = 0
     for layer in range(family.num_layers):
@@ -71,7 +72,7 @@ def cache_bytes(family: Family, context: int = CONTEXT) -> int:
 
 
 def need(config: Mapping[str, Any]) -> Need:
-    """Of one model.
+    """Compute what one model needs.
 
     Raises:
         D2QError: the model isn't supported.
@@ -89,7 +90,7 @@ def need(config: Mapping[str, Any]) -> Need:
 
 
 def table(models: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown, a row for each model.
+    """Format a Markdown table with a row for each model.
 
     Raises:
         D2QError: one isn't supported.

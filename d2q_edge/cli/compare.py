@@ -48,7 +48,8 @@ def command(
     Stock files are made with an importance matrix by llama.cpp's own tools: `d2q-edge runtime install --tools`.
     """
     wait_passively()
-    from d2q_edge.evaluation.compare import Settings, compare
+    from d2q_edge.evaluation.compare import compare
+    from d2q_edge.evaluation.comparison import Settings
     from d2q_edge.evaluation.report.page import check_target, write
     from d2q_edge.evaluation.stock import parse_types
 

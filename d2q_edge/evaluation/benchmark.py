@@ -1,8 +1,7 @@
-"""The speed of GGUF files on this machine, by llama-bench, in rounds.
+"""Measure the speed of GGUF files on this machine with llama-bench.
 
-Files take turns, so that a busy moment of the machine hits all of them alike; what counts is the median over the
-rounds, and of a comparison the median of the rounds' ratios. Knows llama-bench's options and output; does not know how
-the files came about.
+Files take turns in every round, so that a busy moment of the machine slows all of them alike. What counts is the median
+of the rounds, and for a ratio the median of the rounds' ratios.
 """
 
 import json
@@ -17,19 +16,27 @@ from typing import Any, TypeVar
 from d2q_edge.calibration.text import BUILTIN
 from d2q_edge.errors import D2QError
 from d2q_edge.formats.gguf_reader import GGUFFile
-from d2q_edge.runtime import run_tool
+from d2q_edge.runtime.tools import INSTALLED, Tools
+from d2q_edge.utils.progress import Progress
 
 PROMPT, GENERATION = "prompt", "generation"
 STOCK_FORMS = {"repacked": ("--repack", 1), "as it is": ("--repack", 0)}
-"""llama.cpp may rearrange a stock type's weights when it loads them, which is faster in one phase and slower in the
-other; both forms are measured and the better one counts."""
+"""llama.cpp can repack a stock type's weights when it loads them, which is faster in one phase and slower in the other;
+both are measured, and the better one counts."""
 
 Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured: prompt length and generated tokens, numbers of threads, rounds."""
+    """What is measured.
+
+    Attributes:
+        prompt: tokens of the prompt.
+        generation: tokens to generate.
+        threads: numbers of threads to measure with.
+        rounds: number of rounds.
+    """
 
     prompt: int = 512
     generation: int = 64
@@ -37,19 +44,26 @@ class Settings:
     rounds: int = 5
 
     def tokens(self, phase: str) -> int:
-        """How many tokens a run of a phase ("prompt-1", "generation-4") goes through."""
+        """Return the number of tokens that a phase ("prompt-1", "generation-4") processes."""
         return self.prompt if phase.startswith(PROMPT) else self.generation
+
+    def speeds(self, times: Mapping[str, list[dict[Key, float]]], key: Key) -> dict[str, float]:
+        """Return one key's tokens per second by phase, from the median of the rounds, see run_rounds."""
+        return {
+            phase: self.tokens(phase) / statistics.median(seconds[key] for seconds in rounds)
+            for phase, rounds in times.items()
+        }
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Results, by phase and threads ("prompt-1").
+    """Results by phase and number of threads ("prompt-1").
 
     Attributes:
         settings: what was measured.
-        speeds: tokens per second, medians over the rounds, of every file by the name it was given.
+        speeds: tokens per second, medians over the rounds, by name of the file.
         stock: the same of the stock file; None without one.
-        ratios: of every file's speed to the stock file's better form, medians over the rounds; above 1 it is faster.
+        ratios: speed over that of the stock file's better form, medians over the rounds; above 1 the file is faster.
     """
 
     settings: Settings
@@ -58,7 +72,7 @@ class Benchmark:
     ratios: dict[str, dict[str, float]] | None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for json.dump: tokens per second, and ratios (above 1: faster than the stock file)."""
+        """Return plain values for json.dump."""
         return {
             "prompt": self.settings.prompt,
             "generation": self.settings.generation,
@@ -70,7 +84,7 @@ class Benchmark:
         }
 
     def describe(self, stock_name: str | None = None) -> str:
-        """A table for people, with a column for each phase and number of threads."""
+        """Format a table for a terminal, with a column for each phase and number of threads."""
         rows = dict(self.speeds)
         if self.stock is not None:
             rows[f"{stock_name} (stock)"] = self.stock
@@ -84,15 +98,18 @@ class Benchmark:
         return "\n".join(lines)
 
 
-def run_rounds(runs: Mapping[Key, Sequence[object]], settings: Settings) -> dict[str, list[dict[Key, float]]]:
-    """Run llama-bench on everything in turn.
+def run_rounds(
+    runs: Mapping[Key, Sequence[object]], settings: Settings, tools: Tools = INSTALLED
+) -> dict[str, list[dict[Key, float]]]:
+    """Run llama-bench on several files in turn.
 
     Args:
-        runs: for each of them the options that name the file, as a path, and whatever else is its own.
-        settings: see there.
+        runs: for each key, llama-bench's options that name the file (as a Path) and whatever else is special to it.
+        settings: what to measure.
+        tools: where llama-bench is.
 
     Returns:
-        Seconds by phase and threads ("prompt-1"), round, and key of `runs`.
+        Seconds by phase and threads ("prompt-1"), then round, then key.
 
     Raises:
         D2QError: llama-bench isn't built, or can't run a file.
@@ -100,25 +117,30 @@ def run_rounds(runs: Mapping[Key, Sequence[object]], settings: Settings) -> dict
     threads = ",".join(map(str, settings.threads))
     options = ("-p", settings.prompt, "-n", settings.generation, "-t", threads, "-r", 1, "-o", "json")
     times: dict[str, list[dict[Key, float]]] = {}
-    with _without_commas(runs) as linked:
+    with (
+        _without_commas(runs) as linked,
+        Progress("Measuring speed", settings.rounds * len(runs), "run") as progress,
+    ):
         for index in range(settings.rounds):
             for key, own in linked.items():
-                for run in json.loads(run_tool("llama-bench", *own, *options)):
+                for run in json.loads(tools.run("llama-bench", *own, *options)):
                     phase = f"{PROMPT if run['n_prompt'] else GENERATION}-{run['n_threads']}"
-                    rounds = times.setdefault(phase, [])
-                    if len(rounds) <= index:
-                        rounds.append({})
+                    rounds = times.setdefault(phase, [{} for _ in range(settings.rounds)])
                     rounds[index][key] = run["avg_ns"] / 1e9
+                progress.update()
     return times
 
 
-def benchmark(files: Mapping[str, Path], settings: Settings, stock: Path | None = None) -> Benchmark:
-    """Measure files, and how much faster or slower than a stock file they are.
+def benchmark(
+    files: Mapping[str, Path], settings: Settings, stock: Path | None = None, tools: Tools = INSTALLED
+) -> Benchmark:
+    """Measure the speed of files, and its ratio to that of a stock file.
 
     Args:
-        files: by the names that the result has them under.
-        settings: see there.
+        files: by the names that they have in the result.
+        settings: what to measure.
         stock: the file to compare with.
+        tools: where llama-bench is.
 
     Raises:
         D2QError: a file can't be read or run, or llama-bench isn't built.
@@ -128,18 +150,11 @@ def benchmark(files: Mapping[str, Path], settings: Settings, stock: Path | None 
     runs: dict[tuple[str, str], Sequence[object]] = {(name, ""): ("-m", path) for name, path in files.items()}
     if stock:
         runs |= {("", form): ("-m", stock, *options) for form, options in STOCK_FORMS.items()}
-    times = run_rounds(runs, settings)
-
-    def speeds(key: tuple[str, str]) -> dict[str, float]:
-        return {
-            phase: settings.tokens(phase) / statistics.median(seen[key] for seen in rounds)
-            for phase, rounds in times.items()
-        }
-
-    own = {name: speeds((name, "")) for name in files}
+    times = run_rounds(runs, settings, tools)
+    speeds = {name: settings.speeds(times, (name, "")) for name in files}
     if stock is None:
-        return Benchmark(settings, own, None, None)
-    forms = [speeds(("", form)) for form in STOCK_FORMS]
+        return Benchmark(settings, speeds, None, None)
+    forms = [settings.speeds(times, ("", form)) for form in STOCK_FORMS]
     ratios = {
         name: {
             phase: min(statistics.median(seen["", form] / seen[name, ""] for seen in rounds) for form in STOCK_FORMS)
@@ -147,26 +162,27 @@ def benchmark(files: Mapping[str, Path], settings: Settings, stock: Path | None 
         }
         for name in files
     }
-    return Benchmark(settings, own, {phase: max(form[phase] for form in forms) for phase in times}, ratios)
+    return Benchmark(settings, speeds, {phase: max(form[phase] for form in forms) for phase in times}, ratios)
 
 
 @contextmanager
-def stock_file(like: Path, type_name: str) -> Iterator[Path]:
-    """The same model in a stock type, for as long as the with block lasts.
+def stock_file(like: Path, type_name: str, tools: Tools = INSTALLED) -> Iterator[Path]:
+    """Make the same model in a stock type, to measure its speed; it is removed after the with block.
 
-    Speed does not depend on what the weights are, so that they are requantized from the file itself: good for nothing
-    but this. Embeddings and head keep the file's types; the linear layers get the named one, where its blocks fit.
+    It is requantized from the file itself, because speed doesn't depend on the weights: don't measure its accuracy.
+    Embeddings and head keep the file's types; linear layers get the stock type where its blocks fit.
 
     Args:
         like: the GGUF file.
-        type_name: as llama-quantize calls it, for example "Q2_K".
+        type_name: llama-quantize's name of the type, for example "Q2_K".
+        tools: where llama-quantize is.
 
     Raises:
         D2QError: llama-quantize isn't built, or there is no such type.
     """
     tensors = GGUFFile(like).tensors
     if "token_embd.weight" not in tensors:
-        raise D2QError(f"{like} has no token embeddings, so that it isn't a language model; name one to compare with")
+        raise D2QError(f"{like} has no token embeddings, so it isn't a language model; name a file to compare with")
     embedding = tensors["token_embd.weight"].type_name
     head = tensors.get("output.weight", tensors["token_embd.weight"]).type_name
     tables = ("--token-embedding-type", embedding, "--output-tensor-type", head)
@@ -176,10 +192,10 @@ def stock_file(like: Path, type_name: str) -> Iterator[Path]:
         if type_name.upper().startswith("IQ"):
             # llama-quantize refuses most of these without one.
             text = BUILTIN["calibration"]
-            run_tool("llama-imatrix", "-m", like, "-f", text, "-o", imatrix, "-c", 128, "--chunks", 1)
+            tools.run("llama-imatrix", "-m", like, "-f", text, "-o", imatrix, "-c", 128, "--chunks", 1)
             weights = ("--imatrix", imatrix)
         try:
-            run_tool("llama-quantize", "--allow-requantize", "--pure", *weights, *tables, like, out, type_name.upper())
+            tools.run("llama-quantize", "--allow-requantize", "--pure", *weights, *tables, like, out, type_name.upper())
         except D2QError as error:
             reason = str(error).splitlines()[-1]
             raise D2QError(f"can't make a {type_name} file of {like} to compare with: {reason}") from error
@@ -188,7 +204,7 @@ def stock_file(like: Path, type_name: str) -> Iterator[Path]:
 
 @contextmanager
 def _without_commas(runs: Mapping[Key, Sequence[object]]) -> Iterator[dict[Key, Sequence[object]]]:
-    """The same options with links in place of paths that have a comma, where llama-bench would begin another file."""
+    """Replace paths with a comma, which llama-bench would split there, by links."""
     with tempfile.TemporaryDirectory() as work:
 
         def plain(word: object) -> object:
@@ -196,8 +212,8 @@ def _without_commas(runs: Mapping[Key, Sequence[object]]) -> Iterator[dict[Key, 
                 return word
             if "," in work:
                 raise D2QError(
-                    f"llama-bench takes the comma in {word} for the end of a path; rename it, or set TMPDIR to a "
-                    "directory without a comma in its path"
+                    f"llama-bench splits {word} at the comma; rename it, or set TMPDIR to a directory without a comma "
+                    "in its path"
                 )
             link = Path(tempfile.mkdtemp(dir=work)) / word.name.replace(",", "_")
             link.symlink_to(word.resolve())

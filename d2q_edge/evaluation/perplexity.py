@@ -1,10 +1,8 @@
-"""Perplexity, KL divergence and top-1 agreement of GGUF files, by llama-perplexity's protocol.
+"""Measure perplexity, KL divergence and top-1 agreement of a GGUF file, by llama-perplexity's protocol.
 
 The text is cut into chunks of `context` tokens; the first token of a chunk becomes BOS where the model has one; the
-tokens of the second half are scored, each given all of the chunk before it. KL divergence is that of the file's
-next-token distribution from the reference's, mean over the scored positions. Standard errors are those of
-llama-perplexity, which takes the positions for independent; neighbours are a little less than that. Knows the
-protocol; llama_model.py runs the files.
+tokens of the second half are scored, each given all of the chunk before it. Positions count as independent, as in
+llama-perplexity; neighbours are a little less than that.
 """
 
 import math
@@ -17,47 +15,39 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from d2q_edge.calibration.text import Text, load_text
 from d2q_edge.errors import D2QError
+from d2q_edge.evaluation.token_scores import (
+    MIN_VALUES,
+    TWO_SIDED,
+    Floats,
+    Logits,
+    quantile_interval,
+    score_tokens,
+    stderr,
+)
 from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.runtime.llama_model import LlamaModel
-
-Floats = npt.NDArray[np.float64]
-Logits = npt.NDArray[np.floating[Any]]
-Reference = Callable[[int], Logits]
-"""What the reference puts out for the chunk of that number, see `scored_logits`; a constant per row doesn't matter."""
-TWO_SIDED = 1.96
-"""Standard errors to each side of a 95 % interval."""
-LEAST = 11
-"""Values from which there are standard errors, as in llama-perplexity."""
-ROWS = 64
-"""Positions that are compared at a time: a large vocabulary in double precision fills the memory otherwise."""
+from d2q_edge.utils.progress import INTERVAL, Progress
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results; the fields that compare with a reference are None without one.
+    """Results; those that compare with a reference are None without one. All `_stderr` are standard errors.
 
     Attributes:
         perplexity: exp of the mean negative log-likelihood of the scored tokens.
-        perplexity_stderr: its standard error.
-        reference_perplexity: of the reference.
-        kl_divergence_mean: in nats per token.
-        kl_divergence_p99: its 99th percentile over tokens.
-        top1_agreement: share of positions where both files put the same token first.
-        chunks: evaluated.
+        reference_perplexity: the same of the reference.
+        kl_divergence_mean: of the file's predictions from the reference's, in nats per token.
+        kl_divergence_p99, kl_divergence_median, kl_divergence_max: the same over tokens.
+        top1_agreement: share of positions where both files have the same most likely token.
+        chunks: number of chunks.
         bytes: size of the file.
         bits_per_weight: of the file's tensors.
-        scored: positions that the numbers are means over.
-        reference_perplexity_stderr: its standard error.
-        perplexity_ratio: the file's perplexity over the reference's.
-        perplexity_ratio_stderr: its standard error; small, because both see the same text.
-        kl_divergence_stderr: standard error of the mean.
-        kl_divergence_median, kl_divergence_max: over tokens.
-        kl_divergence_p99_interval: 95 % confidence interval of the 99th percentile, by order statistics.
-        top1_agreement_stderr: standard error of a share.
+        scored: number of positions that the results are means over.
+        perplexity_ratio: the file's perplexity over the reference's; both see the same text, so its error is small.
+        kl_divergence_p99_interval: 95 % confidence interval, by order statistics.
     """
 
     perplexity: float
@@ -80,12 +70,12 @@ class Evaluation:
     top1_agreement_stderr: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for json.dump."""
+        """Return plain values for json.dump."""
         return asdict(self)
 
     def describe(self) -> str:
-        """A short text for people: values with 95 % confidence intervals."""
-        enough = self.scored >= LEAST
+        """Format the results for a terminal, with 95 % confidence intervals."""
+        enough = self.scored >= MIN_VALUES
         lines = [f"perplexity      {_interval(self.perplexity, self.perplexity_stderr if enough else None, '.4f')}"]
         compared: tuple[tuple[str, float | None, float | None, str], ...] = (
             ("reference       ", self.reference_perplexity, self.reference_perplexity_stderr, ".4f"),
@@ -115,15 +105,18 @@ def evaluate(
     text: str = "builtin",
     chunks: int | None = None,
     context: int = 512,
+    *,
+    interval: float = INTERVAL,
 ) -> Evaluation:
-    """Measure one file, and its distance from another one.
+    """Measure one file, and its distance from a reference.
 
     Args:
         path: the GGUF file.
-        reference: the file that it should equal, usually the F16 one.
-        text: a text file, or "builtin".
-        chunks: at most that many; None takes the whole text.
+        reference: the GGUF file of the original model, usually in F16.
+        text: path of a text file, or "builtin".
+        chunks: limit of their number; None takes the whole text.
         context: tokens per chunk.
+        interval: seconds between two lines of progress where stderr is no terminal.
 
     Raises:
         D2QError: a file can't be read or loaded, the text is too short, or the two files' tokens differ.
@@ -135,62 +128,57 @@ def evaluate(
     file = GGUFFile(path)
     file.check_blocks()
     if file.context_length is not None and context > file.context_length:
-        print(
-            f"the model was made for {file.context_length} tokens; after those, it doesn't know what to say",
-            file=sys.stderr,
-        )
+        print(f"the model was trained for {file.context_length} tokens; it can't predict what follows", file=sys.stderr)
     if reference is not None:
         GGUFFile(reference).check_blocks()
     with ExitStack() as stack:
         model = stack.enter_context(LlamaModel(path, context))
-        base = stack.enter_context(LlamaModel(reference, context)) if reference is not None else None
         windows = cut(model, content, context, chunks)
-        if base is None or reference is None:
-            return measure(file, model, windows, None)
+        if reference is None:
+            return measure(file, model, windows, interval=interval)
+        base = stack.enter_context(LlamaModel(reference, context))
         check_same_tokens(path, model, windows, reference, base.vocab_size, cut(base, content, context, chunks))
-        original = base
-        return measure(file, model, windows, lambda index: scored_logits(original, windows[index]))
+        return measure(file, model, windows, lambda index: scored_logits(base, windows[index]), interval=interval)
 
 
 def measure(
     file: GGUFFile,
     model: LlamaModel,
     windows: npt.NDArray[np.int32],
-    expected: Reference | None,
-    keep: Callable[[int, Logits], None] | None = None,
+    reference: Callable[[int], Logits] | None = None,
+    on_logits: Callable[[int, Logits], None] | None = None,
+    *,
+    interval: float = INTERVAL,
 ) -> Evaluation:
-    """Score all chunks, with a progress bar.
+    """Score all chunks of a text.
 
     Args:
         file: the opened file, for its size.
         model: the same, loaded.
-        windows: int32 [chunks, context].
-        expected: gives the reference's logits chunk by chunk; None without one.
-        keep: is handed the file's own logits chunk by chunk; they are valid until it returns.
+        windows: chunks, int32 [chunks, context].
+        reference: returns the reference's logits of chunk i, see scored_logits.
+        on_logits: is called with i and the file's logits of chunk i, which are valid until it returns.
+        interval: seconds between two lines of progress where stderr is no terminal.
 
     Raises:
         D2QError: llama.cpp fails.
     """
-    measured = _Measured()
-    progress = tqdm(windows, desc=f"Evaluating {file.path.name}", unit="chunk", disable=None)
-    for index, tokens in enumerate(progress):
-        logits = scored_logits(model, tokens)
-        measured.add(logits, tokens, expected(index) if expected else None)
-        if keep is not None:
-            keep(index, logits)
-        progress.set_postfix(measured.state(), refresh=False)
-    return measured.summary(len(windows), file.size, file.bits_per_weight)
-
-
-def log_softmax(logits: Logits) -> Floats:
-    """Log-probabilities, float64 [rows, vocab], of logits."""
-    shifted: Floats = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return shifted
+    scores: list[Floats] = []
+    with Progress(f"Evaluating {file.path.name}", len(windows), "chunk", interval=interval) as progress:
+        for index, tokens in enumerate(windows):
+            logits = scored_logits(model, tokens)
+            targets = tokens[len(tokens) // 2 + 1 :]
+            scores.append(score_tokens(logits, targets, reference(index) if reference else None))
+            if on_logits is not None:
+                on_logits(index, logits)
+            means = np.concatenate(scores, axis=1).mean(axis=1)
+            progress.set_status(f"KLD {means[2]:.4f}" if reference else f"perplexity {math.exp(means[0]):.3f}")
+            progress.update()
+    return _summarize(np.concatenate(scores, axis=1), len(windows), file)
 
 
 def cut(model: LlamaModel, text: Text, context: int, limit: int | None) -> npt.NDArray[np.int32]:
-    """A text as chunks of tokens, int32 [chunks, context], at most `limit` of them; BOS first where the model has one.
+    """Tokenize a text into at most `limit` chunks, int32 [chunks, context], with BOS first where the model has one.
 
     Raises:
         D2QError: the text is shorter than one chunk.
@@ -216,7 +204,7 @@ def check_same_tokens(
     vocab_size: int,
     expected: npt.NDArray[np.int32],
 ) -> None:
-    """Make sure that a file and the reference can be compared token by token.
+    """Check that a file and the reference, with its vocab_size and chunks, can be compared token by token.
 
     Raises:
         D2QError: they split the text differently, or have vocabularies of different sizes.
@@ -228,94 +216,48 @@ def check_same_tokens(
 
 
 def scored_logits(model: LlamaModel, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
-    """Logits at the scored positions of one chunk: float32 [positions, vocab], valid until the model's next call.
+    """Run one chunk, and return the logits of its scored positions: float32 [positions, vocab].
 
-    Position i predicts the token len(tokens) // 2 + 1 + i. The logits after the last token predict a token that is not
-    in the chunk; they are left out.
+    They are valid until the model's next call. Position i predicts the token len(tokens) // 2 + 1 + i. The last token's
+    logits predict a token after the chunk; they are left out.
     """
     return model.logits(tokens, len(tokens) // 2)[:-1]
 
 
-class _Measured:
-    """Per-token results of all chunks so far."""
-
-    def __init__(self) -> None:
-        self.losses: list[Floats] = []
-        self.base_losses: list[Floats] = []
-        self.divergences: list[Floats] = []
-        self.agreements: list[npt.NDArray[np.bool_]] = []
-
-    def add(self, logits: Logits, tokens: npt.NDArray[np.int32], expected: Logits | None) -> None:
-        """Score the second half of one chunk."""
-        targets = tokens[len(tokens) // 2 + 1 :]
-        for start in range(0, len(targets), ROWS):
-            some = slice(start, start + ROWS)
-            chosen = np.arange(len(targets[some])), targets[some]
-            scores = log_softmax(logits[some])
-            self.losses.append(-scores[chosen])
-            if expected is not None:
-                wanted = log_softmax(expected[some])
-                self.base_losses.append(-wanted[chosen])
-                self.agreements.append(scores.argmax(axis=1) == wanted.argmax(axis=1))
-                self.divergences.append((np.exp(wanted) * (wanted - scores)).sum(axis=1))
-
-    def state(self) -> dict[str, str]:
-        """For the progress bar."""
-        if self.divergences:
-            return {"KLD": f"{np.concatenate(self.divergences).mean():.4f}"}
-        return {"perplexity": f"{math.exp(np.concatenate(self.losses).mean()):.3f}"}
-
-    def summary(self, chunks: int, size: int, bits_per_weight: float) -> Evaluation:
-        losses = np.concatenate(self.losses)
-        perplexity = math.exp(losses.mean())
-        compared: dict[str, Any] = dict.fromkeys(
-            ("reference_perplexity", "kl_divergence_mean", "kl_divergence_p99", "top1_agreement")
-        )
-        if self.divergences:
-            base_losses, divergences = np.concatenate(self.base_losses), np.concatenate(self.divergences)
-            agreement = float(np.concatenate(self.agreements).mean())
-            reference, ratio = math.exp(base_losses.mean()), math.exp((losses - base_losses).mean())
-            compared = {
-                "reference_perplexity": reference,
-                "reference_perplexity_stderr": reference * _stderr(base_losses),
-                "perplexity_ratio": ratio,
-                "perplexity_ratio_stderr": ratio * _stderr(losses - base_losses),
-                "kl_divergence_mean": float(divergences.mean()),
-                "kl_divergence_stderr": _stderr(divergences),
-                "kl_divergence_p99": float(np.quantile(divergences, 0.99)),
-                "kl_divergence_p99_interval": quantile_interval(divergences, 0.99),
-                "kl_divergence_median": float(np.median(divergences)),
-                "kl_divergence_max": float(divergences.max()),
-                "top1_agreement": agreement,
-                "top1_agreement_stderr": math.sqrt(agreement * (1 - agreement) / max(1, len(losses) - 1)),
-            }
-        return Evaluation(
-            perplexity=perplexity,
-            perplexity_stderr=perplexity * _stderr(losses),
-            chunks=chunks,
-            bytes=size,
-            bits_per_weight=bits_per_weight,
-            scored=len(losses),
-            **compared,
-        )
-
-
-def quantile_interval(values: Floats, fraction: float) -> tuple[float, float]:
-    """95 % confidence interval of a quantile, without assuming a distribution.
-
-    How many of n values lie below the true quantile is binomial, so that its ends are the values of rank n f -/+ 1.96
-    sqrt(n f (1 - f)), rounded up (Conover, Practical Nonparametric Statistics, section 3.2). With few values the upper
-    end is the largest one, which is too low.
-    """
-    ordered = np.sort(values)
-    center, spread = len(ordered) * fraction, TWO_SIDED * math.sqrt(len(ordered) * fraction * (1 - fraction))
-    low, high = (min(max(math.ceil(rank), 1), len(ordered)) for rank in (center - spread, center + spread))
-    return float(ordered[low - 1]), float(ordered[high - 1])
-
-
-def _stderr(values: Floats) -> float:
-    """Standard error of a mean, as llama-perplexity has it: none from fewer than 11 values."""
-    return float(values.std() / math.sqrt(len(values) - 1)) if len(values) >= LEAST else 0.0
+def _summarize(scores: Floats, chunks: int, file: GGUFFile) -> Evaluation:
+    """Reduce the scores of all tokens, see score_tokens."""
+    losses = scores[0]
+    perplexity = math.exp(losses.mean())
+    compared: dict[str, Any] = dict.fromkeys(
+        ("reference_perplexity", "kl_divergence_mean", "kl_divergence_p99", "top1_agreement")
+    )
+    if len(scores) > 1:
+        _, base_losses, divergences, agreements = scores
+        agreement = float(agreements.mean())
+        reference, ratio = math.exp(base_losses.mean()), math.exp((losses - base_losses).mean())
+        compared = {
+            "reference_perplexity": reference,
+            "reference_perplexity_stderr": reference * stderr(base_losses),
+            "perplexity_ratio": ratio,
+            "perplexity_ratio_stderr": ratio * stderr(losses - base_losses),
+            "kl_divergence_mean": float(divergences.mean()),
+            "kl_divergence_stderr": stderr(divergences),
+            "kl_divergence_p99": float(np.quantile(divergences, 0.99)),
+            "kl_divergence_p99_interval": quantile_interval(divergences, 0.99),
+            "kl_divergence_median": float(np.median(divergences)),
+            "kl_divergence_max": float(divergences.max()),
+            "top1_agreement": agreement,
+            "top1_agreement_stderr": math.sqrt(agreement * (1 - agreement) / max(1, len(losses) - 1)),
+        }
+    return Evaluation(
+        perplexity=perplexity,
+        perplexity_stderr=perplexity * stderr(losses),
+        chunks=chunks,
+        bytes=file.size,
+        bits_per_weight=file.bits_per_weight,
+        scored=len(losses),
+        **compared,
+    )
 
 
 def _interval(value: float, error: float | None, form: str) -> str:

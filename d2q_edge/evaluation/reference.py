@@ -1,8 +1,7 @@
-"""What the original model predicts for a text, computed once and kept on disk while other files are compared with it.
+"""Run the original model on a text once, and keep its log-probabilities on disk to compare several files with them.
 
-Two large models at a time don't fit into every memory; one model and a file do, and the original runs once, not once
-per file. Log-probabilities are kept in half precision: that changes a KL divergence by about 1e-6. Knows where and how
-they are kept; evaluation.py makes and uses them.
+Two large models don't always fit into memory together; one model and this file do. Half precision changes a KL
+divergence by about 1e-6.
 """
 
 import shutil
@@ -16,22 +15,23 @@ import numpy.typing as npt
 
 from d2q_edge.calibration.text import Text
 from d2q_edge.errors import D2QError
-from d2q_edge.evaluation.perplexity import Evaluation, Logits, check_same_tokens, cut, log_softmax, measure
+from d2q_edge.evaluation.perplexity import Evaluation, check_same_tokens, cut, measure
+from d2q_edge.evaluation.token_scores import Logits, log_softmax
 from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.runtime.llama_model import LlamaModel
 
-SMALLEST = -60000.0
-"""Log-probabilities of tokens that are impossible; half precision ends there."""
+MIN_LOG_PROBABILITY = -60000.0
+"""Half precision ends there."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The original on one text.
+    """The original model's predictions for one text.
 
     Attributes:
-        path: its file.
+        path: its GGUF file.
         text: what it was measured on.
-        windows: the text as chunks of tokens, int32 [chunks, context].
+        windows: the text in chunks of tokens, int32 [chunks, context].
         scores: log-probabilities at the scored positions, float16 [chunks, positions, vocab], mapped from disk.
         evaluation: its own perplexity and size.
     """
@@ -43,10 +43,10 @@ class Reference:
     evaluation: Evaluation
 
     def evaluate(self, path: Path) -> Evaluation:
-        """Measure a file, and its distance from this one.
+        """Measure a file, and its distance from the original.
 
         Raises:
-            D2QError: it can't be read or loaded, or is another model.
+            D2QError: it can't be read or loaded, or is a different model.
         """
         file, (chunks, context) = GGUFFile(path), self.windows.shape
         with LlamaModel(path, context) as model:
@@ -57,17 +57,17 @@ class Reference:
 
 @contextmanager
 def reference(path: Path, text: Text, chunks: int | None, context: int, directory: Path) -> Iterator[Reference]:
-    """Run the original on a text, and keep what it predicts for as long as the with block lasts.
+    """Run the original model on a text, and keep its predictions on disk inside the with block.
 
     Args:
         path: its GGUF file.
         text: what to measure on.
-        chunks: at most that many; None takes the whole text.
+        chunks: limit of their number; None takes the whole text.
         context: tokens per chunk.
-        directory: where there is room.
+        directory: where the predictions are kept.
 
     Raises:
-        D2QError: the file can't be loaded, the text is too short, or the disk has no room.
+        D2QError: the file can't be loaded, the text is too short, or the disk is too full.
     """
     file = GGUFFile(path)
     with LlamaModel(path, context) as model:
@@ -87,9 +87,9 @@ def reference(path: Path, text: Text, chunks: int | None, context: int, director
 
         def keep(index: int, logits: Logits) -> None:
             for row, values in enumerate(logits):
-                scores[index, row] = np.maximum(log_softmax(values[None])[0], SMALLEST)
+                scores[index, row] = np.maximum(log_softmax(values[None])[0], MIN_LOG_PROBABILITY)
 
-        evaluation = measure(file, model, windows, None, keep)
+        evaluation = measure(file, model, windows, on_logits=keep)
     try:
         yield Reference(path, text, windows, scores, evaluation)
     finally:

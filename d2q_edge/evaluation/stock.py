@@ -1,21 +1,22 @@
-"""Stock files to compare with: llama.cpp's own types, made by its own tools with an importance matrix.
+"""Make files in llama.cpp's own types with its own tools and an importance matrix, to compare with.
 
-Knows llama-imatrix and llama-quantize. The importance matrix, which takes longest and is small, is kept in the cache
-for the next time; the files are as large as models, and whoever asks for them says where they go. Both have names that
-say what they were made from.
+The importance matrix takes longest and is small: it is kept in the cache. Its name, and those of the stock files, have
+a hash of what they were made from.
 """
 
 import hashlib
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from d2q_edge.calibration.text import BUILTIN, Text, load_text
+from d2q_edge.calibration.text import BUILTIN, load_text
 from d2q_edge.errors import D2QError
 from d2q_edge.formats.gguf_reader import GGUFFile
-from d2q_edge.runtime import follow_tool, source
-from d2q_edge.runtime.llama_vocabulary import LlamaVocabulary
+from d2q_edge.runtime import source
+from d2q_edge.runtime.llama_file import LlamaVocabulary
+from d2q_edge.runtime.tools import INSTALLED, Tools
 from d2q_edge.utils.files import scratch_directory
 from d2q_edge.utils.machine import usable_cpus
 
@@ -27,15 +28,14 @@ TYPES = (
     "Q5_K_M", "Q6_K", "Q8_0", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_S",
     "IQ3_M", "IQ4_NL", "IQ4_XS", "Q3_K", "Q4_K", "Q5_K",
 )  # fmt: skip
-"""What llama-quantize calls the mixtures that work for every model."""
+"""llama-quantize's mixtures that work for every model."""
 UNFINISHED = ".d2q-edge-unfinished-"
-"""Beginning of the name of directories beside a stock file, in which it is made."""
-ELSEWHERE = "choose another directory for the stock files"
-"""What people can do about a directory."""
+"""Prefix of the directories, beside a stock file, in which it is made."""
+REMEDY = "choose another directory for the stock files"
 
 
 def parse_types(names: str) -> tuple[str, ...]:
-    """Names of stock types from a list separated by commas, each once, in capitals.
+    """Parse a comma-separated list of stock types: each once, in capitals.
 
     Raises:
         D2QError: llama-quantize has no such type.
@@ -46,135 +46,123 @@ def parse_types(names: str) -> tuple[str, ...]:
     return types
 
 
-def stock_files(
-    original: Path, types: Sequence[str], directory: Path, calibration: str = "builtin", *, pure: bool = False
-) -> dict[str, Path]:
-    """Stock files in a directory, by type: those that are there from an earlier time are taken, the others are made.
+@dataclass(frozen=True)
+class StockQuantizer:
+    """Quantizes one original model with llama-quantize and an importance matrix.
 
-    A file's name has a hash of what it was made from: the original's path, size and time of its last change, the
-    calibration text, the type, and `pure`. So files of other originals and texts can lie beside it.
-
-    Args:
-        original: the GGUF file to quantize, of f16, bf16 or f32.
-        types: some of TYPES.
-        directory: where they are; made if it isn't there.
-        calibration, pure: see make_stock_file.
-
-    Raises:
-        D2QError: see make_stock_file; or nothing can be written to the directory, or what has a stock file's name there
-            isn't one.
+    Attributes:
+        original: the GGUF file to quantize, in F16, BF16 or F32.
+        calibration: path of the text for the importance matrix, or "builtin".
+        pure: quantize every matrix of the blocks to the same type, embeddings and head to Q8_0; otherwise the mixtures
+            of llama-quantize, which are what people publish.
+        tools: where llama.cpp's tools are.
+        threads: number of CPU threads; None takes all CPUs that this process may use.
     """
-    text = load_text(calibration, "calibration")
-    targets = {kind: directory / _stock_name(original, text, kind, pure) for kind in types}
-    missing = [kind for kind, target in targets.items() if not _is_there(target)]
-    if missing:
-        # Better now than after the importance matrix.
-        with scratch_directory(directory, UNFINISHED, ELSEWHERE):
-            pass
-    for kind, target in targets.items():
-        if kind in missing:
-            make_stock_file(original, kind, target, calibration, pure=pure)
-        else:
-            print(f"{target} is there already", file=sys.stderr)
-    return targets
 
+    original: Path
+    calibration: str = "builtin"
+    pure: bool = False
+    tools: Tools = INSTALLED
+    threads: int | None = None
 
-def make_stock_file(
-    original: Path, type_name: str, target: Path, calibration: str = "builtin", *, pure: bool = False
-) -> None:
-    """Quantize with llama-quantize.
+    def files(self, types: Sequence[str], directory: Path) -> dict[str, Path]:
+        """Return stock files in a directory, by type; those of an earlier call are reused, the others are made.
 
-    Args:
-        original: the GGUF file to quantize, of f16, bf16 or f32.
-        type_name: one of TYPES.
-        target: the file to write; replaced if it is there.
-        calibration: a text file, or "builtin", for the importance matrix.
-        pure: every matrix of the blocks in the named type, embeddings and head in q8_0; otherwise llama-quantize's
-            mixture of that name, which is what people publish.
+        A file's name has a hash of the original's path, size and time of its last change, the calibration text, the
+        type, and `pure`, so that files of other originals and texts can lie beside it.
 
-    Raises:
-        D2QError: the tools aren't built, or fail, or the text can't be read.
-    """
-    matrix = importance_matrix(original, calibration)
-    with scratch_directory(target.parent, UNFINISHED, ELSEWHERE) as work:
-        made = work / target.name
-        follow_tool(
-            "llama-quantize", *(PURE if pure else ()), "--imatrix", matrix, original, made, type_name, usable_cpus(),
-            what=f"Making {type_name}", unit="tensor",
-        )  # fmt: skip
+        Args:
+            types: some of TYPES.
+            directory: where the files are; created if it doesn't exist.
+
+        Raises:
+            D2QError: see `quantize`; or the directory can't be written to, or another file has a stock file's name.
+        """
+        targets = {}
+        for kind in types:
+            label = f"{kind}{'-pure' if self.pure else ''}"
+            targets[kind] = directory / f"{self.original.stem}-{label}-{self._hash(label)}.gguf"
+        missing = [kind for kind, target in targets.items() if not _is_there(target)]
+        if missing:
+            # Find out whether the directory can be written to before making the importance matrix.
+            with scratch_directory(directory, UNFINISHED, REMEDY):
+                pass
+        for kind, target in targets.items():
+            if kind in missing:
+                self.quantize(kind, target)
+            else:
+                print(f"{target} is there already", file=sys.stderr)
+        return targets
+
+    def quantize(self, type_name: str, target: Path) -> None:
+        """Write a file of one of TYPES; a target that exists is replaced.
+
+        Raises:
+            D2QError: the tools aren't built, or fail, or the text can't be read.
+        """
+        matrix = self.importance_matrix()
+        with scratch_directory(target.parent, UNFINISHED, REMEDY) as work:
+            made = work / target.name
+            self.tools.follow(
+                "llama-quantize", *(PURE if self.pure else ()), "--imatrix", matrix, self.original, made, type_name,
+                self.threads or usable_cpus(), description=f"Making {type_name}", unit="tensor",
+            )  # fmt: skip
+            _move(made, target)
+
+    def importance_matrix(self) -> Path:
+        """Return the importance matrix, from the cache or made now by llama-imatrix.
+
+        Raises:
+            D2QError: the tool isn't built, or fails, or the text can't be read or is too short.
+        """
+        target = source.cache_directory().parent / "imatrix" / f"{self.original.stem}-{self._hash()}.gguf"
+        if target.is_file():
+            return target
+        # llama-imatrix checks the length, too, but its message can be lost.
+        with LlamaVocabulary(self.original) as vocabulary:
+            count = len(vocabulary.tokenize(load_text(self.calibration, "calibration").content, special=False))
+        if count < 2 * IMATRIX_CONTEXT:
+            raise D2QError(
+                f"the calibration text has {count} tokens, but an importance matrix needs {2 * IMATRIX_CONTEXT}: "
+                "choose a longer text"
+            )
+        path = BUILTIN["calibration"] if self.calibration == "builtin" else Path(self.calibration)
+        with scratch_directory(target.parent, "partial-", "set XDG_CACHE_HOME") as work:
+            made = work / target.name
+            self.tools.follow(
+                "llama-imatrix", "-m", self.original, "-f", path, "-o", made, "-c", IMATRIX_CONTEXT,
+                "-t", self.threads or usable_cpus(), description="Importance matrix", unit="chunk",
+            )  # fmt: skip
+            _move(made, target)
+        return target
+
+    def _hash(self, *others: str) -> str:
+        """Hash what a file is made from."""
+        text = load_text(self.calibration, "calibration")
         try:
-            made.replace(target)
+            status = self.original.stat()
         except OSError as error:
-            raise D2QError(f"can't write {target}: {error.strerror or error}") from error
+            raise D2QError(f"can't read {self.original}: {error.strerror or error}") from error
+        path = str(self.original.resolve())
+        inputs = [path, status.st_size, status.st_mtime_ns, text.sha256, IMATRIX_CONTEXT, *others]
+        return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
 
 
-def importance_matrix(original: Path, calibration: str = "builtin") -> Path:
-    """The importance matrix of a file for a text, from the cache or made now by llama-imatrix.
-
-    Raises:
-        D2QError: the tool isn't built, or fails, or the text can't be read or is too short.
-    """
-    text = load_text(calibration, "calibration")
-    place = _cached(original, text)
-    if place.is_file():
-        return place
-    _check_length(original, text)
-    path = BUILTIN["calibration"] if calibration == "builtin" else Path(calibration)
-    with scratch_directory(place.parent, "partial-", "set XDG_CACHE_HOME") as work:
-        made = work / place.name
-        follow_tool(
-            "llama-imatrix", "-m", original, "-f", path, "-o", made, "-c", IMATRIX_CONTEXT, "-t", usable_cpus(),
-            what="Importance matrix", unit="chunk",
-        )  # fmt: skip
-        try:
-            made.replace(place)
-        except OSError as error:
-            raise D2QError(f"can't write {place}: {error.strerror or error}; set XDG_CACHE_HOME") from error
-    return place
-
-
-def _check_length(original: Path, text: Text) -> None:
-    """llama-imatrix refuses a text of less than two chunks, too, but what it says about it is sometimes lost."""
-    with LlamaVocabulary(original) as vocabulary:
-        count = len(vocabulary.tokenize(text.content, special=False))
-    if count < 2 * IMATRIX_CONTEXT:
-        raise D2QError(
-            f"the calibration text has {count} tokens, but an importance matrix needs {2 * IMATRIX_CONTEXT}: "
-            "choose a longer text"
-        )
-
-
-def _cached(original: Path, text: Text) -> Path:
-    """Where the importance matrix is kept."""
-    return source.cache_directory().parent / "imatrix" / f"{original.stem}-{_hash(original, text)}.gguf"
-
-
-def _stock_name(original: Path, text: Text, type_name: str, pure: bool) -> str:
-    """What a stock file is called."""
-    kind = f"{type_name}{'-pure' if pure else ''}"
-    return f"{original.stem}-{kind}-{_hash(original, text, kind)}.gguf"
-
-
-def _hash(original: Path, text: Text, *others: str) -> str:
-    """For a name: what something was made from."""
+def _move(made: Path, target: Path) -> None:
     try:
-        status = original.stat()
+        made.replace(target)
     except OSError as error:
-        raise D2QError(f"can't read {original}: {error.strerror or error}") from error
-    made_from = [str(original.resolve()), status.st_size, status.st_mtime_ns, text.sha256, IMATRIX_CONTEXT, *others]
-    return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
+        raise D2QError(f"can't write {target}: {error.strerror or error}") from error
 
 
 def _is_there(target: Path) -> bool:
-    """Whether a stock file has been made earlier; what else has its name is left alone."""
+    """Whether a stock file was made earlier; any other file of its name is an error."""
     try:
         if not target.exists():
             return False
         GGUFFile(target)
     except OSError as error:
-        raise D2QError(f"can't use {target} ({error.strerror or error}); {ELSEWHERE}") from error
+        raise D2QError(f"can't use {target} ({error.strerror or error}); {REMEDY}") from error
     except D2QError as error:
-        raise D2QError(
-            f"{target} has a stock file's name but isn't one ({error}); remove it, or {ELSEWHERE}"
-        ) from error
+        raise D2QError(f"{target} has a stock file's name but isn't one ({error}); remove it, or {REMEDY}") from error
     return True

@@ -22,7 +22,7 @@ import gguf
 from d2q_edge import runtime
 from d2q_edge.errors import D2QError
 from d2q_edge.model.tokenizer import Tokenizer
-from d2q_edge.runtime.llama_vocabulary import LlamaVocabulary
+from d2q_edge.runtime.llama_file import LlamaVocabulary
 
 PROBE = Path(__file__).parents[1] / "data" / "tokenizer_probe.json"
 _SPECIAL_SAMPLES, _VOCABULARY_SAMPLES, _WORDS_PER_TEXT = 64, 2000, 50

@@ -1,7 +1,6 @@
-"""A conversation with a GGUF file, in the words of its own chat template.
+"""A conversation with a GGUF file through its own chat template.
 
-Knows messages and what an interruption leaves of them. Does not know the terminal (cli/chat.py). The template is
-applied by llama-cpp-python; the part of the conversation that the model has read already is not read again.
+llama-cpp-python applies the template, and keeps the KV cache of what the model has read already.
 """
 
 from collections.abc import Generator
@@ -17,7 +16,7 @@ TEMPLATE_KEY = "tokenizer.chat_template"
 
 
 def has_template(path: Path) -> bool:
-    """Whether a file says how messages become text.
+    """Return whether a file has a chat template.
 
     Raises:
         D2QError: it can't be read.
@@ -26,7 +25,12 @@ def has_template(path: Path) -> bool:
 
 
 class Conversation:
-    """A loaded model and the messages so far. Use in a with block, or call close()."""
+    """A loaded model and the messages so far. Use it in a with block, or call close().
+
+    Attributes:
+        context: tokens that the conversation can have.
+        messages: the conversation, as {"role": ..., "content": ...}.
+    """
 
     def __init__(
         self,
@@ -43,28 +47,25 @@ class Conversation:
 
         Args:
             path: the GGUF file.
-            system: the system message, if there is to be one.
-            context: tokens of the whole conversation; what the model was made for is the limit.
-            max_tokens: of one answer; None leaves it the whole context.
-            temperature: 0 takes the likeliest token every time.
-            seed: of the sampling; None takes another one every time.
-            threads: None takes as many as there are CPUs for this process.
+            system: system message, if any.
+            context: tokens of the whole conversation; limited to the model's own context.
+            max_tokens: limit of one answer; None is what the context has room for.
+            temperature: of the sampling; 0 always takes the most likely token.
+            seed: of the sampling; None takes a random one.
+            threads: number of CPU threads; None takes all CPUs that this process may use.
 
         Raises:
             D2QError: the file has no chat template or can't be loaded, or the runtime is not installed.
         """
         if not has_template(path):
             raise D2QError(
-                f"{path} has no chat template, as models that only continue text have none: use "
-                f'`d2q-edge run {path} -p "..."`'
+                f'{path} has no chat template, so it can only continue text: use `d2q-edge run {path} -p "..."`'
             )
         self._start = [{"role": "system", "content": system}] if system else []
         self._options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
         self._model = load(path, context, seed, threads)
         self.context: int = self._model.n_ctx()
-        """Tokens that the conversation can have."""
         self.messages: list[dict[str, str]] = []
-        """What was said, as {"role": ..., "content": ...}."""
         self.reset()
 
     def __enter__(self) -> "Conversation":
@@ -78,14 +79,14 @@ class Conversation:
         self._model.close()
 
     def reset(self) -> None:
-        """Forget what was said, but for the system message."""
+        """Forget all messages but the system message."""
         self.messages = list(self._start)
 
     def answer(self, question: str) -> Generator[str, None, None]:
-        """Yield the answer in pieces as they come.
+        """Yield the answer in pieces as they are generated.
 
-        Closing the iterator, or an interruption, ends the answer: what was said of it stays in the conversation. When
-        nothing was said, the question is forgotten too.
+        Closing the iterator, or an interruption, ends the answer; the part generated so far stays in the conversation.
+        If that is nothing, the question is forgotten, too.
 
         Raises:
             D2QError: the conversation is longer than the context, or the template refuses it.
@@ -101,7 +102,7 @@ class Conversation:
                         said.append(text)
                         yield text
         except Exception as error:
-            # The template is a program by strangers: there is no one exception for what it can raise.
+            # The template is an untrusted program that can raise anything.
             if "exceed context window" in str(error):
                 raise D2QError(
                     f"the conversation no longer fits into {self.context} tokens: start again with /reset, or "

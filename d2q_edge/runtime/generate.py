@@ -1,7 +1,4 @@
-"""Text from a GGUF file, through the patched llama-cpp-python's high-level interface.
-
-Knows how a file is loaded to generate. Does not know about conversations (chat.py).
-"""
+"""Load a GGUF file with llama-cpp-python's high-level API, and continue a prompt."""
 
 from collections.abc import Iterator
 from contextlib import closing
@@ -18,7 +15,7 @@ SPARE_TOKENS = 8
 
 
 def fitting_context(file: GGUFFile, wanted: int) -> int:
-    """As many tokens as wanted, but no more than the model was made for, where the file says that."""
+    """Limit a context to the length that the model was trained for, if the file has it."""
     return min(wanted, file.context_length or wanted)
 
 
@@ -27,9 +24,9 @@ def load(path: Path, context: int, seed: int | None = None, threads: int | None 
 
     Args:
         path: the GGUF file.
-        context: tokens of prompt and answer together; what the model was made for is the limit.
-        seed: of the sampling; None takes another one every time.
-        threads: None takes as many as there are CPUs for this process.
+        context: n_ctx, tokens of prompt and answer together; limited to the model's own context.
+        seed: of the sampling; None takes a random one.
+        threads: number of CPU threads; None takes all CPUs that this process may use.
 
     Raises:
         D2QError: the runtime is not installed, or the file can't be loaded.
@@ -47,34 +44,34 @@ def load(path: Path, context: int, seed: int | None = None, threads: int | None 
             verbose=False,
         )
     except Exception as error:
-        # Besides llama.cpp's ValueError, whatever a chat template by strangers makes of jinja2's parser.
+        # llama.cpp's ValueError, or whatever jinja2 raises for an untrusted chat template.
         raise D2QError(f"llama.cpp can't load {path}: {error}") from error
 
 
 def generate(
     path: Path, prompt: str, max_tokens: int, temperature: float, seed: int, threads: int | None = None
 ) -> Iterator[str]:
-    """Continue a prompt. The model is loaded at once; the iterator yields pieces of text as they come.
+    """Load a model, and return an iterator over pieces of the text that continues a prompt.
 
-    It ends where the model ends the text, or after `max_tokens`.
+    The text ends where the model ends it, or after `max_tokens`.
 
     Args:
         path: the GGUF file.
         prompt: plain text; no chat template is applied.
-        max_tokens: to generate at most.
-        temperature: 0 takes the likeliest token every time.
+        max_tokens: limit of generated tokens.
+        temperature: of the sampling; 0 always takes the most likely token.
         seed: of the sampling.
-        threads: None takes as many as there are CPUs for this process.
+        threads: number of CPU threads; None takes all CPUs that this process may use.
 
     Raises:
         D2QError: the runtime is not installed, the file can't be loaded, or the prompt is empty, not UTF-8, or longer
-            than its context.
+            than the context.
     """
     try:
         length = len(prompt.encode())
     except UnicodeEncodeError as error:
         raise D2QError("the prompt isn't valid UTF-8; give it in that encoding") from error
-    # No token is shorter than a byte. The model's own context can be so long that its cache doesn't fit in memory.
+    # A token is at least a byte long. The model's own context can need a KV cache that doesn't fit in memory.
     model = load(path, length + max_tokens + SPARE_TOKENS, seed, threads)
     return _pieces(model, prompt, max_tokens, temperature)
 
@@ -87,7 +84,7 @@ def _pieces(model: Any, prompt: str, max_tokens: int, temperature: float) -> Ite
         except ValueError as error:
             raise D2QError(f"llama.cpp can't continue the prompt: {error}") from error
         except AssertionError as error:
-            # llama-cpp-python's, where there is no token to begin with.
+            # llama-cpp-python asserts that there is a token to begin with.
             raise D2QError(
                 "the prompt is empty, and the model has no token that begins a text; give some text"
             ) from error

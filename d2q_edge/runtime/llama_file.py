@@ -1,8 +1,4 @@
-"""A GGUF file loaded in the patched llama-cpp-python, with its vocabulary: text in, tokens out.
-
-Knows llama_cpp's low-level calls for that. llama_model.py computes with a file, llama_vocabulary.py only tokenizes.
-llama.cpp's log is kept off the terminal; its errors become the message when a file can't be loaded.
-"""
+"""A GGUF file loaded with the patched llama-cpp-python's low-level API: loading, and the vocabulary."""
 
 from __future__ import annotations
 
@@ -16,20 +12,20 @@ from d2q_edge.errors import D2QError
 
 _LOG_ERROR, _LOG_CONTINUE = 4, 5
 _REASON = "error loading model: "
-"""What llama.cpp writes before the reason; a message that says only that it failed comes last."""
+"""What llama.cpp prints before the reason; messages that say only that it failed come later."""
 
 Loaded = TypeVar("Loaded", bound="LlamaFile")
 
 
 class LlamaFile:
-    """A loaded file. Use in a with block, or call close()."""
+    """A loaded GGUF file. Use it in a with block, or call close()."""
 
     def __init__(self, path: Path, *, vocab_only: bool = False) -> None:
-        """Load it.
+        """Load a file.
 
         Args:
             path: the GGUF file.
-            vocab_only: leave the weights alone.
+            vocab_only: don't load the weights.
 
         Raises:
             D2QError: the runtime is not installed, there is no such file, or llama.cpp refuses it.
@@ -54,18 +50,18 @@ class LlamaFile:
         self.close()
 
     def close(self) -> None:
-        """Free it."""
+        """Free the model."""
         if self._model:
             self._api.llama_model_free(self._model)
         self._model = None
 
     def ids(self, text: str, *, add_special: bool, read_special: bool) -> list[int]:
-        """Token ids of a text.
+        """Tokenize a text.
 
         Args:
-            text: what to tokenize; without surrogates.
-            add_special: add the special tokens that the file says.
-            read_special: find special tokens in the text.
+            text: without surrogates.
+            add_special: add the special tokens (BOS, EOS) that the file asks for.
+            read_special: parse the names of special tokens in the text.
 
         Raises:
             D2QError: llama.cpp fails.
@@ -79,8 +75,28 @@ class LlamaFile:
         return list(found[:count])
 
 
+class LlamaVocabulary(LlamaFile):
+    """The vocabulary of a GGUF file, without the weights."""
+
+    def __init__(self, path: Path) -> None:
+        """Load a file's vocabulary.
+
+        Raises:
+            D2QError: see LlamaFile.
+        """
+        super().__init__(path, vocab_only=True)
+
+    def tokenize(self, text: str, *, special: bool) -> list[int]:
+        """Tokenize a text; `special` both adds special tokens and parses their names in the text.
+
+        Raises:
+            D2QError: llama.cpp fails.
+        """
+        return self.ids(text, add_special=special, read_special=special)
+
+
 class Log:
-    """Takes llama.cpp's log messages and remembers the errors."""
+    """Collect the errors in llama.cpp's log, and keep the log off the terminal."""
 
     _active: Any = None
 

@@ -1,8 +1,4 @@
-"""One GGUF file loaded in the patched llama-cpp-python: tokens in, logits out.
-
-Knows llama_cpp's low-level calls beyond those of llama_file.py. Does not know what is measured with
-them (evaluation.py).
-"""
+"""A GGUF file as a language model, with the patched llama-cpp-python's low-level API: tokens in, logits out."""
 
 from pathlib import Path
 from typing import Any
@@ -16,50 +12,53 @@ from d2q_edge.utils.machine import usable_cpus
 
 
 class LlamaModel(LlamaFile):
-    """A loaded model with a context for one sequence. Use in a with block, or call close()."""
+    """A loaded model with a context for one sequence.
+
+    Attributes:
+        vocab_size: number of tokens.
+        bos: the token that the model wants first, or None.
+    """
 
     def __init__(self, path: Path, context: int, threads: int | None = None) -> None:
         """Load a file.
 
         Args:
             path: the GGUF file.
-            context: tokens per sequence.
-            threads: of the CPU; None takes all that this process may use.
+            context: n_ctx, tokens per sequence.
+            threads: number of CPU threads; None takes all CPUs that this process may use.
 
         Raises:
             D2QError: the runtime is not installed, there is no such file, or llama.cpp refuses it.
         """
         self._context: Any = None
         super().__init__(path)
-        api, log = self._api, self._log
+        api = self._api
         parameters = api.llama_context_default_params()
         parameters.n_ctx = parameters.n_batch = context
         parameters.n_threads = parameters.n_threads_batch = threads or usable_cpus()
         self._context = api.llama_init_from_model(self._model, parameters)
         if not self._context:
             self.close()
-            raise D2QError(f"llama.cpp can't make a context of {context} tokens for {path}: {log.cause}")
+            raise D2QError(f"llama.cpp can't make a context of {context} tokens for {path}: {self._log.cause}")
         self.vocab_size: int = api.llama_vocab_n_tokens(self._vocab)
-        """Number of tokens."""
         self.bos: int | None = api.llama_vocab_bos(self._vocab) if api.llama_vocab_get_add_bos(self._vocab) else None
-        """The token that the model wants first, if any."""
 
     def close(self) -> None:
-        """Free the model."""
+        """Free the context and the model."""
         if self._context:
             self._api.llama_free(self._context)
         self._context = None
         super().close()
 
     def tokenize(self, text: str) -> npt.NDArray[np.int32]:
-        """Token ids, int32 [tokens]; special tokens are added as the model wants, but not read from `text`."""
+        """Return token ids, int32 [tokens]: special tokens added as the model wants, but not parsed in the text."""
         return np.array(self.ids(text, add_special=True, read_special=False), dtype=np.int32)
 
     def logits(self, tokens: npt.NDArray[np.int32], first: int) -> npt.NDArray[np.float32]:
-        """Logits after each of the tokens first, first + 1, ... of one sequence.
+        """Run one sequence, and return the logits at the positions from `first` on.
 
         Args:
-            tokens: int32, at most a context of them.
+            tokens: int32, at most n_ctx of them.
             first: positions before it are not returned.
 
         Returns:

@@ -1,76 +1,145 @@
-"""Run long programs: output to a log file, progress on stderr, failure as one sentence.
-
-Knows subprocesses and logs. Does not know what is being built.
-"""
+"""Run programs that take minutes, and show the steps that they count in their output as progress."""
 
 import os
 import re
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 from d2q_edge.errors import D2QError
+from d2q_edge.utils.progress import INTERVAL, Progress
 
-STEP = re.compile(r"\[ *(\d+(?:/\d+|%))\]")
-"""How ninja ([12/96]) and make ([ 12%]) say how far they are."""
+STEP = re.compile(r"\[ *(\d+)(?:/ *(\d+)|(%))?\]")
+"""ninja prints "[12/96]", make "[ 12%]", llama-quantize "[  12/ 291]", and llama-imatrix "[12]" after TOTAL."""
+TOTAL = re.compile(r"computing over (\d+) chunks")
+TAIL = 4000
+"""Characters of output that are kept for error messages."""
 TAIL_LINES = 15
+GRACE = 5.0
+"""Seconds that an interrupted program has to clean up."""
 
 
 def say(message: str) -> None:
-    """One line of progress on stderr."""
+    """Print one line on stderr."""
     print(message, file=sys.stderr, flush=True)
+
+
+def follow(
+    command: Sequence[str],
+    description: str,
+    unit: str = "step",
+    *,
+    log: IO[bytes] | None = None,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    interval: float = INTERVAL,
+) -> tuple[int, str]:
+    """Run a program, and show its step counter as progress.
+
+    Args:
+        command: program and arguments.
+        description: label of the progress ("Building").
+        unit: what one of its steps is called.
+        log: file that gets everything the program prints.
+        env: the program's whole environment; None passes on this process's.
+        cwd: working directory.
+        interval: seconds between two lines of progress where stderr is no terminal.
+
+    Returns:
+        The exit code (the negative signal number if a signal ended it), and the end of the output.
+
+    Raises:
+        OSError: the program can't be started.
+    """
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, cwd=cwd
+    )
+    assert process.stdout is not None
+    steps, tail = _Steps(description, unit, interval), ""
+    try:
+        # Not line by line: llama-imatrix prints many steps into one line.
+        while piece := os.read(process.stdout.fileno(), 4096):
+            if log is not None:
+                log.write(piece)
+            tail = tail[-TAIL:] + piece.decode(errors="replace")
+            steps.read(tail)
+    except BaseException:
+        # Ctrl-C reaches the program, too, and pip removes its temporary files then.
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+        process.kill()
+        raise
+    finally:
+        steps.close()
+        process.wait()
+        process.stdout.close()
+    return process.returncode, tail
 
 
 def run_logged(
     command: Sequence[str | Path],
     log: Path,
     failure: str,
+    *,
+    description: str = "Running",
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
 ) -> None:
-    """Run `command`, append its output to `log`, and show a compiler's step counter if stderr is a terminal.
+    """Run a program, append its output to a log file, and show its step counter as progress.
 
     Args:
         command: program and arguments.
-        log: the file that gets everything the program prints.
-        failure: the error's sentence up to where the log is, for example "building the runtime failed".
+        log: file that gets everything the program prints.
+        failure: beginning of the error message, for example "building the runtime failed".
+        description: label of the progress.
         env: variables added to the environment.
         cwd: working directory.
 
     Raises:
-        D2QError: the program can't be started or exits with an error; its last lines go to stderr.
+        D2QError: the program can't be started or fails; its last lines are printed on stderr.
     """
     words = [str(word) for word in command]
-    tail: deque[str] = deque(maxlen=TAIL_LINES)
-    counter = sys.stderr.isatty()
-    with log.open("a", encoding="utf-8") as file:
-        file.write("$ " + " ".join(words) + "\n")
-        file.flush()
+    with log.open("ab", buffering=0) as file:
+        file.write(f"$ {' '.join(words)}\n".encode())
         try:
-            process = subprocess.Popen(
-                words,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **(env or {})},
-                cwd=cwd,
-                text=True,
-                encoding="utf-8",
-                errors="replace",
-            )
+            code, tail = follow(words, description, log=file, env={**os.environ, **(env or {})}, cwd=cwd)
         except OSError as error:
             raise D2QError(f"{failure}: {words[0]} can't be started ({error.strerror})") from error
-        with process:
-            for line in process.stdout or ():
-                file.write(line)
-                tail.append(line.rstrip())
-                step = STEP.search(line)
-                if counter and step:
-                    print(f"\r  {step.group(1)}   ", end="", file=sys.stderr, flush=True)
-    if counter:
-        print("\r", end="", file=sys.stderr)
-    if process.returncode:
-        say("\n".join(line for line in tail if line))
+    if code:
+        say("\n".join(line for line in tail.splitlines()[-TAIL_LINES:] if line.strip()))
         raise D2QError(f"{failure}; see {log}")
+
+
+class _Steps:
+    """Progress of a program, read from its output."""
+
+    def __init__(self, description: str, unit: str, interval: float) -> None:
+        self._description, self._unit, self._interval = description, unit, interval
+        self._progress: Progress | None = None
+        self._announced = 0
+
+    def read(self, output: str) -> None:
+        """Go to the last step that the output counts."""
+        if totals := TOTAL.findall(output):
+            self._announced = int(totals[-1])
+        counters = STEP.findall(output)
+        if not counters and self._progress is not None:
+            return
+        step, total, percent = counters[-1] if counters else ("0", "", "")
+        count = 100 if percent else int(total or self._announced)
+        if not count or int(step) > count:
+            return
+        # A build can count several times: one program after the other, or once more after CMake has run again.
+        if self._progress is None or self._progress.total != count or int(step) < self._progress.done:
+            self.close()
+            self._progress = Progress(self._description, count, self._unit, interval=self._interval)
+        if int(step) > self._progress.done:
+            self._progress.update(int(step) - self._progress.done)
+
+    def close(self) -> None:
+        """Close the bar."""
+        if self._progress is not None:
+            self._progress.__exit__(None, None, None)

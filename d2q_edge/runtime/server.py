@@ -1,8 +1,4 @@
-"""llama-cpp-python's OpenAI-compatible server, with the patched runtime and one file.
-
-Knows what the server has to be told, and what it would otherwise take from the environment. Its packages are an extra:
-pip install 'd2q-edge[serve]'.
-"""
+"""Serve one GGUF file with llama-cpp-python's OpenAI-compatible server (the extra d2q-edge[serve])."""
 
 import importlib
 import ipaddress
@@ -35,14 +31,14 @@ def serve(
 
     Args:
         path: the GGUF file.
-        host: the address to listen on; others than the loopback's let other machines in.
-        port: 0 takes a free one, which the message on stderr names.
-        context: tokens of one conversation; what the model was made for is the limit.
-        api_key: what clients must send as bearer token, if anything.
-        threads: None takes as many as there are CPUs for this process.
+        host: address to listen on; any but a loopback address lets other machines in.
+        port: port to listen on; 0 takes a free one, which the message on stderr names.
+        context: tokens of one conversation; limited to the model's own context.
+        api_key: bearer token that clients must send, if any.
+        threads: number of CPU threads; None takes all CPUs that this process may use.
 
     Raises:
-        D2QError: runtime or packages are missing, the file can't be loaded, or the address can't be listened on.
+        D2QError: the runtime or a package is missing, the file can't be loaded, or the address can't be used.
     """
     runtime.require()
     file = GGUFFile(path)
@@ -57,8 +53,8 @@ def serve(
         if not has_template(path):
             say("The file has no chat template: use /v1/completions, because /v1/chat/completions has to guess one.")
         if api_key is None and not _is_loopback(host):
-            say("Everybody who can reach this address can use the server; --api-key asks them for a key.")
-        # Would name a file whose settings replace the ones below.
+            say("Everybody who can reach this address can use the server; --api-key makes it ask for a key.")
+        # It would name a file whose settings replace those below.
         os.environ.pop("CONFIG_FILE", None)
         model = settings.ModelSettings(
             model=str(path),
@@ -66,7 +62,7 @@ def serve(
             n_ctx=fitting_context(file, context),
             n_threads=threads or usable_cpus(),
             n_threads_batch=threads or usable_cpus(),
-            # Otherwise a row of logits is kept for each token of the context, which can be gigabytes.
+            # Otherwise the logits of every token of the context are kept, which can be gigabytes.
             logits_all=False,
             verbose=False,
         )
@@ -74,24 +70,24 @@ def serve(
         try:
             application = app.create_app(server_settings=server, model_settings=[model])
         except Exception as error:
-            # Besides llama.cpp's ValueError, whatever a chat template by strangers makes of jinja2's parser.
+            # llama.cpp's ValueError, or whatever jinja2 raises for an untrusted chat template.
             raise D2QError(f"llama.cpp can't load {path}: {error}") from error
         name = f"[{host}]" if ":" in host else host
         say(f"{path} is served at http://{name}:{listener.getsockname()[1]}/v1 (Ctrl-C ends)")
         try:
             uvicorn.Server(uvicorn.Config(application, log_level="warning")).run(sockets=[listener])
         except KeyboardInterrupt:
-            # uvicorn has ended in order and passes the signal on; this is how a server is meant to end.
+            # uvicorn has shut down and passes the signal on.
             return
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket. It is opened before the model is loaded, which takes longer than to find the port in use."""
+    """Open a listening socket, before the model is loaded: a port in use is found at once."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
     except (OSError, UnicodeError) as error:
-        # Python adds the address, a resolver's codes are negative.
+        # strerror has the address appended; a resolver's error codes are negative.
         code = getattr(error, "errno", None) or 0
         reason = os.strerror(code) if code > 0 else getattr(error, "strerror", None) or error
         raise D2QError(f"can't listen on {host}, port {port} ({reason}): choose others by --host, --port") from error

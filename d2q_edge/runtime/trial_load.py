@@ -1,8 +1,7 @@
-"""Whether the installed runtime can run a file: found out by letting it try, so that nothing has to be guessed.
+"""Find out whether the installed runtime can run a file, by letting llama.cpp load it.
 
-llama.cpp reads the file's keys, makes the model they describe and looks for its tensors, all without reading weights
-or allocating memory for them. It happens in a process of its own, because llama.cpp ends the process when it finds some
-kinds of nonsense in a file. Knows llama_cpp's loader and nothing about formats.
+llama.cpp parses the metadata, builds the model, and looks for its tensors, without reading or allocating weights. It
+runs in a process of its own, because some malformed files make llama.cpp abort.
 """
 
 import json
@@ -20,12 +19,12 @@ TIMEOUT = 120
 
 
 def why_not(path: Path) -> str | None:
-    """Why the installed runtime can't run a GGUF file, as one sentence; None if it can.
+    """Return one sentence about why the installed runtime can't run a GGUF file, or None if it can.
 
-    Never fails: a missing runtime is a reason too.
+    Raises nothing: a missing runtime is a reason, too.
     """
     command = [sys.executable, "-m", "d2q_edge.runtime.trial_load", str(path)]
-    # The child finds the package where this process found it, and doesn't start a debugger when llama.cpp aborts.
+    # The child must find this package, and must not start a debugger when llama.cpp aborts.
     root = str(Path(__file__).resolve().parents[2])
     search = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": search, "GGML_NO_BACKTRACE": "1"}
@@ -42,7 +41,7 @@ def why_not(path: Path) -> str | None:
 
 
 def attempt(path: Path) -> str | None:
-    """The same, in this process."""
+    """Do what why_not does, in this process."""
     try:
         api = runtime.require()
     except D2QError as error:

@@ -122,7 +122,7 @@ def test_installed(environment: Path) -> None:
         unavailable("the runtime isn't in the cache: run `d2q-edge runtime install`")
     version = run([programs / "d2q-edge", "runtime", "install"], environment).strip()
     assert version == source.runtime_version(), "of the same patch, which came with the wheel"
-    key = "from d2q_edge.runtime import installed; print(installed.installed_key())"
+    key = "from d2q_edge.runtime import tools; print(tools.installed_key())"
     assert run([programs / "python", "-I", "-c", key], environment).strip() == wheels.parent.name, "as pip has noted"
     script.write_text(SMOKE)
     said = run([programs / "python", "-I", script, EXAMPLE], environment)

@@ -1,13 +1,11 @@
 """Benchmarks: arithmetic by hand, the stock file that is made to compare with, and llama-bench itself."""
 
-import json
 import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 
@@ -19,9 +17,10 @@ from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.options import Options
 from tests.availability import require_tool
 from tests.conftest import ExampleFiles
+from tests.evaluation.fake_tools import FakeTools
 
 TIMES = {
-    # seconds of the three rounds; the second round is slow as a whole
+    # Seconds in three rounds; the second round is slow as a whole.
     ("a.gguf", None): (1.0, 10.0, 2.0),
     ("b.gguf", None): (4.0, 40.0, 4.0),
     ("s.gguf", "1"): (2.0, 20.0, 2.0),
@@ -29,30 +28,34 @@ TIMES = {
 }
 
 
-@pytest.fixture
-def llama_bench(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
-    """Files and --repack of all calls; a call takes what TIMES says, generating takes half of it."""
-    calls: list[tuple[str, str | None]] = []
+def files_without_tensors(directory: Path, *names: str) -> list[Path]:
+    paths = [directory / name for name in names]
+    for path in paths:
+        path.write_bytes(b"GGUF" + (3).to_bytes(4, "little") + bytes(16))
+    return paths
 
-    def run_tool(tool: str, *arguments: object) -> str:
-        options = {str(k): str(v) for k, v in zip(arguments[::2], arguments[1::2], strict=True)}
-        assert tool == "llama-bench"
+
+class FakeBench(FakeTools):
+    """A call takes what TIMES says, generating half of it."""
+
+    def __init__(self) -> None:
+        super().__init__(seconds=self._seconds)
+
+    def calls(self) -> list[tuple[str, str | None]]:
+        return [(Path(options["-m"]).name, options.get("--repack")) for options in self.benched]
+
+    def _seconds(self, _: int, options: Mapping[str, str]) -> tuple[float, float]:
         assert [options[name] for name in ("-t", "-p", "-n", "-r")] == ["4", "100", "10", "1"]
-        calls.append((options["-m"], options.get("--repack")))
-        seconds = TIMES[calls[-1]][calls.count(calls[-1]) - 1]
-        runs = [{"n_prompt": 100, "n_threads": 4, "avg_ns": seconds * 1e9}]
-        return json.dumps([*runs, {"n_prompt": 0, "n_threads": 4, "avg_ns": seconds / 2 * 1e9}])
-
-    monkeypatch.setattr(benchmark, "run_tool", run_tool)
-    monkeypatch.setattr(benchmark, "GGUFFile", lambda path: Mock())
-    return calls
+        seconds = TIMES[self.calls()[-1]][self.calls().count(self.calls()[-1]) - 1]
+        return seconds, seconds / 2
 
 
-def test_speeds_and_ratios(llama_bench: list[tuple[str, str | None]]) -> None:
+def test_speeds_and_ratios(tmp_path: Path) -> None:
     settings = Settings(prompt=100, generation=10, threads=(4,), rounds=3)
-    files = {"ours": Path("a.gguf"), "other": Path("b.gguf")}
-    result = benchmark.benchmark(files, settings, Path("s.gguf"))
-    assert llama_bench == 3 * list(TIMES), "in turn"
+    ours, other, stock = files_without_tensors(tmp_path, "a.gguf", "b.gguf", "s.gguf")
+    tools = FakeBench()
+    result = benchmark.benchmark({"ours": ours, "other": other}, settings, stock, tools)
+    assert tools.calls() == 3 * list(TIMES), "in turn"
     # medians: 2 s and 4 s for 100 tokens; 1 s and 2 s for 10
     assert result.speeds["ours"] == {"prompt-4": 50, "generation-4": 10}
     assert result.speeds["other"] == {"prompt-4": 25, "generation-4": 5}
@@ -74,10 +77,11 @@ def test_speeds_and_ratios(llama_bench: list[tuple[str, str | None]]) -> None:
     ]
 
 
-def test_without_a_stock_file(llama_bench: list[tuple[str, str | None]]) -> None:
-    settings = Settings(prompt=100, generation=10, threads=(4,), rounds=1)
-    result = benchmark.benchmark({"ours": Path("a.gguf")}, settings)
-    assert llama_bench == [("a.gguf", None)]
+def test_without_a_stock_file(tmp_path: Path) -> None:
+    settings, tools = Settings(prompt=100, generation=10, threads=(4,), rounds=1), FakeBench()
+    (path,) = files_without_tensors(tmp_path, "a.gguf")
+    result = benchmark.benchmark({"ours": path}, settings, tools=tools)
+    assert tools.calls() == [("a.gguf", None)]
     assert (result.stock, result.ratios) == (None, None)
     assert result.to_json() == {
         "prompt": 100,
@@ -99,6 +103,7 @@ def small(make_checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
     return tmp_path / "small.gguf"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Q2_K", "iq2_xs"])
 def test_stock_file_is_the_same_model(small: Path, name: str) -> None:
     require_tool("llama-quantize")
@@ -116,7 +121,7 @@ def test_stock_file_is_the_same_model(small: Path, name: str) -> None:
     assert not path.exists()
 
 
-def test_stock_types_that_there_are_not(small: Path) -> None:
+def test_unknown_stock_type(small: Path) -> None:
     require_tool("llama-quantize")
     with (
         pytest.raises(D2QError, match=r"can't make a Q9_X file of .*: .*invalid ftype 'Q9_X'$"),
@@ -127,10 +132,9 @@ def test_stock_types_that_there_are_not(small: Path) -> None:
 
 def test_files_without_embeddings_have_no_stock_file(tmp_path: Path) -> None:
     """An importance matrix, for example."""
-    path = tmp_path / "imatrix.gguf"
-    path.write_bytes(b"GGUF" + (3).to_bytes(4, "little") + bytes(16))
+    (path,) = files_without_tensors(tmp_path, "imatrix.gguf")
     with (
-        pytest.raises(D2QError, match=r"imatrix.gguf has no token embeddings, so that it isn't a language model; name"),
+        pytest.raises(D2QError, match=r"imatrix.gguf has no token embeddings, so it isn't a language model; name a"),
         benchmark.stock_file(path, "Q2_K"),
     ):
         pass
@@ -144,19 +148,17 @@ class TestCommas:
         (tmp_path / "a,b").mkdir()
         for path in paths:
             path.write_text(path.name)
-        calls: list[Path] = []
 
-        def run_tool(tool: str, option: str, path: object, *options: object) -> str:
-            assert isinstance(path, Path) and option == "-m"
-            calls.append(path)
-            assert path.read_text() == paths[(len(calls) - 1) % 3].name
-            return json.dumps([{"n_prompt": 1, "n_threads": 1, "avg_ns": 1}])
+        def seconds(call: int, options: Mapping[str, str]) -> tuple[float, float]:
+            assert Path(options["-m"]).read_text() == paths[(call - 1) % 3].name
+            return 1, 1
 
-        monkeypatch.setattr(benchmark, "run_tool", run_tool)
+        tools = FakeTools(seconds=seconds)
         monkeypatch.chdir(tmp_path)
         runs = {path: ("-m", path.relative_to(tmp_path)) for path in paths}
-        times = benchmark.run_rounds(runs, Settings(threads=(1,), rounds=2))
+        times = benchmark.run_rounds(runs, Settings(threads=(1,), rounds=2), tools)
         assert [list(each) for each in times["prompt-1"]] == [paths, paths]
+        calls = [Path(options["-m"]) for options in tools.benched]
         assert [path.name for path in calls[:3]] == ["c.gguf", "c_d.gguf", "e.gguf"]
         assert all("," not in str(path) for path in calls) and calls[2] == Path("e.gguf")
         assert not calls[0].exists() and not calls[0].parent.parent.exists()
@@ -164,7 +166,7 @@ class TestCommas:
     def test_in_the_temporary_directory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "t,p").mkdir()
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "t,p"))
-        with pytest.raises(D2QError, match=r"takes the comma in a,b.gguf for the end of a path; rename it, or set TMP"):
+        with pytest.raises(D2QError, match=r"splits a,b.gguf at the comma; rename it, or set TMP"):
             benchmark.run_rounds({"x": ("-m", Path("a,b.gguf"))}, Settings())
 
     def test_llama_bench(self, example_files: ExampleFiles, tmp_path: Path) -> None:
@@ -177,14 +179,14 @@ class TestCommas:
         assert result.ratios is not None and result.ratios["ours"]["generation-1"] > 0
 
 
-def test_damaged_blocks_are_not_measured(example_files: ExampleFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "run_tool", None)
-    monkeypatch.setattr(GGUFFile, "check_blocks", Mock(side_effect=D2QError("a scale is not finite")))
-    with pytest.raises(D2QError, match="not finite"):
-        benchmark.benchmark({"ours": example_files.d2q2}, Settings())
-
-
-def test_files_are_checked_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "run_tool", None)
+def test_files_are_checked_first(example_files: ExampleFiles, tmp_path: Path) -> None:
+    file, tools = GGUFFile(example_files.d2q2), FakeTools()
+    tensor = next(name for name, info in file.tensors.items() if info.type_name == "d2q2")
+    damaged, block = example_files.d2q2.read_bytes(), file.raw(tensor)[:74].tobytes()
+    assert damaged.count(block) == 1
+    (tmp_path / "damaged.gguf").write_bytes(damaged.replace(block, b"\x00\x7c" + block[2:]))
+    with pytest.raises(D2QError, match="NaN or infinite"):
+        benchmark.benchmark({"ours": tmp_path / "damaged.gguf"}, Settings(), tools=tools)
     with pytest.raises(D2QError, match="there is no file"):
-        benchmark.benchmark({"none": tmp_path / "none.gguf"}, Settings())
+        benchmark.benchmark({"none": tmp_path / "none.gguf"}, Settings(), tools=tools)
+    assert tools.benched == []

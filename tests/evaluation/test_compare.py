@@ -1,45 +1,44 @@
-"""Comparing files: numbers against evaluate's, the table, what is kept, and bad requests."""
+"""Comparisons: results against evaluate's, the table, what is kept, and errors."""
 
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from d2q_edge import runtime
 from d2q_edge.calibration.text import load_text
 from d2q_edge.errors import D2QError
-from d2q_edge.evaluation import benchmark, compare, reference, stock
-from d2q_edge.evaluation.compare import GIVEN, REFERENCE, STOCK, Comparison, Settings, size_text
-from d2q_edge.evaluation.perplexity import evaluate, log_softmax, scored_logits
+from d2q_edge.evaluation.compare import compare, short_names
+from d2q_edge.evaluation.comparison import GIVEN, REFERENCE, STOCK, Comparison, Row, Settings, size_text
+from d2q_edge.evaluation.perplexity import evaluate, scored_logits
+from d2q_edge.evaluation.reference import reference
+from d2q_edge.evaluation.stock import StockQuantizer
+from d2q_edge.evaluation.token_scores import log_softmax
 from d2q_edge.export.model_file import export
 from d2q_edge.runtime.llama_model import LlamaModel
-from tests.availability import require_runtime, require_tool
+from d2q_edge.runtime.tools import Tools
+from tests.availability import require_runtime
 from tests.conftest import ExampleFiles
+from tests.evaluation.fake_tools import FakeTools
 from tests.evaluation.report.comparisons import comparison, evaluation
 
 Make = Callable[..., Path]
 QUICK = Settings(chunks=3, context=128, speed=False)
+QUICKEST = Settings(chunks=1, context=64, speed=False)
 
 
-@pytest.fixture
-def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where large things go for a while."""
-    place = tmp_path / "cache" / "runtime"
-    monkeypatch.setattr(runtime.source, "cache_directory", lambda: place)
-    return place.parent
-
-
+@pytest.mark.slow
 class TestNumbers:
     @pytest.fixture(scope="class")
     @staticmethod
     def result(example_files: ExampleFiles) -> Comparison:
         require_runtime()
-        return compare.compare(example_files.f16, [example_files.d2q2, example_files.d2q3], QUICK)
+        return compare(example_files.f16, [example_files.d2q2, example_files.d2q3], QUICK)
 
     def test_are_those_of_evaluate(self, result: Comparison, example_files: ExampleFiles) -> None:
         """Apart from the reference's half precision."""
@@ -64,7 +63,7 @@ class TestNumbers:
 def test_reference_is_kept_in_half_precision(example_files: ExampleFiles, tmp_path: Path) -> None:
     require_runtime()
     text = load_text("builtin", "evaluation")
-    with reference.reference(example_files.f16, text, 2, 64, tmp_path) as base:
+    with reference(example_files.f16, text, 2, 64, tmp_path) as base:
         with LlamaModel(example_files.f16, 64) as model:
             expected = log_softmax(scored_logits(model, base.windows[1]))
         assert base.scores.shape == (2, 31, 4096)
@@ -78,72 +77,54 @@ def test_reference_is_kept_in_half_precision(example_files: ExampleFiles, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_stock_files_and_speeds(example_files: ExampleFiles, room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    require_tool("llama-bench")
-    asked: list[tuple[str, bool]] = []
-
-    def make(original: Path, kind: str, target: Path, calibration: str, *, pure: bool) -> None:
-        asked.append((kind, pure))
-        target.write_bytes(example_files.d2q3.read_bytes())
-
-    monkeypatch.setattr(stock, "make_stock_file", make)
-    monkeypatch.setattr(runtime, "find_tool", lambda name: Path(name))
-    runs: list[str] = []
-
-    def run(name: str, *arguments: object) -> str:
-        runs.append(Path(str(arguments[1])).name)
-        counts = ((128, 0, 1e9), (0, 8, len(runs) * 1e9))
-        return json.dumps([{"n_prompt": p, "n_gen": g, "n_threads": 3, "avg_ns": ns} for p, g, ns in counts])
-
-    monkeypatch.setattr(benchmark, "run_tool", run)
+def test_stock_files_and_speeds(example_files: ExampleFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_runtime()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # of the importance matrix
+    tools = FakeTools(result=example_files.d2q3, seconds=lambda call, _: (1, call))
     settings = Settings(chunks=1, context=64, stock=("Q2_K",), pure=True, threads=3, rounds=3, prompt=128, generation=8)
-    result = compare.compare(example_files.f16, [example_files.d2q2], settings)
-    assert asked == [("Q2_K", True)]
+    scratch = tmp_path / "scratch"
+    result = compare(example_files.f16, [example_files.d2q2], settings, scratch=scratch, tools=tools)
+    assert [(words[0], words[-2]) for words in tools.quantized] == [("--pure", "Q2_K")]
     assert {(row.name, row.kind) for row in result.rows} == {("f16", REFERENCE), ("d2q2", GIVEN), ("Q2_K", STOCK)}
+    runs = [Path(options["-m"]).name for options in tools.benched]
     assert runs == ["f16.gguf", "d2q2.gguf", runs[2]] * 3, "files take turns"
+    assert {options["-t"] for options in tools.benched} == {"3"}
     assert re.fullmatch(r"f16-Q2_K-pure-[0-9a-f]{16}\.gguf", runs[2])
     # The medians of 1, 4, 7; of 2, 5, 8; and of 3, 6, 9 seconds.
     speeds = {row.name: row.speeds for row in result.rows}
     assert speeds["f16"] == {"prompt": 128, "generation": 8 / 4}
     assert speeds["Q2_K"]["generation"] == pytest.approx(8 / 6)
-    assert list(room.rglob("*")) == [], "nothing large stays"
+    assert list(scratch.iterdir()) == [], "nothing large stays"
 
 
-def test_stock_files_can_be_kept(
-    example_files: ExampleFiles, tmp_path: Path, room: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where, of which text and which kind is passed on to stock.py."""
+def test_stock_files_can_be_kept(example_files: ExampleFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     require_runtime()
-    asked: list[tuple[Path, tuple[str, ...], Path, str, bool]] = []
-
-    def make(
-        original: Path, types: tuple[str, ...], directory: Path, calibration: str, *, pure: bool
-    ) -> dict[str, Path]:
-        asked.append((original, types, directory, calibration, pure))
-        return {"Q2_K": example_files.d2q3}
-
-    monkeypatch.setattr(compare, "stock_files", make)
-    monkeypatch.setattr(runtime, "find_tool", lambda name: Path(name))
-    settings = Settings(chunks=1, context=64, stock=("Q2_K",), speed=False, pure=True, calibration="mine.txt")
-    compare.compare(example_files.f16, [], settings, keep_stock=tmp_path / "kept")
-    assert asked == [(example_files.f16, ("Q2_K",), tmp_path / "kept", "mine.txt", True)]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "mine.txt").write_text("A text of my own. " * 500)
+    tools = FakeTools(result=example_files.d2q3)
+    settings = replace(QUICKEST, stock=("Q2_K",), calibration=str(tmp_path / "mine.txt"))
+    for _ in range(2):
+        compare(example_files.f16, [], settings, keep_stock=tmp_path / "kept", tools=tools)
+    assert len(tools.quantized) == 1, "reused the second time"
+    assert "--pure" not in tools.quantized[0]
+    expected = StockQuantizer(example_files.f16, str(tmp_path / "mine.txt"), tools=tools)
+    assert [*expected.files(["Q2_K"], tmp_path / "kept").values()] == [*(tmp_path / "kept").iterdir()]
 
 
-def test_what_a_killed_comparison_left_is_removed(example_files: ExampleFiles, room: Path) -> None:
+def test_what_a_killed_comparison_left_is_removed(example_files: ExampleFiles, tmp_path: Path) -> None:
     require_runtime()
-    (room / "compare-abandoned").mkdir(parents=True)
-    (room / "compare-abandoned" / "reference.f16").write_bytes(bytes(1000))
-    compare.compare(example_files.f16, [example_files.d2q2], Settings(chunks=1, context=64, speed=False))
-    assert list(room.iterdir()) == []
+    (tmp_path / "compare-abandoned").mkdir()
+    (tmp_path / "compare-abandoned" / "reference.f16").write_bytes(bytes(1000))
+    compare(example_files.f16, [example_files.d2q2], QUICKEST, scratch=tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_reports_are_found(example_files: ExampleFiles, tmp_path: Path) -> None:
     require_runtime()
     size = example_files.d2q2.stat().st_size
     (tmp_path / "r.json").write_text(json.dumps({"bytes": size, "layer_errors": {"a": 1}}))
-    settings = Settings(chunks=1, context=64, speed=False)
     files = [example_files.d2q2, example_files.d2q3]
-    result = compare.compare(example_files.f16, files, settings, reports=[tmp_path / "r.json"])
+    result = compare(example_files.f16, files, QUICKEST, reports=[tmp_path / "r.json"])
     found = {row.name: row.conversion for row in result.rows}
     assert found == {"f16": None, "d2q3": None, "d2q2": {"bytes": size, "layer_errors": {"a": 1}}}
 
@@ -163,11 +144,11 @@ class TestTable:
         rows = {row.name: row for row in one.rows}
 
         def beats(first: tuple[int, float], second: tuple[int, float]) -> bool:
-            a, b = (compare.Row("x", GIVEN, evaluation(*each)) for each in (first, second))
-            return compare._beats(a, b)
+            a, b = (Row("x", GIVEN, evaluation(*each)) for each in (first, second))
+            return a.beats(b)
 
         assert [row.name for row in one.best()] == ["other", "mine"]
-        assert compare._beats(rows["mine"], rows["IQ2_XS"]), "a thousandth larger is as large"
+        assert rows["mine"].beats(rows["IQ2_XS"]), "a thousandth larger is as large"
         assert beats((100, 0.1), (100, 0.2)) and not beats((100, 0.2), (100, 0.1))
         assert beats((100, 0.1), (200, 0.1)) and not beats((200, 0.1), (100, 0.1))
         assert not beats((100, 0.1), (100, 0.1))
@@ -182,53 +163,51 @@ class TestTable:
 class TestBadRequests:
     def test_nothing_to_compare(self, example_files: ExampleFiles) -> None:
         with pytest.raises(D2QError, match="there is nothing to compare with the reference; name files, or types"):
-            compare.compare(example_files.f16, [])
+            compare(example_files.f16, [])
 
     def test_the_reference_itself(self, example_files: ExampleFiles) -> None:
         with pytest.raises(D2QError, match="is the reference, and it is among the files"):
-            compare.compare(example_files.f16, [example_files.d2q2, example_files.f16])
+            compare(example_files.f16, [example_files.d2q2, example_files.f16])
 
-    def test_another_model(
-        self, example_files: ExampleFiles, make_checkpoint: Make, tmp_path: Path, room: Path
-    ) -> None:
+    def test_another_model(self, example_files: ExampleFiles, make_checkpoint: Make, tmp_path: Path) -> None:
         require_runtime()
         export(make_checkpoint("llama"), tmp_path / "llama.gguf", "f16")
         with pytest.raises(D2QError, match="they are different models"):
-            compare.compare(example_files.f16, [tmp_path / "llama.gguf"], QUICK)
-        assert list(room.iterdir()) == []
+            compare(example_files.f16, [tmp_path / "llama.gguf"], QUICK, scratch=tmp_path / "scratch")
+        assert list((tmp_path / "scratch").iterdir()) == []
 
     def test_missing_files(self, example_files: ExampleFiles, tmp_path: Path) -> None:
         for files in ([tmp_path / "none.gguf"], [example_files.d2q2, tmp_path / "none.gguf"]):
             with pytest.raises(D2QError, match=r"there is no file .*none.gguf"):
-                compare.compare(example_files.f16, files, QUICK)
+                compare(example_files.f16, files, QUICK)
 
-    def test_tools_are_looked_for_first(self, example_files: ExampleFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(runtime.installed, "tool_in", lambda directory, name: None)
-        monkeypatch.setattr(compare, "reference", None)
+    def test_tools_are_looked_for_first(self, example_files: ExampleFiles, tmp_path: Path) -> None:
+        scratch = tmp_path / "scratch"
         with pytest.raises(D2QError, match="llama-imatrix is not built: run `d2q-edge runtime install --tools`"):
-            compare.compare(example_files.f16, [], Settings(stock=("Q2_K",)))
+            compare(example_files.f16, [], Settings(stock=("Q2_K",)), scratch=scratch, tools=Tools(tmp_path))
+        assert not scratch.exists(), "before any work"
 
-    def test_no_room(self, example_files: ExampleFiles, room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_no_room(self, example_files: ExampleFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         require_runtime()
         monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1_000_000})())
         with pytest.raises(D2QError, match=r"take 1,548,288 bytes in .*, which has 1,000,000; use --chunks 1, or set"):
-            compare.compare(example_files.f16, [example_files.d2q2], QUICK)
+            compare(example_files.f16, [example_files.d2q2], QUICK, scratch=tmp_path)
 
     def test_speeds_are_left_out_without_the_tool(
-        self, example_files: ExampleFiles, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+        self, example_files: ExampleFiles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         require_runtime()
-        monkeypatch.setattr(runtime.installed, "tool_in", lambda directory, name: None)
-        result = compare.compare(example_files.f16, [example_files.d2q2], Settings(chunks=1, context=64))
+        settings = Settings(chunks=1, context=64)
+        result = compare(example_files.f16, [example_files.d2q2], settings, tools=Tools(tmp_path))
         assert all(not row.speeds for row in result.rows)
         assert "no speeds: the tool llama-bench is not built" in capsys.readouterr().err
 
 
 def test_names_that_would_be_the_same(tmp_path: Path) -> None:
     paths = [tmp_path / "a.gguf", tmp_path / "b" / "a.gguf", tmp_path / "c.gguf"]
-    assert list(compare._names(paths).values()) == [str(paths[0]), str(paths[1]), "c"]
+    assert list(short_names(paths).values()) == [str(paths[0]), str(paths[1]), "c"]
 
 
 def test_names_that_are_no_text() -> None:
-    """Bytes that aren't UTF-8 are half characters in Python, which can't be written to a terminal or a page."""
-    assert list(compare._names([Path(os.fsdecode(b"a\xff\n.gguf"))]).values()) == ["a\\udcff\\n"]
+    """Bytes that aren't UTF-8 are lone surrogates in Python, which can't be written to a terminal or a page."""
+    assert list(short_names([Path(os.fsdecode(b"a\xff\n.gguf"))]).values()) == ["a\\udcff\\n"]

@@ -1,4 +1,4 @@
-"""Perplexity and KL divergence: against llama-perplexity, against torch on the same weights, and bad requests."""
+"""Perplexity and KL divergence against llama-perplexity, and against torch on the same weights; progress; errors."""
 
 import math
 import re
@@ -13,12 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from d2q_edge import runtime
 from d2q_edge.calibration.text import BUILTIN, load_text
 from d2q_edge.conversion import convert
 from d2q_edge.errors import D2QError
-from d2q_edge.evaluation import perplexity as module
-from d2q_edge.evaluation.perplexity import Evaluation, evaluate, log_softmax, quantile_interval
+from d2q_edge.evaluation.perplexity import Evaluation, cut, evaluate
 from d2q_edge.export.model_file import export
 from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.model.checkpoint import Checkpoint
@@ -49,6 +47,7 @@ def measured(example_files: ExampleFiles, text: Path) -> Evaluation:
     return evaluate(example_files.d2q2, example_files.f16, str(text), CHUNKS)
 
 
+@pytest.mark.slow
 class TestAgainstTheTool:
     @pytest.fixture(scope="class")
     @staticmethod
@@ -116,6 +115,7 @@ class TestAgainstTheTool:
         assert measured.top1_agreement * 100 == pytest.approx(float(found[1]), abs=100 / (255 * CHUNKS) + 1e-3)
 
 
+@pytest.mark.slow
 class TestAgainstTorch:
     @pytest.mark.parametrize(
         ("file", "chunks", "tolerance"), [("f16", 4, 5e-4), ("d2q2", 64, 5e-3), ("d2q3", 64, 5e-3)]
@@ -233,7 +233,7 @@ def test_every_chunk_begins_with_bos(make_checkpoint: Make, tmp_path: Path) -> N
     export(make_checkpoint("llama"), tmp_path / "llama.gguf", "f16")
     text = load_text("builtin", "evaluation")
     with LlamaModel(tmp_path / "llama.gguf", 64) as model:
-        chunks = module.cut(model, text, 64, 3)
+        chunks = cut(model, text, 64, 3)
         tokens = model.tokenize(text.content)[: 3 * 64].reshape(3, 64)
     assert chunks[:, 0].tolist() == [4093] * 3
     assert tokens[0, 0] == 4093 != tokens[1, 0]
@@ -261,9 +261,9 @@ def test_too_few_values_for_intervals(example_files: ExampleFiles) -> None:
 def test_context_beyond_the_model(example_files: ExampleFiles, capsys: pytest.CaptureFixture[str]) -> None:
     require_runtime()
     evaluate(example_files.f16, chunks=1, context=2048)
-    assert "the model was made for" not in capsys.readouterr().err
+    assert "the model was trained for" not in capsys.readouterr().err
     evaluate(example_files.f16, chunks=1, context=2049)
-    assert "the model was made for 2048 tokens; after those" in capsys.readouterr().err
+    assert "the model was trained for 2048 tokens; it can't predict" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [{"chunks": 0}, {"chunks": -1}, {"context": 7}, {"context": 0}, {"context": -5}])
@@ -272,27 +272,19 @@ def test_numbers_that_make_no_sense(example_files: ExampleFiles, options: dict[s
         evaluate(example_files.f16, **options)
 
 
-def test_log_softmax() -> None:
-    logits = np.random.default_rng(0).normal(0, 30, (5, 1000)).astype(np.float32)
-    logits[0, 3] = 3e4
-    wide = logits.astype(np.longdouble)
-    wide -= wide.max(1, keepdims=True)
-    expected = wide - np.log(np.exp(wide).sum(1, keepdims=True))
-    found = log_softmax(logits)
-    assert found.dtype == np.float64
-    np.testing.assert_allclose(found, expected.astype(np.float64), rtol=1e-12, atol=1e-12)
-
-
-def test_quantile_interval() -> None:
-    """The chance that the true quantile is inside, exactly: the ends' ranks against a binomial distribution."""
-    for count in (500, 2000, 20000):
-        low, high = quantile_interval(np.arange(count, dtype=np.float64), 0.99)
-        chances = [math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1) for k in range(count + 1)]
-        weights = [math.exp(c + k * math.log(0.99) + (count - k) * math.log(0.01)) for k, c in enumerate(chances)]
-        # The value of rank r is below the quantile exactly if at least r values are; ranks are one more than values.
-        assert 0.93 < sum(weights[int(low) + 1 : int(high) + 1]) < 0.98
-    assert quantile_interval(np.array([3.0, 1.0, 2.0]), 0.99) == (3, 3)
-    assert quantile_interval(np.array([3.0, 1.0, 2.0]), 0.5) == (1, 3)
+@pytest.mark.parametrize(("reference", "status"), [(False, r"perplexity \d+\.\d{3}"), (True, r"KLD 0\.\d{4}")])
+def test_progress_without_a_terminal(
+    example_files: ExampleFiles, capfd: pytest.CaptureFixture[str], reference: bool, status: str
+) -> None:
+    require_runtime()
+    base = example_files.f16 if reference else None
+    evaluate(example_files.d2q2, base, chunks=3, context=64, interval=0)
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 2, "after each chunk but the last"
+    for done, line in enumerate(lines, 1):
+        assert re.fullmatch(rf"Evaluating d2q2.gguf: {done}/3 chunk, {status}, \d+ s elapsed, about \d+ s left", line)
+    evaluate(example_files.d2q2, base, chunks=3, context=64)
+    assert capfd.readouterr().err == "", "a line every 30 seconds"
 
 
 def test_description(measured: Evaluation) -> None:
@@ -355,7 +347,6 @@ class TestErrors:
         with pytest.raises(D2QError, match=r"the text has \d tokens, less than one chunk of 512; use a longer --text"):
             evaluate(example_files.f16, None, str(tmp_path / "short.txt"))
 
-    def test_no_runtime(self, example_files: ExampleFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(runtime.installed, "installed_version", lambda: None)
+    def test_no_runtime(self, example_files: ExampleFiles, no_runtime: None) -> None:
         with pytest.raises(D2QError, match=r"is not installed: run `d2q-edge runtime install`"):
-            module.evaluate(example_files.f16)
+            evaluate(example_files.f16)

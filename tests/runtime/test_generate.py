@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from d2q_edge import runtime
 from d2q_edge.errors import D2QError
 from d2q_edge.runtime.generate import generate
 from tests.availability import require_runtime
@@ -33,9 +32,7 @@ def test_prompt_longer_than_the_context(example_files: ExampleFiles) -> None:
         list(generate(example_files.f16, "word " * 3000, 8, 0, 0))
 
 
-def test_files_are_checked_at_once(
-    tmp_path: Path, example_files: ExampleFiles, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_are_checked_at_once(tmp_path: Path, example_files: ExampleFiles) -> None:
     require_runtime()
     with pytest.raises(D2QError, match="there is no file"):
         generate(tmp_path / "none.gguf", PROMPT, 8, 0, 0)
@@ -43,7 +40,9 @@ def test_files_are_checked_at_once(
     (tmp_path / "bad.gguf").write_bytes(content)
     with pytest.raises(D2QError, match=r"llama.cpp can't load .*bad.gguf"):
         generate(tmp_path / "bad.gguf", PROMPT, 8, 0, 0)
-    monkeypatch.setattr(runtime.installed, "installed_version", lambda: None)
+
+
+def test_no_runtime(example_files: ExampleFiles, no_runtime: None) -> None:
     with pytest.raises(D2QError, match="run `d2q-edge runtime install`"):
         generate(example_files.f16, PROMPT, 8, 0, 0)
 

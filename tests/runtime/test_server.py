@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from d2q_edge import runtime
 from d2q_edge.errors import D2QError
 from d2q_edge.runtime.generate import generate
 from d2q_edge.runtime.server import serve
@@ -147,10 +146,11 @@ class TestBeforeListening:
             patch.setitem(sys.modules, "uvicorn", None)
             with pytest.raises(D2QError, match=r"packages are missing: pip install 'd2q-edge\[serve\]'"):
                 serve(chat_file)
-        monkeypatch.setattr(runtime.installed, "installed_version", lambda: None)
+        assert started == []
+
+    def test_no_runtime(self, chat_file: Path, no_runtime: None) -> None:
         with pytest.raises(D2QError, match="run `d2q-edge runtime install`"):
             serve(chat_file)
-        assert started == []
 
 
 def _has_ipv6_loopback() -> bool:

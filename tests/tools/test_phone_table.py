@@ -1,4 +1,4 @@
-"""The memory table: parameters as published, bytes as in a real file, the cache as llama.cpp's log has it."""
+"""The memory table: parameters as published, bytes as in a real file, the KV cache as in llama.cpp's log."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ MORE = {
     "Qwen3-4B": 4_022_468_096,
     "gemma-3-1b": 999_885_952,
 }
-"""Parameters of models that real_configs.py hasn't."""
+"""Parameters of models that are not in real_configs.py."""
 
 
 @pytest.mark.parametrize("name", [*MORE, *sorted(MODELS.keys() & REAL.keys())])

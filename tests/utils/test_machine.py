@@ -1,10 +1,11 @@
-"""Available memory: what the machine has, capped by the limits of the process's cgroups."""
+"""Available memory, capped by the limits of the process's cgroups; the cache key of a machine."""
 
 from pathlib import Path
 
 import psutil
 import pytest
 
+from d2q_edge.utils import machine
 from d2q_edge.utils.machine import available_memory
 
 MIB = 2**20
@@ -100,3 +101,14 @@ def test_no_limit(cgroups: Cgroups) -> None:
     cgroups.join("/a")
     cgroups.limit("a", "max" if cgroups.version == 2 else 2**63 - 4096, 2 * MIB)
     assert 2**26 < cgroups.available() <= psutil.virtual_memory().total
+
+
+def test_key_names_patch_cpu_and_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CMAKE_ARGS", raising=False)
+    first = machine.cache_key("abc")
+    assert first.startswith("abc-")
+    assert first == machine.cache_key("abc")
+    monkeypatch.setenv("CMAKE_ARGS", "-DGGML_OPENMP=OFF")
+    with_options = machine.cache_key("abc")
+    monkeypatch.setattr(machine, "_cpu", lambda: "another")
+    assert len({first, with_options, machine.cache_key("abc")}) == 3

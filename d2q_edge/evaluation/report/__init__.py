@@ -1,1 +1,1 @@
-"""What people see of a comparison: pictures and a page. Needs the extra `report` (matplotlib)."""
+"""Show a comparison as an HTML page or as pictures. Needs the extra d2q-edge[report]."""

@@ -1,8 +1,4 @@
-"""Drawing with matplotlib: figures in our style, saved to a file or as a piece of a page.
-
-Knows matplotlib and SVG; what is drawn is in file_pictures.py and layer_pictures.py. matplotlib is an extra; `require`
-says what to install.
-"""
+"""Draw pictures with matplotlib, and write them to a file or as SVG elements of a page."""
 
 import importlib.util
 import io
@@ -16,19 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from d2q_edge.errors import D2QError
-from d2q_edge.evaluation.report.palette import MARKED, PAPER, Palette, use_variables
+from d2q_edge.evaluation.report.palette import PAPER, Palette, use_variables
 
 Draw = Callable[[Any, Palette], None]
-"""Draws on matplotlib axes."""
+"""A function that draws on matplotlib axes."""
 WIDTH, HEIGHT = 5.0, 3.7
-"""Inches; small, so that the text is still readable when a phone shrinks the picture to its screen."""
+"""Inches; small, so that text stays readable when a phone shrinks the picture to its screen."""
 RESOLUTION = 200
 """Dots per inch of a PNG."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One pair of axes with what people who can't see it are told: a name, and what it shows."""
+    """One pair of axes, and the title and description that a screen reader reads."""
 
     title: str
     description: str
@@ -37,7 +33,7 @@ class Picture:
 
 
 def require() -> None:
-    """Make sure that what pictures and pages need is installed.
+    """Check that matplotlib and jinja2 are installed.
 
     Raises:
         D2QError: it isn't.
@@ -47,18 +43,18 @@ def require() -> None:
 
 
 def save(pictures: list[Picture], path: Path) -> None:
-    """Write pictures side by side to a PNG or SVG file, by the path's suffix.
+    """Write pictures side by side to a .png or .svg file.
 
     Raises:
         D2QError: the file can't be written.
     """
-    with _style(PAPER):
+    with _style():
         figure, axes = _figure(len(pictures), HEIGHT)
         for one, picture in zip(axes, pictures, strict=True):
             picture.draw(one, PAPER)
             one.set_title(picture.title, color=PAPER.ink, fontsize=10, loc="left")
         try:
-            # Without the date, the same pictures give the same file.
+            # Without the date, the same pictures make the same file.
             dated = {"Date": None} if path.suffix.lower() == ".svg" else None
             figure.savefig(path, facecolor=PAPER.paper, dpi=RESOLUTION, metadata=dated)
         except OSError as error:
@@ -66,22 +62,17 @@ def save(pictures: list[Picture], path: Path) -> None:
 
 
 def inline(picture: Picture, name: str) -> str:
-    """A picture as an SVG element for a page, with its title and description.
-
-    Args:
-        picture: what to draw.
-        name: makes its ids different from those of the page's other pictures.
-    """
+    """Return a picture as an SVG element for a page; `name` makes its ids unique there."""
     file = io.StringIO()
-    with _style(MARKED):
+    with _style():
         figure, (axes,) = _figure(1, picture.height)
-        picture.draw(axes, MARKED)
+        picture.draw(axes, PAPER)
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = file.getvalue()
     body = svg[svg.index(">", svg.index("<svg")) + 1 : svg.rindex("</svg>")]
     body = re.sub(r"<(metadata|style)\b.*?</\1>", "", body, flags=re.DOTALL)
     body = re.sub(r'(\bid="|"#|url\(#)', rf"\g<1>{name}-", body)
-    # Text keeps the page's font.
+    # Text takes the page's font.
     body = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", body).replace("font-family: 'DejaVu Sans'", "")
     box = re.search(r'viewBox="([^"]+)"', svg)
     return (
@@ -92,8 +83,8 @@ def inline(picture: Picture, name: str) -> str:
 
 
 @contextmanager
-def _style(palette: Palette) -> Iterator[None]:
-    """Our settings of matplotlib, from making a figure to saving it."""
+def _style() -> Iterator[None]:
+    """Apply our matplotlib settings, from making a figure to saving it."""
     from matplotlib import rc_context
 
     settings: Any = {
@@ -101,31 +92,30 @@ def _style(palette: Palette) -> Iterator[None]:
         "svg.hashsalt": "d2q",
         "font.size": 10,
         "font.family": "DejaVu Sans",
-        "axes.labelcolor": palette.ink,
-        "axes.edgecolor": palette.ink,
+        "axes.labelcolor": PAPER.ink,
+        "axes.edgecolor": PAPER.ink,
         "axes.facecolor": "none",
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": True,
         "axes.axisbelow": True,
-        "grid.color": palette.grid,
+        "grid.color": PAPER.grid,
         "grid.linewidth": 0.8,
-        "text.color": palette.ink,
-        "xtick.color": palette.ink,
-        "ytick.color": palette.ink,
+        "text.color": PAPER.ink,
+        "xtick.color": PAPER.ink,
+        "ytick.color": PAPER.ink,
         "legend.frameon": False,
         "legend.fontsize": 9,
     }
     with rc_context(settings), warnings.catch_warnings():
-        # Names of files can be in any script. In an SVG the reader's fonts draw them; a PNG has boxes in their place.
+        # File names can be in any script: in an SVG the reader's fonts draw them, in a PNG they become boxes.
         for message in ("Glyph .* missing from", "Matplotlib currently does not support"):
             warnings.filterwarnings("ignore", message)
         yield
 
 
 def _figure(count: int, height: float) -> tuple[Any, list[Any]]:
-    """A figure with axes side by side."""
-    # Not pyplot: nothing here needs a screen or stays open.
+    """Make a figure with axes side by side. Without pyplot, it needs no display and no closing."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH * count, height), layout="constrained")

@@ -1,57 +1,62 @@
-"""The two pictures of a comparison: how near files are to the original, and how fast, against their size."""
+"""The pictures of a comparison: KL divergence and speed of all files against their size."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from d2q_edge.evaluation.benchmark import GENERATION
-from d2q_edge.evaluation.compare import GIVEN, STOCK, Comparison, Row, size_text
+from d2q_edge.evaluation.comparison import GIVEN, REFERENCE, STOCK, Comparison, Row, size_text
 from d2q_edge.evaluation.report.drawing import Picture
 from d2q_edge.evaluation.report.palette import Palette
+from d2q_edge.evaluation.token_scores import TWO_SIDED
 
-LOOKS = {GIVEN: (0, "o", "files"), STOCK: (1, "s", "stock types"), "reference": (6, "D", "reference")}
+LOOKS = {GIVEN: (0, "o", "files"), STOCK: (1, "s", "stock types"), REFERENCE: (6, "D", "reference")}
 """Colour, marker and legend of each kind of row."""
 Box: TypeAlias = "tuple[float, float, float, float]"
 """Left, bottom, right, top."""
+SIDES = (
+    (7, 0, "left"), (-7, 0, "right"), (0, 11, "center"), (0, -11, "center"), (7, 11, "left"), (7, -11, "left"),
+    (-7, 11, "right"), (-7, -11, "right"), (0, 22, "center"), (0, -22, "center"),
+)  # fmt: skip
+"""Where a name can be written: offset from its point, and alignment."""
 
 
 def divergence_picture(comparison: Comparison) -> Picture:
-    """KL divergence, on a logarithmic axis, against bytes."""
-    rows = [row for row in comparison.rows if row.evaluation.kl_divergence_mean is not None]
-    # A logarithmic axis has no zero; a file that equals the reference is drawn at the bottom.
-    positive = [row.evaluation.kl_divergence_mean or 0 for row in rows if row.evaluation.kl_divergence_mean]
-    floor = min(positive, default=1e-6) / 10
-    values = {row.name: max(row.evaluation.kl_divergence_mean or 0.0, floor) for row in rows}
+    """Plot KL divergence on a logarithmic axis against bytes."""
+    divergences = {
+        row.name: row.evaluation.kl_divergence_mean
+        for row in comparison.rows
+        if row.evaluation.kl_divergence_mean is not None
+    }
+    rows = [row for row in comparison.rows if row.name in divergences]
+    # A logarithmic axis has no zero: a file that equals the reference is drawn at the bottom.
+    floor = min((value for value in divergences.values() if value), default=1e-6) / 10
+    values = {name: max(value, floor) for name, value in divergences.items()}
 
     def draw(axes: Any, palette: Palette) -> None:
-        from matplotlib.ticker import FuncFormatter, LogLocator
-
         front = sorted(comparison.best(), key=lambda row: row.evaluation.bytes)
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(10, (1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.minorticks_off()
+        logarithmic(axes.yaxis, axes.set_yscale)
         if len(front) > 1:
             axes.plot(
                 [row.evaluation.bytes for row in front], [values[row.name] for row in front],
                 color=palette.ink, linewidth=1, linestyle=":", alpha=0.6, zorder=1,
             )  # fmt: skip
         for row in rows:
-            half, center = 1.96 * (row.evaluation.kl_divergence_stderr or 0.0), values[row.name]
+            half, center = TWO_SIDED * (row.evaluation.kl_divergence_stderr or 0.0), values[row.name]
             ends = [max(center - half, floor), center + half]
             axes.plot([row.evaluation.bytes] * 2, ends, color=palette.ink, linewidth=1, zorder=2)
         axes.set_ylabel("KL divergence (nats per token)")
         _points(axes, palette, rows, values)
 
-    said = "; ".join(f"{row.name}: {size_text(row.evaluation.bytes)}, {values[row.name]:.4g}" for row in rows)
     return Picture(
         "Distance from the original against size",
-        f"KL divergence on a logarithmic axis against file size; lower and further left is better. {said}.",
+        "KL divergence on a logarithmic axis against file size; lower and further left is better. "
+        + _list(rows, values),
         draw,
     )
 
 
 def speed_picture(comparison: Comparison) -> Picture | None:
-    """Generated tokens per second against bytes; None if speeds weren't measured."""
+    """Plot generated tokens per second against bytes; None if speeds weren't measured."""
     rows = [row for row in comparison.rows if GENERATION in row.speeds]
     if not rows:
         return None
@@ -62,18 +67,31 @@ def speed_picture(comparison: Comparison) -> Picture | None:
         axes.set_ylim(0, 1.2 * max(values.values()))
         _points(axes, palette, rows, values)
 
-    said = "; ".join(f"{row.name}: {size_text(row.evaluation.bytes)}, {values[row.name]:.4g}" for row in rows)
     return Picture(
         "Speed against size",
         f"Generated tokens per second on {comparison.threads} CPU threads against file size; higher and further left "
-        f"is better. {said}.",
+        f"is better. {_list(rows, values)}",
         draw,
     )
 
 
+def logarithmic(axis: Any, set_scale: Callable[[str], None], steps: Sequence[float] = (1.0, 2.0, 5.0)) -> None:
+    """Make an axis logarithmic, with plain numbers at these multiples of powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    set_scale("log")
+    axis.set_major_locator(LogLocator(10, steps))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.minorticks_off()
+
+
+def _list(rows: Sequence[Row], values: dict[str, float]) -> str:
+    return "; ".join(f"{row.name}: {size_text(row.evaluation.bytes)}, {values[row.name]:.4g}" for row in rows) + "."
+
+
 def _points(axes: Any, palette: Palette, rows: Sequence[Row], values: dict[str, float]) -> None:
-    """Points with their names, a marker and a colour for each kind of file, sizes on the horizontal axis."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+    """Draw points with their names, a marker and a colour for each kind of file, sizes on the horizontal axis."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     for kind, (colour, marker, label) in LOOKS.items():
         of_kind = [row for row in rows if row.kind == kind]
@@ -83,11 +101,9 @@ def _points(axes: Any, palette: Palette, rows: Sequence[Row], values: dict[str, 
                 linestyle="none", marker=marker, markersize=7, color=palette.series[colour], label=label, zorder=3,
             )  # fmt: skip
     sizes = [row.evaluation.bytes for row in rows]
-    # Files of a model differ little or tenfold; only in the second case would a linear axis squeeze most of them.
+    # Sizes differ little, or tenfold; a linear axis would squeeze most of the latter.
     if max(sizes) > 4 * min(sizes):
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(10, (1.0, 2.0, 5.0) if max(sizes) < 100 * min(sizes) else (1.0,)))
-        axes.xaxis.minorticks_off()
+        logarithmic(axes.xaxis, axes.set_xscale, (1.0, 2.0, 5.0) if max(sizes) < 100 * min(sizes) else (1.0,))
     else:
         axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size_text(round(value)) if value > 0 else ""))
@@ -98,22 +114,19 @@ def _points(axes: Any, palette: Palette, rows: Sequence[Row], values: dict[str, 
 
 
 def _name_points(axes: Any, palette: Palette, rows: Sequence[Row], values: dict[str, float]) -> None:
-    """Write names beside points, on whichever side keeps them apart from names and points that are there."""
+    """Write each name on the side of its point where it overlaps least with other names and points."""
     figure = axes.figure
     figure.draw_without_rendering()
-    place = axes.transData.transform
     # In points, as the offsets of annotations are.
     scale = 72 / figure.dpi
-    points = [tuple(scale * place((row.evaluation.bytes, values[row.name]))) for row in rows]
+    points = [tuple(scale * axes.transData.transform((row.evaluation.bytes, values[row.name]))) for row in rows]
     taken: list[Box] = [(x - 5, y - 5, x + 5, y + 5) for x, y in points]
     low, high = (scale * edge for edge in axes.get_window_extent().intervalx)
     for row, (x, y) in zip(rows, points, strict=True):
         text = row.name if len(row.name) <= 24 else row.name[:23] + "…"
         width, height = 5.3 * len(text), 11.0
         options: list[tuple[float, int, int, int, str, Box]] = []
-        for dx, dy, side in ((7, 0, "left"), (-7, 0, "right"), (0, 11, "center"), (0, -11, "center"), (7, 11, "left"),
-                             (7, -11, "left"), (-7, 11, "right"), (-7, -11, "right"), (0, 22, "center"),
-                             (0, -22, "center")):  # fmt: skip
+        for dx, dy, side in SIDES:
             left = x + dx - {"left": 0.0, "right": width, "center": width / 2}[side]
             box = left, y + dy - height / 2, left + width, y + dy + height / 2
             cost = sum(_overlap(box, other) for other in taken) + 20 * max(0.0, low - box[0], box[2] - high)

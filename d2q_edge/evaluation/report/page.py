@@ -1,8 +1,4 @@
-"""A comparison as one HTML page that needs nothing else: no other file, no network, no script.
-
-Knows what goes into the page; the words and the looks are in page.html, the pictures in file_pictures.py and
-layer_pictures.py.
-"""
+"""Write a comparison as one self-contained HTML page (page.html is its template), or as pictures."""
 
 import platform
 from collections.abc import Mapping, Sequence
@@ -12,20 +8,20 @@ from typing import Any
 
 from d2q_edge import __version__, runtime
 from d2q_edge.errors import D2QError
-from d2q_edge.evaluation.compare import GIVEN, REFERENCE, Comparison, Row, size_text
+from d2q_edge.evaluation.comparison import GIVEN, REFERENCE, Comparison, Row, size_text
 from d2q_edge.evaluation.report import drawing
 from d2q_edge.evaluation.report.file_pictures import divergence_picture, speed_picture
 from d2q_edge.evaluation.report.layer_pictures import layer_pictures
-from d2q_edge.evaluation.report.palette import NIGHT, PAPER, SERIES, variables
+from d2q_edge.evaluation.report.palette import NIGHT, PAPER, variables
 
 PICTURES = (".png", ".svg")
 PAGES = (".html", ".htm")
 LAYERS = ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-"""In the order of the model; others come behind."""
+"""Order of the layers; others come last."""
 
 
 def check_target(path: Path) -> None:
-    """Make sure that `write` can write to a path, before the long work.
+    """Check that `write` can write to a path, before the long work.
 
     Raises:
         D2QError: the suffix is none of .html, .png, .svg, the directory doesn't exist, or matplotlib isn't installed.
@@ -49,18 +45,18 @@ def write(comparison: Comparison, path: Path) -> None:
         drawing.save([divergence_picture(comparison), *([speed] if speed else [])], path)
         return
     try:
-        # JSON and names of files can hold half a character, which UTF-8 has no bytes for.
+        # JSON and file names can have lone surrogates, which UTF-8 can't encode.
         path.write_text(page(comparison), encoding="utf-8", errors="replace")
     except OSError as error:
         raise D2QError(f"can't write {path}: {error.strerror or error}") from error
 
 
 def page(comparison: Comparison) -> str:
-    """The page's HTML."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    """Render the page."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("d2q_edge", "presentation"),
+        loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -85,7 +81,7 @@ def page(comparison: Comparison) -> str:
 
 
 def _inside(row: Row, index: int) -> dict[str, Any]:
-    """What is known about how a file came about."""
+    """Values of a file's section, from the report of its conversion."""
     conversion: Mapping[str, Any] = row.conversion or {}
     errors = conversion.get("layer_errors") or {}
     scales, shifts = conversion.get("column_scales") or {}, conversion.get("norm_shifts") or {}
@@ -109,9 +105,9 @@ def _shown(picture: drawing.Picture, name: str) -> dict[str, Any]:
 
 
 def _allocations(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Where the bits of every file go, one colour for a type in all of them."""
+    """The types of every file's matrices; a type has the same colour in all files."""
     kinds = sorted({kind for row in rows for types in row.allocation.values() for kind in types.values()})
-    colours = {kind: index % SERIES for index, kind in enumerate(kinds)}
+    colours = {kind: index % len(PAPER.series) for index, kind in enumerate(kinds)}
     found = []
     for row in rows:
         own = sorted({kind for types in row.allocation.values() for kind in types.values()})
@@ -122,7 +118,7 @@ def _allocations(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _spans(types: Mapping[int, str]) -> list[dict[str, Any]]:
-    """The runs of blocks that have a matrix in one type, or don't have it at all."""
+    """Runs of blocks that have a matrix in the same type, or don't have it."""
     runs = []
     for kind, run in groupby(range(max(types) + 1), key=types.get):
         numbers = list(run)

@@ -1,18 +1,15 @@
-"""Colours of the pictures: for paper, and for a page that follows the reader's choice of light or dark.
+"""Define the colours of pictures: for paper, and for a page that follows the reader's choice of light or dark.
 
-In a page a picture's colours are CSS variables. matplotlib can't draw with those, so that it is given colours that
-nothing else has, and they are replaced in what it wrote.
+In a page, colours are CSS variables. matplotlib can't draw with those: it gets the colours of PAPER, which are replaced
+in the SVG that it writes.
 """
 
 from dataclasses import dataclass
 
-SERIES = 8
-"""Colours for lines and points that must be told apart."""
-
 
 @dataclass(frozen=True)
 class Palette:
-    """What a picture is drawn with: text and axes, lines behind the data, the paper, and the series."""
+    """Colours of text and axes (ink), grid lines, background (paper), and lines or points (series)."""
 
     ink: str
     grid: str
@@ -20,7 +17,7 @@ class Palette:
     series: tuple[str, ...]
 
 
-# Okabe and Ito's colours, which people with any kind of colour vision can tell apart, two of them darkened for white.
+# Okabe and Ito's colours, safe for colour-blind readers, two of them darkened for a white background.
 PAPER = Palette(
     ink="#1c1c1e",
     grid="#d9d9de",
@@ -33,25 +30,20 @@ NIGHT = Palette(
     paper="#161618",
     series=("#4fb3ee", "#ff9040", "#3ad0a3", "#e69ac6", "#e9c03f", "#a8d8f5", "#a9a9b2", "#bf94f0"),
 )
-MARKED = Palette(
-    ink="#010203",
-    grid="#010204",
-    paper="#010205",
-    series=tuple(f"#01021{index}" for index in range(SERIES)),
-)
 
 
 def variables(palette: Palette) -> str:
-    """The palette as CSS declarations."""
-    named = {"ink": palette.ink, "grid": palette.grid, "paper": palette.paper}
-    named |= {f"s{index}": colour for index, colour in enumerate(palette.series)}
-    return "".join(f"--{name}:{colour};" for name, colour in named.items())
+    """Return the palette as CSS declarations."""
+    return "".join(f"--{name}:{colour};" for name, colour in _named(palette))
 
 
 def use_variables(svg: str) -> str:
-    """A picture drawn with MARKED, its colours replaced by the CSS variables."""
-    for name, colour in (("ink", MARKED.ink), ("grid", MARKED.grid), ("paper", MARKED.paper)):
+    """Replace the colours of PAPER in an SVG by CSS variables."""
+    for name, colour in _named(PAPER):
         svg = svg.replace(colour, f"var(--{name})")
-    for index, colour in enumerate(MARKED.series):
-        svg = svg.replace(colour, f"var(--s{index})")
     return svg
+
+
+def _named(palette: Palette) -> list[tuple[str, str]]:
+    series = [(f"s{index}", colour) for index, colour in enumerate(palette.series)]
+    return [("ink", palette.ink), ("grid", palette.grid), ("paper", palette.paper), *series]

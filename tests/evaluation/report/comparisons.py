@@ -1,8 +1,8 @@
-"""Made-up comparisons, with every kind of row and everything that a conversion can report."""
+"""Build comparisons without measuring: every kind of row, and everything that a conversion can report."""
 
 from typing import Any
 
-from d2q_edge.evaluation.compare import GIVEN, REFERENCE, STOCK, Comparison, Row, Settings
+from d2q_edge.evaluation.comparison import GIVEN, REFERENCE, STOCK, Comparison, Row, Settings
 from d2q_edge.evaluation.perplexity import Evaluation
 
 QUARTILES = {"minimum": 0.2, "p05": 0.5, "median": 1.0, "p95": 2.0, "maximum": 9.0}
@@ -25,7 +25,7 @@ def evaluation(size: int, divergence: float | None) -> Evaluation:
 
 
 def conversion(blocks: int = 3) -> dict[str, Any]:
-    """What `convert --report` writes, as far as the page is concerned."""
+    """Return what the page needs of a `convert --report`."""
     names = [
         f"model.layers.{block}.{layer}" for block in range(blocks) for layer in ("self_attn.q_proj", "mlp.up_proj")
     ]
@@ -52,7 +52,7 @@ def conversion(blocks: int = 3) -> dict[str, Any]:
 
 
 def comparison(model: str = "Tiny", name: str = "mine", **settings: Any) -> Comparison:
-    """A reference, a file of ours with a report, one without, and two stock files, one of them beaten."""
+    """Return a reference, a file of ours with a report, one without, and two stock files, one of them beaten."""
     same = {layer: dict.fromkeys(range(3), "d2q2") for layer in ("ffn_up", "attn_q")}
     mixed = {"attn_q": dict.fromkeys(range(3), "q2_k"), "ffn_down": {0: "q3_k", 1: "q3_k", 2: "q2_k"}}
     speeds = {"prompt": 100.0, "generation": 25.0}

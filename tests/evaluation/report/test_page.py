@@ -1,4 +1,4 @@
-"""The page: strict HTML, nothing from outside, all that was measured is in it; and in a browser, where there is one."""
+"""The page: strict HTML, nothing loaded from the network, all results in it; in a browser, where there is one."""
 
 import importlib.util
 import re
@@ -111,7 +111,7 @@ def test_allocation(tree: Element) -> None:
 
 def test_conversion(tree: Element) -> None:
     said = words(tree)
-    assert "KL divergence on 2048 tokens of calibration text that had been held back was 0.3125 ± 0.0100" in said
+    assert "KL divergence on 2048 validation tokens of the calibration text was 0.3125 ± 0.0100" in said
     assert said.count("No report of its conversion was found.") == 1
     rows = [[words(cell) for cell in row] for row in tree.iter(f"{HTML}tr")]
     assert ["model.layers.2.mlp.up_proj.weight", "d2q2", "0.06000"] in rows
@@ -123,7 +123,7 @@ def test_conversion(tree: Element) -> None:
     assert [float(row[2]) for row in errors] == sorted((float(row[2]) for row in errors), reverse=True)
 
 
-def test_names_of_strangers_are_text() -> None:
+def test_untrusted_names_are_escaped() -> None:
     text = page(comparison(model="<script>alert(1)</script>", name='a"><img src=x onerror=alert(1)>'))
     tree = html5lib.HTMLParser(strict=True).parse(text)
     assert [element for element in tree.iter() if element.tag in (f"{HTML}script", f"{HTML}img")] == []
@@ -132,8 +132,8 @@ def test_names_of_strangers_are_text() -> None:
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".html"])
 @pytest.mark.parametrize("name", ["$\\foo$", "$x^2$", "模型", "עברית", "_mine", "a$b", "${"])
-def test_names_of_strangers_in_pictures(tmp_path: Path, name: str, suffix: str) -> None:
-    """They aren't formulas, and a font that lacks them is no news."""
+def test_untrusted_names_in_pictures(tmp_path: Path, name: str, suffix: str) -> None:
+    """They aren't parsed as formulas, and a font that lacks them gives no warning."""
     original = comparison(model=name, name=name)
     values: dict[str, Any] = conversion()
     values["layer_errors"] |= {f"model.layers.{block}.{name}.weight": 0.5 for block in range(3)}
@@ -148,7 +148,7 @@ def test_names_of_strangers_in_pictures(tmp_path: Path, name: str, suffix: str) 
         assert words.count(name) == (3 if suffix == ".html" else 2), "beside both points, and in a legend"
 
 
-def test_half_characters(tmp_path: Path) -> None:
+def test_lone_surrogates(tmp_path: Path) -> None:
     """JSON can have them, UTF-8 can't."""
     original = comparison()
     assert isinstance(original.rows[3].conversion, dict)
@@ -216,10 +216,11 @@ class TestBadTargets:
                 write(comparison(), target)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 @pytest.mark.parametrize("dark", [False, True])
 def test_in_a_browser(tmp_path: Path, dark: bool) -> None:
-    """Shows without console messages; a page that loads something or has a broken style would leave some."""
+    """The browser logs no message; a page that loads something or has a broken style would cause some."""
     (tmp_path / "report.html").write_text(page(comparison()), "utf-8")
     (tmp_path / "bad.html").write_text(page(comparison()).replace("</main>", "<script>x</script></main>"), "utf-8")
     seen = {}

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from d2q_edge.export.tokenizer_check import text_gaps, verify
 from d2q_edge.model.tokenizer import read_tokenizer
-from d2q_edge.runtime.llama_vocabulary import LlamaVocabulary
+from d2q_edge.runtime.llama_file import LlamaVocabulary
 from tests.availability import require_runtime
 from tests.checkpoints import EXAMPLE
 from tests.model.tokenizer.families import FAMILIES, SENTENCEPIECE

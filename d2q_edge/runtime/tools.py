@@ -1,0 +1,111 @@
+"""Find and run llama.cpp's command-line tools, which `d2q-edge runtime install --tools` builds."""
+
+import importlib.metadata
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from d2q_edge.errors import D2QError
+from d2q_edge.runtime.process import follow
+from d2q_edge.runtime.source import PACKAGE, cache_directory, patch_hash
+from d2q_edge.utils.machine import cache_key
+from d2q_edge.utils.progress import INTERVAL
+
+TOOLS = ("llama-quantize", "llama-imatrix", "llama-perplexity", "llama-bench")
+CACHED_WHEEL = re.compile(r"/([0-9a-f]+-[0-9a-f]{8})/wheel/[^/]+\.whl$")
+"""End of the URL of a wheel in our cache; the group is machine.cache_key."""
+
+
+def installed_key() -> str | None:
+    """Return the cache folder (machine.cache_key) that the installed wheel came from; None if that isn't known.
+
+    The version tells the patch only; the key also tells CMAKE_ARGS and CPU. pip records the wheel's URL in
+    direct_url.json (PEP 610) and removes that with the package. URLs outside the cache (an editable install) tell
+    nothing.
+    """
+    try:
+        record = importlib.metadata.distribution(PACKAGE).read_text("direct_url.json")
+        found = CACHED_WHEEL.search(json.loads(record or "{}")["url"])
+    except (importlib.metadata.PackageNotFoundError, LookupError, TypeError, ValueError):  # none, or not written by pip
+        return None
+    return found.group(1) if found else None
+
+
+def tools_directory() -> Path:
+    """Return the directory for the tools of this patch and machine.
+
+    It lies beside the installed wheel, whose CMAKE_ARGS may have been set for the installation only. If the wheel is
+    one of another patch (d2q-edge was updated since), its tools don't count.
+    """
+    patch, key = patch_hash(), installed_key()
+    return cache_directory() / (key if key and key.startswith(f"{patch}-") else cache_key(patch)) / "tools"
+
+
+@dataclass(frozen=True)
+class Tools:
+    """llama.cpp's tools in one directory; None is that of `runtime install --tools`."""
+
+    directory: Path | None = None
+
+    def path(self, name: str) -> Path | None:
+        """Return the path of a tool, or None if it has not been built."""
+        directory = self.directory or tools_directory()
+        return next((path for path in (directory / name, directory / f"{name}.exe") if path.is_file()), None)
+
+    def find(self, name: str) -> Path:
+        """Return the path of a tool.
+
+        Raises:
+            D2QError: it has not been built.
+        """
+        path = self.path(name)
+        if path is None:
+            raise D2QError(f"the tool {name} is not built: run `d2q-edge runtime install --tools`")
+        return path
+
+    def run(self, name: str, *arguments: object) -> str:
+        """Run a tool, and return what it prints on stdout.
+
+        Raises:
+            D2QError: it has not been built or fails; the message ends with what it printed on stderr.
+        """
+        command = [str(self.find(name)), *map(str, arguments)]
+        result = subprocess.run(command, capture_output=True, text=True, env=_environment())
+        if result.returncode:
+            raise D2QError(f"{name} failed: {' '.join(command)}\n{result.stderr[-2000:]}")
+        return result.stdout
+
+    def follow(self, name: str, *arguments: object, description: str, unit: str, interval: float = INTERVAL) -> None:
+        """Run a tool that takes minutes, and show its progress.
+
+        Args:
+            name: one of TOOLS.
+            arguments: its arguments.
+            description: label of the progress.
+            unit: what a step is called.
+            interval: seconds between two lines of progress where stderr is no terminal.
+
+        Raises:
+            D2QError: it has not been built or fails; the message ends with the last lines it printed.
+        """
+        command = [str(self.find(name)), *map(str, arguments)]
+        code, tail = follow(command, description, unit, env=_environment(), interval=interval)
+        if code:
+            lines = [line.strip() for line in tail.splitlines() if line.strip()]
+            # llama.cpp prints from a thread that nobody waits for at the end: the last lines can be missing.
+            reason = " ".join(lines[-3:]) or f"it printed nothing; to see why, run {shlex.join(command)}"
+            how = f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
+            raise D2QError(f"{Path(command[0]).name} failed ({how}): {reason}")
+
+
+INSTALLED = Tools()
+
+
+def _environment() -> dict[str, str]:
+    """The environment without OMP_WAIT_POLICY: PASSIVE, which torch wants, makes every ggml barrier a sleep."""
+    return {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}

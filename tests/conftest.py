@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import signal
@@ -42,12 +43,13 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def d2q(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Result]:
-    """d2q(arguments...): what the console script does in an empty directory, everything on the terminal included."""
+    """d2q(arguments..., stdin=""): what the console script does in an empty directory, and prints to the terminal."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
 
-    def call(*arguments: object) -> Result:
+    def call(*arguments: object, stdin: str = "") -> Result:
         monkeypatch.setattr(sys, "argv", ["d2q-edge", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         capfd.readouterr()
         with pytest.raises(SystemExit) as exit_:
             cli.main()

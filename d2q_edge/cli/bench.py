@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
-from d2q_edge.cli.common import MAX_THREADS, PATH
+from d2q_edge.cli.common import MAX_THREADS, PATH, json_option
 
 
-def _numbers(_context: click.Context, _option: click.Parameter, value: str | None) -> tuple[int, ...] | None:
-    """Numbers of threads, separated by commas; each once."""
+def _parse_threads(_context: click.Context, _option: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """Parse numbers of threads, separated by commas, without repetitions."""
     if value is None:
         return None
     words = value.split(",")
@@ -23,14 +23,12 @@ def _numbers(_context: click.Context, _option: click.Parameter, value: str | Non
 
 @click.command("bench")
 @click.argument("files", metavar="FILE...", type=PATH, nargs=-1, required=True)
-@click.option(
-    "--threads", metavar="N,N,...", callback=_numbers, help="Numbers of threads.  [default: one for each CPU]"
-)
-@click.option("--stock", help="Compare with this file, or with a stock type such as Q2_K, made of the first FILE.")
-@click.option("--prompt", type=click.IntRange(1), default=512, show_default=True, help="Tokens of the prompt.")
+@click.option("--threads", metavar="N,N,...", callback=_parse_threads, help="CPU threads.  [default: one for each CPU]")
+@click.option("--stock", help="File to compare with, or a type like Q2_K to make of FILE.")
+@click.option("--prompt", type=click.IntRange(1), default=512, show_default=True, help="Tokens in the prompt.")
 @click.option("--generation", type=click.IntRange(1), default=64, show_default=True, help="Tokens to generate.")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="The median of them counts.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Results are their median.")
+@json_option
 def command(
     files: tuple[Path, ...],
     threads: tuple[int, ...] | None,
@@ -40,7 +38,7 @@ def command(
     rounds: int,
     as_json: bool,
 ) -> None:
-    """How fast GGUF FILEs read a prompt and generate text here.
+    """Measure how fast GGUF FILEs process a prompt and generate text here.
 
     Prints tokens per second, medians of rounds in which the files take turns. With --stock, ratios of speeds follow:
     above 1, FILE is faster. Needs llama.cpp's tools: `d2q-edge runtime install --tools`.

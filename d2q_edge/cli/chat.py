@@ -1,70 +1,56 @@
-"""`d2q-edge chat`: the terminal's side of a conversation."""
+"""`d2q-edge chat`."""
 
 import contextlib
 import importlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from d2q_edge.cli.common import PATH, THREADS, Number
+from d2q_edge.cli.common import PATH, Number, threads_option
 from d2q_edge.errors import D2QError
 
 if TYPE_CHECKING:
     from d2q_edge.runtime.chat import Conversation
 
 HELP = """\
-/help   this list
+/help   show this list
 /reset  forget the conversation
-/exit   end (as Ctrl-D does)
+/exit   end (or Ctrl-D)
 Ctrl-C stops an answer."""
 
 
 @click.command("chat")
 @click.argument("file", type=PATH)
-@click.option("--system", help="A system message: who the model is to be.")
+@click.option("--system", help="System message.")
 @click.option(
     "--context", type=click.IntRange(64), default=4096, show_default=True, help="Tokens of the whole conversation."
 )
-@click.option("-n", "--tokens", type=click.IntRange(1), help="Of one answer at most.  [default: what the context has]")
-@click.option("--temperature", type=Number(0), default=0.7, show_default=True)
-@click.option("--seed", type=click.IntRange(0), help="For the same answers again.  [default: others every time]")
-@click.option("--threads", type=THREADS, help="[default: one for each CPU]")
-def command(
-    file: Path,
-    system: str | None,
-    context: int,
-    tokens: int | None,
-    temperature: float,
-    seed: int | None,
-    threads: int | None,
-) -> None:
+@click.option(
+    "-n", "--tokens", "max_tokens", type=click.IntRange(1), help="Tokens per answer at most.  [default: all that fit]"
+)
+@click.option("--temperature", type=Number(0), default=0.7, show_default=True, help="0 picks the most likely token.")
+@click.option("--seed", type=click.IntRange(0), help="Seed of the sampling.  [default: a random one]")
+@threads_option
+def command(file: Path, **options: Any) -> None:
     """Talk to a GGUF FILE that has a chat template.
 
-    Ctrl-C stops an answer, Ctrl-D ends; /help lists what else can be typed. When the input isn't a terminal, every
-    line of it is a message, and only the answers are printed to stdout.
+    Ctrl-C stops an answer, Ctrl-D ends the conversation; /help lists the other commands. If the input isn't a
+    terminal, each line is a message, and only the answers are printed to stdout.
     """
     from d2q_edge.runtime.chat import Conversation
 
-    with Conversation(
-        file,
-        system=system,
-        context=context,
-        max_tokens=tokens,
-        temperature=temperature,
-        seed=seed,
-        threads=threads,
-    ) as conversation:
+    with Conversation(file, **options) as conversation:
         click.echo(f"{file}, a context of {conversation.context} tokens. /help lists the commands.", err=True)
         _talk(conversation, sys.stdin.isatty())
 
 
 def _talk(conversation: "Conversation", terminal: bool) -> None:
-    """Answer line after line until /exit or the end of the input."""
+    """Answer each line until /exit or the end of the input."""
     if terminal:
         with contextlib.suppress(ImportError):
-            # Importing it gives input() line editing and a history. Windows has none.
+            # Importing it gives input() line editing and a history.
             importlib.import_module("readline")
     while True:
         try:
@@ -87,7 +73,7 @@ def _talk(conversation: "Conversation", terminal: bool) -> None:
 
 
 def _line(terminal: bool) -> str | None:
-    """The next line without the spaces around it; None at the end of the input."""
+    """Read the next line, stripped; None at the end of the input."""
     if not terminal:
         line = sys.stdin.readline()
         return line.strip() if line else None
@@ -99,7 +85,7 @@ def _line(terminal: bool) -> str | None:
 
 
 def _answer(conversation: "Conversation", question: str, terminal: bool) -> None:
-    """Print an answer as it comes. At a terminal, an interruption or a refusal is not the end of the conversation."""
+    """Print an answer as it is generated. At a terminal, Ctrl-C or an error doesn't end the conversation."""
     try:
         with contextlib.closing(conversation.answer(question)) as pieces:
             for piece in pieces:

@@ -1,55 +1,63 @@
-"""What several commands need before the library is loaded."""
+"""Share parameter types and options among commands."""
 
+import dataclasses
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from d2q_edge.errors import D2QError
-
 PATH = click.Path(path_type=Path)
-"""Type of an argument that names a file; the library says what is wrong with it."""
+"""Type of a file argument; the library says what is wrong with it."""
+MAX_THREADS = 512
+"""ggml's limit; beyond it, ggml aborts the process."""
 
 
 class Number(click.FloatRange):
-    """A number in a range; "nan" and "inf" are none."""
+    """A finite number in a range."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """As click does it."""
+        """Convert and check a value."""
         number = super().convert(value, param, ctx)
         if not math.isfinite(number):
             self.fail(f"{value} is not a number in the range {self._describe_range()}.", param, ctx)
         return number
 
 
-MAX_THREADS = 512
-"""ggml's limit, beyond which it stops the whole process."""
-THREADS = click.IntRange(1, MAX_THREADS)
+def field_option(options: type, name: str, **attributes: Any) -> Callable[..., Any]:
+    """Make the option that sets a field of a dataclass, with the field's name and default.
+
+    Args:
+        options: the dataclass.
+        name: of the field. One that is True by default gets a --no- form, too.
+        attributes: of click.option.
+    """
+    (default,) = (field.default for field in dataclasses.fields(options) if field.name == name)
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(default, bool):
+        attributes["is_flag"] = True
+        flag += f"/--no-{flag[2:]}" if default else ""
+    shown = default is not None and default is not False
+    return click.option(flag, name, default=default, show_default=shown, **attributes)
+
+
+threads_option = click.option(
+    "--threads", type=click.IntRange(1, MAX_THREADS), help="CPU threads.  [default: one for each CPU]"
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def print_result(result: Any, as_json: bool) -> None:
+    """Print what the library returned, an object with to_json() and describe()."""
+    click.echo(json.dumps(result.to_json()) if as_json else result.describe())
 
 
 def wait_passively() -> None:
     """Let OpenMP's threads sleep while they wait; call it before torch or llama.cpp is loaded.
 
-    They spin otherwise, and when anything else uses the CPU, many small operations become 40 times slower (measured).
+    They spin otherwise, and while anything else uses the CPU, small operations become 40 times slower (measured).
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
-def is_first_process() -> bool:
-    """Whether this one speaks, of those that share the work (ranks.py)."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write plain values to a file, for people and programs.
-
-    Raises:
-        D2QError: it can't be written.
-    """
-    try:
-        path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise D2QError(f"can't write {path}: {error.strerror or error}") from error

@@ -1,49 +1,42 @@
 """`d2q-edge compare`."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 import click
 
-from d2q_edge.cli.common import PATH, THREADS, wait_passively
+from d2q_edge.cli.common import PATH, json_option, print_result, threads_option, wait_passively
 
 
 @click.command("compare")
 @click.argument("reference", metavar="REF", type=PATH)
 @click.argument("files", metavar="[FILE]...", type=PATH, nargs=-1)
 @click.option("--with-stock", metavar="TYPES", default="", help="Also compare with stock types: Q2_K,IQ2_XS,...")
-@click.option("--pure", is_flag=True, help="In stock files every matrix in that type; embeddings and head in q8_0.")
-@click.option("--keep-stock", type=PATH, metavar="DIR", help="Keep the stock files there.  [default: remove them]")
+@click.option("--pure", is_flag=True, help="Make all matrices of stock files that type; tables q8_0.")
+@click.option("--keep-stock", type=PATH, metavar="DIR", help="Keep the stock files in DIR.  [default: remove them]")
 @click.option("--calibration", default="builtin", show_default=True, help="Text of their importance matrix.")
 @click.option("--text", default="builtin", show_default=True, help="Text file to measure on.")
-@click.option("--chunks", type=click.IntRange(1), default=50, show_default=True, help="At most that many.")
+@click.option("--chunks", type=click.IntRange(1), default=50, show_default=True, help="Chunks to measure at most.")
 @click.option("--context", type=click.IntRange(8), default=512, show_default=True, help="Tokens per chunk.")
-@click.option("--speed/--no-speed", default=True, show_default=True, help="Measure tokens per second, too.")
-@click.option("--threads", type=THREADS, help="For the speed.  [default: one for each CPU]")
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Of the speed; the median counts.")
-@click.option("--report", "reports", type=PATH, multiple=True, help="Of convert, about a FILE.  [default: FILE.json]")
-@click.option(
-    "-o", "--output", "outputs", type=PATH, multiple=True, help="Write a report (.html) or picture (.png, .svg)."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--speed/--no-speed", default=True, show_default=True, help="Also measure tokens per second.")
+@threads_option
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Speed is their median.")
+@click.option("--report", "reports", type=PATH, multiple=True, help="convert's report on a FILE.  [default: FILE.json]")
+@click.option("-o", "--output", "outputs", type=PATH, multiple=True, help="Report (.html) or picture (.png, .svg).")
+@json_option
 def command(
     reference: Path,
     files: tuple[Path, ...],
     with_stock: str,
-    pure: bool,
     keep_stock: Path | None,
-    calibration: str,
-    text: str,
-    chunks: int,
-    context: int,
-    speed: bool,
-    threads: int | None,
-    rounds: int,
     reports: tuple[Path, ...],
     outputs: tuple[Path, ...],
     as_json: bool,
+    **settings: Any,
 ) -> None:
-    """GGUF FILEs of one model side by side: size, distance from the original REF (a GGUF of f16 or bf16), and speed.
+    """Compare size, KL divergence and speed of GGUF FILEs of one model.
+
+    REF is the original model, a GGUF of f16 or bf16.
 
     Stock files are made with an importance matrix by llama.cpp's own tools: `d2q-edge runtime install --tools`.
     """
@@ -55,19 +48,9 @@ def command(
 
     for output in outputs:
         check_target(output)
-    settings = Settings(
-        text=text,
-        chunks=chunks,
-        context=context,
-        stock=parse_types(with_stock),
-        pure=pure,
-        calibration=calibration,
-        speed=speed,
-        threads=threads,
-        rounds=rounds,
-    )
-    result = compare(reference, files, settings, keep_stock=keep_stock, reports=reports)
-    # First, because it took long: whatever is wrong with an output, the numbers aren't lost.
-    click.echo(json.dumps(result.to_json()) if as_json else result.describe())
+    settings["stock"] = parse_types(with_stock)
+    result = compare(reference, files, Settings(**settings), keep_stock=keep_stock, reports=reports)
+    # First, so that an output that can't be written doesn't lose an hour's numbers.
+    print_result(result, as_json)
     for output in outputs:
         write(result, output)

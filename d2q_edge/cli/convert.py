@@ -1,142 +1,153 @@
 """`d2q-edge convert`."""
 
+import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from d2q_edge.cli.common import PATH, Number, is_first_process, wait_passively, write_json
-from d2q_edge.distributed.launch import together
+from d2q_edge.cli.common import PATH, Number, field_option, wait_passively
+from d2q_edge.distributed.launch import is_main, is_worker, launch
+from d2q_edge.errors import D2QError
+from d2q_edge.options import ROTATIONS, Options
+
+NOT_FOR_STOCK_TYPES = (
+    *("bits", "no_calibration", "embedding_type", "head_type", "refine", "dry_run", "report", "model_card"),
+)
+"""Options that go with quantizing only."""
+option = partial(field_option, Options)
+
+
+class Bits(click.types.FloatParamType):
+    """Bits per weight; whole ones are int, as the recipe in the file has them."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Convert a value."""
+        bits: float = super().convert(value, param, ctx)
+        return int(bits) if bits in (2, 3) else bits
+
+
+class Gibibytes(Number):
+    """A size in GiB, converted to bytes."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Convert and check a value."""
+        return int(super().convert(value, param, ctx) * 2**30)
 
 
 @click.command("convert")
 @click.argument("model", type=PATH)
 @click.option("--revision", help="Branch, tag or commit of a Hugging Face id.  [default: main]")
 @click.option("-o", "--output", type=PATH, help="The GGUF file to write.  [default: named after the model]")
-@click.option("--bits", type=float, help="2, 3, or a mean of 2.31 to 4.3 bits per weight.  [default: 2]")
-@click.option("--type", "stock_type", help="Write a stock type (f32, f16, bf16, q8_0, ...) instead of quantizing.")
-@click.option("--calibration", default="builtin", show_default=True, help="Text file that stands for what users write.")
-@click.option("--calibration-tokens", type=click.IntRange(1), default=65536, show_default=True)
-@click.option(
-    "--context", type=click.IntRange(8), default=512, show_default=True, help="Tokens per calibration window."
-)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of all random choices.")
-@click.option(
-    "--rotation",
-    type=click.Choice(["auto", "on", "off"]),
-    default="auto",
-    show_default=True,
-    help="Spread outlier channels over their neighbours; unties tied embeddings.",
-)
-@click.option("--dsq/--no-dsq", default=True, show_default=True, help="Column scales, absorbed by neighbours.")
-@click.option("--dac/--no-dac", default=True, show_default=True, help="Biases in norms for the mean shift.")
-@click.option("--refine", is_flag=True, help="Tune scales and codes afterwards: better, and much slower.")
-@click.option("--no-calibration", is_flag=True, help="Round to nearest: quick, and worse.")
-@click.option("--embedding-type", help="Stock type of the embeddings.  [default: by --bits]")
-@click.option("--head-type", help="Stock type of the head, where it isn't tied.  [default: by --bits]")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
-@click.option("--gpus", type=click.IntRange(1), default=1, show_default=True, help="That many share the work.")
-@click.option("--memory-limit", type=Number(0.5), help="GiB of memory that may be taken.  [default: what is free]")
-@click.option(
-    "--pre-tokenizer", metavar="NAME", help="llama.cpp's name for how the tokenizer splits text, where it isn't known."
-)
-@click.option("--no-verify", is_flag=True, help="Keep a file whose tokenizer differs from the model's in llama.cpp.")
-@click.option("--dry-run", is_flag=True, help="Print the plan and the exact size; convert nothing.")
-@click.option("--force", is_flag=True, help="Replace an existing file, or unfinished work with other options.")
-@click.option("--report", type=PATH, help="Write what was measured to a JSON file.")
-@click.option("--model-card", is_flag=True, help="Write README.md beside the file, as GGUF repositories have it.")
-def command(model: Path, output: Path | None, stock_type: str | None, gpus: int, **options: Any) -> None:
+@option("bits", type=Bits(), help="2, 3, or a mean of 2.31 to 4.3 bits per weight.")
+@click.option("--type", "stock_type", help="Write a stock type (f16, q8_0, ...) instead of quantizing.")
+@option("calibration", help="Text file to calibrate on.")
+@option("calibration_tokens", type=click.IntRange(1), metavar="N", help="Tokens to calibrate on.")
+@option("context", type=click.IntRange(8), help="Tokens per calibration window.")
+@option("seed", type=click.IntRange(0), help="Seed of all random choices.")
+@option("rotation", type=click.Choice(ROTATIONS), help="Spread outlier channels; unties tied embeddings.")
+@option("dsq", help="Scale columns, at no cost in size.")
+@option("dac", help="Correct the mean shift by norm biases.")
+@option("refine", help="Tune scales and codes afterwards: better, and much slower.")
+@click.option("--no-calibration", is_flag=True, help="Round to nearest: fast, and worse.")
+@option("embedding_type", help="Stock type of the embeddings.  [default: by --bits]")
+@option("head_type", help="Stock type of an untied lm_head.  [default: by --bits]")
+@option("device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), help="Device to quantize on.")
+@click.option("--gpus", type=click.IntRange(1), default=1, show_default=True, help="GPUs that share the work.")
+@option("memory_limit", type=Gibibytes(0.5), metavar="GIB", help="Memory to use at most.  [default: what is free]")
+@option("pre_tokenizer", metavar="NAME", help="llama.cpp's name of the pre-tokenizer, if unrecognized.")
+@click.option("--no-verify", is_flag=True, help="Keep a file that llama.cpp tokenizes differently.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and the exact file size only.")
+@click.option("--force", is_flag=True, help="Replace an existing file, or other unfinished work.")
+@click.option("--report", type=PATH, help="Write the measurements to a JSON file.")
+@click.option("--model-card", is_flag=True, help="Write a model card, README.md, beside the file.")
+@click.pass_context
+def command(
+    ctx: click.Context,
+    /,
+    model: Path,
+    revision: str | None,
+    output: Path | None,
+    stock_type: str | None,
+    no_calibration: bool,
+    gpus: int,
+    no_verify: bool,
+    dry_run: bool,
+    force: bool,
+    report: Path | None,
+    model_card: bool,
+    **fields: Any,
+) -> None:
     """Quantize a Hugging Face checkpoint into a GGUF file.
 
-    MODEL is a directory, or an id like Qwen/Qwen3-8B, which is fetched into the cache of the Hugging Face hub. For
-    gated and private models, HF_TOKEN holds the token.
+    MODEL is a directory, or an id like Qwen/Qwen3-8B, which is downloaded into the Hugging Face cache. For gated and
+    private models, set HF_TOKEN.
     """
     wait_passively()
+    if stock_type is not None:
+        given = [name for name in NOT_FOR_STOCK_TYPES if ctx.get_parameter_source(name) != ParameterSource.DEFAULT]
+        given += ["rotation on"] * (fields["rotation"] == "on")
+        if given:
+            raise click.UsageError(f"--type writes a stock file; it can't be used with --{given[0].replace('_', '-')}")
     if gpus > 1:
-        if options["device"] not in ("auto", "cuda"):
-            raise click.UsageError(
-                f"--gpus shares the work among CUDA devices; it doesn't go with --device {options['device']}"
-            )
-        options["device"] = "cuda"
-    # What takes no calibration is done by one.
-    alone = stock_type is not None or options["dry_run"] or options["no_calibration"]
-    with together(1 if alone else gpus, [sys.executable, "-m", "d2q_edge.cli", *sys.argv[1:]]):
-        _convert(model, output, stock_type, options)
+        if fields["device"] not in ("auto", "cuda"):
+            raise click.UsageError(f"--gpus needs CUDA devices; it can't be used with --device {fields['device']}")
+        fields["device"] = "cuda"
+    options = Options(calibrate=not no_calibration, **fields)
+    # Without calibration, there is no work to share.
+    if gpus > 1 and options.calibrate and stock_type is None and not dry_run and not is_worker():
+        launch(gpus, [sys.executable, "-m", "d2q_edge.cli", *sys.argv[1:]])
+        return
 
-
-def _convert(model: Path, output: Path | None, stock_type: str | None, options: dict[str, Any]) -> None:
-    from d2q_edge.conversion import convert as quantize
     from d2q_edge.export import model_file
+    from d2q_edge.model.checkpoint import Checkpoint
+    from d2q_edge.model.families import family_for
+    from d2q_edge.model.hub import locate
+
+    model = locate(model, revision)
+    if output is None:
+        checkpoint = Checkpoint.open(model)
+        encoding = stock_type or f"D2Q{options.bits:g}"
+        output = Path(model_file.file_name(checkpoint, family_for(checkpoint.config), encoding))
+    how = {"force": force, "verify": not no_verify}
+    if stock_type is None:
+        _quantize(model, output, options, report, model_card, dry_run=dry_run, **how)
+    else:
+        size = model_file.export(model, output, stock_type.lower(), pre_tokenizer=options.pre_tokenizer, **how)
+        click.echo(f"{output}: {size:,} bytes")
+
+
+def _quantize(
+    model: Path, output: Path, options: Options, report: Path | None, model_card: bool, *, dry_run: bool, **how: bool
+) -> None:
+    """Quantize, and write the report and the model card."""
+    from d2q_edge.conversion import convert
     from d2q_edge.export.conversion_report import fingerprint
     from d2q_edge.export.model_card import NAME, check_card, write_card
     from d2q_edge.export.targets import check_targets
     from d2q_edge.formats.gguf_writer import check_output
-    from d2q_edge.model.checkpoint import Checkpoint
-    from d2q_edge.model.families import family_for
-    from d2q_edge.model.hub import locate
-    from d2q_edge.options import Options
 
-    bits, force, report, card = options["bits"], options["force"], options["report"], options["model_card"]
-    if stock_type is not None:
-        ours = "bits", "no_calibration", "embedding_type", "head_type", "refine", "dry_run", "report", "model_card"
-        for option in ours:
-            if options[option]:
-                raise click.UsageError(f"--type writes a stock file; it doesn't go with --{option.replace('_', '-')}")
-        if options["rotation"] == "on":
-            raise click.UsageError("--type writes a stock file; it doesn't go with --rotation on")
-    bits = 2 if bits is None else int(bits) if bits in (2, 3) else bits
-    model = locate(model, options["revision"])
-    if output is None:
-        checkpoint = Checkpoint.open(model)
-        output = Path(model_file.file_name(checkpoint, family_for(checkpoint.config), stock_type or f"D2Q{bits:g}"))
-    if stock_type is not None:
-        size = model_file.export(
-            model,
-            output,
-            stock_type.lower(),
-            force=force,
-            pre_tokenizer=options["pre_tokenizer"],
-            verify=not options["no_verify"],
-        )
-        click.echo(f"{output}: {size:,} bytes")
-        return
-    limit = options["memory_limit"]
-    chosen = Options(
-        bits=bits,
-        memory_limit=None if limit is None else int(limit * 2**30),
-        calibrate=not options["no_calibration"],
-        **{
-            name: options[name]
-            for name in (
-                "calibration",
-                "calibration_tokens",
-                "context",
-                "seed",
-                "rotation",
-                "dsq",
-                "dac",
-                "refine",
-                "embedding_type",
-                "head_type",
-                "device",
-                "pre_tokenizer",
-            )
-        },
-    )
-    # Better now than after the work.
-    targets = {"the output": output, "the report": report, "the model card": output.parent / NAME if card else None}
+    card = output.parent / NAME if model_card else None
+    targets = {"the output": output, "the report": report, "the model card": card}
+    # All this before the work, which takes long.
     check_targets({name: path for name, path in targets.items() if path is not None}, model)
-    if report and is_first_process():
-        check_output(report, force=force)
+    if report and is_main():
+        check_output(report, force=how["force"])
     if card:
-        check_card(output, force=force)
-    result = quantize(model, output, chosen, dry_run=options["dry_run"], force=force, verify=not options["no_verify"])
-    if not is_first_process():
+        check_card(output, force=how["force"])
+    conversion = convert(model, output, options, dry_run=dry_run, **how)
+    if not is_main():
         return
+    values = conversion.to_json()
     if report:
-        known = {} if options["dry_run"] else {"fingerprint": fingerprint(output)}
-        write_json(report, {**result.to_json(), **known})
-    if card and not options["dry_run"]:
-        write_card(output, result.to_json())
-    click.echo(result.describe(output))
+        found = {} if dry_run else {"fingerprint": fingerprint(output)}
+        try:
+            report.write_text(json.dumps({**values, **found}, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise D2QError(f"can't write {report}: {error.strerror or error}") from error
+    if card and not dry_run:
+        write_card(output, values)
+    click.echo(conversion.describe(output))

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import click
 
-from d2q_edge.cli.common import PATH
+from d2q_edge.cli.common import PATH, json_option
 
 
 @click.command("inspect")
 @click.argument("file", type=PATH)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def command(file: Path, as_json: bool) -> None:
-    """What a GGUF FILE holds: tensor types, sizes, recipe, norm biases; and whether it can be run here."""
+    """Show tensor types, sizes and recipe of a GGUF FILE, and whether it runs here."""
     from d2q_edge.export import inspection
 
-    facts = inspection.inspect(file)
-    click.echo(json.dumps(facts) if as_json else inspection.describe(facts))
+    found = inspection.inspect(file)
+    click.echo(json.dumps(found) if as_json else inspection.describe(found))

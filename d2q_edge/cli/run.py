@@ -4,22 +4,22 @@ from pathlib import Path
 
 import click
 
-from d2q_edge.cli.common import PATH, THREADS, Number
+from d2q_edge.cli.common import PATH, Number, threads_option
 
 
 @click.command("run")
 @click.argument("file", type=PATH)
 @click.option("-p", "--prompt", required=True, help="Text to continue.")
 @click.option(
-    "-n", "--tokens", type=click.IntRange(1), default=128, show_default=True, help="Generate at most that many."
+    "-n", "--tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens to generate at most."
 )
-@click.option("--temperature", type=Number(0), default=0.8, show_default=True, help="0: always the likeliest token.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the sampling.")
-@click.option("--threads", type=THREADS, help="[default: one for each CPU]")
+@click.option("--temperature", type=Number(0), default=0.8, show_default=True, help="0 picks the most likely token.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the sampling.")
+@threads_option
 def command(file: Path, prompt: str, tokens: int, temperature: float, seed: int, threads: int | None) -> None:
     """Continue a prompt with a GGUF FILE.
 
-    Prints prompt and continuation, until the model ends the text or --tokens are reached. No chat template is
+    Prints the prompt and its continuation, until the model ends the text or --tokens are reached. No chat template is
     applied: `d2q-edge chat` does that.
     """
     from d2q_edge.runtime.generate import generate

@@ -1,34 +1,36 @@
-"""`d2q-edge runtime` with its two commands."""
+"""`d2q-edge runtime install` and `d2q-edge runtime info`."""
 
 import json
 
 import click
 
+from d2q_edge.cli.common import json_option
+
 
 @click.group("runtime")
 def command() -> None:
-    """The patched llama-cpp-python that runs the files."""
+    """Install or describe the patched llama-cpp-python that runs the files."""
 
 
 @command.command()
 @click.option("--tools", is_flag=True, help="Also build llama-quantize, llama-imatrix, llama-perplexity, llama-bench.")
 def install(tools: bool) -> None:
-    """Build the patched llama-cpp-python, once per machine, and install it in this environment."""
-    from d2q_edge import runtime as patched
+    """Build the patched llama-cpp-python (once per machine) and install it."""
+    from d2q_edge import runtime
 
-    patched.install(tools=tools)
-    click.echo(patched.info().version)
+    runtime.install(tools=tools)
+    click.echo(runtime.info().version)
 
 
 @command.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def info(as_json: bool) -> None:
-    """What is installed."""
-    from d2q_edge import runtime as patched
+    """Show what is installed."""
+    from d2q_edge import runtime
 
-    facts = patched.info().to_json()
+    values = runtime.info().to_json()
     if as_json:
-        click.echo(json.dumps(facts))
+        click.echo(json.dumps(values))
         return
-    for name, value in facts.items():
+    for name, value in values.items():
         click.echo(f"{name:12} {value if value else 'none'}")

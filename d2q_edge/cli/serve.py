@@ -4,21 +4,21 @@ from pathlib import Path
 
 import click
 
-from d2q_edge.cli.common import PATH, THREADS
+from d2q_edge.cli.common import PATH, threads_option
 
 
 @click.command("serve")
 @click.argument("file", type=PATH)
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address; 0.0.0.0 lets other machines in.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
-@click.option("--context", type=click.IntRange(64), default=4096, show_default=True, help="Tokens of one conversation.")
-@click.option("--api-key", envvar="D2Q_API_KEY", help="Key that clients must send; or in $D2Q_API_KEY.")
-@click.option("--threads", type=THREADS, help="[default: one for each CPU]")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address; 0.0.0.0 admits other machines.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free port.")
+@click.option("--context", type=click.IntRange(64), default=4096, show_default=True, help="Tokens per conversation.")
+@click.option("--api-key", envvar="D2Q_API_KEY", help="Key that clients must send.  [env: D2Q_API_KEY]")
+@threads_option
 def command(file: Path, host: str, port: int, context: int, api_key: str | None, threads: int | None) -> None:
-    """Serve a GGUF FILE through OpenAI's HTTP interface.
+    """Serve a GGUF FILE through the OpenAI HTTP API.
 
     Clients take http://HOST:PORT/v1 as base URL: /v1/chat/completions, /v1/completions, /v1/models; /docs describes
-    them. One request is answered at a time. Needs the extra packages: pip install 'd2q-edge[serve]'. Example:
+    them. Requests are answered one at a time. Needs extra packages: pip install 'd2q-edge[serve]'. Example:
 
     \b
       curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\

@@ -1,9 +1,7 @@
-"""The processes that share a conversion, one per GPU, as launch.py or torchrun start them; mostly there is just one.
+"""The collectives of torch.distributed that a conversion on several GPUs needs, one process per GPU.
 
-Knows how to add up what all of them have counted and to hand a part of each to all. Does not know what is in the
-tensors. Calibration batches are dealt out, and the rows of a matrix are cut into as many parts as there are
-processes; what all of them need of it, pieces of a factor, is dealt out by what it costs. Every process then holds the
-same block and goes on. An error in one of them ends all: who started them sees to that.
+Calibration batches and the rows of matrices are sharded; sums and factors are exchanged, so that every process then
+holds the same quantized block. `launch` or torchrun starts the processes, and ends all of them when one fails.
 """
 
 from __future__ import annotations
@@ -22,18 +20,16 @@ from d2q_edge.errors import D2QError
 from d2q_edge.utils.machine import usable_cpus
 
 T = TypeVar("T")
-FIRST_EXCHANGE = 2**22
-"""Numbers in it: enough for NCCL to take the ways that it takes for matrices."""
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """All processes, seen from one of them.
+    """The processes that share a conversion, seen from one of them. A single one exchanges nothing.
 
     Attributes:
-        rank: the number of this process, from 0.
-        count: of processes.
-        device: where tensors must be for an exchange.
+        rank: of this process, from 0.
+        world_size: number of processes.
+        device: device of this process, where the backend expects tensors.
     """
 
     rank: int = 0
@@ -42,114 +38,102 @@ class ProcessGroup:
 
     @classmethod
     def from_environment(cls, device: torch.device) -> ProcessGroup:
-        """Those that were started together; on its own, a process is the only one. `meet` connects them.
+        """Read the group from torchrun's environment variables; `connect` connects it.
+
+        Args:
+            device: "cuda" stands for the GPU of this process's local rank.
 
         Raises:
-            D2QError: more processes than GPUs.
+            D2QError: there are more processes than GPUs.
         """
-        count = int(os.environ.get("WORLD_SIZE", "1"))
-        if count == 1:
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if world_size == 1:
             return cls(device=device)
-        # torchrun gives every process one thread only.
-        torch.set_num_threads(max(1, usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", count))))
-        local = int(os.environ.get("LOCAL_RANK", "0"))
+        # torchrun sets OMP_NUM_THREADS=1.
+        torch.set_num_threads(max(1, usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))))
         if device.type == "cuda":
-            if local >= torch.cuda.device_count():
+            local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+            if local_rank >= torch.cuda.device_count():
                 raise D2QError(
-                    f"there are {count} processes for {torch.cuda.device_count()} GPUs; use --gpus, or torchrun's "
+                    f"there are {world_size} processes for {torch.cuda.device_count()} GPUs; use --gpus, or torchrun's "
                     "--nproc-per-node, with the number of GPUs"
                 )
-            device = torch.device("cuda", local)
+            device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
-        return cls(int(os.environ.get("RANK", "0")), count, device)
+        return cls(int(os.environ.get("RANK", "0")), world_size, device)
 
     def connect(self) -> None:
-        """Connect the processes, before anything is exchanged; without effect when repeated."""
+        """Initialize torch.distributed (NCCL for CUDA, else gloo), unless it is."""
         if self.world_size == 1 or torch.distributed.is_initialized():
             return
-        # The first process writes the file while the others wait.
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
-        place = self.device if self.device.type == "cuda" else None
-        torch.distributed.init_process_group(backend, timeout=timedelta(days=1), device_id=place)
-        # Without it, a process that ends while the others still talk to it may abort them.
+        cuda = self.device.type == "cuda"
+        torch.distributed.init_process_group(
+            "nccl" if cuda else "gloo",
+            timeout=timedelta(days=1),  # rank 0 refines and writes the file while the others wait
+            device_id=self.device if cuda else None,
+        )
+        # Without it, a process that ends early may abort those that still communicate with it.
         atexit.register(torch.distributed.destroy_process_group)
-        # The first exchange of either kind makes connections, which takes longer than all that follow in a block.
-        first = torch.zeros(FIRST_EXCHANGE, device=self.device)
-        self.all_reduce([first])
-        for rank in range(self.world_size):
-            self.broadcast(first, rank)
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes files and speaks."""
+        """Whether this is rank 0, the process that writes files and prints."""
         return self.rank == 0
 
-    def shard_range(self, number: int) -> range:
-        """Which of `number` batches are this process's: neighbours, so that every nth is dealt out evenly, too."""
-        return range(self.rank * number // self.world_size, (self.rank + 1) * number // self.world_size)
+    def shard_range(self, length: int) -> range:
+        """Return this process's share of `length` batches: contiguous, so that any stride is spread evenly, too."""
+        return range(self.rank * length // self.world_size, (self.rank + 1) * length // self.world_size)
 
     def shard(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This process's share of a matrix's rows."""
+        """Return this process's share of a tensor's rows, a view."""
         return tensor.tensor_split(self.world_size)[self.rank]
 
     def all_reduce(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Replace every tensor by the sum over all processes, in place."""
-        if self.world_size == 1:
-            return
+        """Replace each tensor by its sum over all processes, in place."""
         for tensor in tensors:
-            shared = tensor.to(self.device)
-            torch.distributed.all_reduce(shared)
-            if shared is not tensor:
-                tensor.copy_(shared)
+            self._in_place(tensor, torch.distributed.all_reduce)
 
-    def all_gather(self, part: torch.Tensor, rows: int) -> torch.Tensor:
-        """All rows of a matrix of which every process made its `part`."""
+    def broadcast(self, tensor: torch.Tensor, source: int) -> None:
+        """Replace a tensor by that of rank `source`, in place."""
+        self._in_place(tensor, lambda sent: torch.distributed.broadcast(sent, source))
+
+    def all_gather(self, shard: torch.Tensor, rows: int) -> torch.Tensor:
+        """Return the tensor of `rows` rows whose `shard` each process has."""
         if self.world_size == 1:
-            return part
-        whole = torch.empty((rows, *part.shape[1:]), dtype=part.dtype, device=self.device)
-        for rank, piece in enumerate(whole.tensor_split(self.world_size)):
-            if rank == self.rank:
-                piece.copy_(part)
-            self.broadcast(piece, rank)
-        return whole.to(part.device)
+            return shard
+        whole = torch.empty((rows, *shard.shape[1:]), dtype=shard.dtype, device=self.device)
+        self.shard(whole).copy_(shard)
+        for rank, part in enumerate(whole.tensor_split(self.world_size)):
+            self.broadcast(part, rank)
+        return whole.to(shard.device)
 
     def compute_sharded(
         self, pieces: Sequence[torch.Tensor], costs: Sequence[int], compute: Callable[[int], torch.Tensor]
     ) -> None:
-        """Fill tensors, each in one process, and give all of them to all.
+        """Compute each of several tensors in one process, and broadcast it.
 
         Args:
-            pieces: to be filled, in place.
-            costs: of every piece, the time that it takes in any unit.
-            compute: makes the content of a piece, given its number.
+            pieces: tensors to fill in place, the same on all processes.
+            costs: time that each piece takes, in any unit.
+            compute: returns the content of a piece, given its index.
         """
         owners = self.assign(costs)
-        for number, owner in enumerate(owners):
+        for index, owner in enumerate(owners):
             if owner == self.rank:
-                pieces[number].copy_(compute(number))
+                pieces[index].copy_(compute(index))
         for piece, owner in zip(pieces, owners, strict=True):
             self.broadcast(piece, owner)
 
-    def broadcast(self, tensor: torch.Tensor, owner: int) -> None:
-        """Replace a tensor by that of the process `owner`, in place."""
-        if self.world_size == 1:
-            return
-        # What is sent must lie in one piece.
-        shared = tensor.to(self.device).contiguous()
-        torch.distributed.broadcast(shared, owner)
-        if shared is not tensor:
-            tensor.copy_(shared)
-
     def assign(self, costs: Sequence[int]) -> list[int]:
-        """Whose each of some tasks is, so that all are done at about the same time: the largest are dealt out first."""
+        """Return the rank for each of several tasks, by the longest-processing-time-first rule."""
         owners, loads = [0] * len(costs), [0] * self.world_size
-        for number in sorted(range(len(costs)), key=lambda number: -costs[number]):
-            owners[number] = loads.index(min(loads))
-            loads[owners[number]] += costs[number]
+        for task in sorted(range(len(costs)), key=lambda task: -costs[task]):
+            owners[task] = loads.index(min(loads))
+            loads[owners[task]] += costs[task]
         return owners
 
     def main_first(self, action: Callable[[], T]) -> T:
-        """Do something in the first process, and when it is done in the others."""
+        """Run an action on rank 0, and then on the other ranks."""
         if not self.is_main:
             self.barrier()
         result = action()
@@ -158,10 +142,19 @@ class ProcessGroup:
         return result
 
     def barrier(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes are here."""
         if self.world_size > 1:
             torch.distributed.barrier()
 
+    def _in_place(self, tensor: torch.Tensor, collective: Callable[[torch.Tensor], object]) -> None:
+        """Apply a collective to a tensor that may be on another device or not contiguous."""
+        if self.world_size == 1:
+            return
+        sent = tensor.to(self.device).contiguous()
+        collective(sent)
+        if sent is not tensor:
+            tensor.copy_(sent)
+
 
 SINGLE_PROCESS = ProcessGroup()
-"""The one process of a conversion that isn't shared."""
+"""A conversion in one process."""

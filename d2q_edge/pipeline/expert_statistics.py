@@ -15,8 +15,8 @@ from d2q_edge.model.experts import Expert
 from d2q_edge.model.families import Family, LinearGroup, Sublayer
 from d2q_edge.model.families.experts import EXPERTS, ROUTER, expert_linears
 from d2q_edge.pipeline.context import Context
-from d2q_edge.quantize.gptaq import InputStatistics
 from d2q_edge.quantize.routing import MINIMUM_SHARE, top_up
+from d2q_edge.quantize.statistics import InputStatistics
 
 MEMORY = 2**30
 """Bytes of statistics at a time."""

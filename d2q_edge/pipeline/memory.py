@@ -6,7 +6,6 @@ The factors are measured: how many matrices and activations of which size the pi
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from d2q_edge.formats import k_quants
 from d2q_edge.model.families import Family, LinearGroup
 from d2q_edge.model.families.experts import EXPERTS
 from d2q_edge.pipeline.expert_statistics import routing_bytes, statistics_bytes
+from d2q_edge.utils.machine import available_memory
 
 GIB = 2**30
 FLOAT = 4
@@ -108,7 +108,7 @@ def plan_memory(
     table = max(_elements(family, f"{name}.weight") for name in (family.embedding, family.head))
     encoding = (HOST_ENCODING if device.type == "cuda" else ENCODING) * table
     writing = (encoding + WRITING * packed // family.num_layers) // processes
-    free = free_memory() // processes if limit is None else limit // processes
+    free = available_memory() // processes if limit is None else limit // processes
     on_device = 0
     routing = routing_bytes(family, tokens)
     host = PROGRAM + routing
@@ -187,14 +187,3 @@ def _largest_block(family: Family) -> int:
 
 def _elements(family: Family, name: str) -> int:
     return torch.Size(family.tensor_shapes().get(name, (0,))).numel()
-
-
-def free_memory() -> int:
-    """Return the bytes that this process can have: what is free, and what the system would give up for it."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -100,7 +100,7 @@ def quantize_final(context: Context, options: Options) -> QuantizedBlock:
 
 def _record(result: QuantizedBlock, norm: str, shift: MeanShift, scales: torch.Tensor | None) -> None:
     """Add a norm's bias, multiplied by the scales that the norm absorbed, and the statistics of its shift."""
-    result.metrics.norm_shifts[norm] = asdict(shift.facts())
+    result.metrics.norm_shifts[norm] = asdict(shift.stats())
     bias = shift.bias()
     if bias is not None:
         result.norm_biases[norm] = float_array(bias if scales is None else bias.to(scales) * scales)

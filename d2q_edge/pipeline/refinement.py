@@ -20,12 +20,12 @@ from d2q_edge.formats.quantized_weight import QuantizedWeight
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import Family
 from d2q_edge.model.whole_model import WholeModel
-from d2q_edge.pipeline.memory import free_memory
 from d2q_edge.pipeline.work_dir import WorkDir
 from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.quantized_layer import QuantizedLayer
-from d2q_edge.quantize.refine import Progress, State, tune
+from d2q_edge.quantize.refine import RefinementLosses, State, tune
 from d2q_edge.quantize.tunable import TunableLinear, TunableNorm
+from d2q_edge.utils.machine import available_memory
 
 BYTES_PER_CODE = 16
 """Latent value, gradient and two moments of one weight, float32."""
@@ -86,14 +86,14 @@ def _read_state(work: WorkDir) -> tuple[State | None, bool | None]:
         return None, None
     arrays, metadata = found
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return State(Progress(metadata["before"], metadata["passes"]), tensors), metadata["codes"]
+    return State(RefinementLosses(metadata["before"], metadata["passes"]), tensors), metadata["codes"]
 
 
 def _keeper(work: WorkDir, model: WholeModel, codes: bool) -> Callable[[State], None]:
     """Return what keeps the state of every pass, if there is room for it and the one before."""
     size = TENSORS_PER_PARAMETER * sum(parameter.nbytes for parameter in model.parameters().values())
     in_memory = 0 if model.device.type == "cpu" else size
-    if 2 * size > shutil.disk_usage(work.path).free or in_memory > free_memory():
+    if 2 * size > shutil.disk_usage(work.path).free or in_memory > available_memory():
         print(
             f"refinement starts over if it is interrupted: to go on, it would need {2 * size / 2**30:.1f} GiB on the "
             f"disk and {in_memory / 2**30:.1f} GiB of memory",
@@ -103,7 +103,7 @@ def _keeper(work: WorkDir, model: WholeModel, codes: bool) -> Callable[[State], 
 
     def keep(state: State) -> None:
         arrays = {name: tensor.cpu().numpy() for name, tensor in state.tensors.items()}
-        work.write_state(arrays, {"codes": codes, "before": state.progress.before, "passes": state.progress.passes})
+        work.write_state(arrays, {"codes": codes, "before": state.losses.before, "passes": state.losses.passes})
 
     return keep
 
@@ -194,4 +194,4 @@ class _Student:
 
 def _free_memory(device: torch.device) -> int:
     """Return the free bytes where the models are."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()

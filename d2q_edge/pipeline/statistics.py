@@ -12,7 +12,7 @@ from torch import nn
 from d2q_edge.model.families import LinearGroup, Sublayer
 from d2q_edge.pipeline.context import Context, FiniteCheck, check_sums
 from d2q_edge.pipeline.expert_statistics import expert_statistics, has_experts
-from d2q_edge.quantize.gptaq import InputStatistics
+from d2q_edge.quantize.statistics import InputStatistics
 
 GroupStatistics = Iterator[tuple[LinearGroup, InputStatistics]]
 

@@ -1,9 +1,6 @@
-"""The command line as a process of its own: signals, closed outputs, and one of several that share the work."""
+"""The command line as a process of its own: signals, closed outputs, and workers."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,149 +8,120 @@ from typing import Any
 
 import pytest
 
-from d2q_edge import runtime
-from d2q_edge.errors import D2QError
 from tests.checkpoints import EXAMPLE
-from tests.command_line import Call
+from tests.command_line import Call, Result, python, run_python
 from tests.conftest import ExampleFiles
-from tests.paths import ROOT
 
 Make = Callable[..., Path]
+CLI = "-m", "d2q_edge.cli"
+WORKER = {"WORLD_SIZE": "2"}
 
 
-class TestProcess:
-    """The real thing, with a real terminal signal; everything else runs in this process because starting costs time."""
-
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-    def test_signals(self, make_checkpoint: Make, tmp_path: Path, number: signal.Signals) -> None:
-        model = make_checkpoint(hidden_size=64, intermediate_size=128, num_hidden_layers=8)
-        # In a job that started in the background, Python would leave SIGINT ignored, and under nohup SIGHUP.
-        script = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        script += "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
-        script += "from d2q_edge.cli import main; main()"
-        arguments = ["convert", str(model), "-o", str(tmp_path / "out.gguf"), "--calibration-tokens", "16384"]
-        environment: dict[str, Any] = {**os.environ, "PYTHONPATH": str(ROOT)}
-        with subprocess.Popen(
-            [sys.executable, "-c", script, *arguments],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as process:
-            first = tmp_path / "out.gguf.work" / "block-0000.safetensors"
-            deadline = time.monotonic() + 120
-            while not first.exists() and process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.005)
-            process.send_signal(number)
-            out, err = process.communicate(timeout=60)
-        assert process.returncode == 128 + number, err
-        assert out == ""
-        assert err.endswith("\nInterrupted. A conversion goes on where it stopped when the command is repeated.\n")
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf.work", "tiny"]
-        assert list(tmp_path.rglob("*.partial")) == []
-
-    def test_torchruns_processes_end_at_once(self, monkeypatch: pytest.MonkeyPatch, d2q: Call) -> None:
-        """They may be waiting for each other, where a handler is never called."""
-        seen: list[Any] = []
-
-        def info() -> None:
-            seen.append(signal.getsignal(signal.SIGTERM))
-            raise D2QError("x")
-
-        monkeypatch.setattr(runtime, "info", info)
-        monkeypatch.setattr(os, "_exit", sys.exit)
-        before = signal.getsignal(signal.SIGTERM)
-        for expected in (True, False):
-            assert d2q("runtime", "info").code == 1
-            assert callable(seen[-1]) == expected
-            assert signal.getsignal(signal.SIGTERM) == before
-            monkeypatch.setenv("WORLD_SIZE", "2")
-
-    @pytest.mark.parametrize("error", ["d2q_edge.errors.D2QError('x')", "ValueError('x')", "KeyboardInterrupt()"])
-    def test_one_of_several_that_fails_waits_for_nobody(self, error: str) -> None:
-        """At the end of Python NCCL waits for the other processes, and these may wait for this one."""
-        script = f"""
-import atexit, sys, threading, time
-import d2q_edge.errors
-from d2q_edge import cli, runtime
-
-def info():
-    raise {error}
-
-runtime.info = info
-atexit.register(time.sleep, 300)
-threading.Thread(target=time.sleep, args=(300,)).start()
-sys.argv = ["d2q-edge", "runtime", "info"]
-cli.main()
-"""
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2"}
-        done = subprocess.run(
-            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60
-        )
-        assert done.returncode == (130 if "Keyboard" in error else 1)
-        assert done.stderr.strip()
-
-    @pytest.mark.parametrize("several", [False, True])
-    def test_without_stdout(self, several: bool) -> None:
-        """`>&-`: there is nowhere to print to, and Python says None."""
-        script = "import sys, types; from d2q_edge import cli; "
-        if several:
-            script += "sys.argv = ['d2q-edge', 'inspect', 'none.gguf']; "
-        else:
-            script += "cuda = types.SimpleNamespace(is_initialized=lambda: True); "
-            script += "sys.modules['torch'] = types.SimpleNamespace(cuda=cuda); sys.argv = ['d2q-edge', '--version']; "
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        environment |= {"WORLD_SIZE": "2"} if several else {}
-        command = ["bash", "-c", 'exec "$0" -c "$1" >&-', sys.executable, f"{script}cli.main()"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-        expected = (1, "Error: there is no file none.gguf\n") if several else (0, "")
-        assert (done.returncode, done.stderr) == expected
-
-    @pytest.mark.parametrize("gpu", [True, False])
-    def test_what_worked_on_a_gpu_ends_at_once(self, gpu: bool) -> None:
-        """But for what was registered for the end; what is printed gets out."""
-        script = f"""
-import atexit, sys, types
+def probe(body: str, environment: dict[str, str] | None = None) -> Result:
+    """Run a command with this body."""
+    script = f"""
+import atexit, signal, sys, threading, time
 from d2q_edge import cli
+from d2q_edge.errors import D2QError
 
-class Slow:
-    def __del__(self):
-        print("taken apart")
+@cli.cli.command()
+def probe():
+    {body}
 
-sys.modules["torch"] = types.SimpleNamespace(cuda=types.SimpleNamespace(is_initialized=lambda: {gpu}))
-slow = Slow()
-atexit.register(lambda: print("registered", flush=True))
-sys.argv = ["d2q-edge", "--version"]
+sys.argv = ["d2q-edge", "probe"]
 cli.main()
 """
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
-            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60
+    return run_python("-c", script, environment=environment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_resumable_work(
+    d2q: Call, make_checkpoint: Make, tmp_path: Path, number: signal.Signals
+) -> None:
+    model, output = make_checkpoint(hidden_size=64, intermediate_size=128, num_hidden_layers=8), tmp_path / "out.gguf"
+    # In a job that started in the background, Python would leave SIGINT ignored, and under nohup SIGHUP.
+    script = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    script += "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+    script += "from d2q_edge.cli import main; main()"
+    arguments = "convert", model, "-o", output, "--calibration-tokens", "16384"
+    with python("-c", script, *arguments) as process:
+        first = tmp_path / "out.gguf.work" / "block-0000.safetensors"
+        deadline = time.monotonic() + 120
+        while not first.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (128 + number, ""), err
+    assert err.endswith("\nInterrupted. A conversion goes on where it stopped when the command is repeated.\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "out.gguf.work", "tiny"]
+    assert list(tmp_path.rglob("*.partial")) == []
+    assert d2q(*arguments, "--seed", "1").code == 1
+    again = d2q(*arguments)
+    assert again.code == 0
+    assert any(line.startswith("going on after ") and "out.gguf.work" in line for line in again.err.splitlines())
+
+
+class TestWorker:
+    def test_signals_end_it_at_once(self) -> None:
+        """It may be blocked in NCCL, where a handler is never called."""
+        body = "print(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)"
+        assert probe(body) == Result(0, "False\n", "")
+        assert probe(body, WORKER) == Result(0, "True\n", "")
+
+    @pytest.mark.parametrize("error", ["D2QError('x')", "ValueError('x')", "KeyboardInterrupt()"])
+    def test_that_fails_waits_for_nobody(self, error: str) -> None:
+        """At Python's end, NCCL waits for the other workers, and these may wait for this one."""
+        body = (
+            f"atexit.register(time.sleep, 300); threading.Thread(target=time.sleep, args=(300,)).start(); raise {error}"
         )
-        assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout.splitlines()[1:] == ["registered"] + ["taken apart"] * (not gpu)
+        result = probe(body, WORKER)
+        assert result.code == (130 if "Keyboard" in error else 1)
+        assert result.err.strip()
 
-    @pytest.mark.parametrize(
-        "arguments", [["--help"], ["convert", EXAMPLE, "--dry-run", "-o", "x.gguf"]], ids=["help", "plan"]
+
+@pytest.mark.parametrize("environment", [{}, WORKER], ids=["alone", "worker"])
+def test_closed_stdout(environment: dict[str, str]) -> None:
+    """With `>&-`, Python's sys.stdout is None."""
+    close = "import os, sys; os.close(1); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    assert run_python("-c", close, *CLI, "--version", environment=environment) == Result(0, "", "")
+    result = run_python("-c", close, *CLI, "inspect", "none.gguf", environment=environment)
+    assert result == Result(1, "", "Error: there is no file none.gguf\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["convert", EXAMPLE, "--dry-run", "-o", "x.gguf"]], ids=["help", "plan"]
+)
+def test_full_disk(arguments: list[Any]) -> None:
+    with Path("/dev/full").open("w") as full, python(*CLI, *arguments, stdout=full) as process:
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert err.endswith("Error: can't print the result: No space left on device\n")
+    assert "Traceback" not in err and "Exception" not in err
+
+
+@pytest.mark.slow
+def test_reader_that_has_seen_enough(example_files: ExampleFiles) -> None:
+    with python(*CLI, "inspect", example_files.d2q2) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        process.wait(timeout=60)
+    assert process.returncode == 1
+
+
+def test_error(tmp_path: Path) -> None:
+    missing = tmp_path / "none.gguf"
+    assert run_python(*CLI, "inspect", missing) == Result(1, "", f"Error: there is no file {missing}\n")
+
+
+def test_help_loads_nothing_heavy() -> None:
+    script = (
+        "import sys; sys.argv = ['d2q-edge', 'convert', '--help']\n"
+        "from d2q_edge.cli import main\n"
+        "try:\n    main()\n"
+        "finally:\n    print({'torch', 'transformers', 'numpy', 'llama_cpp'} & sys.modules.keys())"
     )
-    def test_nowhere_to_print(self, arguments: list[Any]) -> None:
-        with Path("/dev/full").open("w") as full:
-            command = [sys.executable, "-m", "d2q_edge.cli", *map(str, arguments)]
-            result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-        assert result.returncode == 1
-        assert result.stderr.endswith("Error: can't print the result: No space left on device\n")
-        assert "Traceback" not in result.stderr and "Exception" not in result.stderr
-
-    def test_reader_that_has_seen_enough(self, example_files: ExampleFiles) -> None:
-        command = [sys.executable, "-m", "d2q_edge.cli", "inspect", str(example_files.d2q2)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None and process.stderr is not None
-            process.stdout.close()
-            assert process.stderr.read() == ""
-        assert process.returncode == 1
-
-    def test_error(self, tmp_path: Path) -> None:
-        command = [sys.executable, "-m", "d2q_edge.cli", "inspect", str(tmp_path / "none.gguf")]
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert (result.returncode, result.stdout) == (1, "")
-        assert result.stderr == f"Error: there is no file {tmp_path / 'none.gguf'}\n"
+    result = run_python("-c", script)
+    assert result.code == 0, result.err
+    assert result.out.splitlines()[-1] == "set()"

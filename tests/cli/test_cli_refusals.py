@@ -1,4 +1,4 @@
-"""The command line: what it refuses, in one sentence and before any work."""
+"""What the command line refuses, in one sentence and before any work: no file is left."""
 
 import json
 import os
@@ -10,8 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from d2q_edge import conversion
-from d2q_edge.pipeline import solver
 from tests.checkpoints import EXAMPLE
 from tests.command_line import Call, refused
 
@@ -20,12 +18,6 @@ QUICK = ("--calibration-tokens", "512", "--context", "32")
 
 
 class TestBadModels:
-    """What the issue lists, and neighbours of it."""
-
-    @pytest.fixture(autouse=True)
-    def no_work_begins(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(solver, "quantize_layer", None)
-
     @pytest.mark.parametrize("options", [QUICK, ("--no-calibration",), ("--type", "f16"), ("--dry-run",)], ids=str)
     def test_missing_directory(
         self, d2q: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
@@ -92,10 +84,7 @@ class TestBadOutputs:
             ),
         ],
     )
-    def test_unwritable(
-        self, d2q: Call, output: str | Path, said: str, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(solver, "quantize_layer", None)
+    def test_unwritable(self, d2q: Call, output: str | Path, said: str, options: tuple[str, ...]) -> None:
         result = d2q("convert", EXAMPLE, "-o", output, *options)
         refused(result)
         assert any(part in result.err for part in said.split("|")), result.err
@@ -109,8 +98,7 @@ class TestBadOutputs:
         assert d2q("convert", EXAMPLE, "-o", output, "--type", "f16", "--force").code == 0
         assert output.read_bytes()[:4] == b"GGUF"
 
-    def test_unwritable_report_is_found_first(self, d2q: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(conversion, "convert", None)
+    def test_unwritable_report_is_found_first(self, d2q: Call) -> None:
         refused(d2q("convert", EXAMPLE, "-o", "out.gguf", "--report", "none/r.json"), "none doesn't exist")
 
 

@@ -1,6 +1,5 @@
-"""The commands that make text: run, chat at a terminal and in a pipe, serve; and bench."""
+"""The commands that generate text: run, chat at a terminal and in a pipe, serve; and bench."""
 
-import io
 import json
 import os
 import pty
@@ -22,10 +21,9 @@ from tests.paths import ROOT
 BANNER = "a context of 2048 tokens. /help lists the commands."
 
 
+@pytest.mark.slow
 class TestRun:
-    def test_ends_where_the_text_ends(
-        self, d2q: Call, example_files: ExampleFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_ends_where_the_text_ends(self, d2q: Call, example_files: ExampleFiles, tmp_path: Path) -> None:
         """The same file but for one key: a token that it writes is now the one that ends a text."""
         require_runtime()
         options = ("-p", "The old man", "-n", "24", "--temperature", "0", "--threads", "1")
@@ -42,37 +40,32 @@ class TestRun:
         assert d2q("run", tmp_path / "comma.gguf", *options).out == head + "\n"
 
 
+@pytest.mark.slow
 class TestChat:
-    def talk(self, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
-        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-
-    def test_lines_from_a_pipe(self, d2q: Call, chat_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_lines_from_a_pipe(self, d2q: Call, chat_file: Path) -> None:
         require_runtime()
         options = ("-n", "8", "--temperature", "0", "--threads", "1")
         question = "Who is there?"
-        self.talk(monkeypatch, question, "", "/help", "/nonsense now", question, "/reset", question)
-        result = d2q("chat", chat_file, *options)
+        lines = question, "", "/help", "/nonsense now", question, "/reset", question
+        result = d2q("chat", chat_file, *options, stdin="\n".join(lines))
         assert result.code == 0, result.err
         with Conversation(chat_file, max_tokens=8, temperature=0, threads=1) as conversation:
             said = ["".join(conversation.answer(question)) for _ in range(2)]
             conversation.reset()
             said.append("".join(conversation.answer(question)))
         assert result.out == "".join(f"{answer}\n" for answer in said)
-        lines = result.err.splitlines()
-        assert lines[0] == f"{chat_file}, {BANNER}"
-        assert "Ctrl-C stops an answer." in lines
-        assert lines[-2:] == ["There is no command /nonsense; /help lists them.", "The conversation is forgotten."]
-        self.talk(monkeypatch, question, "/exit", question)
-        assert d2q("chat", chat_file, *options).out == f"{said[0]}\n"
+        messages = result.err.splitlines()
+        assert messages[0] == f"{chat_file}, {BANNER}"
+        assert "Ctrl-C stops an answer." in messages
+        assert messages[-2:] == ["There is no command /nonsense; /help lists them.", "The conversation is forgotten."]
+        again = d2q("chat", chat_file, *options, stdin=f"{question}\n/exit\n{question}\n")
+        assert again.out == f"{said[0]}\n"
 
-    def test_refusals(
-        self, d2q: Call, chat_file: Path, example_files: ExampleFiles, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_refusals(self, d2q: Call, chat_file: Path, example_files: ExampleFiles) -> None:
         require_runtime()
         refused(d2q("chat", example_files.d2q2), "has no chat template", "use `d2q-edge run ")
         refused(d2q("chat", "none.gguf"), "there is no file none.gguf")
-        self.talk(monkeypatch, "refuse", "Who is there?")
-        result = d2q("chat", chat_file, "--threads", "1")
+        result = d2q("chat", chat_file, "--threads", "1", stdin="refuse\nWho is there?\n")
         assert (result.code, result.out) == (1, "")
         assert result.err.splitlines()[-1].endswith("refuses the conversation: such words")
 
@@ -148,6 +141,7 @@ def test_serve_passes_its_options_on(d2q: Call, monkeypatch: pytest.MonkeyPatch)
     assert d2q("serve", "file.gguf", "--port", "70000").code == 2
 
 
+@pytest.mark.slow
 class TestBench:
     QUICK = ("--prompt", "8", "--generation", "2", "--rounds", "1")
 

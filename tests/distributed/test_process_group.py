@@ -1,9 +1,6 @@
-"""Two or three processes of one conversion, over gloo on the CPU: what they exchange, and the file that comes out."""
+"""Two or three processes of one conversion, connected by gloo: their collectives, and the file that they write."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +17,7 @@ from d2q_edge.quantize.dsq import InputEnergy
 from d2q_edge.quantize.gptaq import layer_feedback
 from d2q_edge.quantize.statistics import InputStatistics
 from tests.checkpoints import EXAMPLE
-from tests.paths import ROOT
+from tests.command_line import Result, run_python
 
 TOKENS = "2048"
 
@@ -49,12 +46,10 @@ open(f"{sys.argv[1]}/{processes.rank}.json", "w").write(json.dumps(facts))
 """
 
 
-def torchrun(*arguments: str, processes: int = 2, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [*launcher, *arguments], capture_output=True, text=True, check=False, env=environment, timeout=timeout
-    )
+def torchrun(*arguments: object, processes: int = 2) -> Result:
+    """Run a program in several processes, all of which print."""
+    launcher = "-m", "torch.distributed.run", "--nproc-per-node", processes, "--standalone"
+    return run_python(*launcher, *arguments, timeout=600)
 
 
 def test_alone() -> None:
@@ -70,16 +65,17 @@ def test_alone() -> None:
 
 def test_every_batch_has_one_owner() -> None:
     assert sorted(number for rank in range(3) for number in ProcessGroup(rank, 3).shard_range(8)) == list(range(8))
-    # Every fourth of them, which the column scales look at, is spread as evenly as it goes.
+    # Column scales use every fourth batch: these are spread evenly, too.
     fourths = [[number for number in ProcessGroup(rank, 2).shard_range(64) if number % 4 == 0] for rank in range(2)]
     assert [len(each) for each in fourths] == [8, 8]
 
 
+@pytest.mark.slow
 def test_what_two_processes_exchange(tmp_path: Path) -> None:
     script = tmp_path / "exchange.py"
     script.write_text(EXCHANGE)
-    done = torchrun(str(script), str(tmp_path))
-    assert done.returncode == 0, done.stderr
+    done = torchrun(script, tmp_path)
+    assert done.code == 0, done.err
     doubled = (torch.arange(14.0).view(7, 2) * 2).tolist()
     for rank, rows in ((0, 4), (1, 3)):
         facts = json.loads((tmp_path / f"{rank}.json").read_text())
@@ -124,12 +120,13 @@ def factors(processes: ProcessGroup) -> list[torch.Tensor]:
     return [feedback.U, feedback.dXXT_UT, feedback.P, energy.conditional()]
 
 
+@pytest.mark.slow
 def test_two_processes_share_factorizations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All get the same, and what one alone computes; a matrix that fails in one of them isn't factored there alone."""
+    """They get the same as one alone; a factorization that fails in one of them is repeated in all."""
     script = tmp_path / "factors.py"
     script.write_text(FACTORS)
-    done = torchrun(str(script), str(tmp_path))
-    assert done.returncode == 0, done.stderr
+    done = torchrun(script, tmp_path)
+    assert done.code == 0, done.err
     monkeypatch.setattr(cholesky, "STRIP", 100)
     monkeypatch.setattr(matmul, "is_accelerator", lambda _: True)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
@@ -155,15 +152,16 @@ processes.compute_sharded([torch.zeros(2), torch.zeros(2)], [2, 1], compute)
 """
 
 
+@pytest.mark.slow
 def test_an_error_in_one_process_ends_the_others(tmp_path: Path) -> None:
     script = tmp_path / "fails.py"
     script.write_text(ONE_FAILS)
-    done = torchrun(str(script), timeout=120)
-    assert done.returncode == 1
-    assert "one of them can't" in done.stderr
+    done = torchrun(script)
+    assert done.code == 1
+    assert "one of them can't" in done.err
 
 
-def test_tasks_are_dealt_out_by_what_they_cost() -> None:
+def test_tasks_are_assigned_by_their_costs() -> None:
     assert ProcessGroup(0, 2).assign([1, 5, 2, 4]) == [0, 0, 1, 1]
     assert SINGLE_PROCESS.assign([3, 1]) == [0, 0]
     costs = [number**2 for number in range(1, 13)]
@@ -177,10 +175,10 @@ SLOW_TRIAL = """
 import time
 from contextlib import contextmanager
 import torch.distributed
-from d2q_edge import gguf_file
 from d2q_edge.cli import main
+from d2q_edge.formats import gguf_writer
 
-trial = gguf_file._partial_file
+trial = gguf_writer._partial_file
 
 @contextmanager
 def slow(path):
@@ -193,14 +191,15 @@ def leave(farewell=torch.distributed.destroy_process_group):
     time.sleep(2)
     farewell()
 
-gguf_file._partial_file = slow
+gguf_writer._partial_file = slow
 torch.distributed.destroy_process_group = leave
 main()
 """
 
 
+@pytest.mark.slow
 def test_three_processes_make_the_same_model(tmp_path: Path) -> None:
-    """Sums are in another order, so that a few codes near a tie differ; the layers' errors don't. And no two of them
+    """Sums have another order, so that a few codes near a tie differ, but hardly the layers' errors. Nor do two of them
     try at the same time whether the output can be written."""
     script = tmp_path / "slow_trial.py"
     script.write_text(SLOW_TRIAL)
@@ -208,12 +207,11 @@ def test_three_processes_make_the_same_model(tmp_path: Path) -> None:
     conversion = convert(EXAMPLE, alone, Options(calibration_tokens=int(TOKENS)))
     report = tmp_path / "report.json"
     done = torchrun(
-        *(str(script), "convert", str(EXAMPLE), "-o", str(shared)),
-        *("--calibration-tokens", TOKENS, "--report", str(report)),
+        *(script, "convert", EXAMPLE, "-o", shared, "--calibration-tokens", TOKENS, "--report", report),
         processes=3,
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("bits per weight") == 1
+    assert done.code == 0, done.err
+    assert done.out.count("bits per weight") == 1
     assert sorted(file.name for file in tmp_path.iterdir()) == [
         *("alone.gguf", "report.json", "shared.gguf", "slow_trial.py")
     ]
@@ -227,9 +225,10 @@ def test_three_processes_make_the_same_model(tmp_path: Path) -> None:
     assert alone.stat().st_size == shared.stat().st_size
 
 
+@pytest.mark.slow
 def test_two_processes_plan_a_mixture(tmp_path: Path) -> None:
-    """What the first has measured is the others' plan, too: they meet before."""
-    arguments = ["convert", str(EXAMPLE), "--bits", "2.5", "--dry-run", "-o", str(tmp_path / "out.gguf")]
-    done = torchrun("-m", "d2q_edge.cli", *arguments, "--calibration-tokens", TOKENS)
-    assert done.returncode == 0, done.stderr
-    assert "d2q3" in done.stdout
+    """What rank 0 measures is the plan of all."""
+    arguments = "--bits", "2.5", "--dry-run", "-o", tmp_path / "out.gguf", "--calibration-tokens", TOKENS
+    done = torchrun("-m", "d2q_edge.cli", "convert", EXAMPLE, *arguments)
+    assert done.code == 0, done.err
+    assert "d2q3" in done.out

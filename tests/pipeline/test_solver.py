@@ -1,4 +1,4 @@
-"""Solving linear groups of the bundled model: error feedback beats rounding, and the errors are those of the outputs."""
+"""Solving linear groups: error feedback beats rounding, and the reported errors are those of the outputs."""
 
 import numpy as np
 import pytest

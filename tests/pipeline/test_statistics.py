@@ -10,7 +10,6 @@ from d2q_edge.options import Options
 from d2q_edge.pipeline.work_dir import WorkDir
 from tests.pipeline.common import PLAIN, SMALL, WINDOWS, Make, Setup, collected_statistics
 
-
 TWO = {**SMALL, "num_hidden_layers": 2}
 
 
@@ -57,5 +56,5 @@ def test_alpha_counts(make_checkpoint: Make, tmp_path: Path) -> None:
     work = WorkDir(tmp_path / "out.gguf", {})
     setup.run(work, PLAIN, batch_tokens=160, dtype=torch.float32)
     assert PLAIN.alpha == 0.5
-    with pytest.raises(AssertionError, match="mlp|self_attn"):
+    with pytest.raises(AssertionError, match=r"mlp|self_attn"):
         collected_statistics(setup, work, Options(alpha=0.25, descent_rounds=0), 160)

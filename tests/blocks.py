@@ -1,5 +1,6 @@
 """What the block loop left in a work directory, by full names."""
 
+import numpy as np
 import torch
 
 from d2q_edge.formats.quantized_block import QuantizedBlock
@@ -8,6 +9,24 @@ from d2q_edge.model.families import Family
 from d2q_edge.pipeline.work_dir import WorkDir
 
 CPU = torch.device("cpu")
+
+
+def assert_same_block(found: QuantizedBlock, expected: QuantizedBlock) -> None:
+    """All fields are equal, arrays to the last bit and with their dtypes; the order of entries doesn't count."""
+    assert {name: weight.type.name for name, weight in found.weights.items()} == {
+        name: weight.type.name for name, weight in expected.weights.items()
+    }
+    for one, other in (
+        ({name: weight.data for name, weight in block.weights.items()} for block in (found, expected)),
+        (found.floats, expected.floats),
+        (found.norm_biases, expected.norm_biases),
+        (found.column_scales, expected.column_scales),
+    ):
+        assert one.keys() == other.keys()
+        for name, array in one.items():
+            assert array.dtype == other[name].dtype, name
+            np.testing.assert_array_equal(array, other[name], err_msg=name, strict=True)
+    assert found.metrics == expected.metrics
 
 
 def finished_blocks(work: WorkDir, family: Family, *, refined: bool = False) -> dict[str, QuantizedBlock]:

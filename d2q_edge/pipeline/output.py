@@ -69,7 +69,8 @@ class RoundedContent(Content):
 class QuantizedContent(Content):
     """The finished blocks in the work directory; everything else is the checkpoint's.
 
-    The last block that was read is kept, so that each is read once by those who ask for its tensors together.
+    The last block that was read is kept, so that each is read once by those who ask for its tensors together. The file
+    has the norms' biases at its end: those of all blocks are kept, and what follows the last block.
     """
 
     def __init__(
@@ -77,38 +78,51 @@ class QuantizedContent(Content):
     ) -> None:
         self.checkpoint, self.family, self.work, self.device = checkpoint, family, work, device
         self.refined = refined
+        self._final = work.read_block(family.num_layers, refined=refined)
         self._latest: tuple[int, QuantizedBlock] = -1, QuantizedBlock()
+        self._norm_biases = {family.num_layers: self._final.norm_biases}
 
     def packed(self, name: str) -> U8:
-        block, inner = self._block(name)
-        layer = inner.removesuffix(".weight")
+        index, inner = self._split(name)
+        block, layer = self._block(index), inner.removesuffix(".weight")
         if layer not in block.weights:
             raise RuntimeError(f"{name} was not quantized")
         return block.weights[layer].data
 
     def floats(self, name: str) -> torch.Tensor:
-        block, inner = self._block(name)
-        if inner in block.floats:
-            return torch.from_numpy(block.floats[inner]).clone()
+        index, inner = self._split(name)
         module, _, parameter = inner.rpartition(".")
         if parameter == "bias" and name not in self.family.tensor_shapes():
-            # A norm without a correction gets zeros: the file's size must not depend on it.
-            bias = block.norm_biases.get(module)
-            return torch.zeros(self.family.hidden_size) if bias is None else torch.from_numpy(bias).clone()
+            return self._norm_bias(index, module)
+        block = self._block(index)
+        if inner in block.floats:
+            return torch.from_numpy(block.floats[inner]).clone()
         values = stored_floats(self.checkpoint, name, self.device)
         if module == self.family.head and module in block.column_scales:
             scales = torch.from_numpy(block.column_scales[module]).to(self.device)
             values = values.to(torch.float32, copy=True).div_(scales)
         return values
 
-    def _block(self, name: str) -> tuple[QuantizedBlock, str]:
-        """Return the result that a tensor belongs to, and the tensor's name in it."""
+    def _norm_bias(self, index: int, norm: str) -> torch.Tensor:
+        if index not in self._norm_biases:
+            self._block(index)
+        bias = self._norm_biases[index].get(norm)
+        # A norm without a correction gets zeros: the file's size must not depend on it.
+        return torch.zeros(self.family.hidden_size) if bias is None else torch.from_numpy(bias).clone()
+
+    def _split(self, name: str) -> tuple[int, str]:
+        """Return the number of the block that a tensor belongs to, and the tensor's name in it."""
         number, inner = self.family.split_name(name)
-        index = self.family.num_layers if number is None else number
+        return self.family.num_layers if number is None else number, inner
+
+    def _block(self, index: int) -> QuantizedBlock:
+        if index == self.family.num_layers:
+            return self._final
         if self._latest[0] != index:
             self._latest = -1, QuantizedBlock()  # only one in memory at a time
             self._latest = index, self.work.read_block(index, refined=self.refined)
-        return self._latest[1], inner
+            self._norm_biases[index] = self._latest[1].norm_biases
+        return self._latest[1]
 
 
 class Output:

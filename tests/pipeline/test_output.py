@@ -1,6 +1,5 @@
 """What a file gets from the work directory and what from the checkpoint, and its size before it is written."""
 
-import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +13,16 @@ from d2q_edge.errors import D2QError
 from d2q_edge.export.model_file import model_tokenizer
 from d2q_edge.formats import tensor_types
 from d2q_edge.formats.gguf_reader import GGUFFile
+from d2q_edge.formats.quantized_block import F32, QuantizedBlock
+from d2q_edge.formats.quantized_weight import QuantizedWeight
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
-from d2q_edge.pipeline.block_loop import Method, corrected_norms
+from d2q_edge.options import Options
+from d2q_edge.pipeline.norm_correction import corrected_norms
 from d2q_edge.pipeline.output import Output, PlannedContent, QuantizedContent, RoundedContent
 from d2q_edge.pipeline.refinement import refined_norms
 from d2q_edge.pipeline.type_plan import plan_types
-from d2q_edge.pipeline.work_dir import Tensor, WorkDir
+from d2q_edge.pipeline.work_dir import WorkDir
 from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.rtn import round_layer
 
@@ -35,57 +37,64 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
 
 
 class Setup:
-    """A checkpoint, and a work directory with random tensors of every kind, of which refined ones are others."""
+    """A checkpoint, and a work directory with random blocks with entries of every kind; refined ones are others."""
 
     def __init__(self, model: Path) -> None:
         self.checkpoint = Checkpoint.open(model)
         self.family = family_for(self.checkpoint.config)
         # q4_0 is also a type of our own layers.
-        self.plan = plan_types(self.family, 2, None if self.family.tied_embeddings else "q4_0")
+        self.types = plan_types(self.family, 2, None if self.family.tied_embeddings else "q4_0")
         self.work = WorkDir(model.parent / "out.gguf", {})
         self.blocks = {refined: self._blocks(np.random.default_rng(refined), refined) for refined in (False, True)}
         for refined, blocks in self.blocks.items():
             for index, block in enumerate(blocks):
                 self.work.write_block(index, block, refined=refined)
 
-    def _blocks(self, generator: np.random.Generator, refined: bool) -> list[dict[str, Tensor]]:
+    def _blocks(self, generator: np.random.Generator, refined: bool) -> list[QuantizedBlock]:
         shapes = self.family.tensor_shapes()
 
-        def floats(size: int) -> Tensor:
+        def floats(size: int) -> F32:
             return generator.normal(1, 0.1, size).astype(np.float32)
 
-        blocks: list[dict[str, Tensor]] = []
+        blocks = []
         for index in range(2):
-            block: dict[str, Tensor] = {}
-            for name, kind in self.plan.linears.items():
-                if self.family.block_of(name) == index:
-                    own = tensor_types.BY_NAME[kind]
-                    codes = generator.integers(0, 16, (shapes[name][0], own.row_bytes(shapes[name][1])))
-                    block[name] = codes.astype(np.uint8)
-                    block[name][:, :2] = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
-            prefix = self.family.block_prefix(index)
+            block, prefix = QuantizedBlock(), self.family.block_prefix(index)
+            for layer in self.family.block_linears:
+                name = f"{prefix}{layer}.weight"
+                own = tensor_types.BY_NAME[self.types.linears[name]]
+                data = generator.integers(0, 16, (shapes[name][0], own.row_bytes(shapes[name][1]))).astype(np.uint8)
+                data[:, :2] = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
+                block.weights[layer] = QuantizedWeight(own, data)
             norms = ["input_layernorm", "post_attention_layernorm"]
-            block |= {f"{prefix}{norm}.weight": floats(HIDDEN) for norm in norms}
+            block.floats |= {f"{norm}.weight": floats(HIDDEN) for norm in norms}
             # Without refinement the second block's is a norm that was left alone.
-            block |= {
-                f"{prefix}{norm}.bias": floats(HIDDEN) for norm in norms[not refined : 2 if refined else 2 - index]
-            }
-            name = f"{prefix}self_attn.v_proj.bias"
-            if name in shapes:
-                block[name] = floats(shapes[name][0])
-            block[f"{prefix}self_attn.q_proj.column_scale"] = floats(HIDDEN)
+            block.norm_biases |= {norm: floats(HIDDEN) for norm in norms[not refined : 2 if refined else 2 - index]}
+            name = "self_attn.v_proj.bias"
+            if prefix + name in shapes:
+                block.floats[name] = floats(shapes[prefix + name][0])
+            block.column_scales["self_attn.q_proj"] = floats(HIDDEN)
             blocks.append(block)
-        last = {"model.norm.weight": floats(HIDDEN), "model.norm.bias": floats(HIDDEN)}
+        last = QuantizedBlock(floats={"model.norm.weight": floats(HIDDEN)}, norm_biases={"model.norm": floats(HIDDEN)})
         if not self.family.tied_embeddings:
-            last["lm_head.column_scale"] = floats(HIDDEN)
+            last.column_scales["lm_head"] = floats(HIDDEN)
         return [*blocks, last]
 
-    def content(self, *, refined: bool) -> QuantizedContent:
-        return QuantizedContent(self.checkpoint, self.family, self.work, CPU, refined=refined)
+    def changed(self, *, refined: bool) -> dict[str, Any]:
+        """The blocks' entries by the full names of tensors; those of biases and scales end in .bias and .scales."""
+        found: dict[str, Any] = {}
+        for prefix, block in zip(("model.layers.0.", "model.layers.1.", ""), self.blocks[refined], strict=True):
+            found |= {f"{prefix}{layer}.weight": weight.data for layer, weight in block.weights.items()}
+            found |= {prefix + name: values for name, values in block.floats.items()}
+            found |= {f"{prefix}{norm}.bias": values for norm, values in block.norm_biases.items()}
+            found |= {f"{prefix}{layer}.scales": values for layer, values in block.column_scales.items()}
+        return found
+
+    def content(self, *, refined: bool, work: WorkDir | None = None) -> QuantizedContent:
+        return QuantizedContent(self.checkpoint, self.family, work or self.work, CPU, refined=refined)
 
     def output(self, norms: list[str]) -> Output:
         tokenizer = model_tokenizer(self.checkpoint, self.family)
-        return Output(self.checkpoint, self.family, tokenizer, self.plan, norms, {"d2q.version": 1}, 80)
+        return Output(self.checkpoint, self.family, tokenizer, self.types, norms, {"d2q.version": 1}, 80)
 
 
 @pytest.fixture(params=MODELS, ids=lambda model: model[0])
@@ -97,20 +106,18 @@ def setup(request: pytest.FixtureRequest, make_checkpoint: Make) -> Setup:
 class TestQuantizedContent:
     def test_everything(self, setup: Setup, refined: bool) -> None:
         content = setup.content(refined=refined)
-        changed: dict[str, Tensor] = {}
-        for block in setup.blocks[refined]:
-            changed |= block
+        changed = setup.changed(refined=refined)
         names = [*setup.family.tensor_shapes()]
         # Also in an order that goes back and forth between blocks.
         for name in [*names, *names[::7], *names[::-5]]:
-            if name in setup.plan.linears:
-                found: Tensor = content.packed(name)
+            if name in setup.types.linears:
+                found: Any = content.packed(name)
                 expected = changed[name]
             else:
                 found = content.floats(name).float().numpy()
                 expected = changed.get(name, setup.checkpoint.tensor(name).float().numpy())
                 if name == "lm_head.weight":
-                    expected = setup.checkpoint.tensor(name).float().numpy() / changed["lm_head.column_scale"]
+                    expected = setup.checkpoint.tensor(name).float().numpy() / changed["lm_head.scales"]
             assert found.dtype == expected.dtype
             np.testing.assert_array_equal(found, expected, err_msg=name)
 
@@ -121,8 +128,7 @@ class TestQuantizedContent:
             name = f"{norm}.bias"
             found = content.floats(name)
             assert found.dtype == torch.float32
-            index = setup.family.block_of(name)
-            expected = setup.blocks[refined][2 if index is None else index].get(name)
+            expected = setup.changed(refined=refined).get(name)
             np.testing.assert_array_equal(found, np.zeros(HIDDEN) if expected is None else expected)
             assert found.shape == (HIDDEN,)
             zeros += [name] if expected is None else []
@@ -142,7 +148,7 @@ class TestQuantizedContent:
         """On the conversion's device, where they come in 16 bits; the head as floats, divided there."""
         meta = torch.device("meta")
         content = QuantizedContent(setup.checkpoint, setup.family, setup.work, meta, refined=refined)
-        rounded = RoundedContent(setup.checkpoint, setup.plan, CPU)
+        rounded = RoundedContent(setup.checkpoint, setup.types, CPU)
         rounded.device = meta  # a search couldn't be there
         for found in (content, rounded):
             table = found.floats("model.embed_tokens.weight")
@@ -153,60 +159,34 @@ class TestQuantizedContent:
             assert (head.device, head.dtype) == (meta, torch.float32)
 
 
-class TestThreads:
+class Reading(WorkDir):
+    """Notes what is read, and makes sure that the weights of the block before are gone."""
+
+    def __init__(self, output: Path) -> None:
+        super().__init__(output, {})
+        self.reads: list[tuple[int, bool]] = []
+        self._kept: list[weakref.ref[Any]] = []
+
+    def read_block(self, index: int, *, refined: bool = False) -> QuantizedBlock:
+        assert all(array() is None for array in self._kept), "only one block is in memory"
+        block = super().read_block(index, refined=refined)
+        self.reads.append((index, refined))
+        arrays = [*(weight.data for weight in block.weights.values()), *block.floats.values()]
+        # What follows the last block is small.
+        self._kept = [weakref.ref(array) for array in arrays] if block.weights else []
+        return block
+
+
+class TestWriting:
     """How the blocks get into the file."""
 
     @pytest.mark.parametrize("refined", [False, True])
-    def test_every_block_is_read_once(
-        self, setup: Setup, tmp_path: Path, refined: bool, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """And the file is the one that a single thread writes."""
-        read, reads = WorkDir.read_block, []
-
-        def note(work: WorkDir, index: int, *, refined: bool = False) -> dict[str, Tensor]:
-            reads.append((index, refined))
-            return read(work, index, refined=refined)
-
-        monkeypatch.setattr(WorkDir, "read_block", note)
-        output, content = setup.output(refined_norms(setup.family)), setup.content(refined=refined)
-        output.write(tmp_path / "threads.gguf", content, False)
-        assert sorted(reads) == [(index, refined) for index in range(3)]
-        monkeypatch.setattr(content, "group", lambda _: None)
-        output.write(tmp_path / "one.gguf", content, False)
-        assert len(reads) > 6
-        assert (tmp_path / "threads.gguf").read_bytes() == (tmp_path / "one.gguf").read_bytes()
-
-    def test_who_asks_for_what(self, setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Tables, which take much memory, are this thread's; without calibration everything is."""
-        asked: dict[str, bool] = {}
-
-        def noting(ask: Callable[[str], Any]) -> Callable[[str], Any]:
-            def note(name: str) -> Any:
-                asked[name] = threading.current_thread() is threading.main_thread()
-                return ask(name)
-
-            return note
-
-        names = setup.family.tensor_shapes()
-        outside = {name: setup.family.block_of(name) is None for name in names}
-        for content, expected in (
-            (setup.content(refined=True), outside),
-            (RoundedContent(setup.checkpoint, setup.plan, CPU), dict.fromkeys(names, True)),
-        ):
-            for method in ("packed", "floats"):
-                monkeypatch.setattr(content, method, noting(getattr(content, method)))
-            setup.output([]).write(tmp_path / "out.gguf", content, True)
-            assert asked == expected
-
-    def test_a_gpu_takes_both_tables_at_a_time(self, setup: Setup) -> None:
-        content = setup.content(refined=True)
-        content.device = torch.device("cuda")
-        names = list(setup.family.tensor_shapes())
-        alone = [name for name in names if content.group(name) is None]
-        assert alone == ["model.norm.weight"]
-        tables = [content.group(name) for name in names if setup.family.block_of(name) is None and name not in alone]
-        assert len(set(tables)) == len(tables)
-        assert not {setup.family.block_of(name) for name in names} & set(tables)
+    def test_every_block_is_read_once(self, setup: Setup, tmp_path: Path, refined: bool) -> None:
+        work = Reading(setup.work.output)
+        setup.output(refined_norms(setup.family)).write(
+            tmp_path / "out.gguf", setup.content(refined=refined, work=work), False
+        )
+        assert sorted(work.reads) == [(index, refined) for index in range(3)]
 
     def test_a_damaged_block(self, setup: Setup, tmp_path: Path) -> None:
         file = setup.work.path / "block-0001.safetensors"
@@ -215,26 +195,17 @@ class TestThreads:
             setup.output([]).write(tmp_path / "file.gguf", setup.content(refined=False), False)
         assert not list(tmp_path.glob("*file.gguf*"))
 
-    def test_a_thread_keeps_one_block(self, setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The last one is gone before the next is read."""
-        read, kept = WorkDir.read_block, list[weakref.ref[Any]]()
-
-        def note(work: WorkDir, index: int, *, refined: bool = False) -> dict[str, Tensor]:
-            assert all(array() is None for array in kept)
-            block = read(work, index, refined=refined)
-            kept[:] = [weakref.ref(array) for array in block.values()]
-            return block
-
-        monkeypatch.setattr(WorkDir, "read_block", note)
-        content = setup.content(refined=True)
-        for name in setup.plan.linears:
+    def test_one_block_is_kept(self, setup: Setup) -> None:
+        work = Reading(setup.work.output)
+        content = setup.content(refined=True, work=work)
+        for name in setup.types.linears:
             content.packed(name)
-        assert kept
+        assert [index for index, _ in work.reads] == [2, 0, 1]
 
 
 def test_a_layer_that_is_missing(setup: Setup) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
-    setup.work.write_block(1, {})
+    setup.work.write_block(1, QuantizedBlock())
     with pytest.raises(RuntimeError, match=f"{name} was not quantized"):
         setup.content(refined=False).packed(name)
 
@@ -246,9 +217,9 @@ def test_planned_content_has_no_data() -> None:
 
 
 def test_rounded_content(setup: Setup) -> None:
-    content = RoundedContent(setup.checkpoint, setup.plan, CPU)
+    content = RoundedContent(setup.checkpoint, setup.types, CPU)
     for name in ("model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.k_proj.weight"):
-        kind = tensor_types.BY_NAME[setup.plan.linears[name]]
+        kind = tensor_types.BY_NAME[setup.types.linears[name]]
         layer = round_layer(setup.checkpoint.tensor(name).float(), CodebookSearch(kind))
         np.testing.assert_array_equal(content.packed(name), layer.pack(kind))
     norm = content.floats("model.norm.weight")
@@ -261,11 +232,11 @@ def test_size_and_file(setup: Setup, tmp_path: Path, which: str) -> None:
     family = setup.family
     norms = {
         "none": [],
-        "corrected": corrected_norms(family, Method()),
+        "corrected": corrected_norms(family, Options()),
         "refined": refined_norms(family),
     }[which]
     assert len(norms) == {"none": 0, "corrected": 3, "refined": 5}[which]
-    assert corrected_norms(family, Method(dac=False)) == []
+    assert corrected_norms(family, Options(dac=False)) == []
     output, path = setup.output(norms), tmp_path / "file.gguf"
     content = setup.content(refined=which == "refined")
     expected = output.size()
@@ -280,14 +251,14 @@ def test_size_and_file(setup: Setup, tmp_path: Path, which: str) -> None:
         np.testing.assert_array_equal(file.dequantize(written), content.floats(name))
     for name in shapes:
         written = family.gguf_name(name)
-        kind = setup.plan.types.get(name, "f32")
+        kind = setup.types.all.get(name, "f32")
         assert file.tensors[written].type_name == kind
-        if name in setup.plan.linears:
+        if name in setup.types.linears:
             data = tensor_types.dequantize(tensor_types.BY_NAME[kind], content.packed(name))
         else:
             data = content.floats(name).float().numpy()
         found, data = file.dequantize(written), np.asarray(family.export_rows(name, data))
-        if kind == "f32" or name in setup.plan.linears:
+        if kind == "f32" or name in setup.types.linears:
             np.testing.assert_array_equal(found, data, err_msg=name)
         else:
             # Embeddings and head, in a stock type.

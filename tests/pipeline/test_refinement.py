@@ -1,6 +1,5 @@
 """Refining what the pipeline left: the same model before and after, everything that may move, and nothing else."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +8,20 @@ import pytest
 import torch
 
 from d2q_edge.formats import tensor_types
+from d2q_edge.formats.quantized_weight import QuantizedWeight
 from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
 from d2q_edge.model.whole_model import WholeModel
+from d2q_edge.options import Options
 from d2q_edge.pipeline import refinement
 from d2q_edge.pipeline.block_loop import quantize_blocks
-from d2q_edge.pipeline.column_scaling import COLUMN_SCALE
 from d2q_edge.pipeline.refinement import Refinement, refine, refined_norms
 from d2q_edge.pipeline.type_plan import plan_types
-from d2q_edge.pipeline.work_dir import Tensor, WorkDir
+from d2q_edge.pipeline.work_dir import WorkDir
 from d2q_edge.quantize import refine as tuning
-from d2q_edge.quantize.refine import RefinementLosses, Schedule
+from d2q_edge.quantize.refine import Progress
+from tests.blocks import assert_same_block, changed_tensors, finished_blocks, model_tensors
 from tests.checkpoints import write_checkpoint
 
 CPU = torch.device("cpu")
@@ -43,32 +44,30 @@ class Finished:
         self.family = family_for(self.checkpoint.config)
         self.types = plan_types(self.family, 2).linears
         self.work = WorkDir(directory / "first.gguf", {})
-        quantize_blocks(BlockRunner(self.checkpoint, self.family, CPU), self.types, WINDOWS, self.work)
+        runner = BlockRunner(self.checkpoint, self.family, CPU)
+        quantize_blocks(runner, self.types, WINDOWS, self.work, Options())
         # So that there is something to gain: logits that are too large, and a bias.
         last = self.work.read_block(2)
-        norm = last.get("model.norm.weight", self.checkpoint.tensor("model.norm.weight").float().numpy())
-        bias = np.linspace(-0.1, 0.1, len(norm), dtype=np.float32)
-        self.work.write_block(2, {**last, "model.norm.weight": 3 * norm, "model.norm.bias": bias})
-        self.original = self.model({})
+        norm = last.floats.get("model.norm.weight", self.checkpoint.tensor("model.norm.weight").float().numpy())
+        last.floats["model.norm.weight"] = 3 * norm
+        last.norm_biases["model.norm"] = np.linspace(-0.1, 0.1, len(norm), dtype=np.float32)
+        self.work.write_block(2, last)
+        self.original = WholeModel(self.checkpoint, self.family, {}, CPU)
 
-    def blocks(self, work: WorkDir, *, refined: bool) -> dict[str, Tensor]:
-        blocks = [work.read_block(index, refined=refined) for index in range(self.family.num_layers + 1)]
-        return {name: data for block in blocks for name, data in block.items()}
+    def weights(self, work: WorkDir, *, refined: bool) -> dict[str, QuantizedWeight]:
+        """The packed weights by full name."""
+        return {
+            f"{prefix}{layer}.weight": weight
+            for prefix, block in finished_blocks(work, self.family, refined=refined).items()
+            for layer, weight in block.weights.items()
+        }
 
-    def both(self, work: WorkDir) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return self.blocks(work, refined=False), self.blocks(work, refined=True)
+    def tensors(self, work: WorkDir, *, refined: bool) -> dict[str, torch.Tensor]:
+        return changed_tensors(work, self.family, refined=refined)
 
-    def model(self, tensors: Mapping[str, Tensor]) -> WholeModel:
+    def model(self, work: WorkDir, *, refined: bool) -> WholeModel:
         """The model of the blocks' tensors, put together once more."""
-        weights = {}
-        for name, data in tensors.items():
-            if data.dtype == np.uint8:
-                kind = tensor_types.BY_NAME[self.types[name]]
-                weights[name] = torch.from_numpy(tensor_types.dequantize(kind, data.view(np.uint8)))
-            elif name == f"lm_head.{COLUMN_SCALE}":
-                weights["lm_head.weight"] = self.checkpoint.tensor("lm_head.weight") / torch.from_numpy(data)
-            elif not name.endswith(COLUMN_SCALE):
-                weights[name] = torch.from_numpy(data)
+        weights = model_tensors(work, self.family, self.checkpoint, refined=refined)
         return WholeModel(self.checkpoint, self.family, weights, CPU)
 
     def divergence(self, model: WholeModel, windows: Any = WINDOWS) -> float:
@@ -82,15 +81,18 @@ class Finished:
         for index in range(self.family.num_layers + 1):
             work.write_block(index, self.work.read_block(index))
 
-        def spy(original: WholeModel, quantized: WholeModel, windows: Any, **more: Any) -> RefinementLosses:
+        def spy(original: WholeModel, quantized: WholeModel, windows: Any, **more: Any) -> Progress:
             tuned.append(quantized)
             return tuning.tune(original, quantized, windows, **more)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(refinement, "tune", spy)
             patch.setattr(refinement, "_free_memory", lambda _device: memory)
-            patch.setattr(tuning, "SCHEDULE", Schedule(passes=2, batch=4, scale_rate=rate, code_rate=1.4))
-            result = refine(self.checkpoint, self.family, self.types, WINDOWS, work, CPU)
+            patch.setattr(tuning, "SCALE_RATE", rate)
+            patch.setattr(tuning, "CODE_RATE", 1.4)
+            patch.setattr(tuning, "PASSES", 2)
+            patch.setattr(tuning, "BATCH", 4)
+            result = refine(self.checkpoint, self.family, WINDOWS, work, CPU)
         return work, result, tuned[0]
 
 
@@ -117,59 +119,66 @@ def refined(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Ref
 
 
 def test_the_blocks_are_the_tuned_model(finished: Finished, refined: Refined) -> None:
-    """But for float16 scales. And the model that tuning began with is the one that the pipeline left."""
-    before = finished.blocks(finished.work, refined=False)
-    start = finished.model(before)
+    """But for float16 scales. And the model that tuning began with is the one that the block loop left."""
+    start = finished.model(finished.work, refined=False)
     work, result, tuned = refined
     assert result.before == pytest.approx(finished.divergence(start, WINDOWS[8:]), rel=1e-3)
     assert result.after < result.before
     assert result.codes
-    after = finished.blocks(work, refined=True)
-    model = finished.model(after)
+    model = finished.model(work, refined=True)
     assert difference(model, tuned) < 0.03 * difference(start, tuned)
     assert result.after == pytest.approx(finished.divergence(model, WINDOWS[8:]), rel=5e-3)
     assert finished.divergence(model) < 0.97 * finished.divergence(start)
-    # What the pipeline left is still there.
-    assert all((data == before[name]).all() for name, data in finished.blocks(work, refined=False).items())
+    # What the block loop left is still there.
+    for index in range(3):
+        assert_same_block(work.read_block(index), finished.work.read_block(index))
 
 
 def test_what_moves(finished: Finished, refined: Refined) -> None:
     work = refined[0]
-    before, after = finished.both(work)
     norms = [f"model.layers.{i}.{norm}" for i in (0, 1) for norm in ("input_layernorm", "post_attention_layernorm")]
     norms.append("model.norm")
     assert refined_norms(finished.family) == norms
     small = [f"model.layers.{i}.self_attn.{norm}" for i in (0, 1) for norm in ("q_norm", "k_norm")]
     small = small if finished.family.tied_embeddings else []
+    before, after = (finished.tensors(work, refined=each) for each in (False, True))
     expected = {*before, *(f"{norm}.weight" for norm in norms + small), *(f"{norm}.bias" for norm in norms)}
     assert after.keys() == expected
-    changed = []
-    for name, data in after.items():
+    packed = finished.weights(work, refined=True)
+    assert packed.keys() < expected
+    for name, values in after.items():
         module, _, parameter = name.rpartition(".")
         if module in norms + small:
-            old = before[name] if name in before else np.zeros(64) if parameter == "bias" else None
+            old = before.get(name, torch.zeros(64) if parameter == "bias" else None)
             if old is None:
-                old = finished.checkpoint.tensor(name).float().numpy()
-            assert data.dtype == np.float32
-            assert not np.array_equal(data, old), name
-            assert np.abs(data - old).max() < 0.1 * max(1, np.abs(old).max())
-        elif data.dtype == np.uint8:
-            kind = tensor_types.BY_NAME[finished.types[name]]
-            (d, books, codes), (d_old, books_old, codes_old) = (
-                tensor_types.unpack(kind, each[name].view(np.uint8)) for each in (after, before)
-            )
-            assert not np.array_equal(d, d_old)
-            np.testing.assert_allclose(d, d_old, rtol=0.1)
-            np.testing.assert_array_equal(books, books_old)
-            changed.append((codes != codes_old).mean())
-        else:
-            np.testing.assert_array_equal(data, before[name])
+                old = finished.checkpoint.tensor(name).float()
+            assert not torch.equal(values, old), name
+            assert (values - old).abs().max() < 0.1 * max(1, old.abs().max())
+        elif name not in packed:
+            assert torch.equal(values, before[name]), name
+    changed = []
+    for name, old_weight in finished.weights(work, refined=False).items():
+        weight = packed[name]
+        assert weight.type == old_weight.type
+        (d, books, codes), (d_old, books_old, codes_old) = (
+            tensor_types.unpack(each.type, each.data) for each in (weight, old_weight)
+        )
+        assert not np.array_equal(d, d_old)
+        np.testing.assert_allclose(d, d_old, rtol=0.1)
+        np.testing.assert_array_equal(books, books_old)
+        changed.append((codes != codes_old).mean())
     assert 0.0005 < np.mean(changed) < 0.3
     for index in range(3):
-        block = f"model.layers.{index}." if index < 2 else ""
-        names = work.read_block(index, refined=True)
-        assert all(name.startswith(block) for name in names)
-        assert any(name.endswith("norm.bias") for name in names)
+        block, left = work.read_block(index, refined=True), work.read_block(index)
+        number = index if index < 2 else None
+        own = {norm for of, norm in map(finished.family.split_name, norms) if of == number}
+        assert block.norm_biases.keys() == own
+        assert block.metrics == left.metrics
+        assert block.column_scales.keys() == left.column_scales.keys()
+        for name, scales in block.column_scales.items():
+            np.testing.assert_array_equal(scales, left.column_scales[name])
+        arrays = [*block.floats.values(), *block.norm_biases.values()]
+        assert {array.dtype for array in arrays} == {np.dtype(np.float32)}
 
 
 def test_without_memory_codes_stay(finished: Finished, tmp_path: Path) -> None:
@@ -178,10 +187,10 @@ def test_without_memory_codes_stay(finished: Finished, tmp_path: Path) -> None:
     assert not result.codes
     assert not any(name.endswith("latent") for name in tuned.parameters())
     assert result.after < result.before
-    before, after = finished.both(work)
+    before, after = (finished.weights(work, refined=each) for each in (False, True))
+    assert before.keys() == after.keys() == set(finished.types)
     for name in finished.types:
-        kind = tensor_types.BY_NAME[finished.types[name]]
-        old, new = (tensor_types.unpack(kind, each[name].view(np.uint8)) for each in (before, after))
+        old, new = (tensor_types.unpack(each[name].type, each[name].data) for each in (before, after))
         np.testing.assert_array_equal(new[2], old[2])
         assert not np.array_equal(new[0], old[0])
 
@@ -189,14 +198,18 @@ def test_without_memory_codes_stay(finished: Finished, tmp_path: Path) -> None:
 def test_worse_everywhere_changes_nothing(finished: Finished, tmp_path: Path) -> None:
     work, result, _ = finished.refine(tmp_path, rate=3.0)
     assert result.after == result.before
-    before, after = finished.both(work)
-    for name, data in after.items():
+    before, after = (finished.tensors(work, refined=each) for each in (False, True))
+    assert before.keys() < after.keys()
+    for name, values in after.items():
         if name in before:
-            np.testing.assert_array_equal(data, before[name])
+            assert torch.equal(values, before[name])
         elif name.endswith("bias"):
-            assert not data.any()
+            assert not values.any()
         else:
-            np.testing.assert_array_equal(data, finished.checkpoint.tensor(name).float().numpy())
+            assert torch.equal(values, finished.checkpoint.tensor(name).float())
+    for index in range(3):
+        packed = [work.read_block(index, refined=each).weights for each in (False, True)]
+        assert all(np.array_equal(weight.data, packed[1][layer].data) for layer, weight in packed[0].items())
 
 
 def test_same_twice(finished: Finished, refined: Refined, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from tests.checkpoints import BASE_CONFIG, FAMILY_CONFIG
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def plan(bits: float = 2, embedding_type: str | None = None, head_type: str | None = None, **config: Any) -> Plan:
+def plan(bits: float = 2, embedding_type: str | None = None, head_type: str | None = None, **config: Any) -> TypePlan:
     """Of a Llama with 2 blocks, 4 heads, 2 of them for keys, and 4100 tokens."""
     family = family_for({**BASE_CONFIG, **FAMILY_CONFIG["llama"], **config})
     return plan_types(family, bits, embedding_type, head_type)
@@ -95,7 +95,7 @@ def test_bits_per_weight_of_wide_layers(bits: int, expected: float) -> None:
     assert plan(bits, hidden_size=256, intermediate_size=768).linear_bits_per_weight == expected
 
 
-def mixed(bits: float, favourite: str = "none", **config: Any) -> Plan:
+def mixed(bits: float, favourite: str = "none", **config: Any) -> TypePlan:
     """A mixture where layers with `favourite` in their names are a hundred times as sensitive, per weight."""
     family = family_for(
         {**BASE_CONFIG, **FAMILY_CONFIG["llama"], "hidden_size": 256, "intermediate_size": 768, **config}

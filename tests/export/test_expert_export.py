@@ -155,7 +155,7 @@ def test_rounded_files(make_checkpoint: Make, tmp_path: Path, family: str, confi
     bound = family_for(checkpoint.config)
     weights: dict[str, torch.Tensor] = {}
     dequantized = {name: file.dequantize(name) for name in file.tensors}
-    for name, kind in done.plan.linears.items():
+    for name, kind in done.types.linears.items():
         search = CodebookSearch(tensor_types.BY_NAME[kind], torch.device("cpu"))
         rounded = round_layer(checkpoint.tensor(name), search).weights.numpy()
         found = dequantized[bound.gguf_name(name)]
@@ -164,7 +164,7 @@ def test_rounded_files(make_checkpoint: Make, tmp_path: Path, family: str, confi
             found = found[int(name.split(".")[5])]
         np.testing.assert_allclose(found, rounded, rtol=1e-3, atol=1e-6)
         weights[name] = torch.from_numpy(found)
-    for table in done.plan.tables:
+    for table in done.types.tables:
         weights[table] = torch.from_numpy(dequantized[bound.gguf_name(table)])
     original, expected = log_probabilities(checkpoint, {}), log_probabilities(checkpoint, weights)
     divergences = (expected.exp() * (expected - file_logits(out).log_softmax(-1))).sum(-1)

@@ -49,7 +49,7 @@ def test_importing_is_quick_and_order_does_not_matter() -> None:
 
 def test_strings_and_defaults(tmp_path: Path, example_files: ExampleFiles) -> None:
     planned = d2q_edge.convert(str(EXAMPLE), str(tmp_path / "out.gguf"), dry_run=True)
-    assert planned.plan.linear_bits_per_weight == 2.3125
+    assert planned.types.linear_bits_per_weight == 2.3125
     assert list(tmp_path.iterdir()) == []
     require_runtime()
     strings = d2q_edge.evaluate(str(example_files.d2q2), reference=str(example_files.f16), chunks=1, context=32)

@@ -72,7 +72,9 @@ class Converted:
         return self.family.export_rows(name, self.checkpoint.tensor(name).float().numpy())
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] * (name != "narrow")) for name in MODELS]
+)
 def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Converted:
     return Converted(tmp_path_factory.mktemp("converted"), request.param)
 
@@ -234,6 +236,7 @@ class TestOptions:
         conversion.convert(make_checkpoint(name="b", **SMALL), tmp_path / "out.gguf", QUICK, dry_run=True)
         assert capsys.readouterr().err == ""
 
+    @pytest.mark.slow
     def test_mixture(self, make_checkpoint: Make, tmp_path: Path) -> None:
         """The layers that are measured as sensitive get more bits, in the file too."""
         model = make_checkpoint("llama", hidden_size=256, intermediate_size=512)
@@ -291,6 +294,7 @@ class TestOptions:
         expected = "model.embed_tokens becomes q5_0: its width isn't a multiple of Q4_K's block size\n"
         assert capsys.readouterr().err == expected
 
+    @pytest.mark.slow
     def test_seed_decides(self, make_checkpoint: Make, tmp_path: Path) -> None:
         model = make_checkpoint(**SMALL)
         for seed in (0, 1):
@@ -344,7 +348,7 @@ class TestRotation:
 
     OPTIONS = replace(QUICK, seed=5, embedding_type="f32", rotation="on", dsq=False, dac=False)
 
-    @pytest.mark.parametrize(("calibrate", "error"), [(True, 0.4), (False, 0.13)])
+    @pytest.mark.parametrize(("calibrate", "error"), [pytest.param(True, 0.4, marks=pytest.mark.slow), (False, 0.13)])
     def test_content(self, make_checkpoint: Make, tmp_path: Path, calibrate: bool, error: float) -> None:
         model = make_checkpoint("llama", **SMALL, tie_word_embeddings=True, attention_bias=True)
         options = replace(self.OPTIONS, calibrate=calibrate, head_type="f32")
@@ -365,6 +369,7 @@ class TestRotation:
             else:
                 assert np.array_equal(found, expected), name
 
+    @pytest.mark.slow
     def test_off_and_auto_are_the_same(self, make_checkpoint: Make, tmp_path: Path) -> None:
         model = make_checkpoint(**SMALL)
         files = {}

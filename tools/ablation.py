@@ -20,8 +20,8 @@ import numpy.typing as npt
 import torch
 
 from d2q_edge.calibration.text import load_text
-from d2q_edge.calibration.windows import token_windows
-from d2q_edge.conversion import REFINE_FACTOR, choose_device
+from d2q_edge.calibration.windows import split_windows
+from d2q_edge.conversion import REFINE_FACTOR
 from d2q_edge.errors import D2QError
 from d2q_edge.export.model_file import model_tokenizer
 from d2q_edge.formats import tensor_types
@@ -31,10 +31,11 @@ from d2q_edge.model.families import Family, family_for
 from d2q_edge.model.rotated_checkpoint import RotatedCheckpoint
 from d2q_edge.model.tokenizer.original import load_original
 from d2q_edge.model.whole_model import Weights, WholeModel
-from d2q_edge.pipeline.block_loop import Method, quantize_blocks
-from d2q_edge.pipeline.column_scaling import COLUMN_SCALE
+from d2q_edge.options import Options
+from d2q_edge.pipeline.block_loop import quantize_blocks
+from d2q_edge.pipeline.device import choose_device
 from d2q_edge.pipeline.refinement import refine
-from d2q_edge.pipeline.type_plan import make_plan
+from d2q_edge.pipeline.type_plan import plan_types
 from d2q_edge.pipeline.work_dir import WorkDir
 from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.rtn import round_layer
@@ -89,7 +90,7 @@ def paper(subject: Subject, bits: int, recipe: Recipe) -> Outcome:
 
 def ours_rounded(subject: Subject, bits: int) -> Outcome:
     """Round to our types without calibration."""
-    plan = make_plan(subject.family, bits)
+    plan = plan_types(subject.family, bits)
     searches = {
         kind: CodebookSearch(tensor_types.BY_NAME[kind], subject.device)
         for kind in set(plan.linears.values()) & tensor_types.BY_NAME.keys()
@@ -102,29 +103,29 @@ def ours_rounded(subject: Subject, bits: int) -> Outcome:
     return Outcome(subject.checkpoint, subject.family, weights, plan.linear_bits_per_weight)
 
 
-def ours(subject: Subject, bits: int, method: Method, *, refined: bool = False) -> Outcome:
+def ours(subject: Subject, bits: int, options: Options, *, refined: bool = False) -> Outcome:
     """Quantize to our types by the product's pipeline, optionally with refinement on more of the same text."""
     checkpoint, family = subject.checkpoint, subject.family
-    plan = make_plan(family, bits)
+    plan = plan_types(family, bits)
     weights: dict[str, torch.Tensor] = {}
     with tempfile.TemporaryDirectory() as directory:
         work = WorkDir(Path(directory) / "model", {})
-        quantize_blocks(BlockRunner(checkpoint, family, subject.device), plan.linears, subject.windows, work, method)
+        quantize_blocks(BlockRunner(checkpoint, family, subject.device), plan.linears, subject.windows, work, options)
         if refined:
-            refine(checkpoint, family, plan.linears, subject.more_windows, work, subject.device)
+            refine(checkpoint, family, subject.more_windows, work, subject.device)
         for index in range(work.finished):
-            for name, data in work.read_block(index, refined=refined).items():
-                if name == f"{family.head}.{COLUMN_SCALE}":
-                    # The final norm's weight, which is in there too, was multiplied by it.
-                    name = f"{family.head}.weight"
-                    weights[name] = checkpoint.tensor(name).float() / torch.from_numpy(data)
-                elif name.endswith(f".{COLUMN_SCALE}"):
-                    continue
-                elif data.dtype == np.uint8:
-                    kind = tensor_types.BY_NAME[plan.linears[name]]
-                    weights[name] = torch.from_numpy(tensor_types.dequantize(kind, data.view(np.uint8)))
-                else:
-                    weights[name] = torch.from_numpy(data)
+            block = work.read_block(index, refined=refined)
+            prefix = family.block_prefix(index) if index < family.num_layers else ""
+            for layer, weight in block.weights.items():
+                weights[f"{prefix}{layer}.weight"] = weight.take_values(torch.device("cpu"))
+            for name, values in block.floats.items():
+                weights[prefix + name] = torch.from_numpy(values)
+            for norm, bias in block.norm_biases.items():
+                weights[f"{prefix}{norm}.bias"] = torch.from_numpy(bias)
+            if family.head in block.column_scales:
+                # The final norm's weight, which is in there too, was multiplied by them.
+                head = f"{family.head}.weight"
+                weights[head] = checkpoint.tensor(head).float() / torch.from_numpy(block.column_scales[family.head])
     return Outcome(checkpoint, family, weights, plan.linear_bits_per_weight)
 
 
@@ -134,7 +135,7 @@ def rotated(subject: Subject, bits: int, row: Row) -> Outcome:
     return row(replace(subject, checkpoint=checkpoint, family=family_for(checkpoint.config)), bits)
 
 
-PLAIN = Method(dsq=False, dac=False, rounds=0)
+PLAIN = Options(dsq=False, dac=False, descent_rounds=0)
 ROWS: dict[str, Row] = {
     "RTN": partial(paper, recipe=Recipe(feedback=False)),
     "GPTQ": partial(paper, recipe=Recipe(alpha=0)),
@@ -143,14 +144,14 @@ ROWS: dict[str, Row] = {
     "+DSQ": partial(rotated, row=partial(paper, recipe=Recipe(dual_scale=True))),
     "+DAC": partial(rotated, row=partial(paper, recipe=Recipe(dual_scale=True, correct=True))),
     "D2Q-RTN": ours_rounded,
-    "D2Q-GPTQ": partial(ours, method=replace(PLAIN, alpha=0.0)),
-    "D2Q-GPTAQ": partial(ours, method=PLAIN),
-    "D2Q+descent": partial(ours, method=Method(dsq=False, dac=False)),
-    "D2Q+DSQ": partial(ours, method=Method(dac=False)),
-    "D2Q+DAC": partial(ours, method=Method()),
-    "D2Q+refine": partial(ours, method=Method(), refined=True),
-    "D2Q+rotation-DSQ": partial(rotated, row=partial(ours, method=Method(dsq=False))),
-    "D2Q+rotation": partial(rotated, row=partial(ours, method=Method())),
+    "D2Q-GPTQ": partial(ours, options=replace(PLAIN, alpha=0.0)),
+    "D2Q-GPTAQ": partial(ours, options=PLAIN),
+    "D2Q+descent": partial(ours, options=Options(dsq=False, dac=False)),
+    "D2Q+DSQ": partial(ours, options=Options(dac=False)),
+    "D2Q+DAC": partial(ours, options=Options()),
+    "D2Q+refine": partial(ours, options=Options(), refined=True),
+    "D2Q+rotation-DSQ": partial(rotated, row=partial(ours, options=Options(dsq=False))),
+    "D2Q+rotation": partial(rotated, row=partial(ours, options=Options())),
 }
 """The first six rows are the paper's. A row with a plus adds a step to the row above it."""
 
@@ -171,9 +172,9 @@ class Ablation:
         checkpoint.check(family.tensor_shapes())
         tokenizer, bos = load_original(checkpoint.directory), model_tokenizer(checkpoint, family).bos
         calibration = load_text(arguments.calibration, "calibration")
-        windows = token_windows(tokenizer, calibration, arguments.tokens, arguments.context, arguments.seed, bos)
+        windows, _ = split_windows(tokenizer, calibration, arguments.tokens, arguments.context, arguments.seed, bos)
         tokens = REFINE_FACTOR * arguments.tokens
-        more = token_windows(tokenizer, calibration, tokens, arguments.context, arguments.seed, bos)
+        more, _ = split_windows(tokenizer, calibration, tokens, arguments.context, arguments.seed, bos)
         self.subject = Subject(checkpoint, family, windows, more, arguments.seed, device)
         original = WholeModel(checkpoint, family, {}, device)
         self.references = {}

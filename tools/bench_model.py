@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import save_file
 
 from d2q_edge.calibration.text import BUILTIN
-from d2q_edge.conversion import FILE_TYPES
+from d2q_edge.pipeline.planning import FILE_TYPES
 from d2q_edge.errors import D2QError
 from d2q_edge.evaluation.benchmark import PROMPT, Settings, run_rounds
 from d2q_edge.export.model_file import Value, export, model_tokenizer, stored_floats

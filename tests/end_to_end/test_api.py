@@ -12,6 +12,7 @@ import pytest
 import d2q_edge
 from d2q_edge import conversion, errors
 from d2q_edge import options as options_module
+from d2q_edge.cli import cli
 from d2q_edge.evaluation import perplexity
 from d2q_edge.formats.gguf_reader import GGUFFile
 from tests.availability import require_runtime
@@ -34,6 +35,7 @@ def test_names() -> None:
         d2q_edge.reconvert  # noqa: B018
 
 
+@pytest.mark.slow
 def test_importing_is_quick_and_order_does_not_matter() -> None:
     """A submodule becomes an attribute of the package when it is loaded: none may have the name of a function."""
     script = (
@@ -47,15 +49,17 @@ def test_importing_is_quick_and_order_does_not_matter() -> None:
     assert (result.returncode, result.stdout) == (0, "[]\nTrue True\n"), result.stderr
 
 
+@pytest.mark.slow
 def test_strings_and_defaults(tmp_path: Path, example_files: ExampleFiles) -> None:
     planned = d2q_edge.convert(str(EXAMPLE), str(tmp_path / "out.gguf"), dry_run=True)
-    assert planned.plan.linear_bits_per_weight == 2.3125
+    assert planned.types.linear_bits_per_weight == 2.3125
     assert list(tmp_path.iterdir()) == []
     require_runtime()
     strings = d2q_edge.evaluate(str(example_files.d2q2), reference=str(example_files.f16), chunks=1, context=32)
     assert strings == d2q_edge.evaluate(example_files.d2q2, example_files.f16, chunks=1, context=32)
 
 
+@pytest.mark.slow
 def test_example_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     require_runtime()
     specification = importlib.util.spec_from_file_location("convert_and_evaluate", SCRIPT)
@@ -74,6 +78,18 @@ def test_example_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["d2q2.gguf", "original.gguf"]
 
 
+def test_command_line_has_the_same_defaults() -> None:
+    """What `convert` gets when nothing but the model is named is what `Options()` has."""
+    given = cli.commands["convert"].make_context("convert", ["model"]).params
+    defaults = vars(d2q_edge.Options())
+    only_in_python = {"calibrate", "alpha", "descent_rounds"}
+    assert {name: given.get(name, "missing") for name in defaults.keys() - only_in_python} == {
+        name: value for name, value in defaults.items() if name not in only_in_python
+    }
+    assert not only_in_python & given.keys()
+    assert given["no_calibration"] is not defaults["calibrate"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -84,6 +100,8 @@ def test_example_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         ({"calibration_tokens": 0}, "calibration_tokens must be a whole number from 1, not 0"),
         ({"bits": "2"}, "bits must be a number, not '2'"),
         ({"bits": True}, "bits must be a number, not True"),
+        ({"alpha": "0.5"}, "alpha must be a number, not '0.5'"),
+        ({"descent_rounds": -1}, "descent_rounds must be a whole number from 0, not -1"),
         ({"rotation": "maybe"}, "rotation must be one of auto, on, off, not 'maybe'"),
     ],
 )
@@ -93,6 +111,7 @@ def test_options_that_make_no_sense(tmp_path: Path, options: dict[str, Any], mes
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_result(tmp_path: Path) -> None:
     """Bits per weight are the file's own, and only what can chat is said to."""
     output = tmp_path / "a file.gguf"

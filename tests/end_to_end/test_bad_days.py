@@ -17,48 +17,35 @@ import pytest
 import torch
 
 from d2q_edge import cli, conversion
-from d2q_edge.formats import gguf_writer
+from d2q_edge.formats import gguf_writer, tensor_file
 from d2q_edge.formats.gguf_reader import GGUFFile, TensorInfo
+from d2q_edge.formats.quantized_block import QuantizedBlock
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.options import Options
-from d2q_edge.pipeline import block_loop, solver, work_dir
+from d2q_edge.pipeline import planning, solver
 from d2q_edge.pipeline.work_dir import WorkDir
-from d2q_edge.utils import files
+from d2q_edge.utils import durable
 from tests.checkpoints import write_checkpoint
+from tests.command_line import Call, Result
 from tests.interruption import interrupt_after
 
 OPTIONS = ["--calibration-tokens", "512", "--context", "32"]
 SMALL: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 
 
-class Command:
-    """Runs d2q-edge in this process."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]) -> None:
-        self.patch, self.capture = patch, capture
-
-    def __call__(self, *arguments: str | Path) -> tuple[int, str]:
-        """Exit code, and what was said on stderr."""
-        self.patch.setattr(sys, "argv", ["d2q-edge", *map(str, arguments)])
-        self.capture.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        return int(caught.value.code or 0), self.capture.readouterr().err
-
-    def refused(self, *arguments: str | Path) -> str:
-        """The one sentence of a command that can't be carried out."""
-        code, said = self(*arguments)
-        assert code == 1, said
-        *_, sentence = said.splitlines()
-        assert said.count("Error: ") == 1
-        assert sentence.startswith("Error: ")
-        assert "Traceback" not in said
-        return sentence
+def refused(result: Result) -> str:
+    """The one sentence of a command that can't be carried out."""
+    assert result.code == 1, result
+    *_, sentence = result.err.splitlines()
+    assert result.err.count("Error: ") == 1
+    assert sentence.startswith("Error: ")
+    assert "Traceback" not in result.err
+    return sentence
 
 
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    return Command(monkeypatch, capsys)
+def left() -> list[str]:
+    """Names of the files in the current directory."""
+    return sorted(path.name for path in Path.cwd().iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -75,33 +62,47 @@ def expected(model: Path) -> bytes:
     return (model.parent / "out.gguf").read_bytes()
 
 
+INTERRUPTED = "Interrupted. A conversion goes on where it stopped when the command is repeated.\n"
+
+
 def full(*_: object, **__: object) -> None:
     raise OSError(28, "No space left on device")
 
 
 class TestDisk:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
-        ("place", "name", "sentence"),
+        ("place", "name", "sentence", "kept"),
         [
-            (work_dir, "save_file", "No space left on device.*free some disk space and run the same command"),
-            (gguf_writer, "encode", "the disk is full: .* free some space and run the same command"),
-            (files, "replace", "No space left on device|the disk is full"),
+            (
+                tensor_file,
+                "save_file",
+                "No space left on device.*free some disk space and run the same command",
+                ["out.gguf.work"],
+            ),
+            (
+                gguf_writer,
+                "encode",
+                "the disk is full: .* free some space and run the same command",
+                ["out.gguf.work"],
+            ),
+            (durable, "replace", "No space left on device|the disk is full", []),
         ],
         ids=["block", "output", "rename"],
     )
     def test_full(
-        self, command: Command, model: Path, expected: bytes, tmp_path: Path, place: Any, name: str, sentence: str
+        self, d2q: Call, model: Path, expected: bytes, place: Any, name: str, sentence: str, kept: list[str]
     ) -> None:
-        output = tmp_path / "out.gguf"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(place, name, full)
-            said = command.refused("convert", model, "-o", output, *OPTIONS)
-        assert re_search(sentence, said), said
-        assert not output.exists()
-        assert command("convert", model, "-o", output, *OPTIONS)[0] == 0
-        assert output.read_bytes() == expected
-        assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
+            said = refused(d2q("convert", model, "-o", "out.gguf", *OPTIONS))
+        assert re.search(sentence, said), said
+        assert left() == kept
+        assert d2q("convert", model, "-o", "out.gguf", *OPTIONS).code == 0
+        assert Path("out.gguf").read_bytes() == expected
+        assert left() == ["out.gguf"]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("limit", [1000, 30_000, 200_000])
     def test_really_full(self, model: Path, expected: bytes, tmp_path: Path, limit: int) -> None:
         """No file may grow beyond a limit: of the settings, of a block, of the output."""
@@ -112,37 +113,38 @@ class TestDisk:
 
         status, said = in_child(["convert", str(model), "-o", str(output), *OPTIONS], limited)
         assert status == 1, said
-        assert re_search("Error: can't write .*File too large", said), said
+        assert re.search("Error: can't write .*File too large", said), said
         assert "Traceback" not in said
         assert not output.exists()
         assert in_child(["convert", str(model), "-o", str(output), *OPTIONS])[0] == 0
         assert output.read_bytes() == expected
 
-    def test_output_that_exists(self, command: Command, model: Path, tmp_path: Path) -> None:
-        (tmp_path / "out.gguf").write_text("precious")
-        said = command.refused("convert", model, "-o", tmp_path / "out.gguf", *OPTIONS)
+    def test_output_that_exists(self, d2q: Call, model: Path) -> None:
+        Path("out.gguf").write_text("precious")
+        said = refused(d2q("convert", model, "-o", "out.gguf", *OPTIONS))
         assert said.endswith("out.gguf exists already; use --force to replace it")
-        assert (tmp_path / "out.gguf").read_text() == "precious"
+        assert Path("out.gguf").read_text() == "precious"
 
-    def test_output_directory_that_does_not_exist(self, command: Command, model: Path, tmp_path: Path) -> None:
-        said = command.refused("convert", model, "-o", tmp_path / "absent" / "out.gguf", *OPTIONS)
+    def test_output_directory_that_does_not_exist(self, d2q: Call, model: Path) -> None:
+        said = refused(d2q("convert", model, "-o", "absent/out.gguf", *OPTIONS))
         assert said.endswith("absent doesn't exist; create it first")
 
-    def test_output_directory_that_is_not_writable(self, command: Command, model: Path) -> None:
+    def test_output_directory_that_is_not_writable(self, d2q: Call, model: Path) -> None:
         """Nobody may create files there, not even root."""
-        assert "can't write /proc/out.gguf: " in command.refused("convert", model, "-o", "/proc/out.gguf", *OPTIONS)
+        assert "can't write /proc/out.gguf: " in refused(d2q("convert", model, "-o", "/proc/out.gguf", *OPTIONS))
 
 
 class TestInterrupted:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("place", "name", "calls"),
         [
             (Checkpoint, "tensor", 1),
-            (conversion, "split_windows", 0),
+            (planning, "split_windows", 0),
             (solver, "quantize_layer", 2),
             (solver, "quantize_layer", 7),
-            (block_loop, "_set", 5),
-            (work_dir, "save_file", 1),
+            (QuantizedBlock, "apply", 5),
+            (tensor_file, "save_file", 1),
             (WorkDir, "write_block", 2),
             (gguf_writer, "encode", 3),
             (WorkDir, "publish", 0),
@@ -161,20 +163,18 @@ class TestInterrupted:
             "tidying",
         ],
     )
-    def test_in_every_phase(
-        self, command: Command, model: Path, expected: bytes, tmp_path: Path, place: Any, name: str, calls: int
-    ) -> None:
-        output = tmp_path / "out.gguf"
+    def test_in_every_phase(self, d2q: Call, model: Path, expected: bytes, place: Any, name: str, calls: int) -> None:
         with pytest.MonkeyPatch.context() as patch:
             interrupt_after(patch, place, name, calls)
-            code, said = command("convert", model, "-o", output, *OPTIONS)
-        assert code == 130
-        assert said.endswith("Interrupted. A conversion goes on where it stopped when the command is repeated.\n")
-        assert "Traceback" not in said
-        assert command("convert", model, "-o", output, *OPTIONS)[0] == 0
-        assert output.read_bytes() == expected
-        assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
+            result = d2q("convert", model, "-o", "out.gguf", *OPTIONS)
+        assert result.code == 130
+        assert result.err.endswith(INTERRUPTED)
+        assert "Traceback" not in result.err
+        assert d2q("convert", model, "-o", "out.gguf", *OPTIONS).code == 0
+        assert Path("out.gguf").read_bytes() == expected
+        assert left() == ["out.gguf"]
 
+    @pytest.mark.slow
     def test_by_a_real_signal(self, model: Path, expected: bytes, tmp_path: Path) -> None:
         output = tmp_path / "out.gguf"
         block = tmp_path / "out.gguf.work" / "block-0000.safetensors"
@@ -182,7 +182,7 @@ class TestInterrupted:
             ["convert", str(model), "-o", str(output), *OPTIONS], signal_when=block.exists, signal_number=signal.SIGINT
         )
         assert status == 130, said
-        assert said.endswith("Interrupted. A conversion goes on where it stopped when the command is repeated.\n")
+        assert said.endswith(INTERRUPTED)
         status, said = in_child(["convert", str(model), "-o", str(output), *OPTIONS])
         assert status == 0
         assert "going on after" in said
@@ -214,7 +214,7 @@ class TestCheckpoints:
         ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
     )
     def test_config_with_lies(
-        self, command: Command, tmp_path: Path, model: Path, change: dict[str, Any], sentence: str
+        self, d2q: Call, tmp_path: Path, model: Path, change: dict[str, Any], sentence: str
     ) -> None:
         lies = tmp_path / "model"
         lies.mkdir()
@@ -223,22 +223,22 @@ class TestCheckpoints:
         config = json.loads((model / "config.json").read_text())
         (lies / "config.json").unlink()
         (lies / "config.json").write_text(json.dumps({**config, **change}))
-        said = command.refused("convert", lies, "-o", tmp_path / "out.gguf", *OPTIONS)
-        assert re_search(sentence, said), said
-        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+        said = refused(d2q("convert", lies, "-o", "out.gguf", *OPTIONS))
+        assert re.search(sentence, said), said
+        assert left() == []
 
-    def test_truncated_shard(self, command: Command, tmp_path: Path) -> None:
+    def test_truncated_shard(self, d2q: Call, tmp_path: Path) -> None:
         write_checkpoint(tmp_path / "model", "llama", shards=2, **SMALL)
         shard = tmp_path / "model" / "model-00002-of-00002.safetensors"
         shard.write_bytes(shard.read_bytes()[:-100])
-        said = command.refused("convert", tmp_path / "model", "-o", tmp_path / "out.gguf", *OPTIONS)
-        assert re_search("model-00002-of-00002.safetensors is truncated: 100 bytes .*; download it again", said)
+        said = refused(d2q("convert", tmp_path / "model", "-o", "out.gguf", *OPTIONS))
+        assert re.search("model-00002-of-00002.safetensors is truncated: 100 bytes .*; download it again", said)
 
 
 class TestMalformedFiles:
     @pytest.mark.parametrize("arguments", [["eval"], ["inspect"], ["run", "-p", "x"]], ids=lambda value: value[0])
     @pytest.mark.parametrize("damage", ["empty", "cut", "noise", "scale", "absent"])
-    def test_file(self, command: Command, expected: bytes, tmp_path: Path, arguments: list[str], damage: str) -> None:
+    def test_file(self, d2q: Call, expected: bytes, tmp_path: Path, arguments: list[str], damage: str) -> None:
         path = tmp_path / "x.gguf"
         if damage == "empty":
             path.touch()
@@ -250,17 +250,12 @@ class TestMalformedFiles:
             (tmp_path / "good.gguf").write_bytes(expected)
             info = gguf_info(tmp_path / "good.gguf")
             path.write_bytes(expected[: info.offset] + b"\x00\x7c" + expected[info.offset + 2 :])
-        said = command.refused(*arguments, path)
-        assert "x.gguf" in said
+        assert "x.gguf" in refused(d2q(*arguments, path))
 
 
 def gguf_info(path: Path) -> TensorInfo:
     """The first tensor of one of our types."""
     return next(info for info in GGUFFile(path).tensors.values() if info.type_name.startswith("d2q"))
-
-
-def re_search(pattern: str, text: str) -> bool:
-    return re.search(pattern, text) is not None
 
 
 def in_child(

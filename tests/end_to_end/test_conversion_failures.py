@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,9 @@ from d2q_edge.errors import D2QError
 from d2q_edge.formats import gguf_writer
 from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.options import Options
-from d2q_edge.pipeline import block_loop, solver
+from d2q_edge.pipeline import solver
 from tests.checkpoints import write_checkpoint
-from tests.interruption import interrupt_after
+from tests.interruption import interrupted, interrupted_at, when_printed
 from tests.paths import ROOT
 
 Make = Callable[..., Path]
@@ -40,6 +43,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
 
 
 class TestInterruptions:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("place", "function", "calls", "left"),
         [
@@ -64,10 +68,8 @@ class TestInterruptions:
         if existing:
             output.write_text("old")
             left = ["out.gguf", *left]
-        with pytest.MonkeyPatch.context() as patch:
-            interrupt_after(patch, place, function, calls)
-            with pytest.raises(KeyboardInterrupt):
-                conversion.convert(whole[0], output, QUICK, force=existing)
+        with interrupted(place, function, calls):
+            conversion.convert(whole[0], output, QUICK, force=existing)
         assert sorted(path.name for path in tmp_path.iterdir()) == left
         if existing:
             assert output.read_text() == "old"
@@ -75,16 +77,20 @@ class TestInterruptions:
         assert output.read_bytes() == whole[1]
         assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
 
-    def test_finished_blocks_are_used(self, whole: tuple[Path, bytes], tmp_path: Path, capsys: Any) -> None:
+    @pytest.mark.slow
+    def test_finished_blocks_are_used(
+        self, whole: tuple[Path, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         output = tmp_path / "out.gguf"
-        for calls, finished in ((9, None), (0, 2)):
-            with pytest.MonkeyPatch.context() as patch:
-                interrupt_after(patch, solver, "quantize_layer", calls)
-                with pytest.raises(KeyboardInterrupt):
-                    conversion.convert(whole[0], output, QUICK)
-            said = capsys.readouterr().err.partition("\n")[2]
-            assert said == (f"going on after {finished} finished blocks in {output}.work\n" if finished else "")
+        self.stop(whole[0], output)
+        capsys.readouterr()
+        conversion.convert(whole[0], output, QUICK)
+        said = capsys.readouterr().err.splitlines()
+        assert said[1] == f"going on after 2 finished blocks in {output}.work"
+        assert [line for line in said if "Quantizing" in line] == [said[2]]
+        assert "block 3/3" in said[2]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("change", "said"),
         [
@@ -96,7 +102,7 @@ class TestInterruptions:
     def test_other_options_do_not_mix(
         self, whole: tuple[Path, bytes], tmp_path: Path, change: dict[str, int], said: str
     ) -> None:
-        output, other = tmp_path / "out.gguf", Options(**{**vars(QUICK), **change})
+        output, other = tmp_path / "out.gguf", replace(QUICK, **change)
         self.stop(whole[0], output)
         with pytest.raises(D2QError, match=said):
             conversion.convert(whole[0], output, other)
@@ -112,6 +118,7 @@ class TestInterruptions:
         with pytest.raises(D2QError, match="another weight files;"):
             conversion.convert(model, output, QUICK)
 
+    @pytest.mark.slow
     def test_damaged_block(self, whole: tuple[Path, bytes], tmp_path: Path) -> None:
         output = tmp_path / "out.gguf"
         self.stop(whole[0], output)
@@ -124,12 +131,11 @@ class TestInterruptions:
         assert output.read_bytes() == whole[1]
 
     def stop(self, model: Path, output: Path) -> None:
-        """Interrupt a conversion in its third block."""
-        with pytest.MonkeyPatch.context() as patch:
-            interrupt_after(patch, solver, "quantize_layer", 9)
-            with pytest.raises(KeyboardInterrupt):
-                conversion.convert(model, output, QUICK)
+        """Interrupt a conversion when its second block is done."""
+        with interrupted_at("block 2/3"):
+            conversion.convert(model, output, QUICK)
 
+    @pytest.mark.slow
     def test_killed_process(self, tmp_path: Path) -> None:
         """A real process, really killed."""
         write_checkpoint(tmp_path / "model", "qwen3", **{**SMALL, "num_hidden_layers": 8})
@@ -159,8 +165,9 @@ class TestInterruptions:
         assert output.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
         assert {path.name for path in tmp_path.iterdir()} == {"model", "out.gguf", "whole.gguf"}
 
+    @pytest.mark.slow
     def test_rotated_and_plain_work_do_not_mix(self, whole: tuple[Path, bytes], tmp_path: Path) -> None:
-        output, other = tmp_path / "out.gguf", Options(**{**vars(QUICK), "rotation": "on"})
+        output, other = tmp_path / "out.gguf", replace(QUICK, rotation="on")
         self.stop(whole[0], output)
         with pytest.raises(D2QError, match=r"another .*recipe;"):
             conversion.convert(whole[0], output, other)
@@ -173,16 +180,16 @@ class TestFailures:
     @pytest.mark.parametrize("calibrate", [True, False])
     @pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.2.mlp.down_proj.weight", "model.norm.weight"])
     def test_nan_anywhere_is_found_and_leaves_nothing(
-        self, make_checkpoint: Make, tmp_path: Path, name: str, calibrate: bool, monkeypatch: pytest.MonkeyPatch
+        self, make_checkpoint: Make, tmp_path: Path, name: str, calibrate: bool, capsys: pytest.CaptureFixture[str]
     ) -> None:
         model = make_checkpoint(**SMALL)
         tensors = load_file(model / "model.safetensors")
         tensors[name].view(-1)[5] = torch.nan
         save_file(tensors, model / "model.safetensors")
-        monkeypatch.setattr(solver, "quantize_layer", None)  # found before any work
         with pytest.raises(D2QError, match=rf"tensor {name} in .* contains NaN"):
-            conversion.convert(model, tmp_path / "out.gguf", Options(**{**vars(QUICK), "calibrate": calibrate}))
+            conversion.convert(model, tmp_path / "out.gguf", replace(QUICK, calibrate=calibrate))
         assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+        assert "Quantizing" not in capsys.readouterr().err, "found before any work"
 
     def test_overflow_leaves_nothing(self, make_checkpoint: Make, tmp_path: Path) -> None:
         model = make_checkpoint(**SMALL, dtype=torch.float32)
@@ -198,7 +205,7 @@ class TestFailures:
     def test_activations_that_do_not_vary(self, make_checkpoint: Make, tmp_path: Path, rotation: str) -> None:
         """Every token has the same embedding, and the first Hessian rank one."""
         model, output = self.with_embeddings(make_checkpoint, 0.02), tmp_path / "out.gguf"
-        conversion.convert(model, output, Options(**{**vars(QUICK), "rotation": rotation}))
+        conversion.convert(model, output, replace(QUICK, rotation=rotation))
         file = GGUFFile(output)
         for name in file.tensors:
             assert np.isfinite(file.dequantize(name)).all(), name
@@ -228,25 +235,30 @@ class TestFailures:
             conversion.convert(model, tmp_path / "out.gguf", QUICK)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf.work", "tiny"]
 
-    def test_existing_output(self, make_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_existing_output(self, make_checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Refused before anything else is looked at."""
         (tmp_path / "out.gguf").write_text("old")
-        monkeypatch.setattr(conversion, "quantize_blocks", None)
+        for model in (make_checkpoint(**SMALL), tmp_path / "absent"):
+            with pytest.raises(D2QError, match=r"out.gguf exists already; use --force"):
+                conversion.convert(model, tmp_path / "out.gguf", QUICK)
         with pytest.raises(D2QError, match=r"out.gguf exists already; use --force"):
-            conversion.convert(make_checkpoint(**SMALL), tmp_path / "out.gguf", QUICK)
+            conversion.execute(conversion.plan(tmp_path / "tiny", tmp_path / "out.gguf", QUICK))
         assert (tmp_path / "out.gguf").read_text() == "old"
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "tiny"]
+        assert capsys.readouterr().err == ""
 
-    def test_full_disk_while_writing(
-        self, make_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def full(_: object) -> None:
-            raise OSError(28, "No space left on device")
-
+    @pytest.mark.slow
+    def test_full_disk_while_writing(self, make_checkpoint: Make, tmp_path: Path) -> None:
+        """No file may be larger than the blocks; the finished ones stay."""
         model = make_checkpoint(**SMALL)
-        monkeypatch.setattr(gguf_writer, "encode", full)
-        with pytest.raises(D2QError, match="the disk is full"):
-            conversion.convert(model, tmp_path / "out.gguf", QUICK)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+        try:
+            with pytest.raises(D2QError, match=r"can't write .*complete.gguf.*File too large"):
+                conversion.convert(model, tmp_path / "out.gguf", QUICK)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf.work", "tiny"]
-        monkeypatch.undo()
         conversion.convert(model, tmp_path / "out.gguf", QUICK)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "tiny"]
 
@@ -259,21 +271,39 @@ class TestFailures:
         assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
-def test_an_output_that_appears_meanwhile_stays(
-    whole: tuple[Path, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output, blocks = tmp_path / "out.gguf", block_loop.quantize_blocks
-
-    def somebody_writes(*arguments: Any, **options: Any) -> Any:
-        output.write_text("somebody's")
-        return blocks(*arguments, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(conversion, "quantize_blocks", somebody_writes)
-        with pytest.raises(D2QError, match=r"out.gguf wasn't there when the conversion began, but is now"):
-            conversion.convert(whole[0], output, QUICK)
+def test_an_output_that_appears_meanwhile_stays(whole: tuple[Path, bytes], tmp_path: Path) -> None:
+    output = tmp_path / "out.gguf"
+    with (
+        when_printed("block 1/3", lambda: output.write_text("somebody's")),
+        pytest.raises(D2QError, match=r"out.gguf wasn't there when the conversion began, but is now"),
+    ):
+        conversion.convert(whole[0], output, QUICK)
     assert output.read_text() == "somebody's"
     output.unlink()
     conversion.convert(whole[0], output, QUICK)
     assert output.read_bytes() == whole[1]
     assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
+
+
+@pytest.mark.slow
+def test_progress_where_there_is_no_terminal(whole: tuple[Path, bytes], tmp_path: Path) -> None:
+    """One line per block, on stderr: how far it is, the time it took and, but for the last, the time that is left."""
+    arguments = ["convert", whole[0], "-o", "out.gguf", "--calibration-tokens", "512", "--context", "32"]
+    done = subprocess.run(
+        [sys.executable, "-m", "d2q_edge.cli", *map(str, arguments)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out.gguf").read_bytes() == whole[1]
+    lines = [line for line in done.stderr.splitlines() if "Quantizing" in line]
+    assert len(lines) == 3, done.stderr
+    time = r"(\d+ s|\d+ min \d+ s)"
+    for number, line in enumerate(lines, 1):
+        left = "" if number == 3 else f", about {time} left"
+        weights = rf"Quantizing: [\d.]+k?/[\d.]+k weights, block {number}/3, mean error 0\.\d{{4}}"
+        assert re.fullmatch(rf"{weights}, {time} elapsed{left}", line), line
+    assert "Quantizing" not in done.stdout
+    assert not re.search(r"[\r\x1b█]", done.stderr), "bars are for terminals"

@@ -1,8 +1,10 @@
-"""README and docs: commands that can be parsed, links that lead somewhere, files that exist."""
+"""README and docs: commands that can be parsed, links that lead somewhere, modules and functions that exist."""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -12,7 +14,10 @@ from tests.paths import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
-LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+LINK = re.compile(r"\]\((?![a-z]+:)([^)#\s]*)(?:#([^)\s]*))?\)")
+"""A relative link: the path, empty for the page itself, and the heading's anchor."""
+HEADING = re.compile(r"^#+ +(.+?)\s*$", re.MULTILINE)
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
 
 
 def commands() -> list[tuple[str, str]]:
@@ -46,17 +51,68 @@ def test_commands_are_ours(page: str, line: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.name))
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in LINK.findall(page.read_text()):
-        assert (page.parent / target).exists(), target
+    for target, anchor in LINK.findall(page.read_text()):
+        path = page.parent / target if target else page
+        assert path.exists(), target
+        if anchor:
+            assert anchor in anchors(path), f"{target}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of a page's headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in HEADING.findall(text)}
+
+
+def tree() -> tuple[set[Path], set[Path]]:
+    """Folders and files in the tree of the architecture page, and those that it names without saying where they are.
+
+    An entry's place follows from its indentation. Lines are entries, or go on with their folder's.
+    """
+    match = re.search(r"^```\n(d2q_edge/.*?)^```", ARCHITECTURE.read_text(), re.MULTILINE | re.DOTALL)
+    assert match, "the page has no block that begins with d2q_edge/"
+    entries, mentioned = set(), set()
+    folders: list[tuple[int, Path]] = []
+    for line in match[1].splitlines():
+        text = line.lstrip(" │├└─")
+        indent = len(line) - len(text)
+        while folders and folders[-1][0] >= indent:
+            folders.pop()
+        place = folders[-1][1] if folders else ROOT
+        if folder := re.match(r"((?:\w+/)+)(?:\s|$)", text):
+            place /= folder[1]
+            folders.append((indent, place))
+            entries.add(place)
+        for name in re.findall(r"(?:\w+/)*\w+\.(?:py|txt)\b", text):
+            (entries if (place / name).exists() else mentioned).add(place / name)
+    return entries, mentioned
 
 
 def test_the_tree_is_complete() -> None:
-    """Every file and folder of the package is named in README's tree, and what the tree names is there."""
-    text = (ROOT / "README.md").read_text()
-    tree = text[text.index("```\nd2q_edge/") : text.index("cpp_patch/           the patch series")]
-    names = set(re.findall(r"[\w]+\.(?:py|txt)|\w+/", tree))
-    there = {entry.name + "/" * entry.is_dir() for entry in (ROOT / "d2q_edge").iterdir()}
-    there |= {file.name for file in (ROOT / "d2q_edge").rglob("*.py")}
-    assert names - there - {"d2q_edge/"} == set()
-    own = {entry.name + "/" * entry.is_dir() for entry in (ROOT / "d2q_edge").iterdir() if entry.name[0] not in "._"}
-    assert own - names - {"__pycache__/", "py.typed"} == set()
+    """Every package and every module is in the architecture page's tree, at its place."""
+    package = ROOT / "d2q_edge"
+    modules = {file for file in package.rglob("*.py") if not file.name.startswith("__")}
+    packages = {file.parent for file in package.rglob("__init__.py")}
+    assert len(modules) > 100
+    assert {str(path.relative_to(ROOT)) for path in (packages | modules) - tree()[0]} == set()
+
+
+def test_the_tree_names_nothing_else() -> None:
+    """Its folders exist; other names in it are those of files in other folders, which it may refer to."""
+    entries, mentioned = tree()
+    assert [str(path) for path in entries if not path.exists()] == []
+    names = {str(path.relative_to(ROOT / "d2q_edge")) for path in (ROOT / "d2q_edge").rglob("*.*")}
+    names |= {Path(name).name for name in names}
+    assert [str(path) for path in mentioned if not {path.name, str(path.relative_to(ROOT))} & names] == []
+
+
+def test_functions_are_where_the_architecture_page_says() -> None:
+    """[pipeline/block.py](../d2q_edge/pipeline/block.py) `name` or `Class.name`: that module has it."""
+    found = re.findall(r"\]\(\.\./(d2q_edge/[\w/]+)\.py\)\s+`([\w.]+)`", ARCHITECTURE.read_text())
+    assert len(found) >= 10
+    for path, name in found:
+        value: Any = importlib.import_module(path.replace("/", "."))
+        for part in name.split("."):
+            assert hasattr(value, part), f"{path}.py has no {name}"
+            value = getattr(value, part)
+        assert value.__module__ == path.replace("/", "."), f"{name} is imported by {path}.py, but not defined there"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from d2q_edge import conversion as convert_module
-from d2q_edge.conversion import convert
+from d2q_edge.calibration.hidden_states import StreamPair
+from d2q_edge.conversion import REFINE_FACTOR, convert, execute, plan
 from d2q_edge.distributed.process_group import SINGLE_PROCESS
 from d2q_edge.errors import D2QError
 from d2q_edge.formats.gguf_reader import GGUFFile
@@ -24,11 +23,11 @@ from d2q_edge.model.families import Family, family_for
 from d2q_edge.model.rotated_checkpoint import RotatedCheckpoint
 from d2q_edge.model.whole_model import WholeModel
 from d2q_edge.options import Options
-from d2q_edge.pipeline.block_loop import Method, _Driver
-from d2q_edge.pipeline.column_scaling import COLUMN_SCALE
-from d2q_edge.pipeline.refinement import Refinement, refine
-from d2q_edge.pipeline.type_plan import plan_types
-from d2q_edge.quantize import refine as refine_module
+from d2q_edge.pipeline.column_scaling import scale_columns
+from d2q_edge.pipeline.context import Context
+from d2q_edge.pipeline.planning import draw_windows
+from d2q_edge.pipeline.report import Report
+from d2q_edge.quantize.refine import VALIDATION_EVERY
 from tests.export.test_family_exports import llama_logits
 from tests.family_models import MODELS, write_model
 
@@ -79,7 +78,7 @@ def file_weights(path: Path, family: Family) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.inference_mode()
-def test_blocks_and_their_halves_are_the_model(models: dict[str, Path], name: str) -> None:
+def test_blocks_and_their_sublayers_are_the_model(models: dict[str, Path], name: str) -> None:
     """In a context that is longer than the sliding windows."""
     runner, tokens = runner_for(models[name]), torch.from_numpy(TOKENS)
     model = AutoModelForCausalLM.from_pretrained(models[name], dtype=torch.float32).eval()
@@ -122,17 +121,17 @@ def test_longrope_under_its_first_name(models: dict[str, Path], tmp_path: Path) 
 @torch.inference_mode()
 def test_column_scales_leave_the_blocks_function_alone(models: dict[str, Path], name: str) -> None:
     runner = runner_for(models[name])
-    types = plan_types(runner.family, 2).linears
-    driver = _Driver(runner, types, TOKENS, Method(), CPU, SINGLE_PROCESS)
+    streams = StreamPair(runner, TOKENS, batch_tokens=4096, place=CPU, processes=SINGLE_PROCESS)
+    context = Context(runner, streams, SINGLE_PROCESS, Report(CPU))
     hidden = runner.embed(torch.from_numpy(TOKENS))
     for index in (0, runner.family.num_layers - 1):
         block, original = runner.load(index), runner.load(index)
         expected = runner.forward(block, hidden)
-        changed = driver.scaling.apply(block, "", driver.original, driver.own)
+        changed = scale_columns(context, index, block)
         found = runner.forward(block, hidden)
         assert float((found - expected).norm() / expected.norm()) < 3e-6
         for group in runner.family.linear_groups:
-            assert changed[f"{group.linears[0]}.{COLUMN_SCALE}"].std() > 0.02
+            assert changed.column_scales[group.linears[0]].std() > 0.02
             for linear in group.linears:
                 before, after = (part.get_submodule(linear).get_parameter("weight") for part in (original, block))
                 assert float((after / before - 1).abs().median()) > 0.01
@@ -154,6 +153,7 @@ def test_rotation_is_exact_or_refused(models: dict[str, Path], tmp_path: Path, n
     assert not torch.allclose(rotated.tensor(name), checkpoint.tensor(name).float(), atol=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONVERTED)
 def test_file_computes_what_torch_does(models: dict[str, Path], tmp_path: Path, name: str) -> None:
     result = convert(models[name], tmp_path / "out.gguf", Options(calibration_tokens=1280, context=128))
@@ -165,7 +165,7 @@ def test_file_computes_what_torch_does(models: dict[str, Path], tmp_path: Path, 
     assert weights.keys() - family.tensor_shapes().keys() == {f"{norm}.bias" for norm in [*norms, family.final_norm]}
     kinds = {info.type_name for info in GGUFFile(tmp_path / "out.gguf").tensors.values()}
     assert "d2q2_64" in kinds
-    assert result.plan.linear_bits_per_weight == 2.5
+    assert result.types.linear_bits_per_weight == 2.5
     original = log_probabilities(WholeModel(checkpoint, family, {}, CPU), TOKENS)
     dequantized = log_probabilities(WholeModel(checkpoint, family, weights, CPU), TOKENS)
     lost = divergence(original, dequantized)
@@ -176,29 +176,24 @@ def test_file_computes_what_torch_does(models: dict[str, Path], tmp_path: Path, 
         assert divergence(expected, found) < 0.01 * lost
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma3", "phi4-mini"])
-def test_refinement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """The file is what the refinement ended with: as far from the original, on the windows that it held back."""
-    seen: list[npt.NDArray[np.int64]] = []
-
-    def keeping(*arguments: Any) -> Refinement:
-        seen.append(arguments[3])
-        return refine(*arguments)
-
-    monkeypatch.setattr(convert_module, "REFINE_FACTOR", 1)
-    monkeypatch.setattr(convert_module, "refine", keeping)
-    # A few large steps, so that a mistake shows.
-    monkeypatch.setattr(refine_module, "SCALE_RATE", 0.004)
+def test_refinement(tmp_path: Path, name: str) -> None:
+    """The file is what the refinement ended with: as far from the original, on its validation windows."""
     model = write_model(tmp_path / "tiny", name, num_hidden_layers=2)
-    options = Options(calibration_tokens=2048, context=64, refine=True, embedding_type="f32")
-    result = convert(model, tmp_path / "out.gguf", options).refinement
+    options = Options(calibration_tokens=512, context=64, refine=True, embedding_type="f32")
+    job = plan(model, tmp_path / "out.gguf", options)
+    result = execute(job).refinement
     assert result is not None
-    assert result.after < result.before
-    checkpoint = Checkpoint.open(model)
-    family = family_for(checkpoint.config)
-    validation = seen[0][[min(len(seen[0]), refine_module.VALIDATION_EVERY) - 1]]
+    # Far more than the file's distance may be off.
+    assert result.after < 0.99 * result.before
+    assert job.calibration is not None
+    tokens = REFINE_FACTOR * options.calibration_tokens
+    windows, _ = draw_windows(job.checkpoint, job.tokenizer, job.calibration.text, options, tokens)
+    assert windows.shape == (64, 64)
+    validation = windows[VALIDATION_EVERY - 1 :: VALIDATION_EVERY]
     original, refined = (
-        log_probabilities(WholeModel(checkpoint, family, weights, CPU), validation)
-        for weights in ({}, file_weights(tmp_path / "out.gguf", family))
+        log_probabilities(WholeModel(job.checkpoint, job.family, weights, CPU), validation)
+        for weights in ({}, file_weights(tmp_path / "out.gguf", job.family))
     )
     assert divergence(original, refined) == pytest.approx(result.after, rel=1e-3)

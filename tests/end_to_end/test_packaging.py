@@ -46,6 +46,9 @@ def run(command: Sequence[str | Path], cwd: Path) -> str:
     return result.stdout
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The source distribution, and the wheel that is built from it."""
@@ -74,7 +77,7 @@ def test_wheel(distributions: tuple[Path, Path]) -> None:
         metadata = HeaderParser().parsestr(archive.read(f"{info}/METADATA").decode())
         assert archive.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
         assert archive.read(f"{info}/entry_points.txt").decode().split("\n")[1] == "d2q-edge = d2q_edge.cli:main"
-    assert {"d2q_edge/py.typed", "d2q_edge/codebooks.txt", "d2q_edge/data/calibration.txt"} <= names
+    assert {"d2q_edge/py.typed", "d2q_edge/formats/codebooks.txt", "d2q_edge/data/calibration.txt"} <= names
     content = {name for name in names if not name.startswith(info)}
     package = _tracked("d2q_edge") | {f"d2q_edge/{name}" for name in _tracked("cpp_patch")}
     if package:
@@ -89,7 +92,7 @@ def test_sdist(distributions: tuple[Path, Path]) -> None:
     with tarfile.open(distributions[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     # everything that the README's two commands need
-    assert {"Makefile", "constraints.txt", "LICENSE", "tools/demo.py", "tests/test_cli.py"} <= names
+    assert {"Makefile", "constraints.txt", "LICENSE", "tools/demo.py", "tests/cli/test_cli.py"} <= names
     assert {f"examples/tiny-qwen3/{file.name}" for file in EXAMPLE.iterdir()} <= names
     assert not [name for name in names if "__pycache__" in name or name.startswith((".ci", ".git/"))]
 

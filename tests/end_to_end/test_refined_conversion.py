@@ -1,171 +1,192 @@
 """Conversions with --refine: the norms that the file has, and what is done again after an interruption."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from d2q_edge import conversion
+from d2q_edge.conversion import Conversion, convert
 from d2q_edge.errors import D2QError
+from d2q_edge.formats import tensor_types
 from d2q_edge.formats.gguf_reader import GGUFFile
+from d2q_edge.formats.quantized_block import QuantizedBlock
+from d2q_edge.model.checkpoint import Checkpoint
+from d2q_edge.model.families import family_for
 from d2q_edge.options import Options
-from d2q_edge.pipeline import output as output_module
 from d2q_edge.pipeline import refinement
-from d2q_edge.pipeline.refinement import Refinement, refine
+from d2q_edge.pipeline.output import Output
 from d2q_edge.pipeline.work_dir import WorkDir
 from d2q_edge.quantize import refine as tuning
 from tests.checkpoints import write_checkpoint
+from tests.interruption import interrupted
 
+CPU = torch.device("cpu")
 OPTIONS = Options(calibration_tokens=256, context=32, refine=True)
+PASSES = 6
+STEPS = 3
+"""Of a pass: 64 windows, of which two are for validation, in batches of 16."""
+
+pytestmark = pytest.mark.slow
 
 
-def run(output: Path, patches: Mapping[Any, Any] = {}, passes: int = 1) -> conversion.Conversion:
-    model = output.parent / "model"
-    if not model.exists():
-        write_checkpoint(model, "qwen2", hidden_size=64, intermediate_size=128)
+@pytest.fixture(scope="module", autouse=True)
+def large_steps() -> Iterator[None]:
+    """Let codes change in a few steps."""
     with pytest.MonkeyPatch.context() as patch:
-        # So that codes change in a few steps.
-        patch.setattr(tuning, "SCHEDULE", tuning.Schedule(passes=passes, code_rate=1.4, code_travel=100.0))
-        patch.setattr(conversion, "refine", marked)
-        for (place, name), value in patches.items():
-            patch.setattr(place, name, value)
-        return conversion.convert(model, output, OPTIONS)
+        patch.setattr(tuning, "CODE_RATE", 0.4)
+        patch.setattr(tuning, "CODE_TRAVEL", 100.0)
+        yield
 
 
-def marked(*arguments: Any) -> Refinement:
-    """Refine, and set a bias that tells refined blocks from others."""
-    result, work = refine(*arguments), arguments[4]
-    block = work.read_block(2, refined=True)
-    work.write_block(2, {**block, "model.norm.bias": np.full(64, 0.5, np.float32)}, refined=True)
-    return result
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("refined") / "model"
+    write_checkpoint(directory, "qwen2", hidden_size=64, intermediate_size=128)
+    return directory
 
 
-def test_interrupted_and_resumed_is_the_same(tmp_path: Path) -> None:
-    whole = run(tmp_path / "whole.gguf")
-    assert whole.refinement is not None
-    names = GGUFFile(tmp_path / "whole.gguf").tensors
-    biases = {"output_norm.bias", *(f"blk.{i}.{norm}_norm.bias" for i in (0, 1) for norm in ("attn", "ffn"))}
-    assert {name for name in names if name.endswith("norm.bias")} == biases
-    assert set(GGUFFile(tmp_path / "whole.gguf").dequantize("output_norm.bias")) == {0.5}
+@pytest.fixture(scope="module")
+def whole(model: Path) -> Path:
+    """The file of an undisturbed conversion."""
+    path = model.parent / "whole.gguf"
+    with counted_steps() as steps:
+        result = convert(model, path, OPTIONS)
+    assert steps == [PASSES * STEPS]
+    assert result.refinement is not None
+    assert result.refinement.codes
+    assert result.refinement.after < result.refinement.before
+    return path
 
-    def stop(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
 
-    write_block = WorkDir.write_block
+@contextmanager
+def counted_steps(*, stop_before: int | None = None) -> Iterator[list[int]]:
+    """Count the optimizer's steps in the with block; interrupt it before that step, counted from 1."""
+    count = [0]
 
-    def stop_in_the_middle(work: WorkDir, index: int, tensors: Any, *, refined: bool = False) -> None:
-        if refined and index == 1:
+    def step(*_: Any) -> None:
+        if count[0] + 1 == stop_before:
             raise KeyboardInterrupt
-        write_block(work, index, tensors, refined=refined)
+        count[0] += 1
 
+    handle = register_optimizer_step_pre_hook(step)
+    try:
+        yield count
+    finally:
+        handle.remove()
+
+
+def stop_before(step: int, model: Path, output: Path) -> None:
+    """Convert, and interrupt the refinement before that step of this run."""
+    with counted_steps(stop_before=step), pytest.raises(KeyboardInterrupt):
+        convert(model, output, OPTIONS)
+
+
+def finish(model: Path, output: Path) -> tuple[Conversion, int]:
+    """Finish a conversion; returns its result, and the number of steps that it took."""
+    with counted_steps() as steps:
+        result = convert(model, output, OPTIONS)
+    assert not output.with_name(f"{output.name}.work").exists()
+    return result, steps[0]
+
+
+def test_file_holds_the_refined_blocks(model: Path, whole: Path, tmp_path: Path) -> None:
+    """And a bias for every norm that reads the residual stream."""
     output = tmp_path / "out.gguf"
-    seen: list[Any] = []
+    with interrupted(Output, "write", 0):
+        convert(model, output, OPTIONS)
+    family, file = family_for(Checkpoint.open(model).config), GGUFFile(whole)
+    biases = {"output_norm.bias", *(f"blk.{i}.{norm}_norm.bias" for i in (0, 1) for norm in ("attn", "ffn"))}
+    assert {name for name in file.tensors if name.endswith("norm.bias")} == biases
+    tuned, moved = 0, 0
+    for index, prefix in enumerate((family.block_prefix(0), family.block_prefix(1), "")):
+        plain, refined = (
+            QuantizedBlock.load(tmp_path / "out.gguf.work" / f"{kind}-{index:04d}.safetensors")
+            for kind in ("block", "refined")
+        )
+        expected = {f"{layer}.weight": weight.take_values(CPU).numpy() for layer, weight in refined.weights.items()}
+        expected |= refined.floats | {f"{norm}.bias": bias for norm, bias in refined.norm_biases.items()}
+        for name, values in expected.items():
+            found = file.dequantize(family.gguf_name(prefix + name))
+            assert np.array_equal(found, family.export_rows(prefix + name, values)), name
+        for layer, weight in refined.weights.items():
+            (*_, codes), (*_, before) = (
+                tensor_types.unpack(each.type, each.data) for each in (weight, plain.weights[layer])
+            )
+            assert not np.array_equal(weight.data, plain.weights[layer].data)
+            tuned, moved = tuned + 1, moved + int((codes != before).sum())
+    assert tuned == 14
+    assert moved > 100
+    # Nothing is tuned again, where all of it is done.
+    assert finish(model, output)[1] == 0
+    assert output.read_bytes() == whole.read_bytes()
 
-    def count(*arguments: Any) -> Refinement:
-        seen.append(arguments[3])
-        return marked(*arguments)
 
-    patches: list[tuple[dict[Any, Any], int]] = [
-        ({(conversion, "refine"): stop}, 0),
-        ({(WorkDir, "write_block"): stop_in_the_middle, (conversion, "refine"): count}, 1),
-        ({(output_module.Output, "write"): stop, (conversion, "refine"): count}, 2),
-    ]
-    for patch, calls in patches:
-        with pytest.raises(KeyboardInterrupt):
-            run(output, patch)
-        assert len(seen) == calls
-    # Eight times as many windows as the blocks were calibrated with.
-    assert [windows.shape for windows in seen] == [(64, 32)] * 2
-    result = run(output, {(conversion, "refine"): None})
-    assert result.refinement is None
-    assert output.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
-    assert not (tmp_path / "out.gguf.work").exists()
+def test_interrupted_and_resumed_is_the_same(model: Path, whole: Path, tmp_path: Path) -> None:
+    """Before refinement, while its result is saved, and while the file is written."""
+    output = tmp_path / "out.gguf"
+    stop_before(1, model, output)
+    with interrupted(WorkDir, "write_block", 1), counted_steps() as steps:
+        convert(model, output, OPTIONS)
+    assert steps == [PASSES * STEPS]
+    with interrupted(Output, "write", 0), counted_steps() as steps:
+        convert(model, output, OPTIONS)
+    assert steps == [STEPS], "the last pass, which keeps no state"
+    result, repeated = finish(model, output)
+    assert (result.refinement, repeated) == (None, 0)
+    assert output.read_bytes() == whole.read_bytes()
 
 
 class TestInTheMiddle:
     """Refinement goes on after the last whole pass, though the memory is another one now."""
 
-    @pytest.fixture(scope="class")
-    @staticmethod
-    def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-        path = tmp_path_factory.mktemp("refined") / "whole.gguf"
-        result = run(path, passes=3)
-        assert result.refinement is not None and result.refinement.codes
-        return path
-
-    @staticmethod
-    def interrupted(output: Path, step: int, **patches: Any) -> None:
-        """Refine with three passes of three steps (and a rest that is left out), stopped before a step."""
-        steps = [0]
-
-        def backward(*arguments: Any) -> None:
-            steps[0] += 1
-            if steps[0] == step:
-                raise KeyboardInterrupt
-            original(*arguments)
-
-        original = tuning._backward
-        with pytest.raises(KeyboardInterrupt):
-            run(output, {(tuning, "_backward"): backward}, passes=3)
-
-    @staticmethod
-    def counted(output: Path, *, memory: int = 1 << 40) -> int:
-        """Finish it; how many steps that takes."""
-        steps = [0]
-
-        def backward(*arguments: Any) -> None:
-            steps[0] += 1
-            original(*arguments)
-
-        original = tuning._backward
-        run(output, {(tuning, "_backward"): backward, (refinement, "_free_memory"): lambda _: memory}, passes=3)
-        return steps[0]
-
-    @pytest.mark.parametrize(("stopped", "left"), [(3, 9), (4, 6), (9, 3)])
-    def test_same_file(self, whole: Path, stopped: int, left: int) -> None:
-        output = whole.with_name("out.gguf")
-        self.interrupted(output, stopped)
-        kept = (output.parent / "out.gguf.work" / "refining.safetensors").exists()
-        assert kept == (left < 9)
-        # No memory for codes, but they were being tuned.
-        assert self.counted(output, memory=0 if kept else 1 << 40) == left
+    @pytest.mark.parametrize(("stopped", "left"), [(3, 18), (4, 15), (18, 3)])
+    def test_same_file(
+        self, model: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: int, left: int
+    ) -> None:
+        output = tmp_path / "out.gguf"
+        stop_before(stopped, model, output)
+        kept = (tmp_path / "out.gguf.work" / "refining.safetensors").exists()
+        assert kept == (left < PASSES * STEPS)
+        if kept:
+            # No memory for codes, but they were being tuned.
+            monkeypatch.setattr(refinement, "free_memory", lambda: 0)
+        assert finish(model, output)[1] == left
         assert output.read_bytes() == whole.read_bytes()
-        assert not (output.parent / "out.gguf.work").exists()
-        output.unlink()
 
-    def test_twice(self, whole: Path) -> None:
-        output = whole.with_name("out.gguf")
-        self.interrupted(output, 5)
-        self.interrupted(output, 4)
-        assert self.counted(output) == 3
+    def test_twice(self, model: Path, whole: Path, tmp_path: Path) -> None:
+        output = tmp_path / "out.gguf"
+        stop_before(5, model, output)
+        stop_before(13, model, output)
+        assert finish(model, output)[1] == 3
         assert output.read_bytes() == whole.read_bytes()
-        output.unlink()
 
     def test_without_room_on_the_disk(
-        self, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+        self, model: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        output = whole.with_name("out.gguf")
-        real = shutil.disk_usage
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=1 << 20))
-        self.interrupted(output, 9)
+        output, real = tmp_path / "out.gguf", shutil.disk_usage
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=1 << 20))
+            stop_before(18, model, output)
         assert "refinement starts over if it is interrupted: to go on, it would need 0.0 GiB" in capsys.readouterr().err
-        assert not (output.parent / "out.gguf.work" / "refining.safetensors").exists()
-        assert self.counted(output) == 9
+        assert not (tmp_path / "out.gguf.work" / "refining.safetensors").exists()
+        assert finish(model, output)[1] == PASSES * STEPS
         assert output.read_bytes() == whole.read_bytes()
-        output.unlink()
 
-    def test_damaged(self, whole: Path) -> None:
-        output = whole.with_name("out.gguf")
-        self.interrupted(output, 7)
-        state = output.parent / "out.gguf.work" / "refining.safetensors"
+    def test_damaged(self, model: Path, whole: Path, tmp_path: Path) -> None:
+        output = tmp_path / "out.gguf"
+        stop_before(7, model, output)
+        state = tmp_path / "out.gguf.work" / "refining.safetensors"
         content = bytearray(state.read_bytes())
         content[-1] ^= 1
         state.write_bytes(content)
         with pytest.raises(D2QError, match=r"refining.safetensors is damaged .*; remove it and convert again"):
-            run(output, passes=3)
+            convert(model, output, OPTIONS)
         state.unlink()
-        assert self.counted(output) == 9
+        assert finish(model, output)[1] == PASSES * STEPS
         assert output.read_bytes() == whole.read_bytes()

@@ -24,7 +24,7 @@ from d2q_edge.pipeline.solver import GroupSolver
 from d2q_edge.pipeline.statistics import sublayer_statistics
 from d2q_edge.pipeline.type_plan import plan_types
 from d2q_edge.pipeline.work_dir import WorkDir
-from d2q_edge.quantize.gptaq import InputStatistics
+from d2q_edge.quantize.statistics import InputStatistics
 from tests.blocks import changed_tensors
 
 Make = Callable[..., Path]

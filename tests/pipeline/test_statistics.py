@@ -45,7 +45,7 @@ def test_statistics_are_those_of_the_formulas(make_checkpoint: Make, tmp_path: P
             x = inputs(setup.whole_model({done: quantized[done] for done in before}), [layer])[layer]
             statistics, original = found[f"{layer}.weight"], originals[layer]
             torch.testing.assert_close(statistics.hessian, 2 / len(x) * x.T @ x, rtol=1e-3, atol=1e-4)
-            torch.testing.assert_close(statistics.drift, 2 / len(x) * (original - x).T @ x, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(statistics.dXXT, 2 / len(x) * (original - x).T @ x, rtol=1e-3, atol=1e-4)
             assert all(found[f"{prefix}{other}.weight"] is statistics for other in group.linears)
 
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from d2q_edge.formats import tensor_types
+from d2q_edge.formats.quantized_block import QuantizedBlock
+from d2q_edge.formats.quantized_weight import QuantizedWeight
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
 from d2q_edge.model.whole_model import WholeModel
-from d2q_edge.pipeline.block_loop import Method
-from d2q_edge.pipeline.column_scaling import COLUMN_SCALE
+from d2q_edge.options import Options
 from d2q_edge.pipeline.type_plan import plan_types
 from d2q_edge.pipeline.work_dir import WorkDir
 from d2q_edge.quantize.codebook_search import CodebookSearch
@@ -70,18 +71,22 @@ def test_what_the_pipeline_leaves_is_understood(tmp_path: Path, monkeypatch: pyt
     kind = tensor_types.BY_NAME[plan_types(model.family, 3).linears[name]]
     layer = round_layer(model.checkpoint.tensor(name).float(), CodebookSearch(kind))
     scales = np.linspace(0.5, 2, 64, dtype=np.float32)
-    methods = []
+    given = []
 
-    def fake(runner: Any, types: Any, windows: Any, work: WorkDir, method: Method) -> None:
-        methods.append(method)
-        work.write_block(0, {name: layer.pack(kind), f"model.layers.0.mlp.gate_proj.{COLUMN_SCALE}": scales})
-        work.write_block(1, {norm: scales, f"lm_head.{COLUMN_SCALE}": scales})
+    def fake(runner: Any, types: Any, windows: Any, work: WorkDir, options: Options) -> None:
+        given.append(options)
+        up = {"mlp.up_proj": QuantizedWeight(kind, layer.pack(kind))}
+        work.write_block(0, QuantizedBlock(weights=up, column_scales={"mlp.gate_proj": scales}))
+        work.write_block(1, QuantizedBlock(norm_biases={"post_attention_layernorm": scales}))
+        work.write_block(2, QuantizedBlock(floats={norm: scales}, column_scales={"lm_head": scales}))
 
     monkeypatch.setattr(ablation, "quantize_blocks", fake)
-    method = Method(alpha=0.125)
-    outcome = ablation.ours(model, 3, method)
-    assert methods == [method]
-    assert set(outcome.weights) == {name, norm, "lm_head.weight"}
+    options = Options(alpha=0.125)
+    outcome = ablation.ours(model, 3, options)
+    assert given == [options]
+    bias = "model.layers.1.post_attention_layernorm.bias"
+    assert set(outcome.weights) == {name, bias, norm, "lm_head.weight"}
+    torch.testing.assert_close(outcome.weights[bias], torch.from_numpy(scales))
     torch.testing.assert_close(outcome.weights[name], layer.weights, rtol=0, atol=0)
     torch.testing.assert_close(outcome.weights[norm], torch.from_numpy(scales))
     head = outcome.weights["lm_head.weight"] * torch.from_numpy(scales)

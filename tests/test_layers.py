@@ -12,7 +12,12 @@ from tests.paths import ROOT
 
 def lint(directory: Path) -> "subprocess.CompletedProcess[str]":
     """Check the contract for the package in a directory."""
-    command = [Path(sys.executable).with_name("lint-imports"), "--config", ROOT / "pyproject.toml", "--no-cache"]
+    command = [
+        str(Path(sys.executable).with_name("lint-imports")),
+        "--config",
+        str(ROOT / "pyproject.toml"),
+        "--no-cache",
+    ]
     return subprocess.run(command, capture_output=True, text=True, cwd=directory, env={"PYTHONPATH": str(directory)})
 
 
@@ -25,13 +30,17 @@ def test_the_contract_holds() -> None:
 @pytest.mark.parametrize(
     ("file", "line", "broken"),
     [
-        ("quantize/rtn.py", "from d2q_edge.model import checkpoint", "d2q_edge.quantize is not allowed to import d2q_edge.model"),
-        ("formats/tensor_types.py", "from d2q_edge.cli import main", "d2q_edge.formats is not allowed to import d2q_edge.cli"),
-        ("quantize/gptaq.py", "import d2q_edge.distributed", "d2q_edge.quantize is not allowed to import d2q_edge.distributed"),
+        (
+            "quantize/rtn.py",
+            "from d2q_edge.model import checkpoint",
+            "quantize is not allowed to import d2q_edge.model",
+        ),
+        ("formats/tensor_types.py", "from d2q_edge.cli import main", "formats is not allowed to import d2q_edge.cli"),
+        ("quantize/gptaq.py", "import d2q_edge.distributed", "quantize is not allowed to import d2q_edge.distributed"),
         ("new_module.py", "", "new_module"),
     ],
     ids=["upwards", "far upwards", "processes", "outside the layers"],
-)  # fmt: skip
+)
 def test_a_wrong_import_breaks_it(tmp_path: Path, file: str, line: str, broken: str) -> None:
     shutil.copytree(ROOT / "d2q_edge", tmp_path / "d2q_edge", ignore=shutil.ignore_patterns("__pycache__", "data"))
     path = tmp_path / "d2q_edge" / file

@@ -28,7 +28,6 @@ import torch
 from safetensors.torch import save_file
 
 from d2q_edge.calibration.text import BUILTIN
-from d2q_edge.pipeline.planning import FILE_TYPES
 from d2q_edge.errors import D2QError
 from d2q_edge.evaluation.benchmark import PROMPT, Settings, run_rounds
 from d2q_edge.export.model_file import Value, export, model_tokenizer, stored_floats
@@ -36,6 +35,7 @@ from d2q_edge.formats import codebooks, tensor_types
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
 from d2q_edge.pipeline.output import Content, Output
+from d2q_edge.pipeline.planning import FILE_TYPES
 from d2q_edge.pipeline.type_plan import plan_types
 from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.rtn import round_layer

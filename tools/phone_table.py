@@ -81,7 +81,7 @@ def need(config: Mapping[str, Any]) -> Need:
     shapes = family.tensor_shapes()
     files = {}
     for bits in (2, 3):
-        types = plan_types(family, bits).types
+        types = plan_types(family, bits).all
         files[bits] = TOKENIZER_BYTES * family.vocab_size
         for name, shape in shapes.items():
             block, size = block_and_type_size(types.get(name, "f32"))

@@ -24,7 +24,7 @@ from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.options import Options
 from d2q_edge.pipeline import planning, solver
 from d2q_edge.pipeline.work_dir import WorkDir
-from d2q_edge.utils import durable
+from d2q_edge.utils import files
 from tests.checkpoints import write_checkpoint
 from tests.command_line import Call, Result
 from tests.interruption import interrupt_after
@@ -86,7 +86,7 @@ class TestDisk:
                 "the disk is full: .* free some space and run the same command",
                 ["out.gguf.work"],
             ),
-            (durable, "replace", "No space left on device|the disk is full", []),
+            (files, "replace", "No space left on device|the disk is full", []),
         ],
         ids=["block", "output", "rename"],
     )

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from d2q_edge.errors import D2QError
 from d2q_edge.formats import tensor_file
 from d2q_edge.formats.tensor_file import load_tensors, save_tensors
-from d2q_edge.utils import durable
+from d2q_edge.utils import files
 
 ARRAYS: dict[str, Any] = {
     "weights/a": np.arange(12, dtype=np.uint8).reshape(3, 4),
@@ -176,7 +176,7 @@ def test_a_directory_that_is_read_only(path: Path) -> None:
 
 def test_content_is_flushed_before_it_has_its_name(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[tuple[str, str]] = []
-    sync, rename = durable.sync, Path.replace
+    sync, rename = files.sync, Path.replace
 
     def note_flush(flushed: Path) -> None:
         events.append(("flush", flushed.name))
@@ -186,7 +186,7 @@ def test_content_is_flushed_before_it_has_its_name(path: Path, monkeypatch: pyte
         events.append(("rename", target.name))
         rename(partial, target)
 
-    monkeypatch.setattr(durable, "sync", note_flush)
+    monkeypatch.setattr(files, "sync", note_flush)
     monkeypatch.setattr(Path, "replace", note_rename)
     save_tensors(path, ARRAYS, METADATA)
     assert events == [("flush", "block.partial"), ("rename", path.name), ("flush", path.parent.name)]

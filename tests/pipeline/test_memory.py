@@ -61,9 +61,9 @@ def test_hidden_states_go_where_there_is_room(tmp_path: Path, monkeypatch: pytes
     assert plan("llama-3.2-1b", tmp_path, limit=int(said * GIB)), "what is said to be needed is enough"
     # Without a limit, what is free counts.
     for free, place in ((roomy.host, CPU), (roomy.host - 1, tmp_path)):
-        monkeypatch.setattr(memory, "free_memory", lambda free=free: free)
+        monkeypatch.setattr(memory, "available_memory", lambda free=free: free)
         assert plan("llama-3.2-1b", tmp_path, limit=None).place == place
-    monkeypatch.setattr(memory, "free_memory", lambda: tight.host - 1)
+    monkeypatch.setattr(memory, "available_memory", lambda: tight.host - 1)
     with pytest.raises(D2QError, match=r"needs \d\.\d GiB of memory, but \d\.\d GiB are free; use a machine with more"):
         plan("llama-3.2-1b", tmp_path, limit=None)
 
@@ -126,7 +126,7 @@ def test_blocks_that_are_read_while_the_file_is_written(tmp_path: Path) -> None:
 
 
 def test_free_memory() -> None:
-    assert 2**26 < memory.free_memory() < 2**46
+    assert 2**26 < memory.available_memory() < 2**46
 
 
 PEAK = """

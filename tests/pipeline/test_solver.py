@@ -10,8 +10,8 @@ from d2q_edge.distributed.process_group import SINGLE_PROCESS
 from d2q_edge.formats import tensor_types
 from d2q_edge.pipeline.solver import GroupSolver
 from d2q_edge.quantize.codebook_search import CodebookSearch
-from d2q_edge.quantize.statistics import InputStatistics
 from d2q_edge.quantize.rtn import round_layer
+from d2q_edge.quantize.statistics import InputStatistics
 from tests.checkpoints import EXAMPLE
 from tests.pipeline.common import CPU, Setup
 

@@ -13,7 +13,7 @@ from d2q_edge.formats.quantized_block import BlockMetrics, QuantizedBlock
 from d2q_edge.formats.quantized_weight import QuantizedWeight
 from d2q_edge.formats.tensor_types import D2Q2_64
 from d2q_edge.pipeline.work_dir import BlockWriter, WorkDir, was_published
-from d2q_edge.utils import durable
+from d2q_edge.utils import files
 from tests.blocks import assert_same_block
 
 SETTINGS: dict[str, Any] = {"bits": 2, "files": [("a.safetensors", 10)], "recipe": {"seed": 0}}
@@ -135,7 +135,7 @@ def test_state_of_a_refinement(output: Path) -> None:
 def test_everything_is_flushed_before_it_counts(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The order of what reaches the disk: content, then name, then the directory's entries."""
     events: list[tuple[str, str]] = []
-    sync, rename = durable.sync, Path.replace
+    sync, rename = files.sync, Path.replace
 
     def note_flush(path: Path) -> None:
         events.append(("flush", path.name))
@@ -145,7 +145,7 @@ def test_everything_is_flushed_before_it_counts(output: Path, monkeypatch: pytes
         events.append(("rename", target.name))
         rename(path, target)
 
-    monkeypatch.setattr(durable, "sync", note_flush)
+    monkeypatch.setattr(files, "sync", note_flush)
     monkeypatch.setattr(Path, "replace", note_rename)
     work = WorkDir(output, SETTINGS)
     work.write_block(0, BLOCK)

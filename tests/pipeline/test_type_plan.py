@@ -6,7 +6,7 @@ import pytest
 
 from d2q_edge.errors import D2QError
 from d2q_edge.model.families import family_for
-from d2q_edge.pipeline.type_plan import check_request, plan_types, rounding_types
+from d2q_edge.pipeline.type_plan import TypePlan, check_request, plan_types, rounding_types
 from tests.checkpoints import BASE_CONFIG, FAMILY_CONFIG
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -99,8 +99,8 @@ class CoordinateDescent:
     def fit_scales(self) -> None:
         """Fit all block scales of every row by least squares.
 
-        A scale stays where it would change by more than a factor of two: its block is all but empty, because its
-        weights or their inputs are zero.
+        A scale stays as it is where it would change by more than a factor of two: then its block is all but empty, with
+        weights or inputs of zero, or its codes don't fit its weights.
         """
         rows, columns = self.units.shape
         size = self.kind.block_size
@@ -213,15 +213,14 @@ def choose_block(
         nearest, _ = search.search(search.vectors(optimum))
         # Both candidates at once, one below the other.
         candidates, wanted = torch.cat([codebooks[:, group], nearest]), optimum.repeat(2, 1)
-        found = quantize_group(wanted[:, order], search.levels, candidates, torch.ones_like(wanted[:, 0]), U, inv_U_jj)
-        rounded = torch.empty_like(wanted)
-        rounded[:, order] = found.quantized
+        one, rounded = torch.ones_like(wanted[:, 0]), torch.empty_like(wanted)
+        found, rounded[:, order], _, _ = quantize_group(wanted[:, order], search.levels, candidates, one, U, inv_U_jj)
         off = rounded - wanted
         least, which = ((off @ H_gg) * off).sum(1).view(2, -1).min(0)
         better, pick = least < error, which * rows + torch.arange(rows, device=units.device)
         units[:, here] = torch.where(better[:, None], rounded[pick], before)
         codebooks[:, group] = torch.where(better, candidates[pick], codebooks[:, group])
-        codes[:, place] = torch.where(better[:, None], found.codes[pick], codes[:, place])
+        codes[:, place] = torch.where(better[:, None], found[pick], codes[:, place])
         gradient += (units[:, here] - before) @ hessian[here]
     return units, codebooks, codes
 

@@ -5,28 +5,9 @@ and U_jj the diagonal block of U, the code minimizes |(w - q) inv(U_jj)|. With E
 receive -E U_j,later, and +w P_j,later where there is a P. triton/feedback.py does the same inside a kernel.
 """
 
-from dataclasses import dataclass
-
 import torch
 
 from d2q_edge.formats.tensor_types import GROUP
-
-
-@dataclass(frozen=True)
-class QuantizedGroup:
-    """One group of every row.
-
-    Attributes:
-        codes: uint8 [rows, 32 / V].
-        quantized: float32 [rows, 32], the chosen entries times the scale.
-        errors: E, float32 [rows, 32].
-        compensated: float32 [rows, 32], each column's value w when it was quantized.
-    """
-
-    codes: torch.Tensor
-    quantized: torch.Tensor
-    errors: torch.Tensor
-    compensated: torch.Tensor
 
 
 def diagonal_blocks(matrix: torch.Tensor) -> torch.Tensor:
@@ -61,7 +42,7 @@ def quantize_group(
     U: torch.Tensor,
     inv_U_jj: torch.Tensor,
     P: torch.Tensor | None = None,
-) -> QuantizedGroup:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Quantize one group of every row with error feedback.
 
     Args:
@@ -72,6 +53,10 @@ def quantize_group(
         U: of these columns, float32 [32, 32].
         inv_U_jj: of each code, from `invert_code_blocks`.
         P: of these columns, float32 [32, 32].
+
+    Returns:
+        Codes, uint8 [rows, 32 / V]; and, float32 [rows, 32], the chosen entries times the scale, the errors E, and the
+        weights w as they were quantized.
     """
     width = levels.shape[2]
     work = weights.clone()
@@ -91,4 +76,4 @@ def quantize_group(
         if P is not None:
             work[:, last:] += w @ P[first:last, last:]
         codes.append(code.byte())
-    return QuantizedGroup(torch.stack(codes, 1), quantized, errors, work)
+    return torch.stack(codes, 1), quantized, errors, work

@@ -174,13 +174,15 @@ def quantize_block(
         vectors = search.vectors(storage_order(work[:, here], kind)) / scales[:, None, None]
         chosen, _ = search.search(vectors)
         group_P = None if P is None else P[here, here]
-        group = quantize_group(work[:, here], search.levels, chosen, scales, U[here, here], inv_U_jj[number], group_P)
-        quantized[:, here], errors[:, here], work[:, here] = group.quantized, group.errors, group.compensated
-        work[:, stop:] -= group.errors @ U[here, stop:]
+        group_codes, group_quantized, E, w = quantize_group(
+            work[:, here], search.levels, chosen, scales, U[here, here], inv_U_jj[number], group_P
+        )
+        quantized[:, here], errors[:, here], work[:, here] = group_quantized, E, w
+        work[:, stop:] -= E @ U[here, stop:]
         if P is not None:
-            work[:, stop:] += group.compensated @ P[here, stop:]
+            work[:, stop:] += w @ P[here, stop:]
         codebooks.append(chosen)
-        codes.append(group.codes)
+        codes.append(group_codes)
     return scales, torch.stack(codebooks, 1).byte(), torch.cat(codes, 1), quantized, errors, work
 
 

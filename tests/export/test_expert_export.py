@@ -48,6 +48,7 @@ def log_probabilities(checkpoint: Checkpoint, weights: dict[str, torch.Tensor]) 
     return model.log_probabilities(model.states(torch.from_numpy(TOKENS.astype(np.int64))[None]))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "type_name", "options"),
     [
@@ -137,6 +138,7 @@ def test_logits_like_transformers(make_checkpoint: Make, tmp_path: Path, family:
     assert difference.median() < 0.005 * expected.std()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "config"),
     [

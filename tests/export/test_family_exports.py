@@ -79,6 +79,7 @@ def error(actual: F32, expected: F32) -> float:
     return float(np.sqrt(np.square(actual - expected).mean(1).max() / np.square(expected).mean()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_file_is_the_stock_converters(
     models: dict[str, Path], stock_files: dict[str, Path], tmp_path: Path, name: str

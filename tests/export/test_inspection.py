@@ -119,6 +119,7 @@ def test_stock_file(example_files: ExampleFiles) -> None:
     assert summary["parameters"] == sum(int(t.n_elements) for t in tensors)
 
 
+@pytest.mark.slow
 def test_files_of_any_architecture(pristine_tree: Path) -> None:
     """llama.cpp's own test files: real tokenizers and keys of many models, and no tensors."""
     files = sorted((pristine_tree / "vendor/llama.cpp/models").glob("*.gguf"), key=lambda path: path.stat().st_size)

@@ -57,12 +57,14 @@ def compare(ours: Path, stock: Path) -> None:
     assert ours.read_bytes() == stock.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("type_name", ["f32", "f16", "bf16", "q8_0"])
 def test_example_like_stock(stock_convert: Convert, tmp_path: Path, type_name: str) -> None:
     export(EXAMPLE, tmp_path / "ours.gguf", type_name)
     compare(tmp_path / "ours.gguf", stock_convert(EXAMPLE, type_name, "qwen2"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "type_name", "options"),
     [
@@ -89,6 +91,7 @@ def test_random_models_like_stock(
     compare(tmp_path / "ours.gguf", stock_convert(model, type_name, "llama-bpe" if family == "llama" else "qwen2"))
 
 
+@pytest.mark.slow
 def test_odd_added_tokens_like_stock(make_checkpoint: Make, stock_convert: Convert, tmp_path: Path) -> None:
     model = make_checkpoint("qwen3", bos_token_id=4094)
     settings = json.loads((model / "tokenizer_config.json").read_text())

@@ -13,6 +13,7 @@ from d2q_edge.errors import D2QError
 from tools import fuzz, fuzz_targets
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", fuzz_targets.TARGETS)
 def test_damaged_files_are_read_or_refused(name: str, tmp_path: Path) -> None:
     for seed in range(40):

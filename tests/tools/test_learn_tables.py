@@ -35,6 +35,7 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(3)
 
 
+@pytest.mark.slow
 @small
 def test_learned_table_is_on_the_grid_and_beats_its_start(recipe: Recipe) -> None:
     blocks = synthetic("gaussian", recipe.blocks, generator(), CPU)

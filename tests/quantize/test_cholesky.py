@@ -73,7 +73,11 @@ def test_what_cannot_be_factored_is_an_error(hessian: torch.Tensor) -> None:
 
 
 @DEVICES
-@pytest.mark.parametrize("size", [70, STRIP + 76, 2 * STRIP + 76], ids=["one strip", "two strips", "three strips"])
+@pytest.mark.parametrize(
+    "size",
+    [70, STRIP + 76, pytest.param(2 * STRIP + 76, marks=pytest.mark.slow)],
+    ids=["one strip", "two strips", "three strips"],
+)
 def test_inverse_lower(size: int, accelerator: bool, request: pytest.FixtureRequest) -> None:
     if accelerator:
         request.getfixturevalue("accelerated")

@@ -56,14 +56,19 @@ class FailedElsewhere(SingleProcess):
 
 @pytest.mark.parametrize(("failures", "share"), [(1, 0.01), (2, 0.1)])
 def test_when_it_fails_more_digits_then_more_damping(failures: int, share: float) -> None:
-    x, processes = random(200, 50), FailedElsewhere(failures)
+    x, processes = random(9, 50) * torch.linspace(0.01, 10, 50), FailedElsewhere(failures)
     found, damping = inverse_cholesky(x.T @ x, 0.01, processes)
     assert processes.calls == failures + 1
     assert float(damping) == pytest.approx(share * float((x.T @ x).diagonal().mean()))
-    damped = (x.T @ x + damping * torch.eye(50)).double()
-    # Rounded to float32 once, at the end.
+    damped = (x.T @ x).double() + damping.double() * torch.eye(50, dtype=torch.float64)
     expected = torch.linalg.cholesky(damped.inverse(), upper=True).float()
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7 * float(expected.max()))
+    in_float32, _ = inverse_cholesky(x.T @ x, share)
+
+    def difference(factor: torch.Tensor) -> float:
+        return float((factor - expected).abs().max() / expected.max())
+
+    # Rounded once, at the end.
+    assert difference(found) < 1e-7 < 3e-7 < difference(in_float32)
 
 
 @pytest.mark.parametrize("hessian", [torch.zeros(8, 8), torch.eye(8) * torch.nan], ids=["zero", "nan"])
@@ -73,7 +78,11 @@ def test_what_cannot_be_factored_is_an_error(hessian: torch.Tensor) -> None:
 
 
 @DEVICES
-@pytest.mark.parametrize("size", [70, STRIP + 76, 2 * STRIP + 76], ids=["one strip", "two strips", "three strips"])
+@pytest.mark.parametrize(
+    "size",
+    [70, STRIP + 76, pytest.param(2 * STRIP + 76, marks=pytest.mark.slow)],
+    ids=["one strip", "two strips", "three strips"],
+)
 def test_inverse_lower(size: int, accelerator: bool, request: pytest.FixtureRequest) -> None:
     if accelerator:
         request.getfixturevalue("accelerated")

@@ -175,6 +175,7 @@ def test_an_empty_block_keeps_no_other_scale(kind: TensorType) -> None:
     assert not np.isclose(layer.scales[:, 1:].numpy(), expected, rtol=FLOAT16).all(1).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "blocks", "accelerator"),
     [(D2Q2, 4, False), (D2Q3_64, 4, False), (Q4_0, 4, False), (D2Q2, 5, True), (D2Q2_64, 17, True)],

@@ -136,6 +136,7 @@ class TestEnergies:
         # What the others explain is much.
         assert (expected < 0.5 * gram.diagonal()).any()
 
+    @pytest.mark.slow
     def test_accelerators_compute_the_same(self, request: pytest.FixtureRequest) -> None:
         """By matrix products, where a GPU's solver would be slow."""
         x = torch.randn(3000, 1100, generator=torch.Generator().manual_seed(1))

@@ -26,6 +26,7 @@ from tools.ablation import Line, Subject
 from tools.torch_evaluation import Distance, Reference
 
 
+@pytest.mark.slow
 def test_each_of_the_papers_steps_pays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "table.json"
     rows = ["RTN", "GPTQ", "GPTAQ", "+DAC"]
@@ -43,6 +44,7 @@ def test_each_of_the_papers_steps_pays(tmp_path: Path, capsys: pytest.CaptureFix
     assert all(line["row"] in text for line, text in zip(table, printed[1:], strict=True))
 
 
+@pytest.mark.slow
 def test_every_row_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for family in ("llama", "qwen3"):
         write_checkpoint(tmp_path / family, family, num_hidden_layers=1, intermediate_size=64)

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Several processes that share a conversion: how they are started, and what they exchange."""

@@ -369,6 +369,7 @@ class TestCache:
             Checkpoint.open(directory)
 
 
+@pytest.mark.slow
 def test_command_line(model: Path, tmp_path: Path) -> None:
     """An id becomes a file that records its origin, and the same file without network."""
     with serve(model) as state:

@@ -62,6 +62,7 @@ def pairs(directories: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.slow
 def test_keys_like_stock(directories: dict[str, Path], stock_files: dict[str, Path], tmp_path: Path, name: str) -> None:
     family = FAMILIES[name]
     tokenizer = read_tokenizer(directories[name], family.config(), family.vocab_size)

@@ -1,4 +1,4 @@
-"""Ctrl-C at a chosen moment."""
+"""Simulate Ctrl-C at a chosen moment."""
 
 from typing import Any
 

@@ -41,7 +41,7 @@ def finished_blocks(work: WorkDir, family: Family, *, refined: bool = False) -> 
 
 def changed_tensors(work: WorkDir, family: Family, *, refined: bool = False) -> dict[str, torch.Tensor]:
     """All tensors that the finished blocks changed, as floats, and "NORM.bias" of corrected norms; no column scales."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for prefix, block in finished_blocks(work, family, refined=refined).items():
         found |= {f"{prefix}{layer}.weight": weight.take_values(CPU) for layer, weight in block.weights.items()}
         found |= {prefix + name: torch.from_numpy(values) for name, values in block.floats.items()}

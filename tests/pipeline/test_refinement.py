@@ -153,7 +153,7 @@ def test_what_moves(finished: Finished, refined: Refined) -> None:
             if old is None:
                 old = finished.checkpoint.tensor(name).float()
             assert not torch.equal(values, old), name
-            assert (values - old).abs().max() < 0.1 * max(1, old.abs().max())
+            assert float((values - old).abs().max()) < 0.1 * max(1.0, float(old.abs().max()))
         elif name not in packed:
             assert torch.equal(values, before[name]), name
     changed = []

@@ -134,14 +134,11 @@ def plan_memory(
         else:
             place = output.absolute().parent
     if peak > free:
-        have = (
-            f"{free * processes / GIB:.1f} GiB are free"
-            if limit is None
-            else f"--memory-limit allows {limit / GIB:.1f}"
-        )
+        given = f"{free * processes / GIB:.1f} GiB are free"
+        given = given if limit is None else f"--memory-limit allows {limit / GIB:.1f}"
         raise D2QError(
-            f"this conversion needs {_at_least(peak * processes)} GiB of memory, but {have}; use a machine with more, or "
-            "--no-calibration"
+            f"this conversion needs {_at_least(peak * processes)} GiB of memory, but {given}; use a machine with more, "
+            "or --no-calibration"
         )
     disk = packed + (streams * processes if isinstance(place, Path) else 0)
     # A plan may be asked for before there is a directory.

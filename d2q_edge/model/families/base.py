@@ -1,8 +1,4 @@
-"""Define what a model family is: its layers with their shapes, and how its tensors and settings are written to GGUF.
-
-A family is bound to one config.json and refuses configs that its llama.cpp architecture can't represent. It computes
-with names, shapes and row orders only; it reads no weights.
-"""
+"""Define what a model family is: its layers with their shapes, and how its tensors and settings are written to GGUF."""
 
 import math
 import re
@@ -29,8 +25,9 @@ Values = npt.NDArray[Any] | torch.Tensor
 class Family(Settings, ABC):
     """A decoder family, bound to one model's config; create one with `families.family_for`.
 
-    The config sets num_layers, hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, vocab_size,
-    context_length, norm_eps, rope_type, rope_theta, rope_scaling (a mapping) and tied_embeddings.
+    It refuses configs that its llama.cpp architecture can't represent, and reads no weights. The config sets num_layers,
+    hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, vocab_size, context_length, norm_eps, rope_type,
+    rope_theta, rope_scaling (a mapping) and tied_embeddings.
     """
 
     architectures: ClassVar[tuple[str, ...]]
@@ -55,6 +52,8 @@ class Family(Settings, ABC):
     """Whether rotating the residual stream (quantize/rotation.py) leaves the model's function unchanged."""
     refused_flags: ClassVar[tuple[str, ...]] = ()
     """Settings of config.json that llama.cpp's architecture doesn't support if they are true."""
+    full_width_heads: ClassVar[bool] = False
+    """Whether llama.cpp's architecture needs num_attention_heads * head_dim = hidden_size."""
 
     # transformers' defaults for settings that config.json omits.
     default_norm_eps: ClassVar[float] = 1e-6
@@ -65,10 +64,14 @@ class Family(Settings, ABC):
     """None: hidden_size / query heads."""
     tied_by_default: ClassVar[bool] = False
 
+    embedding_scale: float = 1.0
+    """Factor of the embeddings in front of the first block."""
     num_experts: int = 0
     """Experts of every block; 0 where it has an ordinary MLP."""
     experts_per_token: int = 0
     """Experts that a token is routed to (top_k)."""
+    ignored_window: int | None = None
+    """Tokens that the model's attention is limited to, but llama.cpp's isn't."""
 
     linear_groups: tuple[LinearGroup, ...] = (
         LinearGroup("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
@@ -110,6 +113,11 @@ class Family(Settings, ABC):
             )
         if self.head_dim % 2:
             raise D2QError(f"config.json: head_dim must be even, not {self.head_dim}")
+        if self.full_width_heads and self.num_heads * self.head_dim != self.hidden_size:
+            raise D2QError(
+                f"config.json: {self.gguf_arch} models need num_attention_heads * head_dim = hidden_size, but this one "
+                f"has {self.num_heads} * {self.head_dim} and {self.hidden_size}"
+            )
         self._read_rope()
         self._refuse_unsupported()
 
@@ -129,18 +137,19 @@ class Family(Settings, ABC):
         return tuple(linear for group in self.linear_groups if group.norm is None for linear in group.linears)
 
     @property
-    def embedding_scale(self) -> float:
-        """Return the factor of the embeddings in front of the first block."""
-        return 1.0
-
-    @property
     def notes(self) -> tuple[str, ...]:
         """Return sentences that tell the user where llama.cpp deviates from the original model."""
-        return ()
+        window = self.ignored_window
+        if window is None or window >= self.context_length:
+            return ()
+        return (
+            f"the model attends to the last {window} tokens, llama.cpp's {self.gguf_arch} to all of them: in texts of "
+            f"more than {window} tokens it isn't the same model",
+        )
 
     def sliding_window(self, index: int) -> int | None:
         """Return the number of tokens that block `index` attends to, the current one included; None for all."""
-        return None
+        return self.ignored_window
 
     def sublayer_of(self, group: LinearGroup) -> Sublayer:
         """Return the sublayer that a linear group belongs to."""
@@ -156,10 +165,7 @@ class Family(Settings, ABC):
         return int(match[1]) if match else None
 
     def split_name(self, name: str) -> tuple[int | None, str]:
-        """Split the full name of a tensor or module into its block's number and its name in the block.
-
-        Outside of the blocks the number is None, and the name is the full one.
-        """
+        """Return the block of a tensor or module and its name in it; outside of blocks None and the full name."""
         index = self.block_of(name)
         return index, name if index is None else name.removeprefix(self.block_prefix(index))
 
@@ -190,12 +196,9 @@ class Family(Settings, ABC):
         }[linear]
 
     def absorber_rows(self, absorber: str) -> npt.NDArray[np.int64]:
-        """Return, for every column that reads through an absorber, the row of the absorber that it is proportional to.
+        """Return the absorber's rows that the columns after it are proportional to, int64 [in_features after it].
 
         The gated activation maps them one to one; a row of v serves its channel in all query heads of its group.
-
-        Returns:
-            Row indices, int64 [in_features of the layers that follow the absorber].
         """
         if absorber != "self_attn.v_proj":
             return np.arange(self.linear_shape(absorber)[0])
@@ -261,11 +264,7 @@ class Family(Settings, ABC):
         return MappingProxyType(shapes)
 
     def gguf_name(self, hf_name: str) -> str:
-        """Return the GGUF name of a tensor, for example "blk.0.attn_q.weight".
-
-        Raises:
-            KeyError: llama.cpp's architecture has no such tensor.
-        """
+        """Return a tensor's GGUF name, such as "blk.0.attn_q.weight"; raise KeyError if the architecture has none."""
         name = self._gguf_names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise KeyError(hf_name)
@@ -361,13 +360,6 @@ class Family(Settings, ABC):
                 raise D2QError(f"config.json: {flag} is set, which llama.cpp's {self.gguf_arch} doesn't support")
         self._check_attention()
 
-    def _require_full_width_heads(self) -> None:
-        if self.num_heads * self.head_dim != self.hidden_size:
-            raise D2QError(
-                f"config.json: {self.gguf_arch} models need num_attention_heads * head_dim = hidden_size, but this one "
-                f"has {self.num_heads} * {self.head_dim} and {self.hidden_size}"
-            )
-
     def _check_attention(self) -> None:
         """Refuse layers that don't attend to all earlier tokens."""
         layer_types = self.config.get("layer_types") or []
@@ -376,12 +368,3 @@ class Family(Settings, ABC):
             raise D2QError(
                 f"config.json: the model uses sliding-window attention, which llama.cpp's {self.gguf_arch} doesn't have"
             )
-
-    def _window_note(self, window: int | None) -> tuple[str, ...]:
-        """Return the note for an architecture whose sliding window llama.cpp ignores."""
-        if window is None or window >= self.context_length:
-            return ()
-        return (
-            f"the model attends to the last {window} tokens, llama.cpp's {self.gguf_arch} to all of them: in texts of "
-            f"more than {window} tokens it isn't the same model",
-        )

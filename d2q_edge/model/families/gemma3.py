@@ -53,11 +53,6 @@ class Gemma3(Family):
         LinearGroup(None, ("mlp.down_proj",), absorber="mlp.up_proj"),
     )
 
-    @property
-    def embedding_scale(self) -> float:
-        """Return sqrt(hidden_size), not rounded to bfloat16: as llama.cpp, and transformers in float32."""
-        return math.sqrt(self.hidden_size)
-
     def sliding_window(self, index: int) -> int | None:
         return self.window if (index + 1) % FULL_INTERVAL else None
 
@@ -95,6 +90,8 @@ class Gemma3(Family):
 
     def _check_attention(self) -> None:
         config = self.config
+        # Not rounded to bfloat16: as llama.cpp, and transformers in float32.
+        self.embedding_scale = math.sqrt(self.hidden_size)
         self.window = self._int("sliding_window", default=4096)
         interval = self._int("sliding_window_pattern", default=FULL_INTERVAL)
         numbers = range(1, self.num_layers + 1)

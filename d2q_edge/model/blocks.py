@@ -110,7 +110,7 @@ class BlockRunner:
         return output
 
     def sublayer_forward(self, block: nn.Module, sublayer: Sublayer, residual: torch.Tensor) -> torch.Tensor:
-        """Return the residual stream after one sublayer, from that before it, both float32 [windows, context, hidden]."""
+        """Return the residual stream after a sublayer for that before it, both float32 [windows, context, hidden]."""
         output = self._run_module(block, sublayer, residual)
         if sublayer.output_norm is not None:
             output = block.get_submodule(sublayer.output_norm)(output)

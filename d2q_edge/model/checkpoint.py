@@ -78,11 +78,7 @@ class Checkpoint:
         return self._entry(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the stored dtype of a tensor (bfloat16, float16 or float32) without loading it.
-
-        Raises:
-            D2QError: there is no such tensor, or its dtype isn't supported.
-        """
+        """Return a tensor's stored dtype; raise D2QError if there is none, or not bfloat16, float16 or float32."""
         entry = self._entry(name)
         if entry.dtype not in DTYPES:
             raise D2QError(
@@ -98,7 +94,7 @@ class Checkpoint:
             D2QError: the tensor doesn't exist, can't be read, has an unsupported dtype, or holds NaN or infinity.
         """
         self.dtype(name)
-        entry = self._entry(name)
+        entry = self._entries[name]
         try:
             with safetensors.safe_open(entry.file, framework="pt", device="cpu") as file:
                 tensor: torch.Tensor = file.get_tensor(entry.name)

@@ -61,7 +61,7 @@ class RotatedCheckpoint(Checkpoint):
         return self._dtype
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Load and rotate one tensor; raise D2QError as `Checkpoint.tensor`, also for the norm that is folded into it."""
+        """Load and rotate one tensor; raise D2QError as `Checkpoint.tensor`, also for the norm folded into it."""
         self.dtype(name)
         tied = name == self._head and self._tied
         tensor = self._source.tensor(self._embedding if tied else name)

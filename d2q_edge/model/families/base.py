@@ -17,61 +17,48 @@ from d2q_edge.errors import D2QError
 from d2q_edge.model.families.layout import LinearGroup, Sublayer
 from d2q_edge.model.families.settings import Settings, positive_float
 
-MAX_LAYERS = 10_000
-"""More than any model has: a config.json must not make us build names forever."""
+MAX_LAYERS = 10_000  # more than any model has: a config.json must not make us build names forever
 Values = npt.NDArray[Any] | torch.Tensor
 
 
 class Family(Settings, ABC):
     """A decoder family, bound to one model's config; create one with `families.family_for`.
 
-    It refuses configs that its llama.cpp architecture can't represent, and reads no weights. The config sets num_layers,
-    hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, vocab_size, context_length, norm_eps, rope_type,
-    rope_theta, rope_scaling (a mapping) and tied_embeddings.
+    The config sets num_layers, hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, vocab_size,
+    context_length, norm_eps, rope_type, rope_theta, rope_scaling (a mapping) and tied_embeddings.
     """
 
-    architectures: ClassVar[tuple[str, ...]]
-    """The entries of config.json's `architectures` that this family handles."""
+    architectures: ClassVar[tuple[str, ...]]  # the entries of config.json's `architectures` that this family handles
+    # config.json's `model_type`, by which transformers chooses the code; empty where it isn't checked.
     model_type: ClassVar[str] = ""
-    """config.json's `model_type`, by which transformers chooses the code; empty where it isn't checked."""
-    gguf_arch: ClassVar[str]
-    """llama.cpp's name of the architecture, the prefix of its GGUF keys."""
-    rope_types: ClassVar[tuple[str, ...]] = ("default",)
-    """The rope scaling types that the GGUF can express."""
+    gguf_arch: ClassVar[str]  # llama.cpp's name of the architecture, the prefix of its GGUF keys
+    rope_types: ClassVar[tuple[str, ...]] = ("default",)  # the rope scaling types that the GGUF can express
+    # Whether llama.cpp's converter records the tokenizer's add_prefix_space for this architecture.
     records_space_prefix: ClassVar[bool] = False
-    """Whether llama.cpp's converter records the tokenizer's add_prefix_space for this architecture."""
+    # Whether llama.cpp's converter writes the head size even if config.json has no head_dim.
     records_default_head_dim: ClassVar[bool] = True
-    """Whether llama.cpp's converter writes the head size even if config.json has no head_dim."""
+    # Key and value in config.json of the only activation that llama.cpp has for this architecture.
     activation: ClassVar[tuple[str, str]] = ("hidden_act", "silu")
-    """Key and value in config.json of the only activation that llama.cpp has for this architecture."""
-    norm_offset: ClassVar[float] = 0.0
-    """Added to a norm's weight before it multiplies."""
-    qk_norms: ClassVar[bool] = False
-    """Whether q and k are normalized per head."""
+    norm_offset: ClassVar[float] = 0.0  # added to a norm's weight before it multiplies
+    qk_norms: ClassVar[bool] = False  # whether q and k are normalized per head
+    # Whether rotating the residual stream (quantize/rotation.py) leaves the model's function unchanged.
     can_rotate: ClassVar[bool] = True
-    """Whether rotating the residual stream (quantize/rotation.py) leaves the model's function unchanged."""
+    # Settings of config.json that llama.cpp's architecture doesn't support if they are true.
     refused_flags: ClassVar[tuple[str, ...]] = ()
-    """Settings of config.json that llama.cpp's architecture doesn't support if they are true."""
+    # Whether llama.cpp's architecture needs num_attention_heads * head_dim = hidden_size.
     full_width_heads: ClassVar[bool] = False
-    """Whether llama.cpp's architecture needs num_attention_heads * head_dim = hidden_size."""
 
     # transformers' defaults for settings that config.json omits.
     default_norm_eps: ClassVar[float] = 1e-6
     default_rope_theta: ClassVar[float] = 10000.0
-    default_kv_heads: ClassVar[int | None] = None
-    """None: as many as query heads."""
-    default_head_dim: ClassVar[int | None] = None
-    """None: hidden_size / query heads."""
+    default_kv_heads: ClassVar[int | None] = None  # None: as many as query heads
+    default_head_dim: ClassVar[int | None] = None  # None: hidden_size / query heads
     tied_by_default: ClassVar[bool] = False
 
-    embedding_scale: float = 1.0
-    """Factor of the embeddings in front of the first block."""
-    num_experts: int = 0
-    """Experts of every block; 0 where it has an ordinary MLP."""
-    experts_per_token: int = 0
-    """Experts that a token is routed to (top_k)."""
-    ignored_window: int | None = None
-    """Tokens that the model's attention is limited to, but llama.cpp's isn't."""
+    embedding_scale: float = 1.0  # factor of the embeddings in front of the first block
+    num_experts: int = 0  # experts of every block; 0 where it has an ordinary MLP
+    experts_per_token: int = 0  # experts that a token is routed to (top_k)
+    ignored_window: int | None = None  # tokens that the model's attention is limited to, but llama.cpp's isn't
 
     linear_groups: tuple[LinearGroup, ...] = (
         LinearGroup("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
@@ -79,20 +66,13 @@ class Family(Settings, ABC):
         LinearGroup("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
         LinearGroup(None, ("mlp.down_proj",), absorber="mlp.up_proj"),
     )
-    sublayers: ClassVar[tuple[Sublayer, ...]] = (
-        Sublayer("self_attn", "input_layernorm"),
-        Sublayer("mlp", "post_attention_layernorm"),
-    )
+    sublayers = (Sublayer("self_attn", "input_layernorm"), Sublayer("mlp", "post_attention_layernorm"))
     embedding: ClassVar[str] = "model.embed_tokens"
     final_norm: ClassVar[str] = "model.norm"
     head: ClassVar[str] = "lm_head"
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        """Read and check the config.
-
-        Raises:
-            D2QError: a setting is missing or invalid, or the GGUF can't express it.
-        """
+        """Read the config; raise D2QError if a setting is missing or invalid, or the GGUF can't express it."""
         super().__init__(config)
         self.num_layers = self._int("num_hidden_layers", maximum=MAX_LAYERS)
         self.hidden_size = self._int("hidden_size")
@@ -168,13 +148,6 @@ class Family(Settings, ABC):
         """Return the block of a tensor or module and its name in it; outside of blocks None and the full name."""
         index = self.block_of(name)
         return index, name if index is None else name.removeprefix(self.block_prefix(index))
-
-    def inner_name(self, name: str) -> str:
-        """Return the name relative to the block of something inside of a block."""
-        index, inner = self.split_name(name)
-        if index is None:
-            raise ValueError(f"{name} isn't inside of a block")
-        return inner
 
     def linear_weights(self) -> list[str]:
         """Return the full names of the weights of all blocks' linear layers, in forward order."""

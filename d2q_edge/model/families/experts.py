@@ -15,24 +15,18 @@ from d2q_edge.errors import D2QError
 from d2q_edge.model.families.base import Family
 from d2q_edge.model.families.layout import LinearGroup
 
-ROUTER = "mlp.gate"
-"""The router's name relative to its block."""
-EXPERTS = "mlp.experts."
-"""The prefix of the experts' layers, relative to their block."""
-NORM = "post_attention_layernorm"
-"""The norm in front of router and experts."""
-MAX_EXPERTS = 1024
-"""llama.cpp's limit."""
-MAX_ALL_EXPERTS = 100_000
-"""More than any model has in all blocks together: Qwen3-235B-A22B has 12032, Kimi K2 23040."""
+ROUTER = "mlp.gate"  # the router's name relative to its block
+EXPERTS = "mlp.experts."  # the prefix of the experts' layers, relative to their block
+NORM = "post_attention_layernorm"  # the norm in front of router and experts
+MAX_EXPERTS = 1024  # llama.cpp's limit
+MAX_ALL_EXPERTS = 100_000  # more than any model has in all blocks together: Qwen3-235B-A22B has 12032, Kimi K2 23040
 
 
 class MixtureOfExperts(Family):
     """A family whose blocks all have experts; the config also sets expert_width, their intermediate size."""
 
     refused_flags: ClassVar[tuple[str, ...]] = ("attention_bias",)
-    expert_width_key: ClassVar[str] = "intermediate_size"
-    """Key in config.json of the experts' intermediate size."""
+    expert_width_key: ClassVar[str] = "intermediate_size"  # key in config.json of the experts' intermediate size
     normalizes_top_k: ClassVar[bool]
     """Whether llama.cpp's graph normalizes the weights of the chosen experts to a sum of one."""
 

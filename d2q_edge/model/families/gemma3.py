@@ -19,10 +19,8 @@ from d2q_edge.model.families.base import Family
 from d2q_edge.model.families.layout import LinearGroup, Sublayer
 from d2q_edge.model.families.settings import positive_float
 
-FULL_INTERVAL = 6
-"""Every sixth layer attends to all tokens: llama.cpp's default for this architecture."""
-WIDE_LAYERS = 62
-"""With this many layers (27B) llama.cpp scales attention by hidden_size / heads instead of head_dim."""
+FULL_INTERVAL = 6  # every sixth layer attends to all tokens: llama.cpp's default for this architecture
+WIDE_LAYERS = 62  # with this many layers (27B) llama.cpp scales attention by hidden_size / heads instead of head_dim
 
 
 class Gemma3(Family):

@@ -6,8 +6,7 @@ model with one is exported without it, as llama.cpp's converter does, and `notes
 
 from d2q_edge.model.families.llama import Llama
 
-DEFAULT_WINDOW = 4096
-"""transformers' sliding window for a config.json without the key; null is no window."""
+DEFAULT_WINDOW = 4096  # transformers' sliding window for a config.json without the key; null is no window
 
 
 class Mistral(Llama):

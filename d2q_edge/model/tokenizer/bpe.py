@@ -19,11 +19,7 @@ from d2q_edge.model.tokenizer.special import special_tokens
 
 
 def build(files: Files, pre_tokenizer: str | None = None) -> Tokenizer:
-    """Return the tokenizer of tokenizer.json; None as llama.cpp's name of the pre-tokenizer detects it.
-
-    Raises:
-        D2QError: the file is damaged or contradictory, or llama.cpp can't do what it says.
-    """
+    """Return the tokenizer of tokenizer.json; raise D2QError if that is damaged or llama.cpp can't do what it says."""
     content, model = files.content, files.content["model"]
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(option):
@@ -46,27 +42,21 @@ def build(files: Files, pre_tokenizer: str | None = None) -> Tokenizer:
         pre=pre.name,
         tokens=tokens,
         types=types,
+        # A space inside of a part would be taken for the separator; only tokens that no text becomes have one.
+        merges=[" ".join(part.replace(" ", "\u0120") for part in pair) for pair in merges],
         special_ids=special_ids,
         add_special=add_special,
         chat_template=files.chat_template(),
         space_prefix_setting=files.space_prefix_setting,
-        # A space inside of a part would be taken for the separator; only tokens that no text becomes have one.
-        merges=[" ".join(part.replace(" ", "\u0120") for part in pair) for pair in merges],
         gaps=pre.gaps | ({"decomposed"} if normalized else set()) | ({"special"} if stripping else set()),
         left_out=left_out,
     )
 
 
 def read_merges(files: Files) -> list[tuple[str, str]]:
-    """Return the merges of tokenizer.json, which has them as pairs or, before 2024, as "left right".
-
-    Raises:
-        D2QError: a merge takes or makes something that isn't a token.
-    """
-    model = files.content["model"]
-    vocab = model["vocab"]
-    pairs = []
-    for merge in model["merges"]:
+    """Return tokenizer.json's merges, which are pairs or, before 2024, "left right"; all parts must be tokens."""
+    vocab, pairs = files.content["model"]["vocab"], []
+    for merge in files.content["model"]["merges"]:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         if not (left in vocab and right in vocab and left + right in vocab):
             raise D2QError(

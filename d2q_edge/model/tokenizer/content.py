@@ -1,6 +1,5 @@
 """Write a tokenizer's GGUF keys, in the order of llama.cpp's converter."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import gguf
@@ -19,11 +18,11 @@ class Tokenizer:
     pre: str  # llama.cpp's name of the pre-tokenizer
     tokens: list[str]  # one per row of the embedding matrix
     types: list[int]  # gguf.TokenType values
+    merges: list[str]  # in order; empty for SentencePiece, which merges by score
     special_ids: dict[str, int]  # by role: "bos", "eos", "pad", ...
     add_special: dict[str, bool]  # by role: whether that token is added to every text
     chat_template: str | list[dict[str, str]] | None  # one text, or several as [{"name": ..., "template": ...}]
     space_prefix_setting: bool | None  # tokenizer_config.json's add_prefix_space, which some architectures record
-    merges: Sequence[str] = ()  # in order; empty for SentencePiece, which merges by score
     scores: list[float] | None = None  # one per token; None for byte-level BPE
     adds_space_prefix: bool = False  # whether text is tokenized as if a space came before it
     gaps: frozenset[str] = frozenset()  # tags of export/tokenizer_check.py: text that llama.cpp tokenizes differently

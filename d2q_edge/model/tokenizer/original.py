@@ -9,13 +9,10 @@ from d2q_edge.errors import D2QError
 
 
 def load_original(directory: Path) -> Any:
-    """Return the tokenizer of a directory's tokenizer.json, whatever class the model names.
+    """Return the tokenizer of a directory; raise D2QError if transformers can't load it.
 
-    AutoTokenizer is used only without a tokenizer.json: for some classes it keeps vocabulary and merges and makes up
-    the rest (in 5.23 it forgets that SmolLM2 splits digits).
-
-    Raises:
-        D2QError: transformers can't load it.
+    With a tokenizer.json, AutoTokenizer isn't used: for some classes that a model can name it keeps vocabulary and
+    merges and makes up the rest (in 5.23 it forgets that SmolLM2 splits digits).
     """
     fast = (directory / "tokenizer.json").is_file()
     try:

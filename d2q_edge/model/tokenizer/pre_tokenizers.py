@@ -70,12 +70,9 @@ _DIGITS = [{"type": "Digits", "individual_digits": True}, *_GPT_2]
 
 
 def find(path: Path, content: dict[str, Any], *, ignore_merges: bool) -> PreTokenizer:
-    """Return the pre-tokenizer of llama.cpp that splits text as a tokenizer.json with that content does.
+    """Return the pre-tokenizer of llama.cpp that splits text as that tokenizer.json; raise D2QError if there is none.
 
     `ignore_merges`, the tokenizer's setting, decides between names for the same regex.
-
-    Raises:
-        D2QError: there is none.
     """
     steps = _steps(content.get("pre_tokenizer"))
     names: tuple[str, ...] = ()

@@ -19,8 +19,7 @@ from d2q_edge.model.tokenizer.files import Files
 from d2q_edge.model.tokenizer.sentencepiece_model import Piece, read_model
 from d2q_edge.model.tokenizer.special import special_tokens
 
-SPACE = "\u2581"
-"""SentencePiece's spelling of a space."""
+SPACE = "\u2581"  # sentencePiece's spelling of a space
 # The scores that llama.cpp's converter gives to added tokens and to ids without a token; neither is ever compared.
 _ADDED_SCORE, _UNUSED_SCORE = -1000.0, -10000.0
 # llama.cpp's defaults for a file without these keys.
@@ -31,11 +30,7 @@ _PREPEND = {"type": "Prepend", "prepend": SPACE}
 
 
 def build(files: Files) -> Tokenizer:
-    """Return the tokenizer of tokenizer.model and tokenizer.json, of which one may be missing.
-
-    Raises:
-        D2QError: the files are damaged or contradict each other, or llama.cpp can't do what they say.
-    """
+    """Return the tokenizer of tokenizer.model, tokenizer.json or both; raise D2QError as `bpe.build`."""
     vocab, added, left_out = read_vocabulary(files)
     ids: dict[str, int] = {}
     prefix, gaps = _space_prefix(files, vocab) if files.content else (True, set())
@@ -63,6 +58,7 @@ def build(files: Files) -> Tokenizer:
         pre="default",
         tokens=tokens,
         types=types,
+        merges=[],
         special_ids=special_ids,
         add_special=add_special,
         chat_template=files.chat_template(),

@@ -8,8 +8,7 @@ from typing import Any
 from d2q_edge.errors import D2QError
 from d2q_edge.model.tokenizer.files import Files
 
-ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-"""In the order in which llama.cpp's converter writes them."""
+ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # in the order in which llama.cpp's converter writes them
 
 
 def special_tokens(files: Files, *, bos_by_default: bool) -> tuple[dict[str, int], dict[str, bool]]:

@@ -78,7 +78,7 @@ class Checkpoint:
         return self._entry(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return a tensor's stored dtype; raise D2QError if there is none, or not bfloat16, float16 or float32."""
+        """Return a tensor's stored dtype; raise D2QError if it is missing, or not bfloat16, float16 or float32."""
         entry = self._entry(name)
         if entry.dtype not in DTYPES:
             raise D2QError(

@@ -97,6 +97,7 @@ class Phi3(Family):
         if self.rope_type == "default":
             return
         self.extra_tensors()
+        # transformers takes these factors from the config, but the file can't express them.
         scale = self.context_length / self.original_context
         for key, computed in (("factor", scale), ("attention_factor", self._attention_factor())):
             given = self.rope_scaling.get(key)

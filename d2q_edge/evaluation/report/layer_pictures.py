@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from d2q_edge.errors import printable
-from d2q_edge.evaluation.report.drawing import Picture
+from d2q_edge.evaluation.report.drawing import SERIES, Picture
 from d2q_edge.evaluation.report.file_pictures import logarithmic
-from d2q_edge.evaluation.report.palette import Palette
 
 MARKERS = "osD^vPXd"
 MAX_DIGITS = 6
@@ -86,12 +85,12 @@ def _plot(title: str, label: str, description: str, lines: Lines) -> Picture | N
     if not every:
         return None
 
-    def draw(axes: Any, palette: Palette) -> None:
+    def draw(axes: Any) -> None:
         from matplotlib.ticker import MaxNLocator
 
         for index, line in enumerate(lines.values()):
             axes.plot(
-                list(line), list(line.values()), color=palette.series[index % len(palette.series)],
+                list(line), list(line.values()), color=SERIES[index % len(SERIES)],
                 marker=MARKERS[index % len(MARKERS)], markersize=4.5, linewidth=1.4,
             )  # fmt: skip
         if min(every) > 0 and max(every) > 8 * min(every):

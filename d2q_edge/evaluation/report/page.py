@@ -12,7 +12,6 @@ from d2q_edge.evaluation.comparison import GIVEN, REFERENCE, Comparison, Row, si
 from d2q_edge.evaluation.report import drawing
 from d2q_edge.evaluation.report.file_pictures import divergence_picture, speed_picture
 from d2q_edge.evaluation.report.layer_pictures import layer_pictures
-from d2q_edge.evaluation.report.palette import NIGHT, PAPER, variables
 
 PICTURES = (".png", ".svg")
 PAGES = (".html", ".htm")
@@ -72,8 +71,8 @@ def page(comparison: Comparison) -> str:
         pictures=[_shown(picture, f"p{index}") for index, picture in enumerate(pictures) if picture],
         files=[_inside(row, index) for index, row in enumerate(comparison.rows) if row.kind == GIVEN],
         allocations=_allocations([row for row in comparison.rows if row.allocation and row.kind != REFERENCE]),
-        light=variables(PAPER),
-        dark=variables(NIGHT),
+        light=drawing.variables(dark=False),
+        dark=drawing.variables(dark=True),
         version=__version__,
         runtime=runtime.info().version,
         machine=f"{platform.system()} on {platform.machine()}",
@@ -107,7 +106,7 @@ def _shown(picture: drawing.Picture, name: str) -> dict[str, Any]:
 def _allocations(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The types of every file's matrices; a type has the same colour in all files."""
     kinds = sorted({kind for row in rows for types in row.allocation.values() for kind in types.values()})
-    colours = {kind: index % len(PAPER.series) for index, kind in enumerate(kinds)}
+    colours = {kind: index % len(drawing.SERIES) for index, kind in enumerate(kinds)}
     found = []
     for row in rows:
         own = sorted({kind for types in row.allocation.values() for kind in types.values()})

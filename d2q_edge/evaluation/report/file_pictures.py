@@ -19,12 +19,8 @@ SIDES = (
 
 def divergence_picture(comparison: Comparison) -> Picture:
     """Plot KL divergence on a logarithmic axis against bytes."""
-    divergences = {
-        row.name: row.evaluation.kl_divergence_mean
-        for row in comparison.rows
-        if row.evaluation.kl_divergence_mean is not None
-    }
-    rows = [row for row in comparison.rows if row.name in divergences]
+    rows = [row for row in comparison.rows if row.evaluation.kl_divergence_mean is not None]
+    divergences = {row.name: row.evaluation.kl_divergence_mean or 0.0 for row in rows}
     # A logarithmic axis has no zero: a file that equals the reference is drawn at the bottom.
     floor = min((value for value in divergences.values() if value), default=1e-6) / 10
     values = {name: max(value, floor) for name, value in divergences.items()}

@@ -1,1 +1,1 @@
-"""Several processes that share a conversion: how they are started, and what they exchange."""
+"""Processes that share a conversion: how they are started, and their collectives."""

@@ -33,10 +33,7 @@ RANGE = 1e4
 
 
 def column_scales(
-    weight_energy: torch.Tensor,
-    input_energy: torch.Tensor,
-    rows: torch.Tensor | None = None,
-    balance: float = BALANCE,
+    weight_energy: torch.Tensor, input_energy: torch.Tensor, rows: torch.Tensor | None = None, balance: float = BALANCE
 ) -> torch.Tensor:
     """Return c, float32 [columns], of geometric mean 1; columns without weights or without input have scale 1.
 

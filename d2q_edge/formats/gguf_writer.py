@@ -34,13 +34,12 @@ STOCK_TYPES: dict[str, gguf.GGMLQuantizationType] = {
     for name in ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_1", "Q5_K", "Q5_0", "Q4_1", "Q4_K", "Q4_0")
 }
 """The stock types that can be written, by lower-case name, best first."""
-TYPE_IDS = {name: int(stock) for name, stock in STOCK_TYPES.items()} | {
-    name: own.id for name, own in tensor_types.BY_NAME.items()
-}
+TYPE_IDS: dict[str, int] = {**STOCK_TYPES, **{name: own.id for name, own in tensor_types.BY_NAME.items()}}
 """Every type that can be written, with its number in GGUF files."""
 FALLBACKS = {"q6_k": "q8_0", "q5_k": "q5_1", "q4_k": "q5_0"}
 """What takes the place of K-quants where 256 doesn't divide the width, as in llama-quantize."""
 ALIGNMENT: int = gguf.GGUF_DEFAULT_ALIGNMENT
+Load = Callable[[], npt.NDArray[Any] | torch.Tensor]
 AddMetadata = Callable[[gguf.GGUFWriter], None]
 """Adds all keys but general.architecture to gguf-py's writer, which knows the tensors' shapes."""
 
@@ -57,7 +56,7 @@ class GGUFTensor:
     name: str
     shape: tuple[int, ...]
     type: str
-    load: Callable[[], npt.NDArray[Any] | torch.Tensor]
+    load: Load
     parts: tuple[GGUFTensor, ...] = ()
 
     @classmethod

@@ -8,16 +8,35 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from d2q_edge.formats import tensor_types
-from d2q_edge.formats.quantized_weight import QuantizedWeight
 from d2q_edge.formats.tensor_file import Array, load_tensors, save_tensors
+from d2q_edge.formats.tensor_types import F32, U8, TensorType
 
-F32 = npt.NDArray[np.float32]
+
+@dataclass
+class QuantizedWeight:
+    """A weight matrix packed in one of our tensor types.
+
+    Attributes:
+        type: the tensor type.
+        data: the packed blocks as they are in the file, uint8 [rows, bytes per row].
+        values: the dequantized matrix, float32 [rows, columns], where the quantizer has it at hand; `take_values` drops
+            it, so that it isn't kept in memory twice.
+    """
+
+    type: TensorType
+    data: U8
+    values: torch.Tensor | None = field(default=None, repr=False, compare=False)
+
+    def take_values(self, device: torch.device) -> torch.Tensor:
+        """Return the dequantized matrix, float32 [rows, columns], on a device."""
+        values, self.values = self.values, None
+        if values is None:
+            values = torch.from_numpy(tensor_types.dequantize(self.type, self.data))
+        return values.to(device)
 
 
 @dataclass

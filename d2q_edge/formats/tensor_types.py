@@ -111,18 +111,13 @@ def code_bytes(t: TensorType, codes: Any) -> list[Any]:
     else:
         # Weights of one byte differ in the slot, which gives the shift. In d2q3 a slot is a group, so that a vector
         # register of bytes holds one group; d2q3_64 has too few groups for that and splits the group too.
-        low = codes.reshape(len(codes), -1, 4, t.block_size // (4 * _low_parts(t)))
+        low = codes.reshape(len(codes), -1, 4, min(GROUP, t.block_size // 4))
         high = codes.reshape(len(codes), 8, -1)
         parts = [
             reduce(or_, [(low[:, :, slot] & 3) << 2 * slot for slot in range(4)]),
             reduce(or_, [(high[:, slot] >> 2) << slot for slot in range(8)]),
         ]
     return [part.reshape(len(codes), -1) for part in parts]
-
-
-def _low_parts(t: TensorType) -> int:
-    """Return how many parts of four slots the low bits of a block's codes have."""
-    return t.groups // 4 if t.groups == 8 else 1
 
 
 def _unpack_pairs(qs: U8) -> U8:
@@ -132,7 +127,7 @@ def _unpack_pairs(qs: U8) -> U8:
 
 def _unpack_scalars(packed: U8, t: TensorType) -> U8:
     quarter = t.block_size // 4
-    qs = packed[:, :quarter].reshape(len(packed), _low_parts(t), 1, -1)
+    qs = packed[:, :quarter].reshape(len(packed), -1, 1, min(GROUP, quarter))
     qh = packed[:, quarter:].reshape(len(packed), 1, -1)
     low = (qs >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & np.uint8(3)
     high = (qh >> np.arange(8, dtype=np.uint8)[:, None]) & np.uint8(1)

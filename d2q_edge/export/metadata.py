@@ -31,10 +31,7 @@ def general_metadata(
 ) -> tuple[gguf.Metadata, list[str]]:
     """Return the metadata, which has a name and a size label, and sentences about what was left out.
 
-    Args:
-        checkpoint: the model.
-        parameters: see Family.parameters.
-        quantized: whether the file is a quantized version, whose base model is this one.
+    `parameters` are those of Family.parameters; a `quantized` file has the checkpoint as its base model.
     """
     directory = checkpoint.directory.resolve()
     notes: list[str] = []
@@ -66,7 +63,7 @@ def _load(directory: Path, parameters: int, *, quantized: bool) -> gguf.Metadata
     if metadata.sampling_penalty_repeat is None and isinstance(generation, dict):
         metadata.sampling_penalty_repeat = generation.get("repetition_penalty")
     if (source := repository(directory)) is not None:
-        _name_after(metadata, source, directory, parameters, quantized=quantized)
+        _name_after(metadata, source, directory, parameters, quantized)
     return metadata
 
 
@@ -85,9 +82,7 @@ def _load_without_card(checkpoint: Checkpoint, directory: Path, parameters: int)
         return _load(copy, parameters, quantized=False)
 
 
-def _name_after(
-    metadata: gguf.Metadata, source: Repository, directory: Path, parameters: int, *, quantized: bool
-) -> None:
+def _name_after(metadata: gguf.Metadata, source: Repository, directory: Path, parameters: int, quantized: bool) -> None:
     """Take names from a repository's id in place of the directory's name, which is a commit in the hub's cache.
 
     A quantized file's base model is the repository, whatever that one's own base is; this is how the hub shows it.

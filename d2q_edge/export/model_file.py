@@ -118,8 +118,7 @@ def write_model(
 
     Args:
         path: the file to write.
-        checkpoint, family, tokenizer: of the model; the tokenizer from `model_tokenizer`.
-        tensors: what to write, from `model_tensors`.
+        checkpoint, family, tokenizer, tensors: of the model, the latter from `model_tokenizer` and `model_tensors`.
         file_type: general.file_type, llama.cpp's number for the mixture of types.
         extra: keys of our own ("d2q.*"). When given, the file also says that d2q-edge quantized it.
         force: replace an existing file.
@@ -203,13 +202,7 @@ def export(
 ) -> int:
     """Convert a checkpoint directory to a GGUF of a stock type, embeddings and head included; return its size in bytes.
 
-    Args:
-        model: the directory.
-        path: the file to write.
-        type_name: one of STOCK_TYPES.
-        force: replace an existing file.
-        pre_tokenizer: see `read_tokenizer`.
-        verify: see `write_model`.
+    `type_name` is one of STOCK_TYPES; `pre_tokenizer` as in `read_tokenizer`, `force` and `verify` as in `write_model`.
 
     Raises:
         D2QError: anything wrong with the checkpoint, the type's name or the output.

@@ -166,12 +166,10 @@ def _difference(text: str, ours: list[int], theirs: list[int], reference: _Refer
     """Describe the first difference in one sentence."""
     start = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
     shown = text if len(text) <= 60 else text[:57] + "..."
-
-    def piece(ids: list[int]) -> str:
-        return f"{ids[start : start + 3]} ({' | '.join(reference.decode(i) for i in ids[start : start + 3])!r})"
-
+    pieces = [ids[start : start + 3] for ids in (ours, theirs)]
+    found, wanted = (f"{ids} ({' | '.join(map(reference.decode, ids))!r})" for ids in pieces)
     return (
         f"llama.cpp would tokenize {shown!r} in another way than {reference.name}: from token {start} on it has "
-        f"{piece(ours)} where {reference.name} has {piece(theirs)}; the file was not written, because it would be "
-        "worse than the model (--no-verify writes it all the same)"
+        f"{found} where {reference.name} has {wanted}; the file was not written, because it would be worse than the "
+        "model (--no-verify writes it all the same)"
     )

@@ -187,13 +187,8 @@ def write_gguf(
 ) -> int:
     """Write a GGUF into a temporary file beside `path`, which takes its name when it is complete; return its bytes.
 
-    Args:
-        path: the file to write.
-        arch: the value of general.architecture.
-        tensors: in the order of the file.
-        add_metadata: see AddMetadata.
-        force: replace an existing file.
-        check: called with the complete file before it takes its name; raises where the file is no good.
+    The file has the architecture `arch` and the tensors in this order; `force` lets it replace another. `check` is
+    called with the complete file before it takes its name, and raises where the file is no good.
 
     Raises:
         D2QError: as in `check_output` and `encode`, the metadata can't be written, or the disk fills up. Whatever is

@@ -1,9 +1,9 @@
-"""d2q-edge from Python: convert a model to 2 bits, and see how far the file is from the original.
+"""Use d2q-edge from Python: convert a model to 2 bits, and measure its distance from the original.
 
     python examples/convert_and_evaluate.py examples/tiny-qwen3 out
 
-The model is a Hugging Face directory. `out` gets the original as F16, which is what the other file is compared with,
-and the quantized file. Needs the runtime: `d2q-edge runtime install`.
+The model is a Hugging Face directory. `out` receives the original as F16 and the quantized file. Needs the runtime:
+`d2q-edge runtime install`.
 """
 
 import sys
@@ -14,7 +14,7 @@ from d2q_edge.export.model_file import export
 
 
 def main(model: Path, out: Path, calibration_tokens: int = 65536, chunks: int = 20) -> None:
-    """Write both files and print what was gained and lost."""
+    """Write both files, and print size, perplexity and KL divergence."""
     out.mkdir(parents=True, exist_ok=True)
     original, quantized = out / "original.gguf", out / "d2q2.gguf"
     export(model, original, "f16", force=True)
@@ -25,7 +25,7 @@ def main(model: Path, out: Path, calibration_tokens: int = 65536, chunks: int = 
     print(f"{result.bytes / original.stat().st_size:.0%} of the original's {original.stat().st_size:,} bytes")
     print(f"perplexity {result.perplexity:.2f}, of the original {result.reference_perplexity:.2f}")
     print(f"KL divergence {result.kl_divergence_mean:.4f} nats per token")
-    print(f"the same likeliest token in {result.top1_agreement:.1%} of all places")
+    print(f"the same most likely token in {result.top1_agreement:.1%} of all places")
 
 
 if __name__ == "__main__":

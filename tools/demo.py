@@ -1,9 +1,8 @@
-"""The demo: one model in our types and in stock ones, measured side by side.
+"""Compare our types with stock ones on one model.
 
-Converts a checkpoint to F16, D2Q2 and D2Q3, makes stock files of it with llama-quantize (with an importance matrix of
-the same calibration text), and prints bytes, bits per weight, perplexity, KL divergence from the F16 file and
-generation speed of each, then a text that the D2Q2 file continued. Needs the runtime and its tools:
-`d2q-edge runtime install --tools`.
+Converts a checkpoint to F16, D2Q2 and D2Q3, makes stock files with llama-quantize (and an importance matrix of the same
+calibration text), and prints each file's size, bits per weight, perplexity, KL divergence from F16 and generation
+speed, then a text continued by the D2Q2 file. Needs the runtime and its tools: `d2q-edge runtime install --tools`.
 """
 
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ PROMPT = "The old man looked out over the sea"
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; speed in generated tokens per second."""
+    """A row of the table; speed in generated tokens per second."""
 
     name: str
     evaluation: Evaluation
@@ -39,7 +38,7 @@ class Row:
 
 
 def make_stock_files(f16: Path, out: Path) -> dict[str, Path]:
-    """Every matrix in the named type, embeddings and head in Q8_0."""
+    """Make a file of each stock type, with embeddings and head in Q8_0."""
     files = {name: out / f"{name}.gguf" for name in STOCK}
     for name, file in files.items():
         StockQuantizer(f16, pure=True).quantize(name, file)
@@ -47,14 +46,14 @@ def make_stock_files(f16: Path, out: Path) -> dict[str, Path]:
 
 
 def speeds(files: dict[str, Path]) -> dict[str, float]:
-    """Generated tokens per second."""
+    """Measure generated tokens per second."""
     threads = usable_cpus()
     settings = Settings(prompt=0, generation=256, threads=(threads,), rounds=SPEED_ROUNDS)
     return {name: speed[f"{GENERATION}-{threads}"] for name, speed in benchmark(files, settings).speeds.items()}
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as text."""
+    """Format the rows."""
     lines = [f"{'file':8} {'bytes':>12} {'bits/weight':>11} {'perplexity':>10} {'KL divergence':>13} {'tokens/s':>9}"]
     for row in rows:
         e = row.evaluation
@@ -69,9 +68,9 @@ def table(rows: list[Row]) -> str:
 @click.command()
 @click.option("--model", type=click.Path(path_type=Path), default=EXAMPLE, help="A Hugging Face model directory.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True)
-@click.option("--chunks", default=100, show_default=True, help="Chunks of the bundled evaluation text.")
+@click.option("--chunks", default=100, show_default=True, help="Chunks of the bundled text to evaluate on.")
 def main(model: Path, out: Path, chunks: int) -> None:
-    """Convert MODEL to every type, measure, and print a table."""
+    """Convert a model to every type, measure the files, and print a table."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         files = {"F16": out / "F16.gguf"}

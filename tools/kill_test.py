@@ -1,11 +1,11 @@
-"""Kill conversions at random moments, repeat the command, and compare the file with an undisturbed run's.
+"""Kill conversions at random moments, repeat the command, and compare the file with that of an undisturbed run.
 
     python tools/kill_test.py --kills 200
 
-Half of the kills come after a random time, the other half right before or after a random file operation (a rename, a
-flush, a deletion, a new directory), which take so little time that the clock would hardly ever meet them. After a kill
-the command is run again; one time in two that run is killed as well. Conversions are children of a process that has
-loaded torch already, which is most of the time that a small one takes.
+Half of the kills come after a random time, the other half right before or after a random file operation (rename, flush,
+deletion, new directory), which are too short to be hit by the clock. After a kill the conversion is run again; half of
+these runs are killed, too. Conversions are forked from a process that has loaded torch, which would take most of the
+time of a small one.
 """
 
 from __future__ import annotations
@@ -30,37 +30,37 @@ from d2q_edge.options import Options
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-qwen3"
 OPERATIONS = ((Path, "replace"), (Path, "unlink"), (Path, "mkdir"), (os, "fsync"), (os, "rmdir"), (os, "unlink"))
-"""Where a process can be killed by the operation; shutil.rmtree uses those of os."""
+"""File operations to be killed at; shutil.rmtree uses those of os."""
 
 
 @dataclass
 class Killer:
-    """Runs the same conversion again and again.
+    """Run and kill the same conversion again and again.
 
     Attributes:
-        model, options: what is converted.
+        convert: writes the file, given its path.
         directory: holds the output and nothing else.
-        seconds: that an undisturbed run takes.
-        operations: that it makes.
-        expected: the undisturbed run's file.
+        rng: decides when to kill.
+        seconds: duration of an undisturbed run.
+        operations: number of its file operations.
+        expected: the file that it writes.
+        killed: number of kills, by what they left in the directory.
     """
 
-    model: Path
-    options: Options
+    convert: Callable[[Path], object]
     directory: Path
     rng: random.Random
     seconds: float = 0.0
     operations: int = 0
     expected: bytes = b""
     killed: dict[str, int] = field(default_factory=dict)
-    """Kills by what the directory held then."""
 
     @property
     def output(self) -> Path:
         return self.directory / "out.gguf"
 
     def prepare(self) -> None:
-        """The undisturbed run."""
+        """Make the undisturbed run."""
         reader, writer = os.pipe()
         begin = time.monotonic()
         status = self._wait(self._start(lambda: _count_operations(writer)))
@@ -74,7 +74,7 @@ class Killer:
         self.output.unlink()
 
     def run_and_kill(self) -> bool:
-        """Start the conversion and kill it; False when it was done before."""
+        """Start the conversion and kill it; return False if it ends before."""
         if self.rng.random() < 0.5:
             process = self._start(lambda: None)
             time.sleep(self.rng.uniform(0, self.seconds))
@@ -95,20 +95,19 @@ class Killer:
         """Run the conversion to its end, compare, and clean up.
 
         Raises:
-            D2QError: it fails, or its file differs, or something else is left.
+            D2QError: it fails, its file differs, or another file is left.
         """
         before = self._state()
         if self.is_done():
-            self._compare(before)
+            self.compare(before)
             return
         status = self._wait(self._start(lambda: None))
         if status != 0:
             raise D2QError(f"after a kill that left {before}, the conversion ended with status {status}")
-        self._compare(before)
+        self.compare(before)
 
     def is_done(self) -> bool:
-        """Whether the last run was killed when it had nothing more to do; at most its empty directory and a lock that
-        nobody holds are left then."""
+        """Whether the last run was killed after its work; remove the empty directory and the lock file it may leave."""
         work = self.directory / "out.gguf.work"
         if not self.output.exists() or (work / "settings.json").exists():
             return False
@@ -117,11 +116,12 @@ class Killer:
             work.rmdir()
         return True
 
-    def check_finished(self) -> None:
-        """The same for a run that was done before it could be killed."""
-        self._compare("nothing")
+    def compare(self, before: str) -> None:
+        """Check the finished file, and remove it.
 
-    def _compare(self, before: str) -> None:
+        Raises:
+            D2QError: it differs, or another file is left.
+        """
         if self.output.read_bytes() != self.expected:
             raise D2QError(f"after a kill that left {before}, the file differs")
         if left := [path.name for path in self.directory.iterdir() if path != self.output]:
@@ -137,7 +137,7 @@ class Killer:
             torch.set_num_threads(1)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             prepare()
-            convert(self.model, self.output, self.options)
+            self.convert(self.output)
             status = 0
         except D2QError as error:
             click.echo(f"Error: {error}")
@@ -149,7 +149,7 @@ class Killer:
         return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
     def _state(self) -> str:
-        """What is in the directory, in a few words."""
+        """Describe what is in the directory."""
         names = sorted(path.name for path in self.directory.rglob("*"))
         blocks = sum(name.startswith("block-") and name.endswith("safetensors") for name in names)
         others = [name for name in names if not name.startswith("block-") or name.endswith("partial")]
@@ -157,7 +157,7 @@ class Killer:
 
 
 def _intercept(hook: Callable[[Callable[[], Any]], Any]) -> None:
-    """Let `hook` call every file operation of this process."""
+    """Replace every file operation of this process by a call of `hook` with it."""
     for place, name in OPERATIONS:
         original = getattr(place, name)
 
@@ -192,23 +192,28 @@ def _die_at(number: int, late: bool) -> None:
     _intercept(count)
 
 
-def run(model: Path, options: Options, kills: int, seed: int) -> dict[str, int]:
-    """Kill conversions `kills` times, and see every one come out the same.
+def run(convert: Callable[[Path], object], kills: int, seed: int) -> dict[str, int]:
+    """Kill conversions, and check that each writes the same file in the end.
+
+    Args:
+        convert: writes the file, given its path.
+        kills: number of kills.
+        seed: decides when.
 
     Returns:
-        How many kills left what behind.
+        The number of kills by what they left.
 
     Raises:
-        D2QError: one did not.
+        D2QError: a conversion failed, wrote another file, or left something.
     """
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "out").mkdir()
-        killer = Killer(model, options, Path(directory) / "out", random.Random(seed))
+        killer = Killer(convert, Path(directory) / "out", random.Random(seed))
         killer.prepare()
         with click.progressbar(length=kills, file=sys.stderr) as progress:
             while sum(killer.killed.values()) < kills:
                 if not killer.run_and_kill():
-                    killer.check_finished()
+                    killer.compare("nothing")
                     continue
                 progress.update(1)
                 if killer.rng.random() < 0.5 or killer.is_done():
@@ -224,12 +229,12 @@ def run(model: Path, options: Options, kills: int, seed: int) -> dict[str, int]:
 @click.option("--seed", default=0, show_default=True)
 @click.option("--calibration-tokens", default=256, show_default=True)
 @click.option("--context", default=32, show_default=True)
-@click.option("--refine", is_flag=True, help="Kill refinements, too.")
+@click.option("--refine", is_flag=True, help="Refine, too.")
 def main(model: Path, kills: int, seed: int, calibration_tokens: int, context: int, refine: bool) -> None:
-    """Kill conversions and see that repeating the command gives the same file."""
+    """Kill conversions of MODEL, and check that repeating them gives the same file."""
     options = Options(calibration_tokens=calibration_tokens, context=context, refine=refine)
     try:
-        killed = run(model, options, kills, seed)
+        killed = run(lambda output: convert(model, output, options), kills, seed)
     except D2QError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(1)

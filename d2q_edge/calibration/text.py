@@ -1,8 +1,4 @@
-"""Calibration text to token windows.
-
-Knows where text comes from and how it is cut into windows of equal length. Does not know the model; only its
-tokenizer, through transformers.
-"""
+"""Read calibration and evaluation texts: the bundled ones, or UTF-8 files."""
 
 import hashlib
 from dataclasses import dataclass
@@ -19,7 +15,7 @@ BUILTIN = {
 
 @dataclass(frozen=True)
 class Text:
-    """A text and where it came from: `source` is a file name or "builtin", `sha256` is of its UTF-8 bytes."""
+    """A text, where it came from (a file name or "builtin"), and the SHA-256 of its UTF-8 bytes."""
 
     content: str
     source: str

@@ -62,7 +62,7 @@ def main() -> None:
         message = f"Interrupted.{RESUMABLE if 'convert' in sys.argv[1:2] else ''}"
         _fail(128 + (end.number if isinstance(end, Terminated) else signal.SIGINT), message)
     except OSError as error:
-        # The library raises D2QErrors, so this is stdout. Python would fail again on what is still buffered.
+        # The library's are D2QErrors, so this is stdout. Python would fail again on what is still buffered.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # `| head` has enough
             _fail(1)

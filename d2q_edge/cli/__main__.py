@@ -1,4 +1,4 @@
-"""`python -m d2q_edge.cli`: the same as the console script."""
+"""Run the command line with `python -m d2q_edge.cli`."""
 
 from d2q_edge.cli import main
 

@@ -7,9 +7,9 @@ of the rounds, and for a ratio the median of the rounds' ratios.
 import json
 import statistics
 import tempfile
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,28 +29,18 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured.
-
-    Attributes:
-        prompt: tokens of the prompt.
-        generation: tokens to generate.
-        threads: numbers of threads to measure with.
-        rounds: number of rounds.
-    """
+    """What is measured: tokens of the prompt, tokens to generate, each number of threads to use, number of rounds."""
 
     prompt: int = 512
     generation: int = 64
     threads: tuple[int, ...] = (1, 2)
     rounds: int = 5
 
-    def tokens(self, phase: str) -> int:
-        """Return the number of tokens that a phase ("prompt-1", "generation-4") processes."""
-        return self.prompt if phase.startswith(PROMPT) else self.generation
-
     def speeds(self, times: Mapping[str, list[dict[Key, float]]], key: Key) -> dict[str, float]:
         """Return one key's tokens per second by phase, from the median of the rounds, see run_rounds."""
+        tokens = {phase: self.prompt if phase.startswith(PROMPT) else self.generation for phase in times}
         return {
-            phase: self.tokens(phase) / statistics.median(seconds[key] for seconds in rounds)
+            phase: tokens[phase] / statistics.median(seconds[key] for seconds in rounds)
             for phase, rounds in times.items()
         }
 
@@ -74,10 +64,7 @@ class Benchmark:
     def to_json(self) -> dict[str, Any]:
         """Return plain values for json.dump."""
         return {
-            "prompt": self.settings.prompt,
-            "generation": self.settings.generation,
-            "threads": list(self.settings.threads),
-            "rounds": self.settings.rounds,
+            **asdict(self.settings),
             "tokens_per_second": self.speeds,
             "stock_tokens_per_second": self.stock,
             "speed_ratios": self.ratios,
@@ -104,7 +91,7 @@ def run_rounds(
     """Run llama-bench on several files in turn.
 
     Args:
-        runs: for each key, llama-bench's options that name the file (as a Path) and whatever else is special to it.
+        runs: for each key, llama-bench's options that name the file (as a Path) and what else is special to it.
         settings: what to measure.
         tools: where llama-bench is.
 
@@ -112,17 +99,15 @@ def run_rounds(
         Seconds by phase and threads ("prompt-1"), then round, then key.
 
     Raises:
-        D2QError: llama-bench isn't built, or can't run a file.
+        D2QError: llama-bench isn't built, or can't run a file, or a path has a comma.
     """
+    check_paths(word for own in runs.values() for word in own if isinstance(word, Path))
     threads = ",".join(map(str, settings.threads))
     options = ("-p", settings.prompt, "-n", settings.generation, "-t", threads, "-r", 1, "-o", "json")
     times: dict[str, list[dict[Key, float]]] = {}
-    with (
-        _without_commas(runs) as linked,
-        Progress("Measuring speed", settings.rounds * len(runs), "run") as progress,
-    ):
+    with Progress("Measuring speed", settings.rounds * len(runs), "run") as progress:
         for index in range(settings.rounds):
-            for key, own in linked.items():
+            for key, own in runs.items():
                 for run in json.loads(tools.run("llama-bench", *own, *options)):
                     phase = f"{PROMPT if run['n_prompt'] else GENERATION}-{run['n_threads']}"
                     rounds = times.setdefault(phase, [{} for _ in range(settings.rounds)])
@@ -131,19 +116,20 @@ def run_rounds(
     return times
 
 
+def check_paths(paths: Iterable[Path]) -> None:
+    """Raise a D2QError for a path with a comma, where llama-bench would split it."""
+    for path in paths:
+        if "," in str(path):
+            raise D2QError(f"llama-bench splits {path} at the comma; use a path without one")
+
+
 def benchmark(
     files: Mapping[str, Path], settings: Settings, stock: Path | None = None, tools: Tools = INSTALLED
 ) -> Benchmark:
-    """Measure the speed of files, and its ratio to that of a stock file.
-
-    Args:
-        files: by the names that they have in the result.
-        settings: what to measure.
-        stock: the file to compare with.
-        tools: where llama-bench is.
+    """Measure the speed of files, by the names that they have in the result, and its ratio to that of a stock file.
 
     Raises:
-        D2QError: a file can't be read or run, or llama-bench isn't built.
+        D2QError: a file can't be read, or see run_rounds.
     """
     for path in (*files.values(), *([stock] if stock else ())):
         GGUFFile(path).check_blocks()
@@ -175,7 +161,7 @@ def stock_file(like: Path, type_name: str, tools: Tools = INSTALLED) -> Iterator
     Args:
         like: the GGUF file.
         type_name: llama-quantize's name of the type, for example "Q2_K".
-        tools: where llama-quantize is.
+        tools: where llama.cpp's tools are.
 
     Raises:
         D2QError: llama-quantize isn't built, or there is no such type.
@@ -188,35 +174,14 @@ def stock_file(like: Path, type_name: str, tools: Tools = INSTALLED) -> Iterator
     tables = ("--token-embedding-type", embedding, "--output-tensor-type", head)
     with tempfile.TemporaryDirectory() as work:
         out, imatrix = Path(work) / "stock.gguf", Path(work) / "imatrix.gguf"
-        weights: tuple[object, ...] = ()
-        if type_name.upper().startswith("IQ"):
-            # llama-quantize refuses most of these without one.
+        options: tuple[object, ...] = ("--allow-requantize", "--pure", *tables)
+        if type_name.upper().startswith("IQ"):  # llama-quantize refuses most of these without an importance matrix
             text = BUILTIN["calibration"]
             tools.run("llama-imatrix", "-m", like, "-f", text, "-o", imatrix, "-c", 128, "--chunks", 1)
-            weights = ("--imatrix", imatrix)
+            options = (*options, "--imatrix", imatrix)
         try:
-            tools.run("llama-quantize", "--allow-requantize", "--pure", *weights, *tables, like, out, type_name.upper())
+            tools.run("llama-quantize", *options, like, out, type_name.upper())
         except D2QError as error:
             reason = str(error).splitlines()[-1]
             raise D2QError(f"can't make a {type_name} file of {like} to compare with: {reason}") from error
         yield out
-
-
-@contextmanager
-def _without_commas(runs: Mapping[Key, Sequence[object]]) -> Iterator[dict[Key, Sequence[object]]]:
-    """Replace paths with a comma, which llama-bench would split there, by links."""
-    with tempfile.TemporaryDirectory() as work:
-
-        def plain(word: object) -> object:
-            if not isinstance(word, Path) or "," not in str(word):
-                return word
-            if "," in work:
-                raise D2QError(
-                    f"llama-bench splits {word} at the comma; rename it, or set TMPDIR to a directory without a comma "
-                    "in its path"
-                )
-            link = Path(tempfile.mkdtemp(dir=work)) / word.name.replace(",", "_")
-            link.symlink_to(word.resolve())
-            return link
-
-        yield {key: [plain(word) for word in own] for key, own in runs.items()}

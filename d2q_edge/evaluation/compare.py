@@ -1,8 +1,4 @@
-"""Compare several GGUF files of one model: accuracy, size and speed.
-
-Stock files are made first; the original model runs once over the text; every file is measured against it; then all of
-them take turns in llama-bench.
-"""
+"""Compare several GGUF files of one model: accuracy, size and speed."""
 
 import sys
 from collections.abc import Sequence
@@ -36,15 +32,16 @@ def compare(
 ) -> Comparison:
     """Measure files against the original model that they were made from.
 
+    Stock files are made first; the original model runs once over the text; every file is measured against it; then all
+    of them take turns in llama-bench.
+
     Args:
         original: its GGUF file, usually in F16 or BF16.
         files: what to compare.
         settings: what to measure.
-        keep_stock: directory for the stock files, and to reuse them from; None makes them in `scratch` and removes
-            them.
+        keep_stock: where stock files are kept, and reused from; None makes them in `scratch` and removes them.
         reports: files that `convert --report` wrote; that of FILE is also looked for in FILE.json.
-        scratch: directory for large temporary files; None takes the cache directory, because the system's temporary
-            directory may be in memory.
+        scratch: for large temporary files; None takes the cache, because the system's directory may be in memory.
         tools: where llama.cpp's tools are.
 
     Raises:
@@ -85,9 +82,7 @@ def compare(
 def short_names(paths: Sequence[Path]) -> dict[Path, str]:
     """Return distinct printable names for files: without the directory where that is enough."""
     stems = [path.name.removesuffix(".gguf") for path in paths]
-    return {
-        path: printable(stem if stems.count(stem) == 1 else str(path)) for path, stem in zip(paths, stems, strict=True)
-    }
+    return {path: printable(s if stems.count(s) == 1 else str(path)) for path, s in zip(paths, stems, strict=True)}
 
 
 def _speeds(paths: Sequence[Path], settings: Settings, threads: int, tools: Tools) -> dict[Path, dict[str, float]]:
@@ -96,6 +91,7 @@ def _speeds(paths: Sequence[Path], settings: Settings, threads: int, tools: Tool
         return {}
     try:
         tools.find("llama-bench")
+        benchmark.check_paths(paths)
     except D2QError as error:
         print(f"no speeds: {error}", file=sys.stderr)
         return {}

@@ -18,12 +18,9 @@ class Settings:
     """What is measured, and how.
 
     Attributes:
-        text: path of the text to measure on, or "builtin".
-        chunks: limit of their number; None takes the whole text.
-        context: tokens per chunk.
+        text, chunks, context: see perplexity.evaluate.
         stock: stock types to compare with.
-        pure: quantize every matrix of a stock file to its type, see stock.StockQuantizer.
-        calibration: text for the stock files' importance matrix.
+        pure, calibration: of the stock files, see stock.StockQuantizer.
         speed: also measure tokens per second.
         threads: for the speed; None takes all CPUs that this process may use.
         prompt, generation, rounds: for the speed, see benchmark.Settings.
@@ -53,7 +50,7 @@ class Row:
         name: in the table.
         kind: REFERENCE, GIVEN or STOCK.
         evaluation: accuracy and size; without KL divergence for the reference.
-        speeds: tokens per second by phase, "prompt" and "generation"; empty if they weren't measured.
+        speeds: tokens per second by PROMPT and GENERATION; empty if they weren't measured.
         allocation: types of its blocks' matrices, see inspection.allocation.
         conversion: the report of `convert --report`, if one was found.
     """
@@ -67,12 +64,11 @@ class Row:
 
     def beats(self, other: "Row") -> bool:
         """Return whether this file is as small as another one and nearer to the reference, or as near and smaller."""
-        (own, size), (others, other_size) = (
-            (row.evaluation.kl_divergence_mean, row.evaluation.bytes) for row in (self, other)
-        )
+        own, others = self.evaluation.kl_divergence_mean, other.evaluation.kl_divergence_mean
+        size, limit = self.evaluation.bytes, other.evaluation.bytes
         if own is None or others is None:
             return False
-        return (own < others and size <= SAME_SIZE * other_size) or (own == others and SAME_SIZE * size < other_size)
+        return (own < others and size <= SAME_SIZE * limit) or (own == others and SAME_SIZE * size < limit)
 
 
 @dataclass(frozen=True)
@@ -93,21 +89,11 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for json.dump."""
-        best = self.best()
-        return {
-            "model": self.model,
-            "settings": {**asdict(self.settings), "threads": self.threads},
-            "files": [
-                {
-                    "name": row.name,
-                    "kind": row.kind,
-                    **row.evaluation.to_json(),
-                    "tokens_per_second": dict(row.speeds),
-                    "best_at_its_size": row in best,
-                }
-                for row in self.rows
-            ],
-        }
+        best, files = self.best(), []
+        for row in self.rows:
+            own = {"tokens_per_second": dict(row.speeds), "best_at_its_size": row in best}
+            files.append({"name": row.name, "kind": row.kind, **row.evaluation.to_json(), **own})
+        return {"model": self.model, "settings": {**asdict(self.settings), "threads": self.threads}, "files": files}
 
     def best(self) -> list[Row]:
         """Return the rows that no other row beats."""
@@ -129,9 +115,7 @@ class Comparison:
                 divergence = f"{e.kl_divergence_mean:.4f} ± {e.kl_divergence_stderr:.4f}"
             p99 = "-" if e.kl_divergence_p99 is None else f"{e.kl_divergence_p99:.3f}"
             agreement = "-" if e.top1_agreement is None else f"{e.top1_agreement:.1%}"
-            prompt, generation = (
-                f"{row.speeds[phase]:.1f}" if phase in row.speeds else "-" for phase in (PROMPT, GENERATION)
-            )
+            prompt, generation = (f"{row.speeds[p]:.1f}" if p in row.speeds else "-" for p in (PROMPT, GENERATION))
             lines.append(
                 f"{row.name + (' *' if row in best else ''):{width}}{size_text(e.bytes):>10}{e.bits_per_weight:8.3f}"
                 f"{e.perplexity:12.3f}{divergence:>18}{p99:>8}{agreement:>8}{prompt:>12}{generation:>10}"

@@ -14,19 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from d2q_edge.calibration.text import Text, load_text
 from d2q_edge.errors import D2QError
-from d2q_edge.evaluation.token_scores import (
-    MIN_VALUES,
-    TWO_SIDED,
-    Floats,
-    Logits,
-    quantile_interval,
-    score_tokens,
-    stderr,
-)
+from d2q_edge.evaluation import token_scores
+from d2q_edge.evaluation.token_scores import Floats, Logits, Tokens, stderr
 from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.runtime.llama_model import LlamaModel
 from d2q_edge.utils.progress import INTERVAL, Progress
@@ -37,10 +29,9 @@ class Evaluation:
     """Results; those that compare with a reference are None without one. All `_stderr` are standard errors.
 
     Attributes:
-        perplexity: exp of the mean negative log-likelihood of the scored tokens.
-        reference_perplexity: the same of the reference.
-        kl_divergence_mean: of the file's predictions from the reference's, in nats per token.
-        kl_divergence_p99, kl_divergence_median, kl_divergence_max: the same over tokens.
+        perplexity, reference_perplexity: exp of the mean negative log-likelihood of the scored tokens.
+        kl_divergence_mean: of the file's predictions from the reference's, in nats per token; the mean, 99 % quantile,
+            median and maximum over tokens.
         top1_agreement: share of positions where both files have the same most likely token.
         chunks: number of chunks.
         bytes: size of the file.
@@ -75,7 +66,7 @@ class Evaluation:
 
     def describe(self) -> str:
         """Format the results for a terminal, with 95 % confidence intervals."""
-        enough = self.scored >= MIN_VALUES
+        enough = self.scored >= token_scores.MIN_VALUES
         lines = [f"perplexity      {_interval(self.perplexity, self.perplexity_stderr if enough else None, '.4f')}"]
         compared: tuple[tuple[str, float | None, float | None, str], ...] = (
             ("reference       ", self.reference_perplexity, self.reference_perplexity_stderr, ".4f"),
@@ -105,8 +96,6 @@ def evaluate(
     text: str = "builtin",
     chunks: int | None = None,
     context: int = 512,
-    *,
-    interval: float = INTERVAL,
 ) -> Evaluation:
     """Measure one file, and its distance from a reference.
 
@@ -116,7 +105,6 @@ def evaluate(
         text: path of a text file, or "builtin".
         chunks: limit of their number; None takes the whole text.
         context: tokens per chunk.
-        interval: seconds between two lines of progress where stderr is no terminal.
 
     Raises:
         D2QError: a file can't be read or loaded, the text is too short, or the two files' tokens differ.
@@ -135,16 +123,16 @@ def evaluate(
         model = stack.enter_context(LlamaModel(path, context))
         windows = cut(model, content, context, chunks)
         if reference is None:
-            return measure(file, model, windows, interval=interval)
+            return measure(file, model, windows)
         base = stack.enter_context(LlamaModel(reference, context))
         check_same_tokens(path, model, windows, reference, base.vocab_size, cut(base, content, context, chunks))
-        return measure(file, model, windows, lambda index: scored_logits(base, windows[index]), interval=interval)
+        return measure(file, model, windows, lambda index: scored_logits(base, windows[index]))
 
 
 def measure(
     file: GGUFFile,
     model: LlamaModel,
-    windows: npt.NDArray[np.int32],
+    windows: Tokens,
     reference: Callable[[int], Logits] | None = None,
     on_logits: Callable[[int, Logits], None] | None = None,
     *,
@@ -168,7 +156,7 @@ def measure(
         for index, tokens in enumerate(windows):
             logits = scored_logits(model, tokens)
             targets = tokens[len(tokens) // 2 + 1 :]
-            scores.append(score_tokens(logits, targets, reference(index) if reference else None))
+            scores.append(token_scores.score_tokens(logits, targets, reference(index) if reference else None))
             if on_logits is not None:
                 on_logits(index, logits)
             means = np.concatenate(scores, axis=1).mean(axis=1)
@@ -177,13 +165,13 @@ def measure(
     return _summarize(np.concatenate(scores, axis=1), len(windows), file)
 
 
-def cut(model: LlamaModel, text: Text, context: int, limit: int | None) -> npt.NDArray[np.int32]:
+def cut(model: LlamaModel, text: Text, context: int, limit: int | None) -> Tokens:
     """Tokenize a text into at most `limit` chunks, int32 [chunks, context], with BOS first where the model has one.
 
     Raises:
         D2QError: the text is shorter than one chunk.
     """
-    tokens = model.tokenize(text.content)
+    tokens = np.array(model.tokenize(text.content), dtype=np.int32)
     count = len(tokens) // context
     if count == 0:
         raise D2QError(
@@ -197,26 +185,17 @@ def cut(model: LlamaModel, text: Text, context: int, limit: int | None) -> npt.N
 
 
 def check_same_tokens(
-    path: Path,
-    model: LlamaModel,
-    windows: npt.NDArray[np.int32],
-    reference: Path,
-    vocab_size: int,
-    expected: npt.NDArray[np.int32],
+    path: Path, model: LlamaModel, windows: Tokens, reference: Path, vocab_size: int, expected: Tokens
 ) -> None:
-    """Check that a file and the reference, with its vocab_size and chunks, can be compared token by token.
-
-    Raises:
-        D2QError: they split the text differently, or have vocabularies of different sizes.
-    """
+    """Raise a D2QError unless a file has the chunks and the vocab_size that are expected from the reference."""
     if not np.array_equal(windows, expected):
         raise D2QError(f"{path} and {reference} split the text into different tokens; they are different models")
     if vocab_size != model.vocab_size:
         raise D2QError(f"{path} has {model.vocab_size} tokens and {reference} {vocab_size}; they are different models")
 
 
-def scored_logits(model: LlamaModel, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
-    """Run one chunk, and return the logits of its scored positions: float32 [positions, vocab].
+def scored_logits(model: LlamaModel, tokens: Tokens) -> Logits:
+    """Run one chunk, int32 [context], and return the logits of its scored positions: float32 [positions, vocab].
 
     They are valid until the model's next call. Position i predicts the token len(tokens) // 2 + 1 + i. The last token's
     logits predict a token after the chunk; they are left out.
@@ -226,13 +205,12 @@ def scored_logits(model: LlamaModel, tokens: npt.NDArray[np.int32]) -> npt.NDArr
 
 def _summarize(scores: Floats, chunks: int, file: GGUFFile) -> Evaluation:
     """Reduce the scores of all tokens, see score_tokens."""
-    losses = scores[0]
+    losses, *others = scores
     perplexity = math.exp(losses.mean())
-    compared: dict[str, Any] = dict.fromkeys(
-        ("reference_perplexity", "kl_divergence_mean", "kl_divergence_p99", "top1_agreement")
-    )
-    if len(scores) > 1:
-        _, base_losses, divergences, agreements = scores
+    names = ("reference_perplexity", "kl_divergence_mean", "kl_divergence_p99", "top1_agreement")
+    compared: dict[str, Any] = dict.fromkeys(names)
+    if others:
+        base_losses, divergences, agreements = others
         agreement = float(agreements.mean())
         reference, ratio = math.exp(base_losses.mean()), math.exp((losses - base_losses).mean())
         compared = {
@@ -243,7 +221,7 @@ def _summarize(scores: Floats, chunks: int, file: GGUFFile) -> Evaluation:
             "kl_divergence_mean": float(divergences.mean()),
             "kl_divergence_stderr": stderr(divergences),
             "kl_divergence_p99": float(np.quantile(divergences, 0.99)),
-            "kl_divergence_p99_interval": quantile_interval(divergences, 0.99),
+            "kl_divergence_p99_interval": token_scores.quantile_interval(divergences, 0.99),
             "kl_divergence_median": float(np.median(divergences)),
             "kl_divergence_max": float(divergences.max()),
             "top1_agreement": agreement,
@@ -263,5 +241,5 @@ def _summarize(scores: Floats, chunks: int, file: GGUFFile) -> Evaluation:
 def _interval(value: float, error: float | None, form: str) -> str:
     if error is None:
         return f"{value:{form}}"
-    half = TWO_SIDED * error
+    half = token_scores.TWO_SIDED * error
     return f"{value:{form}} ({value - half:{form}} to {value + half:{form}})"

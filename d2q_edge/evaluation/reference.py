@@ -1,7 +1,6 @@
 """Run the original model on a text once, and keep its log-probabilities on disk to compare several files with them.
 
-Two large models don't always fit into memory together; one model and this file do. Half precision changes a KL
-divergence by about 1e-6.
+Two large models don't always fit into memory together. Half precision changes a KL divergence by about 1e-6.
 """
 
 import shutil
@@ -16,7 +15,7 @@ import numpy.typing as npt
 from d2q_edge.calibration.text import Text
 from d2q_edge.errors import D2QError
 from d2q_edge.evaluation.perplexity import Evaluation, check_same_tokens, cut, measure
-from d2q_edge.evaluation.token_scores import Logits, log_softmax
+from d2q_edge.evaluation.token_scores import Logits, Tokens, log_softmax
 from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.runtime.llama_model import LlamaModel
 
@@ -31,23 +30,19 @@ class Reference:
     Attributes:
         path: its GGUF file.
         text: what it was measured on.
-        windows: the text in chunks of tokens, int32 [chunks, context].
+        windows: its tokens in chunks, int32 [chunks, context].
         scores: log-probabilities at the scored positions, float16 [chunks, positions, vocab], mapped from disk.
         evaluation: its own perplexity and size.
     """
 
     path: Path
     text: Text
-    windows: npt.NDArray[np.int32]
+    windows: Tokens
     scores: npt.NDArray[np.float16]
     evaluation: Evaluation
 
     def evaluate(self, path: Path) -> Evaluation:
-        """Measure a file, and its distance from the original.
-
-        Raises:
-            D2QError: it can't be read or loaded, or is a different model.
-        """
+        """Measure a file, and its distance from the original; errors as in perplexity.evaluate."""
         file, (chunks, context) = GGUFFile(path), self.windows.shape
         with LlamaModel(path, context) as model:
             windows = cut(model, self.text, context, chunks)
@@ -57,14 +52,14 @@ class Reference:
 
 @contextmanager
 def reference(path: Path, text: Text, chunks: int | None, context: int, directory: Path) -> Iterator[Reference]:
-    """Run the original model on a text, and keep its predictions on disk inside the with block.
+    """Run the original model on a text, and keep its predictions in a directory inside the with block.
 
     Args:
         path: its GGUF file.
         text: what to measure on.
         chunks: limit of their number; None takes the whole text.
         context: tokens per chunk.
-        directory: where the predictions are kept.
+        directory: needs space for 2 * chunks * positions * vocab bytes.
 
     Raises:
         D2QError: the file can't be loaded, the text is too short, or the disk is too full.

@@ -1,7 +1,6 @@
 """Make files in llama.cpp's own types with its own tools and an importance matrix, to compare with.
 
-The importance matrix takes longest and is small: it is kept in the cache. Its name, and those of the stock files, have
-a hash of what they were made from.
+The importance matrix, which takes longest, is kept in the cache.
 """
 
 import hashlib
@@ -15,7 +14,7 @@ from d2q_edge.calibration.text import BUILTIN, load_text
 from d2q_edge.errors import D2QError
 from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.runtime import source
-from d2q_edge.runtime.llama_file import LlamaVocabulary
+from d2q_edge.runtime.llama_model import LlamaVocabulary
 from d2q_edge.runtime.tools import INSTALLED, Tools
 from d2q_edge.utils.files import scratch_directory
 from d2q_edge.utils.machine import usable_cpus
@@ -71,10 +70,6 @@ class StockQuantizer:
         A file's name has a hash of the original's path, size and time of its last change, the calibration text, the
         type, and `pure`, so that files of other originals and texts can lie beside it.
 
-        Args:
-            types: some of TYPES.
-            directory: where the files are; created if it doesn't exist.
-
         Raises:
             D2QError: see `quantize`; or the directory can't be written to, or another file has a stock file's name.
         """
@@ -84,9 +79,8 @@ class StockQuantizer:
             targets[kind] = directory / f"{self.original.stem}-{label}-{self._hash(label)}.gguf"
         missing = [kind for kind, target in targets.items() if not _is_there(target)]
         if missing:
-            # Find out whether the directory can be written to before making the importance matrix.
             with scratch_directory(directory, UNFINISHED, REMEDY):
-                pass
+                pass  # it can be written to, which is better known before the importance matrix is made
         for kind, target in targets.items():
             if kind in missing:
                 self.quantize(kind, target)
@@ -103,10 +97,9 @@ class StockQuantizer:
         matrix = self.importance_matrix()
         with scratch_directory(target.parent, UNFINISHED, REMEDY) as work:
             made = work / target.name
-            self.tools.follow(
-                "llama-quantize", *(PURE if self.pure else ()), "--imatrix", matrix, self.original, made, type_name,
-                self.threads or usable_cpus(), description=f"Making {type_name}", unit="tensor",
-            )  # fmt: skip
+            options = (*(PURE if self.pure else ()), "--imatrix", matrix)
+            arguments = (*options, self.original, made, type_name, self.threads or usable_cpus())
+            self.tools.follow("llama-quantize", *arguments, description=f"Making {type_name}", unit="tensor")
             _move(made, target)
 
     def importance_matrix(self) -> Path:
@@ -120,7 +113,7 @@ class StockQuantizer:
             return target
         # llama-imatrix checks the length, too, but its message can be lost.
         with LlamaVocabulary(self.original) as vocabulary:
-            count = len(vocabulary.tokenize(load_text(self.calibration, "calibration").content, special=False))
+            count = len(vocabulary.tokenize(load_text(self.calibration, "calibration").content, add_special=False))
         if count < 2 * IMATRIX_CONTEXT:
             raise D2QError(
                 f"the calibration text has {count} tokens, but an importance matrix needs {2 * IMATRIX_CONTEXT}: "
@@ -129,10 +122,9 @@ class StockQuantizer:
         path = BUILTIN["calibration"] if self.calibration == "builtin" else Path(self.calibration)
         with scratch_directory(target.parent, "partial-", "set XDG_CACHE_HOME") as work:
             made = work / target.name
-            self.tools.follow(
-                "llama-imatrix", "-m", self.original, "-f", path, "-o", made, "-c", IMATRIX_CONTEXT,
-                "-t", self.threads or usable_cpus(), description="Importance matrix", unit="chunk",
-            )  # fmt: skip
+            options = ("-c", IMATRIX_CONTEXT, "-t", self.threads or usable_cpus())
+            arguments = ("-m", self.original, "-f", path, "-o", made, *options)
+            self.tools.follow("llama-imatrix", *arguments, description="Importance matrix", unit="chunk")
             _move(made, target)
         return target
 
@@ -143,8 +135,8 @@ class StockQuantizer:
             status = self.original.stat()
         except OSError as error:
             raise D2QError(f"can't read {self.original}: {error.strerror or error}") from error
-        path = str(self.original.resolve())
-        inputs = [path, status.st_size, status.st_mtime_ns, text.sha256, IMATRIX_CONTEXT, *others]
+        original = (str(self.original.resolve()), status.st_size, status.st_mtime_ns)
+        inputs = [*original, text.sha256, IMATRIX_CONTEXT, *others]
         return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+Tokens = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float64]
 Logits = npt.NDArray[np.floating[Any]]
 TWO_SIDED = 1.96
@@ -26,7 +27,7 @@ def log_softmax(logits: Logits) -> Floats:
     return shifted
 
 
-def score_tokens(logits: Logits, targets: npt.NDArray[np.int32], reference: Logits | None = None) -> Floats:
+def score_tokens(logits: Logits, targets: Tokens, reference: Logits | None = None) -> Floats:
     """Score predictions of the next token.
 
     Args:

@@ -18,7 +18,7 @@ import gguf
 
 from d2q_edge.errors import D2QError
 from d2q_edge.model.checkpoint import Checkpoint
-from d2q_edge.model.hub import Repository, repository
+from d2q_edge.model.hub import repository
 from d2q_edge.utils.json_files import read_json_object
 
 _INT32 = range(-(2**31), 2**31)
@@ -63,7 +63,7 @@ def _load(directory: Path, parameters: int, *, quantized: bool) -> gguf.Metadata
     if metadata.sampling_penalty_repeat is None and isinstance(generation, dict):
         metadata.sampling_penalty_repeat = generation.get("repetition_penalty")
     if (source := repository(directory)) is not None:
-        _name_after(metadata, source, directory, parameters, quantized)
+        _name_after(metadata, source, directory, parameters, quantized=quantized)
     return metadata
 
 
@@ -82,19 +82,19 @@ def _load_without_card(checkpoint: Checkpoint, directory: Path, parameters: int)
         return _load(copy, parameters, quantized=False)
 
 
-def _name_after(metadata: gguf.Metadata, source: Repository, directory: Path, parameters: int, quantized: bool) -> None:
+def _name_after(metadata: gguf.Metadata, source: str, directory: Path, parameters: int, *, quantized: bool) -> None:
     """Take names from a repository's id in place of the directory's name, which is a commit in the hub's cache.
 
     A quantized file's base model is the repository, whatever that one's own base is; this is how the hub shows it.
     """
     card = gguf.Metadata.load_model_card(directory)
     if quantized:
-        card = {**card, "base_model": source.id}
-    config = {"_name_or_path": source.id}
+        card = {**card, "base_model": source}
+    config = {"_name_or_path": source}
     known = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), card, config, total_params=parameters)
     for field in ("name", "organization", "basename", "finetune", "version", "size_label", "base_models"):
         setattr(metadata, field, getattr(known, field))
-    metadata.source_repo_url = metadata.source_repo_url or source.url
+    metadata.source_repo_url = metadata.source_repo_url or f"https://huggingface.co/{source}"
 
 
 def _convert(value: Any, kind: str) -> Any:

@@ -22,7 +22,7 @@ import gguf
 from d2q_edge import runtime
 from d2q_edge.errors import D2QError
 from d2q_edge.model.tokenizer import Tokenizer
-from d2q_edge.runtime.llama_file import LlamaVocabulary
+from d2q_edge.runtime.llama_model import LlamaVocabulary
 
 PROBE = Path(__file__).parents[1] / "data" / "tokenizer_probe.json"
 _SPECIAL_SAMPLES, _VOCABULARY_SAMPLES, _WORDS_PER_TEXT = 64, 2000, 50
@@ -75,7 +75,8 @@ def verify(path: Path, directory: Path, tokenizer: Tokenizer, *, quiet: bool = F
     known: set[str] = set()
     with LlamaVocabulary(path) as vocabulary:
         for text, gaps in _probes(tokenizer, reference):
-            ours, theirs = vocabulary.tokenize(text, special=reference.special), reference.encode(text)
+            special, theirs = reference.special, reference.encode(text)
+            ours = vocabulary.tokenize(text, add_special=special, read_special=special)
             if ours != theirs and not gaps:
                 raise D2QError(_difference(text, ours, theirs, reference))
             if ours != theirs:

@@ -1,8 +1,4 @@
-"""Read the weights of one block after another, as they are stored, onto the CPU.
-
-For a GPU, a thread reads and checks the next block while the GPU works on the current one, into pinned memory, from
-which transfers take a tenth of the time.
-"""
+"""Read the weights of one block after another, as they are stored, onto the CPU."""
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,31 +12,24 @@ Tensors = list[tuple[str, torch.Tensor]]
 
 
 class BlockReader:
-    """Read the blocks of one checkpoint."""
+    """Read the blocks of one checkpoint.
+
+    With `ahead`, for a GPU, a thread reads and checks the next block while the GPU works on the current one; with `pin`
+    into pinned memory, from which transfers take a tenth of the time.
+    """
 
     def __init__(self, checkpoint: Checkpoint, family: Family, *, ahead: bool, pin: bool = True) -> None:
-        """Prepare; nothing is read yet.
-
-        Args:
-            checkpoint, family: the model.
-            ahead: whether `begin` starts a thread; otherwise it does nothing.
-            pin: whether blocks are read ahead into pinned memory, which takes a GPU.
-        """
         self._checkpoint, self._family, self._pin = checkpoint, family, pin
         self._pool = ThreadPoolExecutor(1) if ahead else None
         self._begun: tuple[int, Future[Tensors]] | None = None
 
     def begin(self, index: int) -> None:
-        """Start reading block `index`, if it exists."""
+        """Start reading block `index`, if it exists and blocks are read ahead."""
         if self._pool is not None and index < self._family.num_layers:
             self._begun = index, self._pool.submit(lambda: list(self._read(index, pin=self._pin)))
 
     def read(self, index: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the tensors of a block with their names relative to it.
-
-        Raises:
-            D2QError: a tensor holds NaN or infinity, or can't be read.
-        """
+        """Yield a block's tensors with their names in it; raise D2QError if one holds NaN or can't be read."""
         begun, self._begun = self._begun, None
         if begun is not None and begun[0] == index:
             yield from begun[1].result()

@@ -1,13 +1,12 @@
-"""Run a checkpoint one decoder block at a time, through transformers' modules.
+"""Run a checkpoint one decoder block at a time, through transformers' modules; nothing else of the model is in memory.
 
-A block can be run whole, by sublayers, or only up to the input of one of its linear layers. It lives as long as its
-caller keeps it; nothing else of the model is in memory. transformers is imported on first use, because that takes
-seconds.
+transformers is imported on first use, because that takes seconds.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,12 +35,7 @@ def model_config(checkpoint: Checkpoint) -> Any:
 
 
 def empty_model(config: Any, attention: str) -> Any:
-    """Build transformers' model without weights, its experts as separate modules.
-
-    Args:
-        config: from `model_config`.
-        attention: name of an attention implementation of transformers.
-    """
+    """Build transformers' model without weights, with separate experts and a named attention implementation."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -63,14 +57,8 @@ class BlockRunner:
     """Load and run the decoder blocks of one checkpoint, in float32 on one device."""
 
     def __init__(self, checkpoint: Checkpoint, family: Family, device: torch.device) -> None:
-        """Build the model without weights.
-
-        Raises:
-            D2QError: transformers can't make sense of config.json.
-        """
-        self.checkpoint = checkpoint
-        self.family = family
-        self.device = device
+        """Build the model without weights; raise D2QError if transformers can't make sense of config.json."""
+        self.checkpoint, self.family, self.device = checkpoint, family, device
         try:
             config = model_config(checkpoint)
             model = empty_model(config, _attention(device))
@@ -97,11 +85,7 @@ class BlockRunner:
             yield rows.float() * self.family.embedding_scale
 
     def load(self, index: int) -> nn.Module:
-        """Return block `index` with the checkpoint's weights, in float32.
-
-        Raises:
-            D2QError: a weight is NaN or infinite, or can't be read.
-        """
+        """Return block `index` in float32; raise D2QError if a weight is NaN or infinite, or can't be read."""
         block: nn.Module = copy.deepcopy(self._layers[index])
         # Moved before the cast to float32: half the bytes.
         weights = {name: tensor.to(self.device).float() for name, tensor in self._reader.read(index)}
@@ -112,10 +96,6 @@ class BlockRunner:
     def share(self, block: nn.Module) -> nn.Module:
         """Copy a block; its parameters are the original's tensors until one of them is replaced."""
         return copy.deepcopy(block, {id(parameter): parameter for parameter in block.parameters()})
-
-    def add_norm_bias(self, block: nn.Module, norm: str, bias: torch.Tensor) -> None:
-        """Add a bias [channels] to the output of a norm, named relative to the block, from now on."""
-        add_bias(block.get_submodule(norm), bias.to(self.device))
 
     def final_norm(self) -> nn.Module:
         """Return the norm before lm_head with the checkpoint's weight, in float32."""
@@ -130,27 +110,16 @@ class BlockRunner:
         return output
 
     def sublayer_forward(self, block: nn.Module, sublayer: Sublayer, residual: torch.Tensor) -> torch.Tensor:
-        """Return the residual stream after one sublayer of a block.
-
-        Args:
-            block: from `load` or `share`.
-            sublayer: one of the family's.
-            residual: the residual stream before it, float32 [windows, context, hidden].
-        """
+        """Return the residual stream after a sublayer for that before it, both float32 [windows, context, hidden]."""
         output = self._run_module(block, sublayer, residual)
         if sublayer.output_norm is not None:
             output = block.get_submodule(sublayer.output_norm)(output)
         return residual + output
 
     def group_input(self, block: nn.Module, group: LinearGroup, residual: torch.Tensor) -> torch.Tensor:
-        """Return what the layers of a linear group read, float32 [windows * context, in_features].
+        """Return what the layers of a linear group read, float32 [windows * context, in_features], and compute no more.
 
-        Nothing after that input is computed.
-
-        Args:
-            block: from `load` or `share`.
-            group: one of the family's.
-            residual: the residual stream before the group's sublayer, float32 [windows, context, hidden].
+        `residual` is the stream before the group's sublayer, float32 [windows, context, hidden].
         """
         if group.norm is not None:
             normed: torch.Tensor = block.get_submodule(group.norm)(residual)
@@ -170,16 +139,11 @@ class BlockRunner:
     def trace(
         self, block: nn.Module, layers: tuple[str, ...], hidden: torch.Tensor
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Run a block and capture the inputs of some of its linear layers.
-
-        Args:
-            block: from `load` or `share`.
-            layers: names relative to the block.
-            hidden: the block's input, float32 [windows, context, hidden].
+        """Run a block on its input, float32 [windows, context, hidden], and capture the inputs of some linear layers.
 
         Returns:
-            The inputs by name, float32 [tokens, in_features] (a routed expert sees only its own tokens), and the output
-            of the block, float32 [windows, context, hidden].
+            The inputs by the layers' names in the block, float32 [tokens, in_features] (a routed expert sees only its
+            own tokens), and the output of the block, float32 [windows, context, hidden].
         """
         with _captured_inputs(block, layers) as inputs:
             return inputs, self.forward(block, hidden)
@@ -194,14 +158,14 @@ class BlockRunner:
         normed = block.get_submodule(sublayer.norm)(residual)
         module = block.get_submodule(sublayer.module)
         inputs = self._attention_inputs(block, residual) if sublayer.module == "self_attn" else {}
-        output = module(normed, **inputs)
+        output: torch.Tensor | tuple[torch.Tensor, ...] = module(normed, **inputs)
         # Attention also returns its weights, and a mixture of experts its router's output.
-        result: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return result
+        return output[0] if isinstance(output, tuple) else output
 
     def _attention_inputs(self, block: nn.Module, hidden: torch.Tensor) -> dict[str, Any]:
         """Return positions and mask; without a mask, transformers' scaled-dot-product attention is causal."""
-        index, context = _block_index(block), hidden.shape[1]
+        attention: Any = block.get_submodule("self_attn")
+        index, context = attention.layer_idx, hidden.shape[1]
         positions = torch.arange(context, device=hidden.device)
         # A model whose layer types have different ropes has one module for all of them.
         kind = (self._layer_types[index],) if isinstance(getattr(self._rotary, "rope_type", None), dict) else ()
@@ -240,25 +204,15 @@ def _captured_inputs(
     """Capture the inputs of some layers of a block; with `stop` the forward pass ends at the first one."""
     inputs: dict[str, torch.Tensor] = {}
 
-    def hook_for(name: str) -> Callable[[nn.Module, Any], None]:
-        def hook(_: nn.Module, arguments: Any) -> None:
-            inputs[name] = arguments[0].reshape(-1, arguments[0].shape[-1])
-            if stop:
-                raise _InputReached
+    def hook(name: str, _: nn.Module, arguments: Any) -> None:
+        inputs[name] = arguments[0].reshape(-1, arguments[0].shape[-1])
+        if stop:
+            raise _InputReached
 
-        return hook
-
-    handles = [block.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in layers]
+    handles = [block.get_submodule(name).register_forward_pre_hook(partial(hook, name)) for name in layers]
     try:
         with suppress(_InputReached):
             yield inputs
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _block_index(block: nn.Module) -> int:
-    index = block.get_submodule("self_attn").layer_idx
-    if not isinstance(index, int):
-        raise TypeError("an attention layer doesn't know its index")
-    return index

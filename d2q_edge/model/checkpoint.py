@@ -1,8 +1,7 @@
-"""Open a Hugging Face checkpoint directory: its config.json and its safetensors weights.
+"""Open a Hugging Face checkpoint directory: its config.json and its safetensors weights, which are read on demand.
 
-Everything that can be wrong with the files is reported in one sentence; tensors are read one at a time, on demand. The
-directory is untrusted input: no symbolic link may lead out of it, because what it points to would end up in a file that
-is meant to be published.
+The directory is untrusted input: no symbolic link may lead out of it, because what it points to would end up in a file
+that is meant to be published.
 """
 
 from collections.abc import KeysView, Mapping
@@ -28,16 +27,11 @@ class Checkpoint:
     """An opened checkpoint directory; create one with `Checkpoint.open`."""
 
     def __init__(self, directory: Path, config: dict[str, Any], entries: dict[str, TensorEntry]) -> None:
-        self.directory = directory
-        self.config = config
-        self._entries = entries
+        self.directory, self.config, self._entries = directory, config, entries
 
     @classmethod
     def open(cls, path: str | Path) -> "Checkpoint":
-        """Read config.json and the headers of all weight files of a model; no weights are loaded.
-
-        Args:
-            path: a directory, or a Hugging Face id (`hub.locate`).
+        """Read config.json and all weight files' headers of a directory, or of a Hugging Face id (`hub.locate`).
 
         Raises:
             D2QError: the directory doesn't exist or the id can't be fetched; config.json or weights are missing or
@@ -80,19 +74,11 @@ class Checkpoint:
         return self._entries.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor without loading it.
-
-        Raises:
-            D2QError: there is no such tensor.
-        """
+        """Return the shape of a tensor without loading it; raise D2QError if there is no such tensor."""
         return self._entry(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the stored dtype of a tensor (bfloat16, float16 or float32) without loading it.
-
-        Raises:
-            D2QError: there is no such tensor, or its dtype isn't supported.
-        """
+        """Return a tensor's stored dtype; raise D2QError if it is missing, or not bfloat16, float16 or float32."""
         entry = self._entry(name)
         if entry.dtype not in DTYPES:
             raise D2QError(
@@ -108,7 +94,7 @@ class Checkpoint:
             D2QError: the tensor doesn't exist, can't be read, has an unsupported dtype, or holds NaN or infinity.
         """
         self.dtype(name)
-        entry = self._entry(name)
+        entry = self._entries[name]
         try:
             with safetensors.safe_open(entry.file, framework="pt", device="cpu") as file:
                 tensor: torch.Tensor = file.get_tensor(entry.name)
@@ -119,16 +105,12 @@ class Checkpoint:
         return tensor
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Compare the checkpoint with the tensors that its architecture requires.
+        """Compare the checkpoint with the names and shapes of the tensors that it must have (`Family.tensor_shapes()`).
 
         A redundant `lm_head.weight` beside tied embeddings is accepted if it equals them.
 
-        Args:
-            shapes: shape by tensor name (`Family.tensor_shapes()`).
-
         Raises:
-            D2QError: a tensor is missing, unexpected, of an unsupported dtype, or of another shape than config.json
-                implies.
+            D2QError: a tensor is missing, unexpected, of an unsupported dtype, or of another shape.
         """
         for name, expected in shapes.items():
             if name not in self._entries:

@@ -1,8 +1,7 @@
-"""Separate modules for the experts of a Mixture-of-Experts block, in place of transformers' fused ones.
+"""Separate modules for the experts of a Mixture-of-Experts block, in place of transformers' two fused tensors.
 
-transformers keeps all experts of a block in two tensors. Checkpoints have them one by one, as
-mlp.experts.N.{gate,up,down}_proj, and so must a model whose layers are loaded, traced and replaced one at a time. The
-router stays transformers' own.
+Checkpoints have the experts one by one, as mlp.experts.N.{gate,up,down}_proj, and so must a model whose layers are
+loaded, traced and replaced one at a time. The router stays transformers' own.
 """
 
 from collections.abc import Callable
@@ -38,12 +37,9 @@ class Experts(nn.ModuleList):
     """All experts of a block, with the call signature of transformers' fused module."""
 
     def forward(self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Return the weighted sum of the chosen experts' outputs, [tokens, hidden_size].
+        """Return the weighted sum of the chosen experts' outputs, like `hidden` floats [tokens, hidden_size].
 
-        Args:
-            hidden: floats [tokens, hidden_size].
-            chosen: indices of the chosen experts, int64 [tokens, top_k].
-            weights: the router's weights for them, floats [tokens, top_k].
+        `chosen` are the experts' indices, int64 [tokens, top_k], `weights` the router's, floats of the same shape.
         """
         result = torch.zeros_like(hidden)
         for number, expert in enumerate(self):

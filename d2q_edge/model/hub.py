@@ -1,8 +1,8 @@
 """Fetch models by their Hugging Face id into the hub's cache.
 
-huggingface_hub does the transfers; this module selects the files (never pickles), checks the disk
-space beforehand, falls back to a complete cached copy when the hub can't be reached, and explains every failure in one
-sentence. The access token comes from the environment variable HF_TOKEN only.
+huggingface_hub does the transfers; this module selects the files (never pickles), checks the disk space beforehand,
+falls back to a complete cached copy when the hub can't be reached, and explains every failure in one sentence. The
+access token comes from the environment variable HF_TOKEN only.
 """
 
 import errno
@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import huggingface_hub
 from huggingface_hub import constants, errors
@@ -33,26 +32,10 @@ _ID = re.compile(r"(?!.*(--|\.\.))(?!.*\.git$)[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9
 _SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)", re.ASCII)
 
 
-class Repository(NamedTuple):
-    """A model on the hub: its id ("Qwen/Qwen3-8B") and a commit hash."""
-
-    id: str
-    commit: str
-
-    @property
-    def url(self) -> str:
-        """Return the address of the model's page."""
-        return f"https://huggingface.co/{self.id}"
-
-
 def locate(model: str | Path, revision: str | None = None) -> Path:
-    """Return the directory of a model, after fetching it into the hub's cache if it is given by its id.
+    """Return the directory of a model; one given by its Hugging Face id is fetched into the hub's cache.
 
-    A directory wins over an id of the same spelling.
-
-    Args:
-        model: a directory, or a Hugging Face id.
-        revision: branch, tag or commit of an id; None is its main branch.
+    A directory wins over an id of the same spelling. The revision of an id is a branch, tag or commit; None is main.
 
     Raises:
         D2QError: the model can't be fetched, has no safetensors weights, or a revision is given for a directory.
@@ -67,22 +50,17 @@ def locate(model: str | Path, revision: str | None = None) -> Path:
     return _Download(str(model), revision or constants.DEFAULT_REVISION).run()
 
 
-def repository(directory: Path) -> Repository | None:
-    """Return which model a directory of the hub's cache (`models--ORG--NAME/snapshots/COMMIT`) holds; else None."""
-    directory = directory.resolve()
-    match = _SNAPSHOT.fullmatch(directory.parent.parent.name)
-    if match is None or directory.parent.name != "snapshots":
-        return None
-    return Repository(f"{match[1]}/{match[2]}", directory.name)
+def repository(directory: Path) -> str | None:
+    """Return the id of the model in a directory of the hub's cache (models--ORG--NAME/snapshots/COMMIT), or None."""
+    snapshots = directory.resolve().parent
+    match = _SNAPSHOT.fullmatch(snapshots.parent.name)
+    return f"{match[1]}/{match[2]}" if match and snapshots.name == "snapshots" else None
 
 
 def blob_directories(directory: Path) -> tuple[Path, ...]:
     """Return where the symbolic links of a snapshot may lead: the blobs of its repository, and the shared ones."""
-    directory = directory.resolve()
-    if repository(directory) is None:
-        return ()
-    storage = directory.parent.parent
-    return storage / "blobs", storage.parent / "blobs"
+    storage = directory.resolve().parent.parent
+    return () if repository(directory) is None else (storage / "blobs", storage.parent / "blobs")
 
 
 class _Download:

@@ -5,6 +5,7 @@ default, and prefixes its tensor names: `language_model.` in published files, `m
 transformers 5 saves. llama.cpp's converter (conversion/gemma.py) also skips the vision tower.
 """
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,11 +24,7 @@ def is_multimodal(config: dict[str, Any]) -> bool:
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the config.json that the text model alone would have.
-
-    Raises:
-        D2QError: text_config is missing or invalid.
-    """
+    """Return the config.json of the text model alone; raise D2QError if text_config is missing or invalid."""
     from transformers import AutoConfig
 
     architecture, model_type = TEXT_MODELS[config["architectures"][0]]
@@ -50,12 +47,5 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
 
 def text_names(names: Iterable[str]) -> dict[str, str]:
     """Map the text model's tensor names to the names that they have in the multimodal checkpoint."""
-    found = {}
-    for name in names:
-        if name.startswith("language_model."):
-            found[name.removeprefix("language_model.")] = name
-        elif name.startswith("model.language_model."):
-            found["model." + name.removeprefix("model.language_model.")] = name
-        elif not name.startswith(_VISION_PREFIXES):
-            found[name] = name
-    return found
+    kept = (name for name in names if not name.startswith(_VISION_PREFIXES))
+    return {re.sub(r"^(model\.)?language_model\.", r"\1", name): name for name in kept}

@@ -19,17 +19,12 @@ def rotation_pays(family: Family) -> bool:
 class RotatedCheckpoint(Checkpoint):
     """A checkpoint whose tensors are rotated on demand, one at a time.
 
-    All tensors are float32, so that nothing is rounded to the 16 bits of the original. The config is the original's
-    with untied embeddings: make the family of the rotated model from it. The directory stays the original's.
+    By default all tensors are float32, so that nothing is rounded to the 16 bits of the original. The config is the
+    original's with untied embeddings: make the family of the rotated model from it. The directory stays the original's.
     """
 
     def __init__(self, source: Checkpoint, seed: int, dtype: torch.dtype = torch.float32) -> None:
-        """Wrap a checkpoint that was checked against its family's shapes; no weights are loaded.
-
-        Args:
-            source: the original checkpoint.
-            seed: for the random signs of the rotation.
-            dtype: of every tensor.
+        """Wrap a checkpoint that was checked against its family's shapes; `seed` is for the rotation's random signs.
 
         Raises:
             D2QError: the config isn't one of a supported family, or rotation isn't exact for the family.
@@ -61,20 +56,12 @@ class RotatedCheckpoint(Checkpoint):
         self._folded = set(self._norm_of.values())
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype of `tensor` without loading it.
-
-        Raises:
-            D2QError: there is no such tensor, or its stored dtype isn't supported.
-        """
+        """Return the dtype of every tensor; raise D2QError as `Checkpoint.dtype`."""
         super().dtype(name)
         return self._dtype
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Load and rotate one tensor; every call does it again.
-
-        Raises:
-            D2QError: as `Checkpoint.tensor`, also for the norm weight that is folded into the tensor.
-        """
+        """Load and rotate one tensor; raise D2QError as `Checkpoint.tensor`, also for the norm folded into it."""
         self.dtype(name)
         tied = name == self._head and self._tied
         tensor = self._source.tensor(self._embedding if tied else name)

@@ -28,30 +28,23 @@ MAX_DIMS, MAX_NAME = 8, 1000
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """The header entry of one tensor: its file, its name there, its dtype code ("BF16", ...) and its shape."""
+    """The header entry of one tensor."""
 
     file: Path
-    name: str
-    dtype: str
+    name: str  # in the file
+    dtype: str  # "BF16", ...
     shape: tuple[int, ...]
 
 
 def indexed_files(index: Path) -> list[str]:
-    """Return the sorted names of the weight files that an index refers to.
-
-    Raises:
-        D2QError: the index is damaged, or names something other than a plain *.safetensors file name.
-    """
+    """Return the sorted names of an index's weight files; raise D2QError if it is damaged or a name isn't plain."""
     return sorted(set(_read_weight_map(index).values()))
 
 
 def read_headers(directory: Path) -> dict[str, TensorEntry]:
-    """Read the headers of all weight files in a directory.
+    """Return the entries of all weight files' headers by tensor name, sorted by file, then by name.
 
     model.safetensors wins over an index, as in transformers.
-
-    Returns:
-        The entries by tensor name: files in the order of their names, tensors of a file sorted by name.
 
     Raises:
         D2QError: there are no weights, only pickles, or a file is missing, damaged, or contradicts the index.
@@ -137,21 +130,14 @@ def _read_header(file: Path) -> dict[str, TensorEntry]:
 
 def _parse_entry(file: Path, name: str, value: object) -> tuple[TensorEntry, int, int]:
     """Return one tensor's entry, and where its bytes begin and end in the data."""
-    if isinstance(value, dict):
-        dtype, shape, offsets = value.get("dtype"), _sizes(value.get("shape")), _sizes(value.get("data_offsets"))
-        if isinstance(dtype, str) and dtype.isidentifier() and shape is not None and offsets is not None:
-            known = DTYPES.get(dtype)
-            if len(offsets) == 2 and len(shape) <= MAX_DIMS:
-                begin, end = offsets
-                if begin <= end and (known is None or end - begin == math.prod(shape) * known.itemsize):
-                    return TensorEntry(file, name, dtype, shape), begin, end
+    match value:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]}:
+            whole = all(type(size) is int and size >= 0 for size in (*shape, begin, end))
+            if whole and dtype.isidentifier() and len(shape) <= MAX_DIMS and begin <= end:
+                known = DTYPES.get(dtype)
+                if known is None or end - begin == math.prod(shape) * known.itemsize:
+                    return TensorEntry(file, name, dtype, tuple(shape)), begin, end
     raise D2QError(f"{file} describes tensor {name} in a way that makes no sense; download it again")
-
-
-def _sizes(value: object) -> tuple[int, ...] | None:
-    if isinstance(value, list) and all(type(item) is int and item >= 0 for item in value):
-        return tuple(value)
-    return None
 
 
 def _check_extents(file: Path, extents: list[tuple[int, int, str]], size: int) -> None:

@@ -18,14 +18,7 @@ class WholeModel:
     """A checkpoint's model in float32 on one device."""
 
     def __init__(self, checkpoint: Checkpoint, family: Family, weights: Weights, device: torch.device) -> None:
-        """Build the model and load its weights.
-
-        Args:
-            checkpoint: the source of all tensors that are not in `weights`.
-            family: the checkpoint's.
-            weights: replaced tensors.
-            device: where the model is placed.
-        """
+        """Build the model, and load `weights` and what they leave out from the checkpoint."""
         config = model_config(checkpoint)
         model = empty_model(config, "sdpa")
         tensors = {
@@ -42,8 +35,7 @@ class WholeModel:
             model.model.embed_tokens.embed_scale = torch.tensor(family.embedding_scale, device=device)
         for name in weights.keys() - tensors.keys():
             add_bias(model.get_submodule(name.removesuffix(".bias")), weights[name].to(device, torch.float32))
-        self._model = model
-        self.device = device
+        self._model, self.device = model, device
 
     def module(self, name: str) -> nn.Module:
         """Return a module by its name in the checkpoint."""

@@ -20,12 +20,7 @@ ENERGY_SHARE = 4
 
 
 def scale_columns(context: Context, index: int, block: nn.Module) -> QuantizedBlock:
-    """Find column scales for all groups of a block from the original model's inputs, and absorb them.
-
-    Args:
-        context: hidden states in front of the block.
-        index: number of the block.
-        block: the original block, changed in place.
+    """Find column scales for all groups of block number `index`, and absorb them in place.
 
     Returns:
         The scales, and the parameters that absorbed some and won't be quantized.

@@ -89,8 +89,7 @@ def plan_memory(
     """Choose where the hidden states are kept, and make sure that everything fits.
 
     Args:
-        family: of the model.
-        tokens: of the calibration windows, all together.
+        family, tokens: of the model, and of all windows together.
         batch_tokens: of one forward pass.
         device: the computing device.
         output: the file to be written; unfinished work is kept beside it.
@@ -101,8 +100,7 @@ def plan_memory(
     Raises:
         D2QError: it doesn't fit in the memory (or the limit), the GPU's memory, or on the disk.
     """
-    own = -(-tokens // processes)
-    streams = 2 * own * family.hidden_size * DTYPE.itemsize
+    streams = 2 * math.ceil(tokens / processes) * family.hidden_size * DTYPE.itemsize
     working = _working(family, batch_tokens, processes, CUDA_SEARCH if device.type == "cuda" else SEARCH)
     # The main process alone writes, and nothing else is done then.
     table = max(_elements(family, f"{name}.weight") for name in (family.embedding, family.head))
@@ -135,14 +133,11 @@ def plan_memory(
         else:
             place = output.absolute().parent
     if peak > free:
+        given = f"{free * processes / GIB:.1f} GiB are free"
+        given = given if limit is None else f"--memory-limit allows {limit / GIB:.1f}"
         raise D2QError(
-            f"this conversion needs {_at_least(peak * processes)} GiB of memory, but "
-            + (
-                f"{free * processes / GIB:.1f} GiB are free"
-                if limit is None
-                else f"--memory-limit allows {limit / GIB:.1f}"
-            )
-            + "; use a machine with more, or --no-calibration"
+            f"this conversion needs {_at_least(peak * processes)} GiB of memory, but {given}; use a machine with more, "
+            "or --no-calibration"
         )
     disk = packed + (streams * processes if isinstance(place, Path) else 0)
     # A plan may be asked for before there is a directory.

@@ -1,9 +1,10 @@
 """The GGUF file that a conversion writes: its tensors as planned, and where the data of each comes from."""
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 
@@ -39,16 +40,6 @@ class Content(Protocol):
         """Return any other tensor as `float_tensor` wants it: a matrix on the device that is to encode it."""
 
 
-class PlannedContent(Content):
-    """No data yet: enough to know the file's size."""
-
-    def packed(self, name: str) -> U8:
-        raise RuntimeError(f"{name} is only planned")
-
-    def floats(self, name: str) -> torch.Tensor:
-        raise RuntimeError(f"{name} is only planned")
-
-
 class RoundedContent(Content):
     """The checkpoint's weights, rounded to nearest one at a time, without calibration."""
 
@@ -69,8 +60,7 @@ class RoundedContent(Content):
 class QuantizedContent(Content):
     """The finished blocks in the work directory; everything else is the checkpoint's.
 
-    The last block that was read is kept, so that each is read once by those who ask for its tensors together. The file
-    has the norms' biases at its end: those of all blocks are kept, and what follows the last block.
+    The last block that was read is kept, and the norm biases of all, which stand at the end of the file.
     """
 
     def __init__(
@@ -125,39 +115,34 @@ class QuantizedContent(Content):
         return self._latest[1]
 
 
+@dataclass(frozen=True)
 class Output:
-    """One file to be written."""
+    """The file to be written.
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        family: Family,
-        tokenizer: Tokenizer,
-        types: TypePlan,
-        norm_biases: list[str],
-        metadata: dict[str, Value],
-        file_type: int,
-    ) -> None:
-        """Describe it.
+    Attributes:
+        checkpoint, family, tokenizer, types: of the model.
+        norm_biases: full names of the norms that have a bias in the file.
+        metadata: the d2q.* keys.
+        file_type: general.file_type.
+    """
 
-        Args:
-            checkpoint, family, tokenizer, types: of the model.
-            norm_biases: names of the norms that have a bias in the file.
-            metadata: the d2q.* keys.
-            file_type: general.file_type.
-        """
-        self.checkpoint, self.family, self.tokenizer, self.types = checkpoint, family, tokenizer, types
-        self.norm_biases, self.metadata, self.file_type = norm_biases, metadata, file_type
+    checkpoint: Checkpoint
+    family: Family
+    tokenizer: Tokenizer
+    types: TypePlan
+    norm_biases: list[str]
+    metadata: dict[str, Value]
+    file_type: int
 
     def size(self) -> int:
         """Return the size of the finished file in bytes."""
-        tensors = self._tensors(PlannedContent())
+        tensors = self._tensors(None)
         return model_size(self.checkpoint, self.family, self.tokenizer, tensors, self.file_type, self.metadata)
 
     @property
     def bits_per_weight(self) -> float:
         """Mean over the elements of all tensors."""
-        tensors = self._tensors(PlannedContent())
+        tensors = self._tensors(None)
         return 8 * sum(tensor.nbytes for tensor in tensors) / sum(math.prod(tensor.shape) for tensor in tensors)
 
     def write(self, path: Path, content: Content, force: bool, *, verify: bool = True) -> None:
@@ -166,33 +151,24 @@ class Output:
         Raises:
             D2QError: the file can't be written, or (with `verify`) its tokenizer differs in llama.cpp.
         """
-        write_model(
-            path,
-            self.checkpoint,
-            self.family,
-            self.tokenizer,
-            self._tensors(content),
-            file_type=self.file_type,
-            extra=self.metadata,
-            force=force,
-            verify=verify,
-        )
+        model = self.checkpoint, self.family, self.tokenizer, self._tensors(content)
+        write_model(path, *model, file_type=self.file_type, extra=self.metadata, force=force, verify=verify)
 
-    def _tensors(self, content: Content) -> list[GGUFTensor]:
-        replacements, types = {}, self.types.all
-        for name in self.family.tensor_shapes():
-            type_name = types.get(name, "f32")
+    def _tensors(self, content: Content | None) -> list[GGUFTensor]:
+        """List the file's tensors; without content they can't be loaded."""
+        packed, floats = (content.packed, content.floats) if content else (_no_data, _no_data)
+        family, replacements = self.family, {}
+        for name in family.tensor_shapes():
+            type_name = self.types.all.get(name, "f32")
             if type_name in tensor_types.BY_NAME and name in self.types.linears:
-                replacements[name] = packed_tensor(self.family, name, type_name, partial(content.packed, name))
+                replacements[name] = packed_tensor(family, name, type_name, partial(packed, name))
             else:
-                replacements[name] = float_tensor(self.family, name, type_name, partial(content.floats, name))
-        biases = [
-            GGUFTensor(
-                self.family.gguf_name(f"{norm}.bias"),
-                (self.family.hidden_size,),
-                "f32",
-                partial(content.floats, f"{norm}.bias"),
-            )
-            for norm in self.norm_biases
-        ]
-        return [*model_tensors(self.checkpoint, self.family, "f32", replacements), *biases]
+                replacements[name] = float_tensor(family, name, type_name, partial(floats, name))
+        tensors = model_tensors(self.checkpoint, family, "f32", replacements)
+        for name in (f"{norm}.bias" for norm in self.norm_biases):
+            tensors.append(GGUFTensor(family.gguf_name(name), (family.hidden_size,), "f32", partial(floats, name)))
+        return tensors
+
+
+def _no_data(name: str) -> NoReturn:
+    raise RuntimeError(f"{name} is only planned")

@@ -22,7 +22,7 @@ from d2q_edge.model.whole_model import WholeModel
 from d2q_edge.pipeline.work_dir import WorkDir
 from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.quantized_layer import QuantizedLayer
-from d2q_edge.quantize.refine import RefinementLosses, State, tune
+from d2q_edge.quantize.refine import SCHEDULE, RefinementLosses, Schedule, State, tune
 from d2q_edge.quantize.tunable import TunableLinear, TunableNorm
 from d2q_edge.utils.machine import available_memory
 
@@ -54,7 +54,12 @@ def refined_norms(family: Family) -> list[str]:
 
 
 def refine(
-    checkpoint: Checkpoint, family: Family, windows: npt.NDArray[np.int64], work: WorkDir, device: torch.device
+    checkpoint: Checkpoint,
+    family: Family,
+    windows: npt.NDArray[np.int64],
+    work: WorkDir,
+    device: torch.device,
+    schedule: Schedule = SCHEDULE,
 ) -> Refinement:
     """Tune the finished blocks in `work`, and keep the result there as well.
 
@@ -63,6 +68,7 @@ def refine(
         windows: calibration tokens [windows, context], some of which are used for validation.
         work: all blocks are finished.
         device: where both models fit.
+        schedule: of the tuning.
     """
     student = _Student(checkpoint, family, work, device)
     state, codes = _read_state(work)
@@ -71,7 +77,8 @@ def refine(
     if codes:
         student.free_codes()
     keep = _keeper(work, student.model, codes)
-    losses = tune(WholeModel(checkpoint, family, {}, device), student.model, windows, state=state, keep=keep)
+    original = WholeModel(checkpoint, family, {}, device)
+    losses = tune(original, student.model, windows, state=state, keep=keep, schedule=schedule)
     for index in range(family.num_layers + 1):
         work.write_block(index, student.result(index), refined=True)
     work.remove_state()

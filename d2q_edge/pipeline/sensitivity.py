@@ -110,7 +110,7 @@ def _rounded(runner: BlockRunner, block: nn.Module, name: str, rounding: _Roundi
     """Return a copy of the block with one layer, or one stack of them, rounded."""
     variant = runner.share(block)
     for part in runner.family.stacks.get(name, (name,)):
-        layer = variant.get_submodule(runner.family.inner_name(part).removesuffix(".weight"))
+        layer = variant.get_submodule(runner.family.split_name(part)[1].removesuffix(".weight"))
         weight = rounding(part, rounding.types[name], layer.get_parameter("weight"))
         layer.weight = nn.Parameter(weight, requires_grad=False)
     return variant

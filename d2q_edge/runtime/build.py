@@ -37,6 +37,8 @@ NEEDED = {
 """Programs for a build; one of each is enough."""
 MINIMUM_CMAKE = (3, 21)
 PIP = (sys.executable, "-m", "pip")
+Run = Callable[..., None]
+PrepareTree = Callable[[Path, Path], None]
 
 
 def _search_path() -> str:
@@ -54,18 +56,16 @@ def check_programs(search_path: str | None = None) -> None:
         D2QError: names what is missing, and the Debian packages that have it.
     """
     search_path = search_path or _search_path()
-    missing = [
-        name
-        for name, programs in NEEDED.items()
-        if not any(shutil.which(program, path=search_path) for program in programs)
-    ]
-    if missing:
+
+    def which(*programs: str) -> str | None:
+        return next(filter(None, (shutil.which(program, path=search_path) for program in programs)), None)
+
+    if missing := [name for name, programs in NEEDED.items() if not which(*programs)]:
         packages = " ".join(sorted({name if name in ("cmake", "patch") else "build-essential" for name in missing}))
         raise D2QError(
             f"to build the runtime, install {', '.join(missing)} first (Debian, Ubuntu: apt install {packages})"
         )
-    cmake = shutil.which("cmake", path=search_path) or "cmake"
-    output = subprocess.run([cmake, "--version"], capture_output=True, text=True).stdout
+    output = subprocess.run([which("cmake") or "cmake", "--version"], capture_output=True, text=True).stdout
     version = re.search(r"(\d+)\.(\d+)", output)
     if version is None or (int(version[1]), int(version[2])) < MINIMUM_CMAKE:
         found = output.split("\n")[0].strip() or "an unknown version"
@@ -75,30 +75,18 @@ def check_programs(search_path: str | None = None) -> None:
 
 
 def prepare(tree: Path, log: Path) -> None:
-    """Check the programs, and make the patched tree.
-
-    Raises:
-        D2QError: see check_programs and source.prepare.
-    """
+    """Check the programs, and make the patched tree; errors as in check_programs and source.prepare."""
     check_programs()
     source.prepare(tree, log)
 
 
-def install(
-    tools: bool = False,
-    *,
-    run: Callable[..., None] = run_logged,
-    prepare_tree: Callable[[Path, Path], None] = prepare,
-) -> RuntimeInfo:
-    """Install the patched llama-cpp-python into this environment; build what the cache lacks.
+def install(tools: bool = False, *, run: Run = run_logged, prepare_tree: PrepareTree = prepare) -> RuntimeInfo:
+    """Install the patched llama-cpp-python into this environment, build what the cache lacks, and return `info`.
 
     Args:
         tools: also build llama.cpp's command-line tools (TOOLS) from the same tree.
         run: runs a command as run_logged does.
         prepare_tree: makes the patched tree as `prepare` does.
-
-    Returns:
-        What is installed afterwards.
 
     Raises:
         D2QError: a program is missing, there is no network, CMAKE_ARGS has an open quote, or a build step failed; the
@@ -157,16 +145,12 @@ def _environment(options: Sequence[str]) -> dict[str, str]:
     return variables
 
 
-def _build_wheel(work: Path, target: Path, log: Path, run: Callable[..., None]) -> None:
+def _build_wheel(work: Path, target: Path, log: Path, run: Run) -> None:
     """Build the wheel of work/source, and move it into a folder."""
     say(f"Building the runtime on {usable_cpus()} cores, which takes a few minutes (log: {log})")
-    run(
-        [*PIP, "wheel", "--verbose", "--no-deps", "--wheel-dir", work / "wheel", work / "source"],
-        log,
-        "building the runtime failed",
-        description="Building the runtime",
-        env=_environment(WHEEL_OPTIONS) | {"SKBUILD_BUILD_DIR": str(work / "build")},
-    )
+    command = [*PIP, "wheel", "--verbose", "--no-deps", "--wheel-dir", work / "wheel", work / "source"]
+    env = _environment(WHEEL_OPTIONS) | {"SKBUILD_BUILD_DIR": str(work / "build")}
+    run(command, log, "building the runtime failed", description="Building the runtime", env=env)
     wheels = list((work / "wheel").glob("*.whl"))
     if len(wheels) != 1:
         raise D2QError(f"building the runtime made {len(wheels)} wheels instead of one; see {log}")
@@ -174,20 +158,15 @@ def _build_wheel(work: Path, target: Path, log: Path, run: Callable[..., None]) 
     wheels[0].replace(target / wheels[0].name)
 
 
-def _build_tools(work: Path, target: Path, log: Path, run: Callable[..., None], user_options: Sequence[str]) -> None:
+def _build_tools(work: Path, target: Path, log: Path, run: Run, user_options: Sequence[str]) -> None:
     """Build the tools of work/source, and move them with their libraries to a folder; the user's options win."""
     say(f"Building {', '.join(TOOLS)} (log: {log})")
     build, env = work / "build", _environment(())
     # A folder configured for the wheel keeps its settings; these are added.
     configure = ["cmake", "-S", work / "source", "-B", build, *TOOL_OPTIONS, *user_options]
     run(configure, log, "configuring llama.cpp's tools failed", env=env)
-    run(
-        ["cmake", "--build", build, "--parallel", str(usable_cpus()), "--target", *TOOLS],
-        log,
-        "building llama.cpp's tools failed",
-        description="Building the tools",
-        env=env,
-    )
+    command = ["cmake", "--build", build, "--parallel", str(usable_cpus()), "--target", *TOOLS]
+    run(command, log, "building llama.cpp's tools failed", description="Building the tools", env=env)
     out = work / "tools"
     out.mkdir()
     for path in (build / "bin").iterdir():
@@ -200,11 +179,7 @@ def _build_tools(work: Path, target: Path, log: Path, run: Callable[..., None], 
 
 
 def _up_to_date(key: str) -> bool:
-    """Whether the installed package is the wheel of this key.
-
-    Where its origin isn't known (installed_key), the patch decides, as long as the user gives no CMAKE_ARGS:
-    reinstalling would usually change nothing.
-    """
+    """Return whether the installed package is the wheel of this key; if unknown, the patch and no CMAKE_ARGS decide."""
     if installed_version() != source.runtime_version() or library_directory() is None:
         return False
     known = installed_key()

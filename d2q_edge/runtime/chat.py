@@ -1,4 +1,4 @@
-"""A conversation with a GGUF file through its own chat template.
+"""Talk to a GGUF file through its own chat template.
 
 llama-cpp-python applies the template, and keeps the KV cache of what the model has read already.
 """
@@ -13,15 +13,6 @@ from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.runtime.generate import load
 
 TEMPLATE_KEY = "tokenizer.chat_template"
-
-
-def has_template(path: Path) -> bool:
-    """Return whether a file has a chat template.
-
-    Raises:
-        D2QError: it can't be read.
-    """
-    return bool(GGUFFile(path).kv.get(TEMPLATE_KEY))
 
 
 class Conversation:
@@ -57,7 +48,7 @@ class Conversation:
         Raises:
             D2QError: the file has no chat template or can't be loaded, or the runtime is not installed.
         """
-        if not has_template(path):
+        if not GGUFFile(path).kv.get(TEMPLATE_KEY):
             raise D2QError(
                 f'{path} has no chat template, so it can only continue text: use `d2q-edge run {path} -p "..."`'
             )
@@ -97,8 +88,7 @@ class Conversation:
             pieces = self._model.create_chat_completion(messages=asked, stream=True, **self._options)
             with closing(pieces):
                 for piece in pieces:
-                    text = piece["choices"][0]["delta"].get("content")
-                    if text:
+                    if text := piece["choices"][0]["delta"].get("content"):
                         said.append(text)
                         yield text
         except Exception as error:

@@ -14,9 +14,10 @@ SPARE_TOKENS = 8
 """Room for the special tokens around a prompt."""
 
 
-def fitting_context(file: GGUFFile, wanted: int) -> int:
-    """Limit a context to the length that the model was trained for, if the file has it."""
-    return min(wanted, file.context_length or wanted)
+def llama_options(file: GGUFFile, context: int, threads: int | None) -> dict[str, Any]:
+    """Return options of llama_cpp.Llama: n_ctx is limited to the model's own context, no threads mean all CPUs."""
+    n_ctx, count = min(context, file.context_length or context), threads or usable_cpus()
+    return {"n_ctx": n_ctx, "n_threads": count, "n_threads_batch": count, "verbose": False}
 
 
 def load(path: Path, context: int, seed: int | None = None, threads: int | None = None) -> Any:
@@ -35,14 +36,8 @@ def load(path: Path, context: int, seed: int | None = None, threads: int | None 
     file = GGUFFile(path)
     file.check_blocks()
     try:
-        return api.Llama(
-            str(path),
-            n_ctx=fitting_context(file, context),
-            n_threads=threads or usable_cpus(),
-            n_threads_batch=threads or usable_cpus(),
-            seed=api.LLAMA_DEFAULT_SEED if seed is None else seed,
-            verbose=False,
-        )
+        seed = api.LLAMA_DEFAULT_SEED if seed is None else seed
+        return api.Llama(str(path), seed=seed, **llama_options(file, context, threads))
     except Exception as error:
         # llama.cpp's ValueError, or whatever jinja2 raises for an untrusted chat template.
         raise D2QError(f"llama.cpp can't load {path}: {error}") from error
@@ -53,12 +48,10 @@ def generate(
 ) -> Iterator[str]:
     """Load a model, and return an iterator over pieces of the text that continues a prompt.
 
-    The text ends where the model ends it, or after `max_tokens`.
-
     Args:
         path: the GGUF file.
         prompt: plain text; no chat template is applied.
-        max_tokens: limit of generated tokens.
+        max_tokens: limit of generated tokens; the model may end the text earlier.
         temperature: of the sampling; 0 always takes the most likely token.
         seed: of the sampling.
         threads: number of CPU threads; None takes all CPUs that this process may use.
@@ -83,8 +76,6 @@ def _pieces(model: Any, prompt: str, max_tokens: int, temperature: float) -> Ite
                 yield piece["choices"][0]["text"]
         except ValueError as error:
             raise D2QError(f"llama.cpp can't continue the prompt: {error}") from error
-        except AssertionError as error:
-            # llama-cpp-python asserts that there is a token to begin with.
-            raise D2QError(
-                "the prompt is empty, and the model has no token that begins a text; give some text"
-            ) from error
+        except AssertionError as error:  # llama-cpp-python asserts that there is a token to begin with
+            reason = "the prompt is empty, and the model has no token that begins a text; give some text"
+            raise D2QError(reason) from error

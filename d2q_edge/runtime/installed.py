@@ -46,18 +46,12 @@ class RuntimeInfo:
 
 def info() -> RuntimeInfo:
     """Describe what is installed in this environment and in the cache; what is missing is no error."""
-    version = installed_version()
+    version, library = installed_version(), _library("llama")
     patched = PATCHED.fullmatch(version or "")
     base = _base_library() if patched else None
-    names = [base.ggml_type_name(t.id) for t in ALL] if base else []
-    library = _library("llama")
-    return RuntimeInfo(
-        version=version,
-        patch_hash=patched.group(1) if patched else None,
-        types=[name.decode() for name in names if name],
-        library=str(library) if library else None,
-        tools={name: str(path) if (path := INSTALLED.path(name)) else None for name in TOOLS},
-    )
+    types = [name.decode() for tensor_type in ALL if base and (name := base.ggml_type_name(tensor_type.id))]
+    tools = {name: str(path) if (path := INSTALLED.path(name)) else None for name in TOOLS}
+    return RuntimeInfo(version, patched and patched[1], types, str(library) if library else None, tools)
 
 
 def require() -> ModuleType:
@@ -93,24 +87,21 @@ def library_directory() -> Path | None:
         spec = importlib.util.find_spec("llama_cpp")
     except ValueError:  # sys.modules has a module without a spec
         return None
-    if spec is None or spec.origin is None:
-        return None
-    directory = Path(spec.origin).parent / "lib"
-    return directory if directory.is_dir() else None
+    directory = Path(spec.origin).parent / "lib" if spec and spec.origin else None
+    return directory if directory and directory.is_dir() else None
 
 
 def _library(name: str) -> Path | None:
-    """Path of a shared library of the package ("llama", "ggml-base"), if it is there."""
+    """Return the path of a shared library of the package ("llama", "ggml-base"), if it is there."""
     directory = library_directory()
     suffix = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
-    path = (directory or Path()) / f"{'' if sys.platform == 'win32' else 'lib'}{name}{suffix}"
-    return path if directory and path.is_file() else None
+    path = directory / f"{'' if sys.platform == 'win32' else 'lib'}{name}{suffix}" if directory else None
+    return path if path and path.is_file() else None
 
 
 def _base_library() -> ctypes.CDLL | None:
-    """libggml-base of the package, if it can be loaded and has our types."""
-    path = _library("ggml-base")
-    if path is None:
+    """Return libggml-base of the package, if it can be loaded and has our types."""
+    if (path := _library("ggml-base")) is None:
         return None
     try:
         library = ctypes.CDLL(str(path))

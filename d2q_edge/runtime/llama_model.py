@@ -1,17 +1,79 @@
-"""A GGUF file as a language model, with the patched llama-cpp-python's low-level API: tokens in, logits out."""
+"""Load a GGUF file with the patched llama-cpp-python's low-level API: its vocabulary, or a model that gives logits."""
 
+import ctypes
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from d2q_edge import runtime
 from d2q_edge.errors import D2QError
-from d2q_edge.runtime.llama_file import LlamaFile
 from d2q_edge.utils.machine import usable_cpus
 
+_LOG_ERROR, _LOG_CONTINUE = 4, 5
+_REASON = "error loading model: "
+"""What llama.cpp prints before the reason; messages that say only that it failed come later."""
 
-class LlamaModel(LlamaFile):
+Loaded = TypeVar("Loaded", bound="LlamaVocabulary")
+
+
+class LlamaVocabulary:
+    """The vocabulary of a GGUF file. Use it in a with block, or call close()."""
+
+    vocab_only = True
+
+    def __init__(self, path: Path) -> None:
+        """Load a GGUF file.
+
+        Raises:
+            D2QError: the runtime is not installed, there is no such file, or llama.cpp refuses it.
+        """
+        self._api: Any = runtime.require()
+        if not path.is_file():
+            raise D2QError(f"there is no file {path}")
+        self._log = Log(self._api)
+        self._api.llama_backend_init()
+        parameters = self._api.llama_model_default_params()
+        parameters.vocab_only = self.vocab_only
+        self._model: Any = self._api.llama_model_load_from_file(os.fsencode(path), parameters)
+        if not self._model:
+            raise D2QError(f"llama.cpp can't load {path}: {self._log.cause}")
+        self._vocab = self._api.llama_model_get_vocab(self._model)
+
+    def __enter__(self: Loaded) -> Loaded:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the model."""
+        if self._model:
+            self._api.llama_model_free(self._model)
+        self._model = None
+
+    def tokenize(self, text: str, *, add_special: bool = True, read_special: bool = False) -> list[int]:
+        """Return the token ids of a text without surrogates.
+
+        Args:
+            add_special: add the special tokens (BOS, EOS) that the file asks for.
+            read_special: parse the names of special tokens in the text.
+
+        Raises:
+            D2QError: llama.cpp fails.
+        """
+        raw = text.encode()
+        room = len(raw) + 2
+        found = (self._api.llama_token * room)()
+        count = self._api.llama_tokenize(self._vocab, raw, len(raw), found, room, add_special, read_special)
+        if count < 0:
+            raise D2QError("llama.cpp can't tokenize the text")
+        return list(found[:count])
+
+
+class LlamaModel(LlamaVocabulary):
     """A loaded model with a context for one sequence.
 
     Attributes:
@@ -19,24 +81,25 @@ class LlamaModel(LlamaFile):
         bos: the token that the model wants first, or None.
     """
 
+    vocab_only = False
+
     def __init__(self, path: Path, context: int, threads: int | None = None) -> None:
-        """Load a file.
+        """Load a GGUF file.
 
         Args:
-            path: the GGUF file.
+            path: the file.
             context: n_ctx, tokens per sequence.
             threads: number of CPU threads; None takes all CPUs that this process may use.
 
         Raises:
-            D2QError: the runtime is not installed, there is no such file, or llama.cpp refuses it.
+            D2QError: see LlamaVocabulary.
         """
-        self._context: Any = None
         super().__init__(path)
         api = self._api
         parameters = api.llama_context_default_params()
         parameters.n_ctx = parameters.n_batch = context
         parameters.n_threads = parameters.n_threads_batch = threads or usable_cpus()
-        self._context = api.llama_init_from_model(self._model, parameters)
+        self._context: Any = api.llama_init_from_model(self._model, parameters)
         if not self._context:
             self.close()
             raise D2QError(f"llama.cpp can't make a context of {context} tokens for {path}: {self._log.cause}")
@@ -50,16 +113,8 @@ class LlamaModel(LlamaFile):
         self._context = None
         super().close()
 
-    def tokenize(self, text: str) -> npt.NDArray[np.int32]:
-        """Return token ids, int32 [tokens]: special tokens added as the model wants, but not parsed in the text."""
-        return np.array(self.ids(text, add_special=True, read_special=False), dtype=np.int32)
-
     def logits(self, tokens: npt.NDArray[np.int32], first: int) -> npt.NDArray[np.float32]:
-        """Run one sequence, and return the logits at the positions from `first` on.
-
-        Args:
-            tokens: int32, at most n_ctx of them.
-            first: positions before it are not returned.
+        """Run one sequence of at most n_ctx tokens, int32, and return the logits at the positions from `first` on.
 
         Returns:
             float32 [len(tokens) - first, vocab_size]; valid until the next call.
@@ -84,3 +139,28 @@ class LlamaModel(LlamaFile):
             return np.ctypeslib.as_array(values, shape=(len(tokens) - first, self.vocab_size))
         finally:
             api.llama_batch_free(batch)
+
+
+class Log:
+    """Collect the errors in llama.cpp's log, and keep the log off the terminal."""
+
+    _active: Any = None
+
+    def __init__(self, api: Any) -> None:
+        self._errors: list[str] = []
+        self._level = 0
+
+        def receive(level: int, text: bytes, _: ctypes.c_void_p) -> None:
+            self._level = level if level != _LOG_CONTINUE else self._level
+            if self._level == _LOG_ERROR and text.strip():
+                self._errors.append(text.decode(errors="replace").strip())
+
+        # llama.cpp keeps the pointer: the callback must outlive this object.
+        Log._active = api.llama_log_callback(receive)
+        api.llama_log_set(Log._active, ctypes.c_void_p(0))
+
+    @property
+    def cause(self) -> str:
+        """Why the last call failed."""
+        reasons = [error.partition(_REASON)[2] for error in self._errors if _REASON in error]
+        return [*reasons, *self._errors[-1:], "no reason given"][0]

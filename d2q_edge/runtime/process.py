@@ -37,16 +37,14 @@ def follow(
     cwd: Path | None = None,
     interval: float = INTERVAL,
 ) -> tuple[int, str]:
-    """Run a program, and show its step counter as progress.
+    """Run a program with arguments, and show its step counter as progress.
 
     Args:
         command: program and arguments.
-        description: label of the progress ("Building").
-        unit: what one of its steps is called.
+        description, unit, interval: see Progress.
         log: file that gets everything the program prints.
         env: the program's whole environment; None passes on this process's.
         cwd: working directory.
-        interval: seconds between two lines of progress where stderr is no terminal.
 
     Returns:
         The exit code (the negative signal number if a signal ended it), and the end of the output.
@@ -80,7 +78,7 @@ def follow(
 
 
 def run_logged(
-    command: Sequence[str | Path],
+    command: Sequence[object],
     log: Path,
     failure: str,
     *,
@@ -88,11 +86,11 @@ def run_logged(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
 ) -> None:
-    """Run a program, append its output to a log file, and show its step counter as progress.
+    """Run a program as `follow` does, and append what it prints to a log file.
 
     Args:
-        command: program and arguments.
-        log: file that gets everything the program prints.
+        command: program and arguments, made strings.
+        log: path of the file.
         failure: beginning of the error message, for example "building the runtime failed".
         description: label of the progress.
         env: variables added to the environment.

@@ -10,10 +10,9 @@ from typing import Any
 from d2q_edge import runtime
 from d2q_edge.errors import D2QError
 from d2q_edge.formats.gguf_reader import GGUFFile
-from d2q_edge.runtime.chat import has_template
-from d2q_edge.runtime.generate import fitting_context
+from d2q_edge.runtime.chat import TEMPLATE_KEY
+from d2q_edge.runtime.generate import llama_options
 from d2q_edge.runtime.process import say
-from d2q_edge.utils.machine import usable_cpus
 
 EXTRA = "the server's packages are missing: pip install 'd2q-edge[serve]'"
 
@@ -50,22 +49,15 @@ def serve(
     except ImportError as error:
         raise D2QError(f"{EXTRA} ({error})") from error
     with _listen(host, port) as listener:
-        if not has_template(path):
+        if not file.kv.get(TEMPLATE_KEY):
             say("The file has no chat template: use /v1/completions, because /v1/chat/completions has to guess one.")
         if api_key is None and not _is_loopback(host):
             say("Everybody who can reach this address can use the server; --api-key makes it ask for a key.")
         # It would name a file whose settings replace those below.
         os.environ.pop("CONFIG_FILE", None)
-        model = settings.ModelSettings(
-            model=str(path),
-            model_alias=path.stem,
-            n_ctx=fitting_context(file, context),
-            n_threads=threads or usable_cpus(),
-            n_threads_batch=threads or usable_cpus(),
-            # Otherwise the logits of every token of the context are kept, which can be gigabytes.
-            logits_all=False,
-            verbose=False,
-        )
+        # Without logits_all=False the logits of every token of the context are kept, which can be gigabytes.
+        options = {**llama_options(file, context, threads), "logits_all": False}
+        model = settings.ModelSettings(model=str(path), model_alias=path.stem, **options)
         server = settings.ServerSettings(host=host, port=port, api_key=api_key)
         try:
             application = app.create_app(server_settings=server, model_settings=[model])
@@ -77,8 +69,7 @@ def serve(
         try:
             uvicorn.Server(uvicorn.Config(application, log_level="warning")).run(sockets=[listener])
         except KeyboardInterrupt:
-            # uvicorn has shut down and passes the signal on.
-            return
+            return  # uvicorn has shut down and passes the signal on
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -29,11 +29,7 @@ def cache_directory() -> Path:
 
 
 def patch_directory() -> Path:
-    """Return cpp_patch/, which is inside the installed package or beside it in a source checkout.
-
-    Raises:
-        D2QError: it is in neither place.
-    """
+    """Return cpp_patch/: inside the installed package or beside it, or raise a D2QError if it is missing."""
     package = Path(__file__).resolve().parents[1]
     for directory in (package / "cpp_patch", package.parent / "cpp_patch"):
         if (directory / "patches").is_dir():
@@ -63,10 +59,6 @@ def runtime_version() -> str:
     return f"{VERSION}+d2q.{patch_hash()}"
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def fetch_sdist(log: Path, *, run: Callable[..., None] = run_logged, sha256: str = SDIST_SHA256) -> Path:
     """Return the source distribution in the cache; download it with pip if it is missing or damaged.
 
@@ -79,70 +71,48 @@ def fetch_sdist(log: Path, *, run: Callable[..., None] = run_logged, sha256: str
         D2QError: no network, no pip, or the downloaded file is not the expected one.
     """
     target = cache_directory() / "sdist" / SDIST
-    if target.is_file() and _sha256(target) == sha256:
+    if target.is_file() and hashlib.sha256(target.read_bytes()).hexdigest() == sha256:
         return target
     say(f"Downloading the source of {PACKAGE} {VERSION}")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
         # pip builds metadata to download; only this package may come as source, its build tools come as wheels.
-        run(
-            [*pip, "download", "--no-deps", "--no-binary", PACKAGE, "-d", temporary, f"{PACKAGE}=={VERSION}"],
-            log,
-            f"can't download {PACKAGE} {VERSION} with pip (is the network up?)",
-        )
+        command = [*pip, "--no-binary", PACKAGE, "-d", temporary, f"{PACKAGE}=={VERSION}"]
+        run(command, log, f"can't download {PACKAGE} {VERSION} with pip (is the network up?)")
         downloaded = Path(temporary) / SDIST
         if not downloaded.is_file():
             raise D2QError(f"pip downloaded no {SDIST}; see {log}")
-        if (actual := _sha256(downloaded)) != sha256:
+        if (actual := hashlib.sha256(downloaded.read_bytes()).hexdigest()) != sha256:
             raise D2QError(f"the downloaded {SDIST} is not the expected file (SHA-256 {actual}); try another index")
         downloaded.replace(target)
     return target
 
 
-def _member(member: tarfile.TarInfo, destination: str) -> tarfile.TarInfo | None:
-    """Filter for tarfile.extractall: strip the top folder, drop .git, refuse what would leave the destination."""
-    parts = Path(member.name).parts[1:]
-    if not parts or parts[0] == ".git":
-        return None
-    if hasattr(tarfile, "data_filter"):
-        member = tarfile.data_filter(member.replace(name="/".join(parts), deep=False), destination)
-    elif ".." in parts or not (member.isfile() or member.isdir()):
-        raise D2QError(f"{SDIST} contains {member.name}, which is not a plain file inside it")
-    else:
-        member.name = "/".join(parts)
-    return member
-
-
 def unpack(sdist: Path, destination: Path) -> None:
-    """Unpack the source distribution without its top folder; nothing can land outside `destination`."""
+    """Unpack the source distribution without its top folder and .git; refuse what would land outside `destination`."""
     with tarfile.open(sdist) as archive:
-        if hasattr(tarfile, "data_filter"):
-            archive.extractall(destination, filter=_member)
-        else:
-            members = [kept for m in archive.getmembers() if (kept := _member(m, str(destination)))]
-            archive.extractall(destination, members=members)
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.10.12 and 3.11.4 have it
+        members = [member for member in archive if (Path(member.name).parts[1:] or [".git"])[0] != ".git"]
+        for member in members:
+            member.name = member.name.partition("/")[2]
+            if ".." in member.name.split("/") or not (member.isfile() or member.isdir()):
+                raise D2QError(f"{SDIST} contains {member.name}, which is not a plain file inside it")
+        archive.extractall(destination, members)
 
 
 def prepare(destination: Path, log: Path) -> None:
     """Make the patched tree in `destination`, which must not exist.
 
     Raises:
-        D2QError: the source can't be fetched, `patch` is missing, or a patch does not apply.
+        D2QError: the source can't be fetched, or a patch does not apply.
     """
-    if shutil.which("patch") is None:
-        raise D2QError("the program patch is missing: install it (Debian, Ubuntu: apt install patch)")
     unpack(fetch_sdist(log), destination)
     apply(patch_directory(), destination, log)
 
 
 def apply(directory: Path, tree: Path, log: Path) -> None:
-    """Apply cpp_patch to an unpacked source distribution: own sources, patches in order, the version.
-
-    Args:
-        directory: cpp_patch.
-        tree: the unpacked source distribution.
-        log: file that gets the output of `patch`.
+    """Apply cpp_patch in `directory` to the unpacked source distribution: own sources, patches in order, the version.
 
     Raises:
         D2QError: a patch does not apply to this tree.
@@ -151,12 +121,8 @@ def apply(directory: Path, tree: Path, log: Path) -> None:
     own.mkdir()
     for path in _inputs(directory):
         if path.suffix == ".patch":
-            run_logged(
-                ["patch", "-p1", "--batch", "--forward", "--fuzz=0", "-i", path.resolve()],
-                log,
-                f"the patch {path.name} does not apply to {PACKAGE} {VERSION}",
-                cwd=tree,
-            )
+            command = ["patch", "-p1", "--batch", "--forward", "--fuzz=0", "-i", path.resolve()]
+            run_logged(command, log, f"the patch {path.name} does not apply to {PACKAGE} {VERSION}", cwd=tree)
         else:
             shutil.copyfile(path, own / path.name)
     module = tree / "llama_cpp" / "__init__.py"

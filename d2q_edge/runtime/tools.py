@@ -24,9 +24,7 @@ CACHED_WHEEL = re.compile(r"/([0-9a-f]+-[0-9a-f]{8})/wheel/[^/]+\.whl$")
 def installed_key() -> str | None:
     """Return the cache folder (machine.cache_key) that the installed wheel came from; None if that isn't known.
 
-    The version tells the patch only; the key also tells CMAKE_ARGS and CPU. pip records the wheel's URL in
-    direct_url.json (PEP 610) and removes that with the package. URLs outside the cache (an editable install) tell
-    nothing.
+    Unlike the version it tells CMAKE_ARGS and CPU. pip records the wheel's URL in direct_url.json (PEP 610).
     """
     try:
         record = importlib.metadata.distribution(PACKAGE).read_text("direct_url.json")
@@ -37,10 +35,9 @@ def installed_key() -> str | None:
 
 
 def tools_directory() -> Path:
-    """Return the directory for the tools of this patch and machine.
+    """Return the directory for the tools: beside the installed wheel, unless that is one of another patch.
 
-    It lies beside the installed wheel, whose CMAKE_ARGS may have been set for the installation only. If the wheel is
-    one of another patch (d2q-edge was updated since), its tools don't count.
+    The wheel's CMAKE_ARGS may have been set for the installation only.
     """
     patch, key = patch_hash(), installed_key()
     return cache_directory() / (key if key and key.startswith(f"{patch}-") else cache_key(patch)) / "tools"
@@ -58,15 +55,10 @@ class Tools:
         return next((path for path in (directory / name, directory / f"{name}.exe") if path.is_file()), None)
 
     def find(self, name: str) -> Path:
-        """Return the path of a tool.
-
-        Raises:
-            D2QError: it has not been built.
-        """
-        path = self.path(name)
-        if path is None:
-            raise D2QError(f"the tool {name} is not built: run `d2q-edge runtime install --tools`")
-        return path
+        """Return the path of a tool, or raise a D2QError if it has not been built."""
+        if path := self.path(name):
+            return path
+        raise D2QError(f"the tool {name} is not built: run `d2q-edge runtime install --tools`")
 
     def run(self, name: str, *arguments: object) -> str:
         """Run a tool, and return what it prints on stdout.
@@ -81,14 +73,7 @@ class Tools:
         return result.stdout
 
     def follow(self, name: str, *arguments: object, description: str, unit: str, interval: float = INTERVAL) -> None:
-        """Run a tool that takes minutes, and show its progress.
-
-        Args:
-            name: one of TOOLS.
-            arguments: its arguments.
-            description: label of the progress.
-            unit: what a step is called.
-            interval: seconds between two lines of progress where stderr is no terminal.
+        """Run a tool that takes minutes, and show its progress as process.follow does.
 
         Raises:
             D2QError: it has not been built or fails; the message ends with the last lines it printed.
@@ -97,7 +82,7 @@ class Tools:
         code, tail = follow(command, description, unit, env=_environment(), interval=interval)
         if code:
             lines = [line.strip() for line in tail.splitlines() if line.strip()]
-            # llama.cpp prints from a thread that nobody waits for at the end: the last lines can be missing.
+            # llama.cpp doesn't wait at the end for the thread that prints: the last lines can be missing.
             reason = " ".join(lines[-3:]) or f"it printed nothing; to see why, run {shlex.join(command)}"
             how = f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
             raise D2QError(f"{Path(command[0]).name} failed ({how}): {reason}")

@@ -1,7 +1,6 @@
-"""Find out whether the installed runtime can run a file, by letting llama.cpp load it.
+"""Find out whether the installed runtime can run a file, by letting llama.cpp load it without reading weights.
 
-llama.cpp parses the metadata, builds the model, and looks for its tensors, without reading or allocating weights. It
-runs in a process of its own, because some malformed files make llama.cpp abort.
+It runs in a process of its own, because some malformed files make llama.cpp abort.
 """
 
 import json
@@ -12,22 +11,18 @@ from pathlib import Path
 
 from d2q_edge import runtime
 from d2q_edge.errors import D2QError
-from d2q_edge.runtime.llama_file import Log
+from d2q_edge.runtime.llama_model import Log
 
 TIMEOUT = 120
 """Seconds; it usually takes one."""
 
 
 def why_not(path: Path) -> str | None:
-    """Return one sentence about why the installed runtime can't run a GGUF file, or None if it can.
-
-    Raises nothing: a missing runtime is a reason, too.
-    """
+    """Return one sentence about why the installed runtime (or a missing one) can't run a GGUF file; None if it can."""
     command = [sys.executable, "-m", "d2q_edge.runtime.trial_load", str(path)]
     # The child must find this package, and must not start a debugger when llama.cpp aborts.
-    root = str(Path(__file__).resolve().parents[2])
-    search = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": search, "GGML_NO_BACKTRACE": "1"}
+    search = filter(None, (str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(search), "GGML_NO_BACKTRACE": "1"}
     try:
         result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIMEOUT)
         answer: str | None = json.loads(result.stdout.splitlines()[-1])

@@ -61,7 +61,7 @@ class Converted:
         self.checkpoint = Checkpoint.open(self.model)
         self.family: Family = family_for(self.checkpoint.config)
         self.plain = name == "mixed"
-        plain = {"dsq": False, "dac": False} if self.plain else {}
+        plain: dict[str, Any] = {"dsq": False, "dac": False} if self.plain else {}
         self.options = replace(QUICK, bits=bits, **plain)
         self.path = directory / f"{name}.gguf"
         self.result: Conversion = conversion.convert(self.model, self.path, self.options)

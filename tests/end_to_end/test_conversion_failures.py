@@ -100,7 +100,7 @@ class TestInterruptions:
         ],
     )
     def test_other_options_do_not_mix(
-        self, whole: tuple[Path, bytes], tmp_path: Path, change: dict[str, int], said: str
+        self, whole: tuple[Path, bytes], tmp_path: Path, change: dict[str, Any], said: str
     ) -> None:
         output, other = tmp_path / "out.gguf", replace(QUICK, **change)
         self.stop(whole[0], output)

@@ -71,7 +71,8 @@ def tree() -> tuple[set[Path], set[Path]]:
     """
     match = re.search(r"^```\n(d2q_edge/.*?)^```", ARCHITECTURE.read_text(), re.MULTILINE | re.DOTALL)
     assert match, "the page has no block that begins with d2q_edge/"
-    entries, mentioned = set(), set()
+    entries: set[Path] = set()
+    mentioned: set[Path] = set()
     folders: list[tuple[int, Path]] = []
     for line in match[1].splitlines():
         text = line.lstrip(" │├└─")

@@ -1,8 +1,6 @@
 """Benchmarks: arithmetic by hand, the stock file that is made to compare with, and llama-bench itself."""
 
 import re
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -86,7 +84,7 @@ def test_without_a_stock_file(tmp_path: Path) -> None:
     assert result.to_json() == {
         "prompt": 100,
         "generation": 10,
-        "threads": [4],
+        "threads": (4,),
         "rounds": 1,
         "tokens_per_second": {"ours": {"prompt-4": 100, "generation-4": 20}},
         "stock_tokens_per_second": None,
@@ -140,43 +138,21 @@ def test_files_without_embeddings_have_no_stock_file(tmp_path: Path) -> None:
         pass
 
 
-class TestCommas:
-    """llama-bench takes a path with a comma for two."""
+def test_paths_with_a_comma() -> None:
+    """llama-bench takes them for two."""
+    tools = FakeTools()
+    runs = {name: ("-m", Path(name)) for name in ("a.gguf", "b,c/d.gguf")}
+    with pytest.raises(D2QError, match=r"^llama-bench splits b,c/d.gguf at the comma; use a path without one$"):
+        benchmark.run_rounds(runs, Settings(), tools)
+    assert tools.benched == []
 
-    def test_links(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        paths = [tmp_path / "a,b" / "c.gguf", tmp_path / "a,b" / "c,d.gguf", tmp_path / "e.gguf"]
-        (tmp_path / "a,b").mkdir()
-        for path in paths:
-            path.write_text(path.name)
 
-        def seconds(call: int, options: Mapping[str, str]) -> tuple[float, float]:
-            assert Path(options["-m"]).read_text() == paths[(call - 1) % 3].name
-            return 1, 1
-
-        tools = FakeTools(seconds=seconds)
-        monkeypatch.chdir(tmp_path)
-        runs = {path: ("-m", path.relative_to(tmp_path)) for path in paths}
-        times = benchmark.run_rounds(runs, Settings(threads=(1,), rounds=2), tools)
-        assert [list(each) for each in times["prompt-1"]] == [paths, paths]
-        calls = [Path(options["-m"]) for options in tools.benched]
-        assert [path.name for path in calls[:3]] == ["c.gguf", "c_d.gguf", "e.gguf"]
-        assert all("," not in str(path) for path in calls) and calls[2] == Path("e.gguf")
-        assert not calls[0].exists() and not calls[0].parent.parent.exists()
-
-    def test_in_the_temporary_directory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        (tmp_path / "t,p").mkdir()
-        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "t,p"))
-        with pytest.raises(D2QError, match=r"splits a,b.gguf at the comma; rename it, or set TMP"):
-            benchmark.run_rounds({"x": ("-m", Path("a,b.gguf"))}, Settings())
-
-    def test_llama_bench(self, example_files: ExampleFiles, tmp_path: Path) -> None:
-        require_tool("llama-bench")
-        (tmp_path / "a,b").mkdir()
-        path = Path(shutil.copy(example_files.d2q2, tmp_path / "a,b" / "c,d.gguf"))
-        settings = Settings(prompt=4, generation=4, threads=(1,), rounds=1)
-        result = benchmark.benchmark({"ours": path}, settings, path)
-        assert result.speeds["ours"]["prompt-1"] > 0
-        assert result.ratios is not None and result.ratios["ours"]["generation-1"] > 0
+def test_llama_bench(example_files: ExampleFiles) -> None:
+    require_tool("llama-bench")
+    settings = Settings(prompt=4, generation=4, threads=(1,), rounds=1)
+    result = benchmark.benchmark({"ours": example_files.d2q2}, settings, example_files.d2q2)
+    assert result.speeds["ours"]["prompt-1"] > 0
+    assert result.ratios is not None and result.ratios["ours"]["generation-1"] > 0
 
 
 def test_files_are_checked_first(example_files: ExampleFiles, tmp_path: Path) -> None:

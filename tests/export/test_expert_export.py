@@ -23,7 +23,7 @@ from d2q_edge.model.families import family_for
 from d2q_edge.model.weight_files import TensorEntry
 from d2q_edge.model.whole_model import WholeModel
 from d2q_edge.options import Options
-from d2q_edge.pipeline.output import Output, PlannedContent
+from d2q_edge.pipeline.output import Output
 from d2q_edge.pipeline.type_plan import plan_types
 from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.rtn import round_layer
@@ -196,7 +196,7 @@ def test_sizes_of_real_models_without_their_weights(name: str, tmp_path: Path) -
     checkpoint.check(family.tensor_shapes())
     plan = plan_types(family, 2)
     output = Output(checkpoint, family, model_tokenizer(checkpoint, family), plan, [], {}, 80)
-    tensors = output._tensors(PlannedContent())
+    tensors = output._tensors(None)
     assert len(tensors) == {"Qwen3-30B-A3B": 3 + 48 * 12, "OLMoE-1B-7B-0924": 3 + 16 * 12}[name]
     hidden, experts, blocks = config["hidden_size"], config["num_experts"], config["num_hidden_layers"]
     floats = hidden * (1 + blocks * (2 + experts)) * 4

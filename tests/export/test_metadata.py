@@ -12,7 +12,7 @@ from d2q_edge.export.model_file import export
 from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
-from d2q_edge.runtime.llama_file import LlamaFile
+from d2q_edge.runtime.llama_model import LlamaVocabulary
 
 Make = Callable[..., Path]
 
@@ -30,7 +30,7 @@ def convert(make_checkpoint: Make, tmp_path: Path) -> Callable[..., dict[str, An
             settings = json.loads((model / "config.json").read_text())
             (model / "config.json").write_text(json.dumps({**settings, **config}))
         export(model, tmp_path / "out.gguf", "f16", force=True, verify=False)
-        with LlamaFile(tmp_path / "out.gguf", vocab_only=True):
+        with LlamaVocabulary(tmp_path / "out.gguf"):
             pass
         kv = GGUFFile(tmp_path / "out.gguf").kv
         return {key.removeprefix("general."): kv[key] for key in kv if key.startswith("general.")}

@@ -1,8 +1,7 @@
-"""Programs for 64-bit ARM: compiled here with Debian's cross compiler, run under qemu.
+"""Compile programs for 64-bit ARM with Debian's cross compiler, and run them under qemu.
 
-Knows the instruction sets that the kernels distinguish and how llama.cpp is built for ARM, once per patch, in the
-runtime's cache. llama.cpp itself is built for the plainest of them; a program for another one links our kernels,
-compiled for it, in front of the library, whose own objects the linker then leaves out.
+llama.cpp is built once per patch, in the runtime's cache, for the baseline instruction set. A program for another one
+links our kernels, compiled for that, in front of the library, whose own objects the linker then leaves out.
 """
 
 import hashlib
@@ -20,18 +19,18 @@ from tools import phone
 CC, CXX = phone.CC, phone.CXX
 BUILD_OPTIONS = (
     *phone.linux_options("armv8-a"),
-    "-DCMAKE_CXX_FLAGS_RELEASE=-O1 -DNDEBUG",  # most of the code runs once; compiling it is what takes time
+    "-DCMAKE_CXX_FLAGS_RELEASE=-O1 -DNDEBUG",  # most code runs once, so that compiling takes longer
 )
 PROGRAM = "llama-simple"
-"""Of llama.cpp's own programs the smallest; it needs no more than LIBRARIES."""
+"""The smallest program of llama.cpp; it needs no more than LIBRARIES."""
 LIBRARIES = ("libllama.a", "libggml.a", "libggml-cpu.a", "libggml-base.a")
-"""In the order in which the linker wants them."""
+"""In the order that the linker needs."""
 KERNELS = ("d2q-cpu.c", "d2q-q8.c", "d2q-arm.c", "d2q-arm-gemm.c", "d2q-mul-mat.c")
 
 
 @dataclass(frozen=True)
 class Target:
-    """An instruction set for the compiler, and a CPU of qemu that has it and, where there is one, nothing newer."""
+    """An instruction set for the compiler, and a CPU of qemu that has it and, if possible, nothing newer."""
 
     march: str
     cpu: str
@@ -45,7 +44,7 @@ TARGETS = {
 
 
 def qemu() -> str:
-    """The emulator; skips, or in CI fails, where it or the cross compiler is missing."""
+    """Find the emulator; skip the test, or fail it in CI, if it or the cross compiler is missing."""
     found = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
     if found is None:
         unavailable("qemu-aarch64 is missing (Debian: apt install qemu-user)")
@@ -55,19 +54,19 @@ def qemu() -> str:
 
 
 def run(program: Path, cpu: str, arguments: Sequence[str | Path] = ()) -> subprocess.CompletedProcess[str]:
-    """The program's result on the emulated CPU."""
+    """Run a program on the emulated CPU."""
     return subprocess.run([qemu(), "-cpu", cpu, program, *arguments], capture_output=True, text=True, check=False)
 
 
 def include_flags(tree: Path) -> list[str]:
-    """Where ggml's and llama.cpp's headers are in a patched tree."""
+    """Return compiler options for the headers of ggml and llama.cpp in a patched tree."""
     root = tree / "vendor/llama.cpp"
     folders = ("include", "ggml/include", "ggml/src", "ggml/src/ggml-cpu")
     return [f"-I{root / folder}" for folder in folders]
 
 
 def build(tree: Path) -> Path:
-    """The folder with LIBRARIES and PROGRAM, from the cache or built by tools/phone.py from the patched tree."""
+    """Return the folder of LIBRARIES and PROGRAM; build them from the patched tree unless they are cached."""
     qemu()
     key = hashlib.sha256(repr((BUILD_OPTIONS, PROGRAM)).encode()).hexdigest()[:8]
     target = source.cache_directory() / f"{source.patch_hash()}-aarch64-{key}"
@@ -85,7 +84,7 @@ def build(tree: Path) -> Path:
 
 
 def link(tree: Path, program: Path, target: Target, folder: Path) -> Path:
-    """Compile the C or C++ source `program` and our kernels for `target`, link them with llama.cpp; the executable."""
+    """Compile a C or C++ source and our kernels for `target`, link them with llama.cpp, and return the executable."""
     library = build(tree)
     flags = ["-O2", f"-march={target.march}", *include_flags(tree)]
     objects = []

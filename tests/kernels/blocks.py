@@ -1,4 +1,4 @@
-"""Random and adversarial rows of packed blocks for the kernel tests."""
+"""Make random and adversarial rows of packed blocks for the kernel tests."""
 
 import numpy as np
 import numpy.typing as npt
@@ -8,11 +8,11 @@ from d2q_edge.formats.tensor_types import GROUP, TensorType, pack
 
 U8 = npt.NDArray[np.uint8]
 SCALES = np.array([0, -0.0, 6e-8, -6e-8, 6.1e-5, 1, -1, 65504, -65504], np.float16)
-"""Zero, the smallest and largest subnormal, one, the largest: both signs."""
+"""Zero, the smallest and largest subnormal, one and the largest number, of both signs."""
 
 
 def random_rows(t: TensorType, rows: int, columns: int, seed: int = 0) -> U8:
-    """Packed rows with uniformly random codes and codebooks and scales around 0.01, of both signs."""
+    """Pack rows of uniformly random codes and codebooks, with scales around 0.01 of both signs."""
     rng = np.random.default_rng(seed)
     scales = rng.normal(0, 0.01, (rows, t.blocks(columns))).astype(np.float16)
     codebooks = rng.integers(0, 256, (rows, columns // GROUP), dtype=np.uint8)
@@ -21,7 +21,7 @@ def random_rows(t: TensorType, rows: int, columns: int, seed: int = 0) -> U8:
 
 
 def every_entry(t: TensorType) -> U8:
-    """One row in which every code of every codebook occurs at every position of a group."""
+    """Pack one row in which every code of every codebook occurs at every position of a group."""
     codes = 16 if t.paired else 8
     per_group = 16 if t.paired else 32
     books = np.repeat(np.arange(256, dtype=np.uint8), codes)
@@ -32,7 +32,7 @@ def every_entry(t: TensorType) -> U8:
 
 
 def every_scale(t: TensorType) -> U8:
-    """Random blocks with the extreme scales."""
+    """Pack random blocks with the extreme scales."""
     blocks = len(SCALES)
     rng = np.random.default_rng(1)
     books = rng.integers(0, 256, (1, blocks * t.groups), dtype=np.uint8)
@@ -41,7 +41,7 @@ def every_scale(t: TensorType) -> U8:
 
 
 def largest_entries(t: TensorType, columns: int, sign: int) -> U8:
-    """A row whose every weight is as large as the tables allow, of one sign: what could overflow a kernel's sums."""
+    """Pack a row of the largest weights of one sign that the tables have, which could overflow a kernel's sums."""
     table = (PAIR_TABLE.astype(int).sum(axis=2) if t.paired else SCALAR_TABLE.astype(int)) * sign
     book, code = np.unravel_index(int(table.argmax()), table.shape)
     scales = np.ones((1, t.blocks(columns)), np.float16)

@@ -1,4 +1,4 @@
-"""Fixtures of the kernel tests: the installed runtime's libraries, the patched source tree."""
+"""Fixtures of the kernel tests: the installed runtime's libraries and the patched source tree."""
 
 import ctypes
 import sys
@@ -15,8 +15,10 @@ from tests.kernels.ggml import Ggml
 
 @pytest.fixture(autouse=True)
 def log_on_stderr() -> Iterator[None]:
-    """Undo what earlier tests left behind: LlamaModel keeps llama.cpp's messages, which are read here, off stderr.
-    Later ones find them where llama-cpp-python puts them."""
+    """Send llama.cpp's messages to stderr, where these tests read them, and back to llama-cpp-python's log afterwards.
+
+    LlamaModel, in earlier tests, turns them off.
+    """
     if "llama_cpp" not in sys.modules:
         yield
         return
@@ -30,7 +32,7 @@ def log_on_stderr() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def ggml() -> Ggml:
-    """The libraries of the installed runtime, which must be built from this checkout's cpp_patch."""
+    """Load the libraries of the installed runtime, which must be built from this checkout's cpp_patch."""
     installed = info()
     directory = library_directory()
     if installed.patch_hash is None or directory is None:
@@ -42,7 +44,7 @@ def ggml() -> Ggml:
 
 @pytest.fixture(scope="session")
 def patched_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The unpacked source distribution with cpp_patch applied. Tests must not change it."""
+    """Unpack the source distribution and apply cpp_patch. Tests must not change it."""
     work = tmp_path_factory.mktemp("patched")
     source.unpack(fetch_sdist(work / "log"), work / "tree")
     source.apply(source.patch_directory(), work / "tree", work / "log")

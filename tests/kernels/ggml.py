@@ -1,4 +1,4 @@
-"""The few functions of ggml's shared libraries that the kernel tests call, with numpy arrays instead of pointers."""
+"""Call functions of ggml's shared libraries with numpy arrays instead of pointers."""
 
 import ctypes
 import sys
@@ -52,14 +52,14 @@ class CpuTraits(ctypes.Structure):
 
 
 def address(array: npt.NDArray[np.generic]) -> ctypes.c_void_p:
-    """Pointer to a contiguous array's data."""
+    """Return a pointer to a contiguous array's data."""
     if not array.flags.c_contiguous:
         raise ValueError("not contiguous")
     return array.ctypes.data_as(ctypes.c_void_p)
 
 
 def activation_type(t: TensorType) -> str:
-    """Name of the 8-bit type that the dot product of `t` takes: blocks of 256 or of 32."""
+    """Return the name of the 8-bit type of the other operand of `t`'s dot product, with blocks of 256 or 32."""
     return "q8_K" if t in (D2Q2, D2Q3) else "q8_0"
 
 
@@ -86,14 +86,14 @@ class Ggml:
         return self.cpu.ggml_get_type_traits_cpu(type_id).contents  # type: ignore[no-any-return]
 
     def dequantize(self, t: TensorType, packed: U8) -> F32:
-        """float32 [rows, cols] of packed rows."""
+        """Dequantize packed rows to float32 [rows, columns]."""
         columns = packed.shape[1] // t.type_size * t.block_size
         out = np.full((len(packed), columns), np.nan, np.float32)
         self.traits(t.id).to_float(address(packed), address(out), out.size)
         return out
 
     def quantize(self, t: TensorType, weights: F32, importance: F32 | None = None) -> U8:
-        """The reference encoder: packed rows of float32 [rows, cols]."""
+        """Pack float32 [rows, columns] with the reference encoder."""
         rows, columns = weights.shape
         out = np.zeros((rows, t.row_bytes(columns)), np.uint8)
         written = self.base.ggml_quantize_chunk(
@@ -113,7 +113,7 @@ class Ggml:
         return bool(self.base.ggml_validate_row_data(t.id, address(packed), ctypes.c_size_t(packed.size)))
 
     def activations(self, t: TensorType, x: F32) -> tuple[U8, F32]:
-        """x as the type that the dot product of `t` takes, through the CPU backend: (bytes, dequantized values)."""
+        """Quantize x for the dot product of `t` with the CPU backend; return the bytes and the dequantized values."""
         name = activation_type(t)
         size = self.base.ggml_row_size(self.cpu_traits(t.id).vec_dot_type, ctypes.c_int64(x.size))
         packed = np.zeros(size, np.uint8)
@@ -123,7 +123,7 @@ class Ggml:
         return packed, values
 
     def vec_dot(self, t: TensorType, columns: int, row: U8, activations: U8, generic: bool = False) -> float:
-        """Dot product as the CPU backend computes it, or by the portable function."""
+        """Compute a dot product with the CPU backend's function, or with the portable one."""
         result = ctypes.c_float(float("nan"))
         name = f"ggml_vec_dot_{t.name}_{activation_type(t)}_generic"
         function = VEC_DOT((name, self.cpu)) if generic else self.cpu_traits(t.id).vec_dot

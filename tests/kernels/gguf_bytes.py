@@ -1,4 +1,4 @@
-"""The smallest GGUF files, byte by byte, for what a writer would refuse to write."""
+"""Assemble minimal GGUF files byte by byte, including ones that a writer refuses to write."""
 
 import struct
 
@@ -8,7 +8,7 @@ def _string(text: str) -> bytes:
 
 
 def one_tensor_file(type_id: int, columns: int, rows: int, data: bytes, text: dict[str, str] | None = None) -> bytes:
-    """GGUF version 3 with string metadata and one tensor "weight" of the given type number and raw data."""
+    """Assemble a GGUF (version 3) of string metadata and one tensor "weight", of a type number and raw data."""
     pairs = text or {}
     head = struct.pack("<4sIQQ", b"GGUF", 3, 1, len(pairs))
     for key, value in pairs.items():

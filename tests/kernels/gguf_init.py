@@ -1,4 +1,4 @@
-"""gguf_init_from_file of some build of libggml-base: does it accept a file, and what does it say?"""
+"""Call gguf_init_from_file of a build of libggml-base."""
 
 import ctypes
 from pathlib import Path
@@ -9,7 +9,7 @@ class _Parameters(ctypes.Structure):
 
 
 def accepts(library: ctypes.CDLL, path: Path) -> bool:
-    """Whether the library reads the file's header; its message goes to the process's stderr."""
+    """Return whether the library accepts the file's header; it prints its message to stderr."""
     library.gguf_init_from_file.restype = ctypes.c_void_p
     library.gguf_init_from_file.argtypes = (ctypes.c_char_p, _Parameters)
     return library.gguf_init_from_file(str(path).encode(), _Parameters(True, None)) is not None

@@ -20,7 +20,7 @@ GREEDY = 32
 
 @dataclass(frozen=True)
 class Output:
-    """What run_model prints: natural log probabilities of a text's tokens; greedy tokens and their lead in logits."""
+    """Output of run_model: natural log probabilities of a text's tokens; greedy tokens and their lead in logits."""
 
     text: np.ndarray
     tokens: list[int]
@@ -37,7 +37,7 @@ def _parse(output: str) -> Output:
 
 @pytest.fixture(scope="module")
 def native(ggml: Ggml, patched_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The programs linked with the installed runtime."""
+    """Link the programs with the installed runtime."""
     del ggml
     folder, libraries = tmp_path_factory.mktemp("native"), library_directory()
     link = [f"-L{libraries}", "-lllama", "-lggml", "-lggml-base", "-lggml-cpu", f"-Wl,-rpath,{libraries}", "-lm"]
@@ -90,12 +90,12 @@ def test_model_says_the_same_as_here(
     here = _parse(
         subprocess.run([native["run_model.cpp"], *arguments], capture_output=True, text=True, check=True).stdout
     )
-    # Sums in another order tip the rounding of activations, which moves the probability of a token by some percent in
-    # this tiny model, at random: the perplexity must agree within 0.2 % or within what that explains.
+    # Another order of sums changes the rounding of activations, and thereby a token's probability by some percent in
+    # this tiny model, at random: perplexity must agree to 0.2 %, or to what that explains.
     difference = there.text - here.text
     assert difference.std() < 0.2
     assert abs(difference.mean()) < max(0.002, 3 * difference.std() / len(difference) ** 0.5)
-    # the same text, up to the first place where two tokens are as good as equal
+    # the same text, up to the first near tie of two tokens
     for a, b, lead in zip(there.tokens, here.tokens, here.leads, strict=True):
         if a != b:
             assert lead < 0.2
@@ -104,11 +104,11 @@ def test_model_says_the_same_as_here(
 
 
 def test_program_for_the_phone_writes_the_same_text(example_files: ExampleFiles, patched_tree: Path) -> None:
-    """tools/phone.py's build of llama.cpp for Linux, with a program that llama.cpp brings."""
+    """A program of llama.cpp works in the build of tools/phone.py for Linux."""
     program = arm.build(patched_tree) / arm.PROGRAM
     prompt = "The old man looked out over the"
     emulated = arm.run(program, arm.TARGETS["armv8.0"].cpu, ["-m", example_files.d2q3, "-n", "6", prompt])
     assert emulated.returncode == 0, emulated.stderr
-    # all but the last words, where the two stop after a different number of tokens
+    # all but the last words: the two stop after different numbers of tokens
     here = prompt + "".join(generate(example_files.d2q3, prompt, 4, temperature=0, seed=0))
     assert emulated.stdout.strip().startswith(here)

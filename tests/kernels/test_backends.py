@@ -1,5 +1,4 @@
-"""Backends that don't have our types leave them to the CPU. No GPU and no GPU toolkit is needed to see it: ggml itself
-declines for them, whatever they would answer."""
+"""Backends without kernels for our types leave them to the CPU. ggml declines for them, so no GPU is needed here."""
 
 import re
 import shutil
@@ -18,7 +17,7 @@ HAVE = {"CPU", "MTL", "BLAS"}
 
 @pytest.fixture(scope="module")
 def backend_names(patched_tree: Path) -> set[str]:
-    """Names under which the backends of the tree register, from their sources."""
+    """Collect the names under which the tree's backends register."""
     ggml = patched_tree / "vendor/llama.cpp/ggml"
     sources = [
         p for p in (*ggml.glob("include/*.h"), *ggml.glob("src/ggml-*/*")) if p.suffix in {".h", ".hpp", ".cpp", ".cu"}
@@ -47,7 +46,7 @@ def test_only_backends_with_kernels_are_asked(
 
 
 def test_nobody_asks_a_device_directly(patched_tree: Path) -> None:
-    """What asks around ggml_backend_dev_supports_op would not hear of it; virtgpu's server side answers for a guest."""
+    """Nothing bypasses ggml_backend_dev_supports_op but virtgpu's server, which answers for a guest."""
     src = patched_tree / "vendor/llama.cpp"
     files = [
         p

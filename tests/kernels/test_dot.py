@@ -1,4 +1,4 @@
-"""Dot products of the installed CPU backend: against float64, against the portable functions, at the limits."""
+"""Dot products of the installed CPU backend, against float64 and the portable functions, and at the limits."""
 
 import ctypes
 
@@ -14,7 +14,7 @@ COLUMNS = 2048
 
 
 def _inputs(columns: int) -> dict[str, F32]:
-    """Activations: Gaussian, heavy-tailed, and all as large as 8 bits allow, in the patterns that add up most."""
+    """Yield activations: Gaussian, heavy-tailed, and the largest of 8 bits in the patterns with the largest sums."""
     rng = np.random.default_rng(7)
     alternating = np.where(np.arange(columns) % 2, 1, -1)
     drawn = {
@@ -71,7 +71,7 @@ def test_rows_of_a_few_blocks(ggml: Ggml, t: TensorType, columns: int) -> None:
 
 
 def test_against_unquantized_activations(ggml: Ggml, t: TensorType) -> None:
-    """The whole error is the activations': at most half a step of each block's scale per weight."""
+    """Only rounding the activations causes an error: at most half a step of each block's scale per weight."""
     rows = random_rows(t, 16, COLUMNS)
     x = _inputs(COLUMNS)["gaussian"]
     activations, _ = ggml.activations(t, x)

@@ -1,4 +1,4 @@
-"""Which files the patched reader accepts, and that the stock one refuses ours with its own message."""
+"""Files that the patched reader accepts, and that the stock one refuses with its own message."""
 
 import ctypes
 import subprocess
@@ -13,7 +13,7 @@ from tests.kernels.ggml import SUFFIX, Ggml
 from tests.kernels.gguf_bytes import one_tensor_file
 from tests.kernels.gguf_init import accepts
 
-# what the reader of GGUF headers is made of, without the rest of ggml-base
+# the sources of the GGUF reader
 READER = ("ggml.c", "ggml-alloc.c", "ggml-quants.c", "ggml-backend.cpp", "ggml-backend-meta.cpp", "ggml-threading.cpp")
 
 
@@ -42,7 +42,7 @@ def test_gaps_in_the_numbering_are_refused(
 
 @pytest.fixture(scope="module")
 def stock(pristine_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The unpatched reader, compiled without optimization."""
+    """Compile the unpatched reader, without optimization."""
     ggml = pristine_tree / "vendor/llama.cpp/ggml"
     work = tmp_path_factory.mktemp("stock")
     (work / "ggml-version.h").write_text('#define GGML_VERSION ""\n#define GGML_COMMIT ""\n')

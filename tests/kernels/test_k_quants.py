@@ -1,4 +1,4 @@
-"""Our encoders of stock K types against llama.cpp's own, and their bytes through ggml's decoder."""
+"""Our K-quant encoders against llama.cpp's, decoded by ggml."""
 
 import gguf
 import numpy as np
@@ -24,7 +24,7 @@ def error(ggml: Ggml, t: TensorType, weights: F32, packed: np.ndarray[tuple[int,
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_better_than_llama_quantize(ggml: Ggml, name: str) -> None:
-    """On the example's embeddings, two tokens to a row, without importance; ggml decodes both."""
+    """On the example's embeddings, two tokens per row, without an imatrix."""
     weights = Checkpoint.open(EXAMPLE).tensor("model.embed_tokens.weight").float().numpy()[:2048].reshape(1024, -1)
     t = stock_type(name)
     ours, stock = encode(name, torch.from_numpy(weights)).numpy(), ggml.quantize(t, weights)
@@ -43,5 +43,5 @@ def test_ggml_and_gguf_decode_the_same(ggml: Ggml, name: str, scale: float) -> N
     packed = encode(name, torch.from_numpy(weights)).numpy()
     assert ggml.validate(t, packed)
     by_gguf = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[name.upper()])
-    # One fused multiply-add of difference.
+    # They may differ by one fused multiply-add.
     np.testing.assert_allclose(ggml.dequantize(t, packed), by_gguf, rtol=1e-6, atol=1e-6 * np.abs(by_gguf).max())

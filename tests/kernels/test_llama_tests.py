@@ -1,4 +1,4 @@
-"""llama.cpp's own test programs of ggml, from the patched tree, on the installed runtime's CPU backend."""
+"""llama.cpp's own tests of ggml, from the patched tree, on the installed runtime's CPU backend."""
 
 import re
 import shutil
@@ -34,7 +34,7 @@ def _run(program: Path, *arguments: str) -> str:
 
 
 def test_quantize_fns(ggml: Ggml, patched_tree: Path, tmp_path: Path) -> None:
-    """Errors of every type's reference encoder and dot product, within llama.cpp's bounds for 2 and 3 bits."""
+    """Encoders and dot products stay within llama.cpp's error bounds for 2 and 3 bits."""
     del ggml
     output = _run(_program("test-quantize-fns", patched_tree, tmp_path), "-v")
     assert output.endswith("0 tests failed\n")
@@ -57,9 +57,9 @@ OPERATIONS = ("MUL_MAT", "MUL_MAT_ID", "GET_ROWS", "CPY")
 
 @pytest.fixture(scope="module")
 def backend_ops(ggml: Ggml, patched_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Output of test-backend-ops: the CPU backend as it computes, against its reference implementation.
+    """Run test-backend-ops, which compares the CPU backend with its reference implementation, and return its output.
 
-    One run for all, because most of its time goes into making the list of its cases.
+    Once for all operations, because it takes most of its time to list its cases.
     """
     del ggml
     program = _program("test-backend-ops", patched_tree, tmp_path_factory.mktemp("ops"))

@@ -1,4 +1,4 @@
-"""The modelled cycles of the ARM kernels: how they are counted, and that ours need fewer than those they replace."""
+"""Modelled cycles of the ARM kernels: how they are counted, and that ours need fewer than those they replace."""
 
 import shutil
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""The Metal kernels, compiled for this machine's CPU and dispatched by ggml's own host code, against ggml's C code.
+"""The Metal kernels, compiled for this CPU and dispatched by ggml's own host code, against ggml's C code.
 
-Weights and activations are small integers times powers of two, so that every product and every sum is exact in any
-order: results must be equal, not close. Two stock types go through the same tests and show that the emulation is right.
+Weights and activations are small integers times powers of two, so that sums are exact in any order, and results must be
+equal. Two stock types go through the same tests to validate the emulation.
 """
 
 import re
@@ -24,7 +24,7 @@ from tests.kernels.metal.translate import ATTRIBUTE
 F64 = npt.NDArray[np.float64]
 POWERS = np.array([0.5, 1, 2, -0.5, -1, -2], np.float16)
 STOCK = {"q4_0": (2, 32, 18), "q2_K": (10, 256, 84)}
-"""Number, weights and bytes of a block of the stock types."""
+"""Type number, weights and bytes per block of the stock types."""
 NAMES = [*(t.name for t in ALL), *STOCK]
 OWN = {t.name: t for t in ALL}
 
@@ -36,7 +36,7 @@ def _needs(*programs: str) -> None:
 
 @pytest.fixture(scope="module")
 def emulator(patched_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    """The patched tree's Metal kernels and host code."""
+    """Compile the patched tree's Metal kernels and host code."""
     _needs("gcc", "g++", "cmake", "ninja")
     return Emulator(build(patched_tree, tmp_path_factory.mktemp("metal")))
 
@@ -46,7 +46,7 @@ def block_size(name: str) -> int:
 
 
 def exact_weights(name: str, shape: tuple[int, ...], seed: int = 0) -> Quantized:
-    """Random packed weights [..., rows, columns] whose values are integers times a power of two."""
+    """Pack random weights [..., rows, columns] that are integers times a power of two."""
     rng = np.random.default_rng(seed)
     *lead, columns = shape
     rows = int(np.prod(lead))
@@ -71,18 +71,18 @@ def exact_activations(shape: tuple[int, ...], seed: int = 1) -> npt.NDArray[np.f
 
 
 def product(weights: npt.NDArray[np.float32], x: npt.NDArray[np.float32]) -> F64:
-    """[..., tokens, rows] of weights [..., rows, columns] and x [..., tokens, columns]."""
+    """Multiply weights [..., rows, columns] by x [..., tokens, columns] to [..., tokens, rows]."""
     return np.asarray(x.astype(np.float64) @ np.swapaxes(weights.astype(np.float64), -1, -2))
 
 
 def expected_path(name: str, columns: int, tokens: int) -> str:
-    """Which of ggml's kernels computes a product."""
+    """Return which of ggml's kernels computes a product."""
     if columns % 128 == 0 and (2 if name == "q4_0" else 4) <= tokens <= 8:
         return "mul_mv_ext"
     return "mul_mm" if tokens > 8 else "mul_mv"
 
 
-# rows that divide no tile of 4, 8 or 64, and one that divides all; columns with odd and even numbers of blocks
+# rows that are no multiple of the tiles of 4, 8 or 64, and one that is; odd and even numbers of blocks
 @pytest.mark.parametrize("tokens", [1, 3, 4, 5, 6, 8, 9, 33])
 @pytest.mark.parametrize(("rows", "blocks_of_256"), [(1, 1), (7, 2.5), (5, 9), (128, 0.25), (70, 0.75)])
 @pytest.mark.parametrize("name", NAMES)
@@ -100,7 +100,7 @@ def test_mul_mat(emulator: Emulator, name: str, rows: int, blocks_of_256: float,
 @pytest.mark.parametrize("tokens", [1, 5, 10])
 @pytest.mark.parametrize("name", NAMES)
 def test_mul_mat_in_batches(emulator: Emulator, name: str, tokens: int) -> None:
-    """Two by two matrices, each for two of four by two sets of activations."""
+    """Broadcast 2 x 2 matrices over 4 x 2 sets of activations."""
     weights = exact_weights(name, (2, 2, 9, 512))
     x = exact_activations((2, 4, tokens, 512))
     result = emulator.run("mul_mat", weights, x)
@@ -118,7 +118,7 @@ def test_half_precision_activations(emulator: Emulator, name: str) -> None:
         emulator.run("mul_mat", weights, x[:2].astype(np.float16))
 
 
-# 32 tokens and more: a matrix product for each expert; fewer: a product for each token
+# from 32 tokens on, a matrix product per expert; below, a product per token
 @pytest.mark.parametrize(("tokens", "used", "shared"), [(1, 2, True), (3, 4, False), (40, 2, True), (33, 1, False)])
 @pytest.mark.parametrize("name", NAMES)
 def test_mul_mat_id(emulator: Emulator, name: str, tokens: int, used: int, shared: bool) -> None:
@@ -157,7 +157,7 @@ def test_every_entry_and_scale_is_dequantized_exactly(emulator: Emulator, t: Ten
 @pytest.mark.parametrize("tokens", [1, 4, 9])
 @pytest.mark.parametrize("t", ALL, ids=lambda t: t.name)
 def test_every_entry_reaches_the_products(emulator: Emulator, t: TensorType, tokens: int) -> None:
-    """A row of each codebook, with every code at every place, times activations that tell the places apart."""
+    """A row per codebook, with every code at every position, times activations that distinguish the positions."""
     packed = blocks.every_entry(t)
     columns = packed.shape[1] // t.type_size * t.block_size // 256
     weights = Quantized(t.id, columns, packed.reshape(256, -1))
@@ -169,7 +169,7 @@ def test_every_entry_reaches_the_products(emulator: Emulator, t: TensorType, tok
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("t", ALL, ids=lambda t: t.name)
 def test_largest_products(emulator: Emulator, t: TensorType, sign: int) -> None:
-    """The largest entries with the largest scale that a kernel's precision allows: half's for mul_mm, else float's."""
+    """The largest entries and the largest scale that a kernel's precision, half for mul_mm or float, allows."""
     packed = blocks.largest_entries(t, 512, sign)
     for scale, size, tokens in ((65504, 1, 1), (65504, 1, 4), (512, 1, 9), (1, 32768, 9)):
         blocks_of_row = packed.copy().reshape(-1, t.type_size)
@@ -183,7 +183,7 @@ def test_largest_products(emulator: Emulator, t: TensorType, sign: int) -> None:
 @pytest.mark.parametrize("tokens", [2, 5, 40])
 @pytest.mark.parametrize("t", ALL, ids=lambda t: t.name)
 def test_ordinary_numbers(emulator: Emulator, t: TensorType, tokens: int) -> None:
-    """Scales and activations that round: within float32's error, after mul_mm's rounding of both to half precision."""
+    """Scales and activations that are rounded: to float32 precision, after mul_mm's rounding of both to half."""
     weights = Quantized(t.id, 768, blocks.random_rows(t, 70, 768))
     x = np.random.default_rng(3).normal(size=(tokens, 768)).astype(np.float32)
     result = emulator.run("mul_mat", weights, x).values.reshape(tokens, 70)
@@ -195,7 +195,7 @@ def test_ordinary_numbers(emulator: Emulator, t: TensorType, tokens: int) -> Non
 
 @pytest.mark.parametrize("t", ALL, ids=lambda t: t.name)
 def test_other_operations_are_declined(emulator: Emulator, t: TensorType) -> None:
-    """Metal has no copies from and to our types; they must stay on the CPU, not abort."""
+    """Copies from and to our types must stay on the CPU, as Metal has none, rather than abort."""
     weights = exact_weights(t.name, (2, 512))
     with pytest.raises(Unsupported):
         emulator.run("cpy", weights, np.zeros((2, 512), np.float32))
@@ -204,7 +204,7 @@ def test_other_operations_are_declined(emulator: Emulator, t: TensorType) -> Non
 
 
 def test_metal_tables_hold_the_same_numbers(patched_tree: Path) -> None:
-    """Read with a parser of its own; every_entry would not notice a table that Metal's compiler reads differently."""
+    """Parse the tables independently, in case that Metal's compiler reads them differently."""
     text = (patched_tree / "vendor/llama.cpp/ggml/src/d2q/d2q-tables-metal.h").read_text(encoding="ascii")
     found = {}
     for name, body in re.findall(r"constant \w+ (d2q_\w+)(?:\[\d+\])+ = \{(.*?)\};", text, flags=re.DOTALL):
@@ -220,7 +220,7 @@ CLANG = next(filter(None, map(shutil.which, ("clang++", *(f"clang++-{n}" for n i
 @pytest.mark.skipif(CLANG is None, reason="needs clang++")
 @pytest.mark.parametrize("break_it", [False, True], ids=["as it is", "wrong on purpose"])
 def test_pointers_keep_their_address_space(patched_tree: Path, tmp_path: Path, break_it: bool) -> None:
-    """Apple's compiler would refuse all of Metal for one pointer without its address space, which gcc can't see."""
+    """Apple's compiler refuses a pointer without an address space, which gcc doesn't check."""
     for name in ("d2q-tables-metal.h", "d2q-metal.h", "d2q-metal-mul-mv.h"):
         text = (patched_tree / "vendor/llama.cpp/ggml/src/d2q" / name).read_text()
         if break_it:
@@ -240,7 +240,7 @@ def _preprocessed(source: Path, *flags: str) -> list[str]:
 
 
 def test_library_from_files_is_the_embedded_one(patched_tree: Path, tmp_path: Path) -> None:
-    """ggml builds Metal's library from one merged text per kind or from files: both must have our code."""
+    """ggml builds the Metal library from one merged text per kind or from files: both must have our code."""
     _needs("g++", "cmake", "ninja")
     empty = tmp_path / "empty"
     empty.mkdir()

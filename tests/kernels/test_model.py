@@ -1,4 +1,4 @@
-"""Whole models in the installed runtime: the d2q types through every path, norm biases, the tables' checksum."""
+"""Whole models in the installed runtime: every path of our types, norm biases, the tables' checksum."""
 
 from pathlib import Path
 from types import ModuleType
@@ -48,13 +48,13 @@ def test_model_equals_its_dequantized_weights(
 
 @pytest.mark.parametrize("t", ALL, ids=lambda t: t.name)
 def test_prompt_and_generation_agree(llama: ModuleType, ggml: Ggml, t: TensorType, tmp_path: Path) -> None:
-    """The tiled matrix multiplication (8 tokens and more) and the dot product compute the same."""
+    """The tiled matrix multiplication (from 8 tokens on) and the dot product agree."""
     tensors = random_tensors("llama")
     packed = {name: ggml.quantize(t, rows) for name, rows in tensors.items() if rows.shape[-1:] != rows.shape}
     path = write(tmp_path / "packed.gguf", "llama", tensors, packed, t)
     prompt, generation = _logits(llama, path, batch=24), _logits(llama, path, batch=1)
     assert _error(prompt, generation) < 0.03
-    # the last bits differ with the order of the sums, and tip the rounding of an activation here and there: not in most
+    # another order of sums changes the rounding of a few activations: not in most
     assert np.median(np.abs(prompt - generation)) < 1e-5 * np.abs(generation).max()
 
 

@@ -1,4 +1,4 @@
-"""The patch series: small, applies without fuzz, and changes nothing of the tree but what it lists."""
+"""The patch series is small, applies without fuzz, and changes only the files that it lists."""
 
 import filecmp
 import re

@@ -1,6 +1,6 @@
-"""The kernels' sources compiled for x86 and ARM targets, also with sanitizers, against exact sums and portable code.
+"""The kernels, compiled for x86 and ARM targets and with sanitizers, against exact sums and portable code.
 
-And every source of ours compiled for each of the targets that llama.cpp's dispatching builds have.
+Also compiles all our sources for each target of llama.cpp's dispatching builds.
 """
 
 import platform
@@ -19,7 +19,7 @@ HARNESS = Path(__file__).with_name("kernels_harness.c")
 TILED_HARNESS = Path(__file__).with_name("tiled_harness.cpp")
 SOURCES = ("quants", "encode", "cpu", "q8", "x86", "arm", "arm-gemm", "mul-mat")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
-# the portable code is the fallback; AVX2 has no byte dot product; the others differ in the instruction's encoding
+# portable: the fallback; AVX2: no byte dot product; the others differ in the instruction's encoding
 TARGETS = {
     "portable": ("-march=x86-64",),
     "avx2": ("-march=haswell",),
@@ -29,7 +29,7 @@ TARGETS = {
 }
 # tiled.cpp has no kernel of its own for AVX-VNNI; for AVX without AVX2 our blocks go through the stock kernel
 TILED_TARGETS = {"avx": ("-march=ivybridge",), **{name: TARGETS[name] for name in ("avx2", "avxvnni", "avx512vnni")}}
-# without their runtime libraries, which do not run under qemu: undefined behaviour ends the program
+# without their runtime libraries, which don't run under qemu: undefined behaviour traps
 TRAPS = ("-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")
 NEEDS = {
     "avx": ("avx", "f16c"),
@@ -38,14 +38,14 @@ NEEDS = {
     "avx512vnni": ("avx512_vnni", "avx512vl"),
 }
 
-# the compiler's option for a feature in ggml's list of CPU backends, where it is not the feature's name
+# compiler options of ggml's CPU features, where they aren't named like the feature
 OPTIONS = {
     "SSE42": ("-msse4.2",),
     "AVX512": ("-mavx512f", "-mavx512cd", "-mavx512vl", "-mavx512dq", "-mavx512bw"),
     "AMX_TILE": ("-mamx-tile",),
     "AMX_INT8": ("-mamx-int8",),
 }
-# what tiled.cpp uses of d2q-tiled.h
+# tiled.cpp's use of d2q-tiled.h
 TILED_USE = """
 #include "d2q/d2q-tiled.h"
 void use(const block_d2q2 * a, const block_d2q3 * b, tiled_tile_src0 * t, tiled_tile_src1 * u, float * out) {
@@ -80,7 +80,7 @@ def _build_tiled(tree: Path, output: Path, flags: Sequence[str]) -> None:
     subprocess.run([*_c("gcc", tree, flags), "-c", *own], check=True, cwd=output.parent)
     objects = [output.parent / path.with_suffix(".o").name for path in own]
     stock = tree / "vendor/llama.cpp/ggml/src/ggml-cpu/tiled/tiled-kernel.cpp"
-    # ggml's own code is not free of warnings
+    # ggml's own code has warnings
     command = ["g++", "-std=gnu++17", "-D_GNU_SOURCE", "-w", *flags, *arm.include_flags(tree)]
     subprocess.run([*command, TILED_HARNESS, stock, *objects, "-o", output], check=True)
 
@@ -134,7 +134,7 @@ def test_arm_kernels(patched_tree: Path, tmp_path: Path, name: str, sanitized: b
 @x86_only
 @needs_gcc
 def test_every_cpu_backend_of_a_dispatching_build_compiles(patched_tree: Path, tmp_path: Path) -> None:
-    """GGML_CPU_ALL_VARIANTS, our sources only: the whole build takes half an hour on two cores."""
+    """GGML_CPU_ALL_VARIANTS for our sources only: the whole build takes half an hour on two cores."""
     cmake = (patched_tree / "vendor/llama.cpp/ggml/src/CMakeLists.txt").read_text()
     x86 = cmake[cmake.index('GGML_SYSTEM_ARCH STREQUAL "x86"') :].split("elseif(GGML_SYSTEM_ARCH STREQUAL", 1)[0]
     variants = dict(re.findall(r"^\s*ggml_add_cpu_backend_variant\((\w+)([^)]*)\)", x86, re.MULTILINE))

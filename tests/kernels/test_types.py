@@ -1,4 +1,4 @@
-"""The four types in the installed libggml-base: layout, dequantizing, validation, the reference encoder."""
+"""The four types in the installed libggml-base: layout, dequantization, validation, reference encoder."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Tiny random models as GGUF files without a tokenizer, and their logits through the installed llama_cpp."""
+"""Write tiny random models as GGUF files without a tokenizer, and run them with the installed llama_cpp."""
 
 import ctypes
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3", "gemma3", "phi3", "qwen3m
 
 
 def kv_heads(arch: str) -> int:
-    """Two; as many as heads where the architecture knows nothing else."""
+    """Return 2, or the number of heads where the architecture has no other."""
     return HEADS if arch == "olmoe" else 2
 
 
 def random_tensors(arch: str, seed: int = 0) -> dict[str, F32]:
-    """The tensors of a model of one block, of one of the ARCHITECTURES."""
+    """Make the tensors of a model of one block, of one of the ARCHITECTURES."""
     rng = np.random.default_rng(seed)
 
     def matrix(*shape: int) -> F32:
@@ -72,7 +72,7 @@ def random_tensors(arch: str, seed: int = 0) -> dict[str, F32]:
 
 
 def _number(value: int) -> gguf.GGMLQuantizationType:
-    """A type number that gguf does not know; the writer only needs its value and name."""
+    """Stand in for a type number that gguf doesn't know; its writer only needs value and name."""
     number = int.__new__(gguf.GGMLQuantizationType, value)
     number._name_, number._value_ = f"TYPE_{value}", value
     return number
@@ -86,7 +86,7 @@ def write(
     packed_type: TensorType | None = None,
     text: dict[str, str] | None = None,
 ) -> Path:
-    """Write the model; tensors named in `packed` are stored as those rows of `packed_type`."""
+    """Write the model, with the tensors named in `packed` as those rows of `packed_type`."""
     writer = gguf.GGUFWriter(path, arch)
     writer.add_context_length(64)
     writer.add_embedding_length(WIDTH)
@@ -120,7 +120,7 @@ def write(
 
 
 def logits(llama_cpp: ModuleType, path: Path, tokens: Sequence[int], batch: int = 64) -> F32 | None:
-    """float32 [len(tokens), VOCABULARY]; None if the model can't be loaded. `batch` tokens are evaluated at a time."""
+    """Return logits, float32 [len(tokens), VOCABULARY], of `batch` tokens at a time; None if loading fails."""
     model_parameters = llama_cpp.llama_model_default_params()
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_parameters)
     if not model:

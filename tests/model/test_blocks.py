@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from d2q_edge.errors import D2QError
-from d2q_edge.model.blocks import BlockRunner
+from d2q_edge.model.blocks import BlockRunner, add_bias
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
 from tests.model.test_families import LLAMA3_ROPE
@@ -98,7 +98,7 @@ def test_norm_biases_are_those_of_one_copy(make_checkpoint: Make) -> None:
     before = runner.input_of(block, "mlp.gate_proj", hidden)
     bias = torch.linspace(-1, 1, hidden.shape[-1])
     copied = runner.share(block)
-    runner.add_norm_bias(copied, "post_attention_layernorm", bias)
+    add_bias(copied.get_submodule("post_attention_layernorm"), bias)
     torch.testing.assert_close(runner.input_of(copied, "mlp.gate_proj", hidden), before + bias)
     assert torch.equal(runner.input_of(block, "mlp.gate_proj", hidden), before)
     assert torch.equal(runner.input_of(runner.load(0), "mlp.gate_proj", hidden), before)

@@ -216,7 +216,8 @@ KEYS = sorted({key for _, config in REAL.values() for key in config} | {"rope_pa
 
 @settings(max_examples=400, deadline=None)
 @given(st.sampled_from(sorted(REAL)), st.dictionaries(st.sampled_from(KEYS), ANYTHING, min_size=1, max_size=3))
-def test_lies_are_refused_or_harmless(name: str, lies: dict[str, Any]) -> None:
+@pytest.mark.slow
+def test_random_values_are_refused_or_harmless(name: str, lies: dict[str, Any]) -> None:
     try:
         family = make(name, **{"num_hidden_layers": 2, "layer_types": None, "no_rope_layers": None, **lies})
     except D2QError as error:

@@ -85,6 +85,7 @@ def multimodal(request: pytest.FixtureRequest, plain: Path, tmp_path_factory: py
     return directory
 
 
+@pytest.mark.slow
 def test_file_is_the_stock_converters(
     multimodal: Path,
     stock_convert: Callable[[Path, str, str], Path],
@@ -101,6 +102,7 @@ def test_file_is_the_stock_converters(
 
 
 @torch.inference_mode()
+@pytest.mark.slow
 def test_it_is_the_text_model(multimodal: Path, plain: Path, tmp_path: Path) -> None:
     """The text model is the same in transformers, block by block, as a whole, and in the quantized file."""
     model = Gemma3ForConditionalGeneration.from_pretrained(multimodal, dtype=torch.float32).eval()

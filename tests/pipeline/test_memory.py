@@ -125,10 +125,6 @@ def test_blocks_that_are_read_while_the_file_is_written(tmp_path: Path) -> None:
     assert needed[1] - needed[0] == 2 * 10**7
 
 
-def test_free_memory() -> None:
-    assert 2**26 < memory.available_memory() < 2**46
-
-
 PEAK = """
 import sys
 from d2q_edge.cli import cli

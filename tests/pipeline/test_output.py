@@ -18,7 +18,7 @@ from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
 from d2q_edge.options import Options
 from d2q_edge.pipeline.norm_correction import corrected_norms
-from d2q_edge.pipeline.output import Output, PlannedContent, QuantizedContent, RoundedContent
+from d2q_edge.pipeline.output import Output, QuantizedContent, RoundedContent
 from d2q_edge.pipeline.refinement import refined_norms
 from d2q_edge.pipeline.type_plan import plan_types
 from d2q_edge.pipeline.work_dir import WorkDir
@@ -209,10 +209,11 @@ def test_a_layer_that_is_missing(setup: Setup) -> None:
         setup.content(refined=False).packed(name)
 
 
-def test_planned_content_has_no_data() -> None:
-    for method in (PlannedContent().packed, PlannedContent().floats):
-        with pytest.raises(RuntimeError, match="some name is only planned"):
-            method("some name")
+def test_planned_tensors_have_no_data(setup: Setup) -> None:
+    tensors = setup.output(refined_norms(setup.family))._tensors(None)
+    for tensor in tensors:
+        with pytest.raises(RuntimeError, match="is only planned"):
+            tensor.load()
 
 
 def test_rounded_content(setup: Setup) -> None:

@@ -20,7 +20,7 @@ from d2q_edge.pipeline.refinement import Refinement, refine, refined_norms
 from d2q_edge.pipeline.type_plan import plan_types
 from d2q_edge.pipeline.work_dir import WorkDir
 from d2q_edge.quantize import refine as tuning
-from d2q_edge.quantize.refine import Progress
+from d2q_edge.quantize.refine import RefinementLosses, Schedule
 from tests.blocks import assert_same_block, changed_tensors, finished_blocks, model_tensors
 from tests.checkpoints import write_checkpoint
 
@@ -81,18 +81,15 @@ class Finished:
         for index in range(self.family.num_layers + 1):
             work.write_block(index, self.work.read_block(index))
 
-        def spy(original: WholeModel, quantized: WholeModel, windows: Any, **more: Any) -> Progress:
+        def spy(original: WholeModel, quantized: WholeModel, windows: Any, **more: Any) -> RefinementLosses:
             tuned.append(quantized)
             return tuning.tune(original, quantized, windows, **more)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(refinement, "tune", spy)
             patch.setattr(refinement, "_free_memory", lambda _device: memory)
-            patch.setattr(tuning, "SCALE_RATE", rate)
-            patch.setattr(tuning, "CODE_RATE", 1.4)
-            patch.setattr(tuning, "PASSES", 2)
-            patch.setattr(tuning, "BATCH", 4)
-            result = refine(self.checkpoint, self.family, WINDOWS, work, CPU)
+            schedule = Schedule(passes=2, batch=4, scale_rate=rate, code_rate=1.4)
+            result = refine(self.checkpoint, self.family, WINDOWS, work, CPU, schedule)
         return work, result, tuned[0]
 
 
@@ -153,7 +150,7 @@ def test_what_moves(finished: Finished, refined: Refined) -> None:
             if old is None:
                 old = finished.checkpoint.tensor(name).float()
             assert not torch.equal(values, old), name
-            assert (values - old).abs().max() < 0.1 * max(1, old.abs().max())
+            assert float((values - old).abs().max()) < 0.1 * max(1.0, float(old.abs().max()))
         elif name not in packed:
             assert torch.equal(values, before[name]), name
     changed = []

@@ -2,10 +2,15 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from d2q_edge.pipeline.validation import Validation, compare_logits, scored_positions
+from d2q_edge.calibration.hidden_states import StreamPair
+from d2q_edge.distributed.process_group import SINGLE_PROCESS
+from d2q_edge.formats.quantized_block import QuantizedBlock
+from d2q_edge.pipeline.validation import Validation, compare_logits, scored_positions, validate
+from tests.pipeline.common import CPU, WINDOWS, Make, Setup
 
 
 @pytest.mark.parametrize("positions", [1, 7, 40, 1000])
@@ -60,3 +65,34 @@ def test_summary() -> None:
     assert found.tokens == 3
     assert [found.kl_divergence, found.top1_agreement] == pytest.approx([0.3, 2 / 3])
     assert found.kl_divergence_stderr == pytest.approx(math.sqrt((0.04 + 0.01 + 0.09) / 3 / 2))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@torch.inference_mode()
+def test_the_final_norm_as_it_will_be_in_the_file(make_checkpoint: Make, tied: bool) -> None:
+    """With a bias that was multiplied by the scales that the head is divided by: they cancel out."""
+    setup = Setup(make_checkpoint("qwen3", tie_word_embeddings=tied))
+    runner, windows = setup.runner(), WINDOWS[:5, :11]
+    streams = StreamPair(runner, windows, 22, CPU, SINGLE_PROCESS, torch.float32)
+    streams.advance(runner.load(0), runner.load(1))
+    generator = np.random.default_rng(0)
+    bias = generator.normal(0, 1, 64).astype(np.float32)
+    scales = np.ones(64) if tied else generator.uniform(0.5, 2, 64)
+    final = QuantizedBlock(norm_biases={"model.norm": bias})
+    if not tied:
+        final.column_scales["lm_head"] = scales.astype(np.float32)
+    found = validate(streams, final, SINGLE_PROCESS)
+    norm = runner.final_norm()
+    head = setup.checkpoint.tensor("model.embed_tokens.weight" if tied else "lm_head.weight").double().numpy()
+    original, quantized = (
+        torch.cat([norm(states[index])[:, 5:].flatten(0, 1) for index in range(3)]).double().numpy()
+        for states in (streams.original, streams.quantized)
+    )
+    a, b = (
+        torch.from_numpy(logits).log_softmax(1)
+        for logits in (original @ head.T, (quantized * scales + bias) @ (head / scales).T)
+    )
+    expected = (a.exp() * (a - b)).sum(1)
+    assert found.tokens == len(expected) == 5 * 6
+    assert found.kl_divergence == pytest.approx(float(expected.mean()), rel=1e-4)
+    assert found.top1_agreement == pytest.approx(float((a.argmax(1) == b.argmax(1)).double().mean()))

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from d2q_edge.model.blocks import BlockRunner
+from d2q_edge.model.blocks import BlockRunner, add_bias
 from d2q_edge.model.families import Family, LinearGroup
 from d2q_edge.model.whole_model import Weights
 from d2q_edge.quantize.statistics import InputStatistics
@@ -115,7 +115,7 @@ class _Driver:
             if group in corrected and group.norm is not None:
                 shift = mean_shift(teachers.pop(group), self._inputs(block, group))
                 self.weights[f"{prefix}{group.norm}.bias"] = shift
-                self.runner.add_norm_bias(block, group.norm, shift)
+                add_bias(block.get_submodule(group.norm), shift)
             self._quantize_group(prefix, block, group, inputs.pop(group))
         self.original = outputs
         self.quantized = [self.runner.forward(block, hidden) for hidden in self.quantized]

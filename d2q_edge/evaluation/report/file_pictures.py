@@ -1,18 +1,15 @@
 """The pictures of a comparison: KL divergence and speed of all files against their size."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 from d2q_edge.evaluation.benchmark import GENERATION
 from d2q_edge.evaluation.comparison import GIVEN, REFERENCE, STOCK, Comparison, Row, size_text
-from d2q_edge.evaluation.report.drawing import Picture
-from d2q_edge.evaluation.report.palette import Palette
+from d2q_edge.evaluation.report.drawing import INK, PAPER, SERIES, Picture
 from d2q_edge.evaluation.token_scores import TWO_SIDED
 
 LOOKS = {GIVEN: (0, "o", "files"), STOCK: (1, "s", "stock types"), REFERENCE: (6, "D", "reference")}
 """Colour, marker and legend of each kind of row."""
-Box: TypeAlias = "tuple[float, float, float, float]"
-"""Left, bottom, right, top."""
 SIDES = (
     (7, 0, "left"), (-7, 0, "right"), (0, 11, "center"), (0, -11, "center"), (7, 11, "left"), (7, -11, "left"),
     (-7, 11, "right"), (-7, -11, "right"), (0, 22, "center"), (0, -22, "center"),
@@ -22,30 +19,26 @@ SIDES = (
 
 def divergence_picture(comparison: Comparison) -> Picture:
     """Plot KL divergence on a logarithmic axis against bytes."""
-    divergences = {
-        row.name: row.evaluation.kl_divergence_mean
-        for row in comparison.rows
-        if row.evaluation.kl_divergence_mean is not None
-    }
-    rows = [row for row in comparison.rows if row.name in divergences]
+    rows = [row for row in comparison.rows if row.evaluation.kl_divergence_mean is not None]
+    divergences = {row.name: row.evaluation.kl_divergence_mean or 0.0 for row in rows}
     # A logarithmic axis has no zero: a file that equals the reference is drawn at the bottom.
     floor = min((value for value in divergences.values() if value), default=1e-6) / 10
     values = {name: max(value, floor) for name, value in divergences.items()}
 
-    def draw(axes: Any, palette: Palette) -> None:
+    def draw(axes: Any) -> None:
         front = sorted(comparison.best(), key=lambda row: row.evaluation.bytes)
         logarithmic(axes.yaxis, axes.set_yscale)
         if len(front) > 1:
             axes.plot(
                 [row.evaluation.bytes for row in front], [values[row.name] for row in front],
-                color=palette.ink, linewidth=1, linestyle=":", alpha=0.6, zorder=1,
+                color=INK, linewidth=1, linestyle=":", alpha=0.6, zorder=1,
             )  # fmt: skip
         for row in rows:
             half, center = TWO_SIDED * (row.evaluation.kl_divergence_stderr or 0.0), values[row.name]
             ends = [max(center - half, floor), center + half]
-            axes.plot([row.evaluation.bytes] * 2, ends, color=palette.ink, linewidth=1, zorder=2)
+            axes.plot([row.evaluation.bytes] * 2, ends, color=INK, linewidth=1, zorder=2)
         axes.set_ylabel("KL divergence (nats per token)")
-        _points(axes, palette, rows, values)
+        _points(axes, rows, values)
 
     return Picture(
         "Distance from the original against size",
@@ -62,10 +55,10 @@ def speed_picture(comparison: Comparison) -> Picture | None:
         return None
     values = {row.name: row.speeds[GENERATION] for row in rows}
 
-    def draw(axes: Any, palette: Palette) -> None:
+    def draw(axes: Any) -> None:
         axes.set_ylabel("generated tokens per second")
         axes.set_ylim(0, 1.2 * max(values.values()))
-        _points(axes, palette, rows, values)
+        _points(axes, rows, values)
 
     return Picture(
         "Speed against size",
@@ -89,7 +82,7 @@ def _list(rows: Sequence[Row], values: dict[str, float]) -> str:
     return "; ".join(f"{row.name}: {size_text(row.evaluation.bytes)}, {values[row.name]:.4g}" for row in rows) + "."
 
 
-def _points(axes: Any, palette: Palette, rows: Sequence[Row], values: dict[str, float]) -> None:
+def _points(axes: Any, rows: Sequence[Row], values: dict[str, float]) -> None:
     """Draw points with their names, a marker and a colour for each kind of file, sizes on the horizontal axis."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -98,7 +91,7 @@ def _points(axes: Any, palette: Palette, rows: Sequence[Row], values: dict[str, 
         if of_kind:
             axes.plot(
                 [row.evaluation.bytes for row in of_kind], [values[row.name] for row in of_kind],
-                linestyle="none", marker=marker, markersize=7, color=palette.series[colour], label=label, zorder=3,
+                linestyle="none", marker=marker, markersize=7, color=SERIES[colour], label=label, zorder=3,
             )  # fmt: skip
     sizes = [row.evaluation.bytes for row in rows]
     # Sizes differ little, or tenfold; a linear axis would squeeze most of the latter.
@@ -110,35 +103,29 @@ def _points(axes: Any, palette: Palette, rows: Sequence[Row], values: dict[str, 
     axes.margins(x=0.16, y=0.16)
     axes.set_xlabel("file size")
     axes.legend(loc="best")
-    _name_points(axes, palette, rows, values)
+    _name_points(axes, rows, values)
 
 
-def _name_points(axes: Any, palette: Palette, rows: Sequence[Row], values: dict[str, float]) -> None:
-    """Write each name on the side of its point where it overlaps least with other names and points."""
-    figure = axes.figure
-    figure.draw_without_rendering()
-    # In points, as the offsets of annotations are.
-    scale = 72 / figure.dpi
-    points = [tuple(scale * axes.transData.transform((row.evaluation.bytes, values[row.name]))) for row in rows]
-    taken: list[Box] = [(x - 5, y - 5, x + 5, y + 5) for x, y in points]
-    low, high = (scale * edge for edge in axes.get_window_extent().intervalx)
-    for row, (x, y) in zip(rows, points, strict=True):
-        text = row.name if len(row.name) <= 24 else row.name[:23] + "…"
-        width, height = 5.3 * len(text), 11.0
-        options: list[tuple[float, int, int, int, str, Box]] = []
-        for dx, dy, side in SIDES:
-            left = x + dx - {"left": 0.0, "right": width, "center": width / 2}[side]
-            box = left, y + dy - height / 2, left + width, y + dy + height / 2
-            cost = sum(_overlap(box, other) for other in taken) + 20 * max(0.0, low - box[0], box[2] - high)
-            options.append((cost, len(options), dx, dy, side, box))
-        _, _, dx, dy, side, box = min(options)
-        taken.append(box)
-        axes.annotate(
-            text, (row.evaluation.bytes, values[row.name]), xytext=(dx, dy), textcoords="offset points",
-            ha=side, va="center", fontsize=9, zorder=4, parse_math=False,
-            bbox={"facecolor": palette.paper, "edgecolor": "none", "alpha": 0.75, "pad": 0.6},
+def _name_points(axes: Any, rows: Sequence[Row], values: dict[str, float]) -> None:
+    """Write each name on the side of its point where it overlaps the fewest other names and points."""
+    from matplotlib.transforms import Bbox
+
+    axes.figure.draw_without_rendering()
+    points = [(row.evaluation.bytes, values[row.name]) for row in rows]
+    taken = [Bbox((center - 7, center + 7)) for center in axes.transData.transform(points)]
+    left, right = axes.bbox.intervalx
+    for row, point in zip(rows, points, strict=True):
+        label = axes.annotate(
+            row.name if len(row.name) <= 24 else row.name[:23] + "…", point, xytext=(0, 0), textcoords="offset points",
+            va="center", fontsize=9, zorder=4, parse_math=False,
+            bbox={"facecolor": PAPER, "edgecolor": "none", "alpha": 0.75, "pad": 0.6},
         )  # fmt: skip
+        boxes = [_move(label, side) for side in SIDES]
+        costs = [box.count_overlaps(taken) + 10 * (box.x0 < left or box.x1 > right) for box in boxes]
+        taken.append(_move(label, SIDES[costs.index(min(costs))]))
 
 
-def _overlap(a: Box, b: Box) -> float:
-    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+def _move(label: Any, side: tuple[int, int, str]) -> Any:
+    """Move an annotation to one of SIDES, and return its box in the figure."""
+    label.set(position=side[:2], ha=side[2])
+    return label.get_window_extent()

@@ -6,32 +6,30 @@ from collections.abc import Mapping
 from typing import Any
 
 from d2q_edge.errors import printable
-from d2q_edge.evaluation.report.drawing import Picture
+from d2q_edge.evaluation.report.drawing import SERIES, Picture
 from d2q_edge.evaluation.report.file_pictures import logarithmic
-from d2q_edge.evaluation.report.palette import Palette
 
 MARKERS = "osD^vPXd"
 MAX_DIGITS = 6
 """Longer numbers in a name are no block numbers."""
-Lines = dict[str, dict[int, float]]
-"""Values by kind of layer and block number."""
+Lines = dict[str, dict[int, float]]  # values by kind of layer and block number
 
 
-def layer_pictures(conversion: Mapping[str, Any]) -> list[Picture]:
-    """Plot everything that a report has; a conversion without calibration has none of it."""
-    scales, shifts = conversion.get("column_scales") or {}, conversion.get("norm_shifts") or {}
+def layer_pictures(report: Mapping[str, Any]) -> list[Picture]:
+    """Plot what a report with all of conversion_report.FIELDS has; without calibration they are empty."""
+    shifts = report["norm_shifts"]
     pictures = (
         (
             "Error of each layer",
             "squared error of the output (relative)",
             "Squared error of every layer's output relative to the output, on calibration text, by block.",
-            conversion.get("layer_errors") or {},
+            report["layer_errors"],
         ),
         (
             "Column scales",
             "95th over 5th percentile",
             "Spread of the column scales of each linear group: the 95th percentile over the 5th, by block.",
-            {name: each["p95"] / each["p05"] for name, each in scales.items() if each["p05"] > 0},
+            {name: each["p95"] / each["p05"] for name, each in report["column_scales"].items() if each["p05"] > 0},
         ),
         (
             "Mean shift at the norms",
@@ -59,15 +57,10 @@ def layer_pictures(conversion: Mapping[str, Any]) -> list[Picture]:
 
 
 def by_block(values: Mapping[str, float]) -> Lines:
-    """Group values by kind of layer and block; experts and other siblings of a block become their mean.
-
-    Args:
-        values: by the full name of a tensor or module, for example model.layers.3.mlp.up_proj.weight.
-    """
+    """Group values, which are by the name of a tensor or module, by kind of layer and block; siblings are averaged."""
     gathered: dict[str, dict[int, list[float]]] = {}
     for name, value in values.items():
-        # Reports are untrusted input.
-        parts = printable(name).removesuffix(".weight").split(".")
+        parts = printable(name).removesuffix(".weight").split(".")  # reports are untrusted input
         numbers = [int(part) for part in parts if part.isdecimal() and len(part) <= MAX_DIGITS]
         words = [part for part in parts if not part.isdecimal()]
         if not numbers or not words or not math.isfinite(value):
@@ -86,12 +79,12 @@ def _plot(title: str, label: str, description: str, lines: Lines) -> Picture | N
     if not every:
         return None
 
-    def draw(axes: Any, palette: Palette) -> None:
+    def draw(axes: Any) -> None:
         from matplotlib.ticker import MaxNLocator
 
         for index, line in enumerate(lines.values()):
             axes.plot(
-                list(line), list(line.values()), color=palette.series[index % len(palette.series)],
+                list(line), list(line.values()), color=SERIES[index % len(SERIES)],
                 marker=MARKERS[index % len(MARKERS)], markersize=4.5, linewidth=1.4,
             )  # fmt: skip
         if min(every) > 0 and max(every) > 8 * min(every):
@@ -102,9 +95,8 @@ def _plot(title: str, label: str, description: str, lines: Lines) -> Picture | N
         axes.set_xlabel("block")
         axes.set_ylabel(label)
         if len(lines) > 1:
-            legend = axes.figure.legend(
-                axes.lines, list(lines), loc="outside lower center", ncols=4, handlelength=1.4, columnspacing=1.0
-            )
+            spacing: Any = {"ncols": 4, "handlelength": 1.4, "columnspacing": 1.0}
+            legend = axes.figure.legend(axes.lines, list(lines), loc="outside lower center", **spacing)
             for text in legend.get_texts():
                 text.set_parse_math(False)
 

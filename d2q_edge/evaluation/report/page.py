@@ -12,7 +12,7 @@ from d2q_edge.evaluation.comparison import GIVEN, REFERENCE, Comparison, Row, si
 from d2q_edge.evaluation.report import drawing
 from d2q_edge.evaluation.report.file_pictures import divergence_picture, speed_picture
 from d2q_edge.evaluation.report.layer_pictures import layer_pictures
-from d2q_edge.evaluation.report.palette import NIGHT, PAPER, variables
+from d2q_edge.export.conversion_report import FIELDS
 
 PICTURES = (".png", ".svg")
 PAGES = (".html", ".htm")
@@ -21,11 +21,7 @@ LAYERS = ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "
 
 
 def check_target(path: Path) -> None:
-    """Check that `write` can write to a path, before the long work.
-
-    Raises:
-        D2QError: the suffix is none of .html, .png, .svg, the directory doesn't exist, or matplotlib isn't installed.
-    """
+    """Raise a D2QError if `write` can't write to a path: its suffix or directory, or matplotlib isn't installed."""
     if path.suffix.lower() not in (*PAGES, *PICTURES):
         raise D2QError(f"{path} should end in .html for a report, or in .png or .svg for a picture")
     if not path.absolute().parent.is_dir():
@@ -55,16 +51,12 @@ def page(comparison: Comparison) -> str:
     """Render the page."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+    loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["size"] = size_text
-    pictures = [divergence_picture(comparison), speed_picture(comparison)]
-    best = comparison.best()
+    pictures, best = (divergence_picture(comparison), speed_picture(comparison)), comparison.best()
     return environment.get_template("page.html").render(
         comparison=comparison,
         rows=[{"row": row, "best": row in best, "is_reference": row.kind == REFERENCE} for row in comparison.rows],
@@ -72,8 +64,8 @@ def page(comparison: Comparison) -> str:
         pictures=[_shown(picture, f"p{index}") for index, picture in enumerate(pictures) if picture],
         files=[_inside(row, index) for index, row in enumerate(comparison.rows) if row.kind == GIVEN],
         allocations=_allocations([row for row in comparison.rows if row.allocation and row.kind != REFERENCE]),
-        light=variables(PAPER),
-        dark=variables(NIGHT),
+        light=drawing.variables(dark=False),
+        dark=drawing.variables(dark=True),
         version=__version__,
         runtime=runtime.info().version,
         machine=f"{platform.system()} on {platform.machine()}",
@@ -81,21 +73,10 @@ def page(comparison: Comparison) -> str:
 
 
 def _inside(row: Row, index: int) -> dict[str, Any]:
-    """Values of a file's section, from the report of its conversion."""
-    conversion: Mapping[str, Any] = row.conversion or {}
-    errors = conversion.get("layer_errors") or {}
-    scales, shifts = conversion.get("column_scales") or {}, conversion.get("norm_shifts") or {}
-    return {
-        "name": row.name,
-        "known": row.conversion is not None,
-        "pictures": [_shown(each, f"f{index}l{number}") for number, each in enumerate(layer_pictures(conversion))],
-        "errors": sorted(errors.items(), key=lambda item: -item[1]),
-        "types": conversion.get("types") or {},
-        "scales": scales,
-        "shifts": shifts,
-        "validation": conversion.get("validation"),
-        "seconds": sum((conversion.get("seconds") or {}).values()),
-    }
+    """Return the values of a file's section: what the report of its conversion has."""
+    report = {field: (row.conversion or {}).get(field) or {} for field in FIELDS}
+    pictures = [_shown(each, f"f{index}l{number}") for number, each in enumerate(layer_pictures(report))]
+    return {"row": row, "report": report, "pictures": pictures}
 
 
 def _shown(picture: drawing.Picture, name: str) -> dict[str, Any]:
@@ -105,9 +86,9 @@ def _shown(picture: drawing.Picture, name: str) -> dict[str, Any]:
 
 
 def _allocations(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The types of every file's matrices; a type has the same colour in all files."""
+    """Return the types of every file's matrices; a type has the same colour in all files."""
     kinds = sorted({kind for row in rows for types in row.allocation.values() for kind in types.values()})
-    colours = {kind: index % len(PAPER.series) for index, kind in enumerate(kinds)}
+    colours = {kind: index % len(drawing.SERIES) for index, kind in enumerate(kinds)}
     found = []
     for row in rows:
         own = sorted({kind for types in row.allocation.values() for kind in types.values()})
@@ -118,7 +99,7 @@ def _allocations(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _spans(types: Mapping[int, str]) -> list[dict[str, Any]]:
-    """Runs of blocks that have a matrix in the same type, or don't have it."""
+    """Return runs of blocks that have a matrix in the same type, or don't have it."""
     runs = []
     for kind, run in groupby(range(max(types) + 1), key=types.get):
         numbers = list(run)

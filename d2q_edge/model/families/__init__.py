@@ -25,8 +25,7 @@ def family_for(config: Mapping[str, Any]) -> Family:
     """Return the family of a config.json's content, bound to it.
 
     Raises:
-        D2QError: the architecture isn't supported (the message lists those that are), or the config has settings
-            that the GGUF can't express.
+        D2QError: the architecture isn't supported, or the config has settings that the GGUF can't express.
     """
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or not architectures:

@@ -1,8 +1,4 @@
-"""Define what a model family is: its layers with their shapes, and how its tensors and settings are written to GGUF.
-
-A family is bound to one config.json and refuses configs that its llama.cpp architecture can't represent. It computes
-with names, shapes and row orders only; it reads no weights.
-"""
+"""Define what a model family is: its layers with their shapes, and how its tensors and settings are written to GGUF."""
 
 import math
 import re
@@ -21,8 +17,7 @@ from d2q_edge.errors import D2QError
 from d2q_edge.model.families.layout import LinearGroup, Sublayer
 from d2q_edge.model.families.settings import Settings, positive_float
 
-MAX_LAYERS = 10_000
-"""More than any model has: a config.json must not make us build names forever."""
+MAX_LAYERS = 10_000  # more than any model has: a config.json must not make us build names forever
 Values = npt.NDArray[Any] | torch.Tensor
 
 
@@ -33,42 +28,37 @@ class Family(Settings, ABC):
     context_length, norm_eps, rope_type, rope_theta, rope_scaling (a mapping) and tied_embeddings.
     """
 
-    architectures: ClassVar[tuple[str, ...]]
-    """The entries of config.json's `architectures` that this family handles."""
+    architectures: ClassVar[tuple[str, ...]]  # the entries of config.json's `architectures` that this family handles
+    # config.json's `model_type`, by which transformers chooses the code; empty where it isn't checked.
     model_type: ClassVar[str] = ""
-    """config.json's `model_type`, by which transformers chooses the code; empty where it isn't checked."""
-    gguf_arch: ClassVar[str]
-    """llama.cpp's name of the architecture, the prefix of its GGUF keys."""
-    rope_types: ClassVar[tuple[str, ...]] = ("default",)
-    """The rope scaling types that the GGUF can express."""
+    gguf_arch: ClassVar[str]  # llama.cpp's name of the architecture, the prefix of its GGUF keys
+    rope_types: ClassVar[tuple[str, ...]] = ("default",)  # the rope scaling types that the GGUF can express
+    # Whether llama.cpp's converter records the tokenizer's add_prefix_space for this architecture.
     records_space_prefix: ClassVar[bool] = False
-    """Whether llama.cpp's converter records the tokenizer's add_prefix_space for this architecture."""
+    # Whether llama.cpp's converter writes the head size even if config.json has no head_dim.
     records_default_head_dim: ClassVar[bool] = True
-    """Whether llama.cpp's converter writes the head size even if config.json has no head_dim."""
+    # Key and value in config.json of the only activation that llama.cpp has for this architecture.
     activation: ClassVar[tuple[str, str]] = ("hidden_act", "silu")
-    """Key and value in config.json of the only activation that llama.cpp has for this architecture."""
-    norm_offset: ClassVar[float] = 0.0
-    """Added to a norm's weight before it multiplies."""
-    qk_norms: ClassVar[bool] = False
-    """Whether q and k are normalized per head."""
+    norm_offset: ClassVar[float] = 0.0  # added to a norm's weight before it multiplies
+    qk_norms: ClassVar[bool] = False  # whether q and k are normalized per head
+    # Whether rotating the residual stream (quantize/rotation.py) leaves the model's function unchanged.
     can_rotate: ClassVar[bool] = True
-    """Whether rotating the residual stream (quantize/rotation.py) leaves the model's function unchanged."""
+    # Settings of config.json that llama.cpp's architecture doesn't support if they are true.
     refused_flags: ClassVar[tuple[str, ...]] = ()
-    """Settings of config.json that llama.cpp's architecture doesn't support if they are true."""
+    # Whether llama.cpp's architecture needs num_attention_heads * head_dim = hidden_size.
+    full_width_heads: ClassVar[bool] = False
 
     # transformers' defaults for settings that config.json omits.
     default_norm_eps: ClassVar[float] = 1e-6
     default_rope_theta: ClassVar[float] = 10000.0
-    default_kv_heads: ClassVar[int | None] = None
-    """None: as many as query heads."""
-    default_head_dim: ClassVar[int | None] = None
-    """None: hidden_size / query heads."""
+    default_kv_heads: ClassVar[int | None] = None  # None: as many as query heads
+    default_head_dim: ClassVar[int | None] = None  # None: hidden_size / query heads
     tied_by_default: ClassVar[bool] = False
 
-    num_experts: int = 0
-    """Experts of every block; 0 where it has an ordinary MLP."""
-    experts_per_token: int = 0
-    """Experts that a token is routed to (top_k)."""
+    embedding_scale: float = 1.0  # factor of the embeddings in front of the first block
+    num_experts: int = 0  # experts of every block; 0 where it has an ordinary MLP
+    experts_per_token: int = 0  # experts that a token is routed to (top_k)
+    ignored_window: int | None = None  # tokens that the model's attention is limited to, but llama.cpp's isn't
 
     linear_groups: tuple[LinearGroup, ...] = (
         LinearGroup("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
@@ -76,20 +66,13 @@ class Family(Settings, ABC):
         LinearGroup("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
         LinearGroup(None, ("mlp.down_proj",), absorber="mlp.up_proj"),
     )
-    sublayers: ClassVar[tuple[Sublayer, ...]] = (
-        Sublayer("self_attn", "input_layernorm"),
-        Sublayer("mlp", "post_attention_layernorm"),
-    )
+    sublayers = (Sublayer("self_attn", "input_layernorm"), Sublayer("mlp", "post_attention_layernorm"))
     embedding: ClassVar[str] = "model.embed_tokens"
     final_norm: ClassVar[str] = "model.norm"
     head: ClassVar[str] = "lm_head"
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        """Read and check the config.
-
-        Raises:
-            D2QError: a setting is missing or invalid, or the GGUF can't express it.
-        """
+        """Read the config; raise D2QError if a setting is missing or invalid, or the GGUF can't express it."""
         super().__init__(config)
         self.num_layers = self._int("num_hidden_layers", maximum=MAX_LAYERS)
         self.hidden_size = self._int("hidden_size")
@@ -110,6 +93,11 @@ class Family(Settings, ABC):
             )
         if self.head_dim % 2:
             raise D2QError(f"config.json: head_dim must be even, not {self.head_dim}")
+        if self.full_width_heads and self.num_heads * self.head_dim != self.hidden_size:
+            raise D2QError(
+                f"config.json: {self.gguf_arch} models need num_attention_heads * head_dim = hidden_size, but this one "
+                f"has {self.num_heads} * {self.head_dim} and {self.hidden_size}"
+            )
         self._read_rope()
         self._refuse_unsupported()
 
@@ -129,18 +117,19 @@ class Family(Settings, ABC):
         return tuple(linear for group in self.linear_groups if group.norm is None for linear in group.linears)
 
     @property
-    def embedding_scale(self) -> float:
-        """Return the factor of the embeddings in front of the first block."""
-        return 1.0
-
-    @property
     def notes(self) -> tuple[str, ...]:
         """Return sentences that tell the user where llama.cpp deviates from the original model."""
-        return ()
+        window = self.ignored_window
+        if window is None or window >= self.context_length:
+            return ()
+        return (
+            f"the model attends to the last {window} tokens, llama.cpp's {self.gguf_arch} to all of them: in texts of "
+            f"more than {window} tokens it isn't the same model",
+        )
 
     def sliding_window(self, index: int) -> int | None:
         """Return the number of tokens that block `index` attends to, the current one included; None for all."""
-        return None
+        return self.ignored_window
 
     def sublayer_of(self, group: LinearGroup) -> Sublayer:
         """Return the sublayer that a linear group belongs to."""
@@ -156,19 +145,9 @@ class Family(Settings, ABC):
         return int(match[1]) if match else None
 
     def split_name(self, name: str) -> tuple[int | None, str]:
-        """Split the full name of a tensor or module into its block's number and its name in the block.
-
-        Outside of the blocks the number is None, and the name is the full one.
-        """
+        """Return the block of a tensor or module and its name in it; outside of blocks None and the full name."""
         index = self.block_of(name)
         return index, name if index is None else name.removeprefix(self.block_prefix(index))
-
-    def inner_name(self, name: str) -> str:
-        """Return the name relative to the block of something inside of a block."""
-        index, inner = self.split_name(name)
-        if index is None:
-            raise ValueError(f"{name} isn't inside of a block")
-        return inner
 
     def linear_weights(self) -> list[str]:
         """Return the full names of the weights of all blocks' linear layers, in forward order."""
@@ -190,12 +169,9 @@ class Family(Settings, ABC):
         }[linear]
 
     def absorber_rows(self, absorber: str) -> npt.NDArray[np.int64]:
-        """Return, for every column that reads through an absorber, the row of the absorber that it is proportional to.
+        """Return the absorber's rows that the columns after it are proportional to, int64 [in_features after it].
 
         The gated activation maps them one to one; a row of v serves its channel in all query heads of its group.
-
-        Returns:
-            Row indices, int64 [in_features of the layers that follow the absorber].
         """
         if absorber != "self_attn.v_proj":
             return np.arange(self.linear_shape(absorber)[0])
@@ -261,11 +237,7 @@ class Family(Settings, ABC):
         return MappingProxyType(shapes)
 
     def gguf_name(self, hf_name: str) -> str:
-        """Return the GGUF name of a tensor, for example "blk.0.attn_q.weight".
-
-        Raises:
-            KeyError: llama.cpp's architecture has no such tensor.
-        """
+        """Return a tensor's GGUF name, such as "blk.0.attn_q.weight"; raise KeyError if the architecture has none."""
         name = self._gguf_names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise KeyError(hf_name)
@@ -361,13 +333,6 @@ class Family(Settings, ABC):
                 raise D2QError(f"config.json: {flag} is set, which llama.cpp's {self.gguf_arch} doesn't support")
         self._check_attention()
 
-    def _require_full_width_heads(self) -> None:
-        if self.num_heads * self.head_dim != self.hidden_size:
-            raise D2QError(
-                f"config.json: {self.gguf_arch} models need num_attention_heads * head_dim = hidden_size, but this one "
-                f"has {self.num_heads} * {self.head_dim} and {self.hidden_size}"
-            )
-
     def _check_attention(self) -> None:
         """Refuse layers that don't attend to all earlier tokens."""
         layer_types = self.config.get("layer_types") or []
@@ -376,12 +341,3 @@ class Family(Settings, ABC):
             raise D2QError(
                 f"config.json: the model uses sliding-window attention, which llama.cpp's {self.gguf_arch} doesn't have"
             )
-
-    def _window_note(self, window: int | None) -> tuple[str, ...]:
-        """Return the note for an architecture whose sliding window llama.cpp ignores."""
-        if window is None or window >= self.context_length:
-            return ()
-        return (
-            f"the model attends to the last {window} tokens, llama.cpp's {self.gguf_arch} to all of them: in texts of "
-            f"more than {window} tokens it isn't the same model",
-        )

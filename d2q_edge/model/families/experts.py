@@ -15,22 +15,18 @@ from d2q_edge.errors import D2QError
 from d2q_edge.model.families.base import Family
 from d2q_edge.model.families.layout import LinearGroup
 
-ROUTER = "mlp.gate"
-"""The router's name relative to its block."""
-EXPERTS = "mlp.experts."
-"""The prefix of the experts' layers, relative to their block."""
-NORM = "post_attention_layernorm"
-"""The norm in front of router and experts."""
-MAX_EXPERTS = 1024
-"""llama.cpp's limit."""
-MAX_ALL_EXPERTS = 100_000
-"""More than any model has in all blocks together: Qwen3-235B-A22B has 12032, Kimi K2 23040."""
+ROUTER = "mlp.gate"  # the router's name relative to its block
+EXPERTS = "mlp.experts."  # the prefix of the experts' layers, relative to their block
+NORM = "post_attention_layernorm"  # the norm in front of router and experts
+MAX_EXPERTS = 1024  # llama.cpp's limit
+MAX_ALL_EXPERTS = 100_000  # more than any model has in all blocks together: Qwen3-235B-A22B has 12032, Kimi K2 23040
 
 
 class MixtureOfExperts(Family):
     """A family whose blocks all have experts; the config also sets expert_width, their intermediate size."""
 
     refused_flags: ClassVar[tuple[str, ...]] = ("attention_bias",)
+    expert_width_key: ClassVar[str] = "intermediate_size"  # key in config.json of the experts' intermediate size
     normalizes_top_k: ClassVar[bool]
     """Whether llama.cpp's graph normalizes the weights of the chosen experts to a sum of one."""
 
@@ -50,21 +46,18 @@ class MixtureOfExperts(Family):
 
     @cached_property
     def stacks(self) -> Mapping[str, tuple[str, ...]]:
-        prefixes = [f"{self.block_prefix(index)}mlp.experts" for index in range(self.num_layers)]
-        return MappingProxyType(
-            {
-                f"{prefix}.{part}.weight": tuple(f"{prefix}.{i}.{part}.weight" for i in range(self.num_experts))
-                for prefix in prefixes
-                for part in ("down_proj", "gate_proj", "up_proj")
-            }
-        )
+        stacks = {}
+        for prefix in (f"{self.block_prefix(index)}{EXPERTS}" for index in range(self.num_layers)):
+            for part in ("down_proj", "gate_proj", "up_proj"):
+                parts = tuple(f"{prefix}{number}.{part}.weight" for number in range(self.num_experts))
+                stacks[f"{prefix}{part}.weight"] = parts
+        return MappingProxyType(stacks)
 
     def linear_shape(self, linear: str) -> tuple[int, int]:
-        kind = linear.rpartition(".")[2]
         if not linear.startswith(EXPERTS):
             return super().linear_shape(linear)
         wide = self.expert_width, self.hidden_size
-        return wide[::-1] if kind == "down_proj" else wide
+        return wide[::-1] if linear.endswith(".down_proj") else wide
 
     def block_routers(self) -> dict[str, tuple[int, int]]:
         return {ROUTER: (self.num_experts, self.hidden_size)}
@@ -80,7 +73,7 @@ class MixtureOfExperts(Family):
             raise D2QError("config.json: num_experts and num_local_experts contradict each other")
         self.num_experts = self._int((*names, "num_experts")[0], maximum=MAX_EXPERTS)
         self.experts_per_token = self._int("num_experts_per_tok", maximum=self.num_experts)
-        self.expert_width = self._read_expert_width()
+        self.expert_width = self._int(self.expert_width_key)
         if self.num_layers * self.num_experts > MAX_ALL_EXPERTS:
             raise D2QError(
                 f"config.json speaks of {self.num_layers} blocks of {self.num_experts} experts, more than any model has"
@@ -90,9 +83,6 @@ class MixtureOfExperts(Family):
                 f"config.json: norm_topk_prob is {str(not self.normalizes_top_k).lower()}, but llama.cpp's "
                 f"{self.gguf_arch} always computes as if it were {str(self.normalizes_top_k).lower()}"
             )
-
-    def _read_expert_width(self) -> int:
-        return self.intermediate_size
 
 
 def expert_linears(number: int) -> tuple[str, str, str]:

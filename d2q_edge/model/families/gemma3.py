@@ -19,10 +19,8 @@ from d2q_edge.model.families.base import Family
 from d2q_edge.model.families.layout import LinearGroup, Sublayer
 from d2q_edge.model.families.settings import positive_float
 
-FULL_INTERVAL = 6
-"""Every sixth layer attends to all tokens: llama.cpp's default for this architecture."""
-WIDE_LAYERS = 62
-"""With this many layers (27B) llama.cpp scales attention by hidden_size / heads instead of head_dim."""
+FULL_INTERVAL = 6  # every sixth layer attends to all tokens: llama.cpp's default for this architecture
+WIDE_LAYERS = 62  # with this many layers (27B) llama.cpp scales attention by hidden_size / heads instead of head_dim
 
 
 class Gemma3(Family):
@@ -52,11 +50,6 @@ class Gemma3(Family):
         LinearGroup("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
         LinearGroup(None, ("mlp.down_proj",), absorber="mlp.up_proj"),
     )
-
-    @property
-    def embedding_scale(self) -> float:
-        """Return sqrt(hidden_size), not rounded to bfloat16: as llama.cpp, and transformers in float32."""
-        return math.sqrt(self.hidden_size)
 
     def sliding_window(self, index: int) -> int | None:
         return self.window if (index + 1) % FULL_INTERVAL else None
@@ -95,6 +88,8 @@ class Gemma3(Family):
 
     def _check_attention(self) -> None:
         config = self.config
+        # Not rounded to bfloat16: as llama.cpp, and transformers in float32.
+        self.embedding_scale = math.sqrt(self.hidden_size)
         self.window = self._int("sliding_window", default=4096)
         interval = self._int("sliding_window_pattern", default=FULL_INTERVAL)
         numbers = range(1, self.num_layers + 1)

@@ -12,25 +12,17 @@ class LinearGroup:
     weight is multiplied by c, or the absorber, a linear layer A whose row `Family.absorber_rows(...)[j]` is multiplied
     by c[j]. Columns with the same row share their scale.
 
-    Attributes:
-        norm: the norm that produces the input; None if it comes from attention or from the gated activation.
-        linears: in forward order.
-        absorber: without a norm, the linear layer to whose rows the input's columns are proportional: v for o, up for
-            down.
     """
 
-    norm: str | None
-    linears: tuple[str, ...]
-    absorber: str | None = None
+    norm: str | None  # produces the input; None if it comes from attention or from the gated activation
+    linears: tuple[str, ...]  # in forward order
+    absorber: str | None = None  # without a norm: to whose rows the input's columns are proportional (v for o)
 
 
 @dataclass(frozen=True)
 class Sublayer:
-    """One residual branch of a block: residual + output_norm(module(norm(residual))), by names relative to the block.
-
-    `output_norm` is None where the module's output is added as it is.
-    """
+    """One residual branch of a block, residual + output_norm(module(norm(residual))), with names relative to it."""
 
     module: str
     norm: str
-    output_norm: str | None = None
+    output_norm: str | None = None  # None where the module's output is added as it is

@@ -61,14 +61,10 @@ class Llama(Family):
         They are 1 for short wavelengths, `factor` for those beyond the original context, interpolated in between.
         Computed in the converter's order of operations in torch, so that the tensor equals its own bit by bit.
         """
+        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         factor, low, high, context = (
             positive_float(f"rope_scaling's {key}", self.rope_scaling.get(key, default))
-            for key, default in (
-                ("factor", 8.0),
-                ("low_freq_factor", 1.0),
-                ("high_freq_factor", 4.0),
-                ("original_max_position_embeddings", 8192),
-            )
+            for key, default in zip(keys, (8.0, 1.0, 4.0, 8192), strict=True)
         )
         if high <= low:
             raise D2QError("config.json: rope_scaling's high_freq_factor must be larger than its low_freq_factor")

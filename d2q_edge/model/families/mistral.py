@@ -6,8 +6,7 @@ model with one is exported without it, as llama.cpp's converter does, and `notes
 
 from d2q_edge.model.families.llama import Llama
 
-DEFAULT_WINDOW = 4096
-"""transformers' sliding window for a config.json without the key; null is no window."""
+DEFAULT_WINDOW = 4096  # transformers' sliding window for a config.json without the key; null is no window
 
 
 class Mistral(Llama):
@@ -20,18 +19,7 @@ class Mistral(Llama):
     def biased_linears(self) -> tuple[str, ...]:
         return ()
 
-    def sliding_window(self, index: int) -> int | None:
-        return self._window()
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return self._window_note(self._window())
-
-    def _window(self) -> int | None:
-        if self.config.get("sliding_window", DEFAULT_WINDOW) is None:
-            return None
-        return self._int("sliding_window", default=DEFAULT_WINDOW)
-
     def _check_attention(self) -> None:
         super()._check_attention()
-        self._window()
+        if self.config.get("sliding_window", DEFAULT_WINDOW) is not None:
+            self.ignored_window = self._int("sliding_window", default=DEFAULT_WINDOW)

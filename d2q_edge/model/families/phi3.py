@@ -27,6 +27,7 @@ class Phi3(Family):
     gguf_arch = "phi3"
     rope_types = ("default", "longrope", "su")
     refused_flags = ("attention_bias", "mlp_bias", "lm_head_bias")
+    full_width_heads = True
     default_norm_eps = 1e-5
 
     linear_groups = (
@@ -49,13 +50,6 @@ class Phi3(Family):
             return (self.num_heads + self.num_kv_heads) * self.head_dim + super().absorber_rows("self_attn.v_proj")
         return self.intermediate_size + np.arange(self.intermediate_size)
 
-    def sliding_window(self, index: int) -> int | None:
-        return self._window()
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return self._window_note(self._window())
-
     def extra_tensors(self) -> dict[str, npt.NDArray[np.float32]]:
         if self.rope_type == "default":
             return {}
@@ -73,12 +67,11 @@ class Phi3(Family):
         writer.add_rope_dimension_count(self.rotary_dim)
         writer.add_rope_freq_base(self.rope_theta)
         writer.add_file_type(file_type)
-        writer.add_sliding_window(self._window() or 0)
+        writer.add_sliding_window(self.ignored_window or 0)
         if self.rope_type != "default":
             writer.add_rope_scaling_attn_factors(self._attention_factor())
 
     def _read_rope(self) -> None:
-        self._require_full_width_heads()
         super()._read_rope()
         original = self.rope_scaling.get("original_max_position_embeddings")
         if original is None:
@@ -101,15 +94,23 @@ class Phi3(Family):
 
     def _refuse_unsupported(self) -> None:
         super()._refuse_unsupported()
+        if self.rope_type == "default":
+            return
         self.extra_tensors()
-        self._check_attention_factor()
+        # transformers takes these factors from the config, but the file can't express them.
+        scale = self.context_length / self.original_context
+        for key, computed in (("factor", scale), ("attention_factor", self._attention_factor())):
+            given = self.rope_scaling.get(key)
+            if given is not None and not math.isclose(positive_float(f"rope_scaling's {key}", given), computed):
+                raise D2QError(
+                    f"config.json: rope_scaling's {key} is {given:g}, but llama.cpp computes with {computed:g}, from "
+                    "max_position_embeddings and original_max_position_embeddings"
+                )
 
     def _check_attention(self) -> None:
         super()._check_attention()
-        self._window()
-
-    def _window(self) -> int | None:
-        return None if self.config.get("sliding_window") is None else self._int("sliding_window")
+        if self.config.get("sliding_window") is not None:
+            self.ignored_window = self._int("sliding_window")
 
     def _factors(self, kind: str) -> npt.NDArray[np.float32]:
         values = self.rope_scaling.get(f"{kind}_factor")
@@ -124,16 +125,3 @@ class Phi3(Family):
         """Return what llama.cpp's converter writes (LongRoPE, arXiv 2402.13753, section 4.2)."""
         scale = self.context_length / self.original_context
         return math.sqrt(1 + math.log(scale) / math.log(self.original_context)) if scale > 1 else 1.0
-
-    def _check_attention_factor(self) -> None:
-        """Refuse a factor that transformers would take from the config, but the file can't express."""
-        scale = self.context_length / self.original_context
-        if self.rope_type == "default":
-            return
-        for key, computed in (("factor", scale), ("attention_factor", self._attention_factor())):
-            given = self.rope_scaling.get(key)
-            if given is not None and not math.isclose(positive_float(f"rope_scaling's {key}", given), computed):
-                raise D2QError(
-                    f"config.json: rope_scaling's {key} is {given:g}, but llama.cpp computes with {computed:g}, from "
-                    "max_position_embeddings and original_max_position_embeddings"
-                )

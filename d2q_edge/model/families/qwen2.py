@@ -13,11 +13,8 @@ class Qwen2(Family):
     model_type = "qwen2"
     gguf_arch = "qwen2"
     records_default_head_dim = False
+    full_width_heads = True
     default_kv_heads = 32
 
     def biased_linears(self) -> tuple[str, ...]:
         return ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-
-    def _refuse_unsupported(self) -> None:
-        super()._refuse_unsupported()
-        self._require_full_width_heads()

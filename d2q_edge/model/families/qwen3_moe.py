@@ -19,13 +19,11 @@ class Qwen3Moe(MixtureOfExperts):
     qk_norms = True
     default_kv_heads = 4
     normalizes_top_k = True
+    expert_width_key = "moe_intermediate_size"
 
     def add_metadata(self, writer: gguf.GGUFWriter, file_type: int) -> None:
         super().add_metadata(writer, file_type)
         writer.add_expert_feed_forward_length(self.expert_width)
-
-    def _read_expert_width(self) -> int:
-        return self._int("moe_intermediate_size")
 
     def _refuse_unsupported(self) -> None:
         super()._refuse_unsupported()

@@ -1,6 +1,6 @@
 """Read settings of a config.json, which is untrusted input, with checks of their types and ranges."""
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,9 +14,7 @@ class Settings:
         self.config = config
 
     def _int(self, key: str, *, default: int | None = None, maximum: int = 2**31 - 1) -> int:
-        value = self.config.get(key)
-        if value is None:
-            value = default
+        value = default if self.config.get(key) is None else self.config[key]
         if value is None:
             raise D2QError(f"config.json has no {key}")
         if type(value) is not int or not 0 < value <= maximum:
@@ -24,27 +22,17 @@ class Settings:
         return value
 
     def _float(self, key: str, *, default: float) -> float:
-        value = self.config.get(key)
-        return positive_float(key, default if value is None else value)
+        return positive_float(key, default if self.config.get(key) is None else self.config[key])
 
     def _flag(self, key: str, *, default: bool = False) -> bool:
-        value = self.config.get(key)
-        if value is None:
-            return default
+        value = default if self.config.get(key) is None else self.config[key]
         if not isinstance(value, bool):
             raise D2QError(f"config.json: {key} must be true or false, not {value!r}")
         return value
 
 
 def positive_float(key: str, value: object) -> float:
-    """Return a setting as a float.
-
-    Raises:
-        D2QError: it isn't a finite number above zero.
-    """
-    try:
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < float(value) < math.inf:
-            return float(value)
-    except OverflowError:
-        pass
-    raise D2QError(f"config.json: {key} must be a positive number, not {value!r}")
+    """Return a setting as a float; raise D2QError if it isn't a finite number above zero."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
+        raise D2QError(f"config.json: {key} must be a positive number, not {value!r}")
+    return float(value)

@@ -8,8 +8,7 @@ attention without rotation doesn't depend on their order.
 from d2q_edge.errors import D2QError
 from d2q_edge.model.families.llama import Llama
 
-NO_ROPE_INTERVAL = 4
-"""llama.cpp's n_no_rope_layer_step for this architecture."""
+NO_ROPE_INTERVAL = 4  # llama.cpp's n_no_rope_layer_step for this architecture
 
 
 class SmolLM3(Llama):

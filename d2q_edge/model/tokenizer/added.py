@@ -12,21 +12,13 @@ from d2q_edge.model.tokenizer.files import Files
 
 @dataclass(frozen=True)
 class AddedToken:
-    """One added token.
-
-    Attributes:
-        text: as the vocabulary has it.
-        id: its id.
-        special: whether it is marked as special.
-        strips: whether it absorbs white space beside it, which llama.cpp can't do.
-        listed: whether tokenizer_config.json or added_tokens.json has it; llama.cpp's converter reads only these for
-            SentencePiece.
-    """
+    """One added token, with its text as in the vocabulary."""
 
     text: str
     id: int
-    special: bool
-    strips: bool = False
+    special: bool  # whether it is marked as special
+    strips: bool = False  # whether it absorbs white space beside it, which llama.cpp can't do
+    # Whether tokenizer_config.json or added_tokens.json has it; for SentencePiece, the converter reads only these.
     listed: bool = False
 
     @property
@@ -43,55 +35,41 @@ class AddedToken:
         return self.text if self.type == gguf.TokenType.CONTROL else self.text.replace("\u2581", " ")
 
 
-def added_tokens(files: Files, vocab: dict[str, int]) -> dict[str, AddedToken]:
-    """Return the added tokens by text: tokenizer.json's, then those that only the other files have.
+def read_vocabulary(files: Files) -> tuple[dict[str, int], dict[str, AddedToken], frozenset[str]]:
+    """Return tokenizer.json's vocabulary, the added tokens of all files by text, and the texts that are left out.
+
+    Left out are added tokens for which the model has no row: padding from training, or Gemma's image tokens. The model
+    in transformers fails on these; llama.cpp's converter leaves them out, too.
 
     Raises:
         D2QError: the files contradict each other, or an id isn't valid.
     """
+    vocab: dict[str, int] = files.content["model"]["vocab"] if files.content else {}
     added: dict[str, AddedToken] = {}
 
-    def add(token: AddedToken, source: str) -> None:
-        known = added[token.text].id if token.text in added else vocab.get(token.text, token.id)
-        if known != token.id:
-            raise D2QError(f"{files.json} gives token {token.text!r} the id {known}, but {source} gives it {token.id}")
-        if type(token.id) is not int or token.id < 0:
-            raise D2QError(f"{files.directory / source} gives token {token.text!r} the id {token.id!r}")
-        added[token.text] = token
-
-    def parse(entry: dict[str, Any], token_id: Any, *, listed: bool) -> AddedToken:
-        strips = bool(entry.get("lstrip") or entry.get("rstrip"))
-        return AddedToken(entry["content"], token_id, bool(entry.get("special")), strips, listed)
+    def add(entry: dict[str, Any], token_id: Any, source: str) -> None:
+        text, strips = entry["content"], bool(entry.get("lstrip") or entry.get("rstrip"))
+        known = added[text].id if text in added else vocab.get(text, token_id)
+        if known != token_id:
+            raise D2QError(f"{files.json} gives token {text!r} the id {known}, but {source} gives it {token_id}")
+        if type(token_id) is not int or token_id < 0:
+            raise D2QError(f"{files.directory / source} gives token {text!r} the id {token_id!r}")
+        added[text] = AddedToken(text, token_id, bool(entry.get("special")), strips, listed=source != "added_tokens")
 
     for entry in files.content.get("added_tokens") or []:
-        add(parse(entry, entry["id"], listed=False), "added_tokens")
+        add(entry, entry["id"], "added_tokens")
     for text, token_id in files.added.items():
-        old = added.get(text)
-        special, strips = (old.special, old.strips) if old else (False, False)
-        add(AddedToken(text, token_id, special, strips, listed=True), "added_tokens.json")
+        old = added.get(text, AddedToken(text, token_id, special=False))
+        add({"content": text, "special": old.special, "lstrip": old.strips}, token_id, "added_tokens.json")
     for key, entry in (files.settings.get("added_tokens_decoder") or {}).items():
-        add(parse(entry, int(key), listed=True), "tokenizer_config.json")
-    return added
-
-
-def split_off(added: dict[str, AddedToken], size: int) -> tuple[dict[str, AddedToken], frozenset[str]]:
-    """Split off the added tokens for which the model has no row: padding from training, or Gemma's image tokens.
-
-    The model in transformers fails on these; llama.cpp's converter leaves them out, too.
-
-    Returns:
-        The tokens with a row, and the texts of the others.
-    """
-    within = {text: token for text, token in added.items() if token.id < size}
-    return within, frozenset(added.keys() - within.keys())
+        add(entry, int(key), "tokenizer_config.json")
+    left_out = frozenset(text for text, token in added.items() if token.id >= files.vocab_size)
+    vocab = {text: token_id for text, token_id in vocab.items() if text not in left_out}
+    return vocab, {text: token for text, token in added.items() if text not in left_out}, left_out
 
 
 def check_distinct(files: Files, tokens: Iterable[str]) -> None:
-    """Refuse two ids with the same text, because llama.cpp aborts the whole process.
-
-    Raises:
-        D2QError: there are such ids.
-    """
+    """Raise D2QError for two ids with the same text, on which llama.cpp aborts the whole process."""
     owners: dict[str, int] = {}
     for token_id, text in enumerate(tokens):
         if (other := owners.setdefault(text, token_id)) != token_id:

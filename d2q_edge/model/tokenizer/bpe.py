@@ -11,8 +11,7 @@ import gguf
 
 from d2q_edge.errors import D2QError
 from d2q_edge.model.tokenizer import pre_tokenizers
-from d2q_edge.model.tokenizer.added import AddedToken, added_tokens, check_distinct, split_off
-from d2q_edge.model.tokenizer.chat_template import read_chat_template
+from d2q_edge.model.tokenizer.added import AddedToken, check_distinct, read_vocabulary
 from d2q_edge.model.tokenizer.content import Tokenizer
 from d2q_edge.model.tokenizer.files import Files
 from d2q_edge.model.tokenizer.pre_tokenizers import PreTokenizer
@@ -20,35 +19,24 @@ from d2q_edge.model.tokenizer.special import special_tokens
 
 
 def build(files: Files, pre_tokenizer: str | None = None) -> Tokenizer:
-    """Return the tokenizer of tokenizer.json.
-
-    Args:
-        files: the model's.
-        pre_tokenizer: llama.cpp's name of the pre-tokenizer; None detects it.
-
-    Raises:
-        D2QError: the file is damaged or contradictory, or llama.cpp can't do what it says.
-    """
+    """Return the tokenizer of tokenizer.json; raise D2QError if that is damaged or llama.cpp can't do what it says."""
     content, model = files.content, files.content["model"]
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(option):
             raise D2QError(f"{files.json} sets {option}, which llama.cpp's BPE can't do")
-    vocab, merges = model["vocab"], read_merges(files)
-    normalized = _is_normalized(files)
+    merges, normalized = read_merges(files), _is_normalized(files)
     ignore_merges = bool(model.get("ignore_merges"))
     if pre_tokenizer is None:
         pre = pre_tokenizers.find(files.json, content, ignore_merges=ignore_merges)
     else:
         pre = pre_tokenizers.named(pre_tokenizer)
-    added, left_out = split_off(added_tokens(files, vocab), files.vocab_size)
-    vocab = {text: token_id for text, token_id in vocab.items() if text not in left_out}
+    vocab, added, left_out = read_vocabulary(files)
     if ignore_merges != pre.ignores_merges:
         # Added tokens are found before words are.
         _require_reachable(files, pre, vocab.keys() - added.keys(), merges)
     tokens, types = _token_list(files, vocab, added)
     special_ids, add_special = special_tokens(files, bos_by_default=pre.adds_bos)
-    setting = files.settings.get("add_prefix_space")
-    gaps = pre.gaps | ({"decomposed"} if normalized else set())
+    stripping = any(token.strips for token in added.values())
     return Tokenizer(
         model="gpt2",
         pre=pre.name,
@@ -56,27 +44,19 @@ def build(files: Files, pre_tokenizer: str | None = None) -> Tokenizer:
         types=types,
         # A space inside of a part would be taken for the separator; only tokens that no text becomes have one.
         merges=[" ".join(part.replace(" ", "\u0120") for part in pair) for pair in merges],
-        scores=None,
         special_ids=special_ids,
         add_special=add_special,
-        chat_template=read_chat_template(files.directory, files.settings),
-        space_prefix_setting=setting if isinstance(setting, bool) else None,
-        adds_space_prefix=False,
-        gaps=gaps | ({"special"} if any(token.strips for token in added.values()) else set()),
+        chat_template=files.chat_template(),
+        space_prefix_setting=files.space_prefix_setting,
+        gaps=pre.gaps | ({"decomposed"} if normalized else set()) | ({"special"} if stripping else set()),
         left_out=left_out,
     )
 
 
 def read_merges(files: Files) -> list[tuple[str, str]]:
-    """Return the merges of tokenizer.json, which has them as pairs or, before 2024, as "left right".
-
-    Raises:
-        D2QError: a merge takes or makes something that isn't a token.
-    """
-    model = files.content["model"]
-    vocab = model["vocab"]
-    pairs = []
-    for merge in model["merges"]:
+    """Return tokenizer.json's merges, which are pairs or, before 2024, "left right"; all parts must be tokens."""
+    vocab, pairs = files.content["model"]["vocab"], []
+    for merge in files.content["model"]["merges"]:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         if not (left in vocab and right in vocab and left + right in vocab):
             raise D2QError(

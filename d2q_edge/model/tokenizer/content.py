@@ -12,37 +12,21 @@ GRANITE_VOCAB_SIZE = 49152
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer ready to be written.
+    """A tokenizer ready to be written."""
 
-    Attributes:
-        model: "gpt2" for byte-level BPE, "llama" for SentencePiece's BPE.
-        pre: llama.cpp's name of the pre-tokenizer.
-        tokens: texts, one per row of the embedding matrix.
-        types: gguf.TokenType values, one per token.
-        merges: in order; empty for SentencePiece, which merges by score.
-        scores: one per token; None for byte-level BPE.
-        special_ids: role ("bos", "eos", "pad", ...) to token id.
-        add_special: role to whether that token is added to every text.
-        chat_template: one text, or several as [{"name": ..., "template": ...}].
-        space_prefix_setting: tokenizer_config.json's add_prefix_space, which some architectures record.
-        adds_space_prefix: whether text is tokenized as if a space came before it.
-        gaps: kinds of text (tags of export/tokenizer_check.py) that llama.cpp is known to tokenize differently.
-        left_out: added tokens for which the model has no row.
-    """
-
-    model: str
-    pre: str
-    tokens: list[str]
-    types: list[int]
-    merges: list[str]
-    scores: list[float] | None
-    special_ids: dict[str, int]
-    add_special: dict[str, bool]
-    chat_template: str | list[dict[str, str]] | None
-    space_prefix_setting: bool | None
-    adds_space_prefix: bool
-    gaps: frozenset[str] = frozenset()
-    left_out: frozenset[str] = frozenset()
+    model: str  # "gpt2" for byte-level BPE, "llama" for SentencePiece's BPE
+    pre: str  # llama.cpp's name of the pre-tokenizer
+    tokens: list[str]  # one per row of the embedding matrix
+    types: list[int]  # gguf.TokenType values
+    merges: list[str]  # in order; empty for SentencePiece, which merges by score
+    special_ids: dict[str, int]  # by role: "bos", "eos", "pad", ...
+    add_special: dict[str, bool]  # by role: whether that token is added to every text
+    chat_template: str | list[dict[str, str]] | None  # one text, or several as [{"name": ..., "template": ...}]
+    space_prefix_setting: bool | None  # tokenizer_config.json's add_prefix_space, which some architectures record
+    scores: list[float] | None = None  # one per token; None for byte-level BPE
+    adds_space_prefix: bool = False  # whether text is tokenized as if a space came before it
+    gaps: frozenset[str] = frozenset()  # tags of export/tokenizer_check.py: text that llama.cpp tokenizes differently
+    left_out: frozenset[str] = frozenset()  # added tokens for which the model has no row
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -67,10 +51,8 @@ class Tokenizer:
     def add_to(self, writer: gguf.GGUFWriter, *, space_prefix: bool = False) -> None:
         """Add the `tokenizer.*` keys.
 
-        Args:
-            writer: gguf-py's.
-            space_prefix: whether the architecture ("llama" and what derives from it) records tokenizer_config.json's
-                add_prefix_space. Others have the key only where llama.cpp's default is wrong.
+        `space_prefix` says whether the architecture ("llama" and what derives from it) records tokenizer_config.json's
+        add_prefix_space. Others have the key only where llama.cpp's default is wrong.
         """
         recorded = space_prefix and self.space_prefix_setting is not None
         if recorded:

@@ -7,6 +7,7 @@ compares steps and regexes, so that new vocabularies are recognized too.
 
 import json
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,12 @@ from d2q_edge.errors import D2QError
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """One of llama.cpp's pre-tokenizers.
+    """One of llama.cpp's pre-tokenizers."""
 
-    Attributes:
-        name: the value of tokenizer.ggml.pre.
-        ignores_merges: whether a whole word is looked up before anything is merged.
-        adds_bos: whether BOS is added if the file doesn't say.
-        gaps: kinds of text that llama.cpp is known to split differently from the original regex.
-    """
-
-    name: str
-    ignores_merges: bool = False
-    adds_bos: bool = False
-    gaps: frozenset[str] = frozenset()
+    name: str  # the value of tokenizer.ggml.pre
+    ignores_merges: bool = False  # whether a whole word is looked up before anything is merged
+    adds_bos: bool = False  # whether BOS is added if the file doesn't say
+    gaps: frozenset[str] = frozenset()  # kinds of text that llama.cpp splits differently from the original regex
 
 
 _LLAMA_3 = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano")
@@ -52,9 +46,7 @@ _PLAIN = (
     "bailingmoe bailingmoe2 llada-moe seed-coder hunyuan hunyuan-dense hy_v4 joyai-llm kimi-k2 ufakzeka "
     "grok-2 afmoe laguna solar-open mellum2"
 )
-BY_NAME: dict[str, PreTokenizer] = {
-    pre.name: pre for pre in (*_SPECIAL, *(PreTokenizer(name) for name in _PLAIN.split()))
-}
+BY_NAME = {pre.name: pre for pre in (*_SPECIAL, *map(PreTokenizer, _PLAIN.split()))}
 """Every name that llama.cpp accepts."""
 
 # Parts of the regexes below; _CASED is shared by Tekken and GPT-4o.
@@ -62,16 +54,13 @@ _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASED = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+%s",
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*%s",
-)
+_CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*%s"
 _CASED_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 REGEXES: dict[str, tuple[str, ...]] = {
     _WORDS + r"\p{N}{1,3}" + _REST: ("llama-bpe", "dbrx"),
     _WORDS + r"\p{N}" + _REST: ("qwen2",),
-    "|".join(_CASED) % ("", "") + r"|\p{N}" + _CASED_REST: ("tekken",),
-    "|".join(_CASED) % (_CONTRACTIONS + "?", _CONTRACTIONS + "?") + r"|\p{N}{1,3}" + _CASED_REST: ("gpt-4o",),
+    _CASED % ("", "") + r"|\p{N}" + _CASED_REST: ("tekken",),
+    _CASED % (_CONTRACTIONS + "?", _CONTRACTIONS + "?") + r"|\p{N}{1,3}" + _CASED_REST: ("gpt-4o",),
 }
 """Each regex with the names that stand for it, the usual one first; they differ in ignores_merges."""
 
@@ -81,15 +70,9 @@ _DIGITS = [{"type": "Digits", "individual_digits": True}, *_GPT_2]
 
 
 def find(path: Path, content: dict[str, Any], *, ignore_merges: bool) -> PreTokenizer:
-    """Return the pre-tokenizer of llama.cpp that splits text as tokenizer.json does.
+    """Return the pre-tokenizer of llama.cpp that splits text as that tokenizer.json; raise D2QError if there is none.
 
-    Args:
-        path: of tokenizer.json, for messages.
-        content: its content.
-        ignore_merges: the tokenizer's setting, which decides between names for the same regex.
-
-    Raises:
-        D2QError: there is none.
+    `ignore_merges`, the tokenizer's setting, decides between names for the same regex.
     """
     steps = _steps(content.get("pre_tokenizer"))
     names: tuple[str, ...] = ()
@@ -103,7 +86,7 @@ def find(path: Path, content: dict[str, Any], *, ignore_merges: bool) -> PreToke
     if not names:
         regex = next((_regex(step) for step in steps if _regex(step) is not None), None)
         quoted = json.dumps(content.get("pre_tokenizer"), ensure_ascii=False) if regex in (None, *REGEXES) else regex
-        known = ", ".join(dict.fromkeys([*(name for names in REGEXES.values() for name in names), *_STRUCTURES]))
+        known = ", ".join([*chain(*REGEXES.values()), "smollm", "gpt-2", "olmo"])
         raise D2QError(
             f"{path} splits text in a way that isn't known (known: {known}): {quoted}; if you know which of "
             "llama.cpp's pre-tokenizers it is, say --pre-tokenizer NAME"
@@ -112,15 +95,8 @@ def find(path: Path, content: dict[str, Any], *, ignore_merges: bool) -> PreToke
     return next((choice for choice in choices if choice.ignores_merges == ignore_merges), choices[0])
 
 
-_STRUCTURES = ("smollm", "gpt-2", "olmo")
-
-
 def named(name: str) -> PreTokenizer:
-    """Return the pre-tokenizer of that name.
-
-    Raises:
-        D2QError: llama.cpp has none.
-    """
+    """Return the pre-tokenizer of that name; raise D2QError if llama.cpp has none."""
     if name not in BY_NAME:
         raise D2QError(f"llama.cpp has no pre-tokenizer {name!r}; it has {', '.join(sorted(BY_NAME))}")
     return BY_NAME[name]
@@ -137,9 +113,6 @@ def _steps(pre_tokenizer: Any) -> list[dict[str, Any]]:
 
 def _regex(step: dict[str, Any]) -> str | None:
     """Return the regex of a step that makes every match a piece; the known ones match all text, so nothing is lost."""
-    if step.get("type") != "Split":
-        return None
-    if (step.get("behavior"), step.get("invert")) not in (("Isolated", False), ("Removed", True)):
-        return None
-    regex = step["pattern"].get("Regex")
+    isolates = (step.get("behavior"), step.get("invert")) in (("Isolated", False), ("Removed", True))
+    regex = step["pattern"].get("Regex") if step.get("type") == "Split" and isolates else None
     return regex if isinstance(regex, str) else None

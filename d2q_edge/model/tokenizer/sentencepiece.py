@@ -9,28 +9,17 @@ tokenizer.model, scores are reconstructed from the merges, and merges that no sc
 import json
 import re
 
-import gguf
+from gguf import TokenType
 
 from d2q_edge.errors import D2QError
-from d2q_edge.model.tokenizer.added import AddedToken, added_tokens, check_distinct, split_off
+from d2q_edge.model.tokenizer.added import AddedToken, check_distinct, read_vocabulary
 from d2q_edge.model.tokenizer.bpe import read_merges
-from d2q_edge.model.tokenizer.chat_template import read_chat_template
 from d2q_edge.model.tokenizer.content import Tokenizer
 from d2q_edge.model.tokenizer.files import Files
-from d2q_edge.model.tokenizer.sentencepiece_model import (
-    BYTE,
-    CONTROL,
-    NORMAL,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
-    Piece,
-    read_model,
-)
+from d2q_edge.model.tokenizer.sentencepiece_model import Piece, read_model
 from d2q_edge.model.tokenizer.special import special_tokens
 
-SPACE = "\u2581"
-"""SentencePiece's spelling of a space."""
+SPACE = "\u2581"  # sentencePiece's spelling of a space
 # The scores that llama.cpp's converter gives to added tokens and to ids without a token; neither is ever compared.
 _ADDED_SCORE, _UNUSED_SCORE = -1000.0, -10000.0
 # llama.cpp's defaults for a file without these keys.
@@ -41,14 +30,8 @@ _PREPEND = {"type": "Prepend", "prepend": SPACE}
 
 
 def build(files: Files) -> Tokenizer:
-    """Return the tokenizer of tokenizer.model and tokenizer.json, of which one may be missing.
-
-    Raises:
-        D2QError: the files are damaged or contradict each other, or llama.cpp can't do what they say.
-    """
-    vocab: dict[str, int] = files.content["model"]["vocab"] if files.content else {}
-    added, left_out = split_off(added_tokens(files, vocab), files.vocab_size)
-    vocab = {text: token_id for text, token_id in vocab.items() if text not in left_out}
+    """Return the tokenizer of tokenizer.model, tokenizer.json or both; raise D2QError as `bpe.build`."""
+    vocab, added, left_out = read_vocabulary(files)
     ids: dict[str, int] = {}
     prefix, gaps = _space_prefix(files, vocab) if files.content else (True, set())
     if files.sentencepiece.is_file():
@@ -66,27 +49,23 @@ def build(files: Files) -> Tokenizer:
         pieces = _pieces(files, vocab, added)
     tokens, scores, types = _token_list(files, pieces, added)
     special_ids, add_special = special_tokens(files, bos_by_default=True)
-    special_ids |= {
-        role: ids[role] for role in ids if role not in special_ids and ids[role] != _DEFAULT_IDS.get(role, -1)
-    }
-    setting = files.settings.get("add_prefix_space")
-    setting = setting if isinstance(setting, bool) else None
-    prefix = prefix if setting is None else setting
-    if any(token.strips for token in added.values()):
-        gaps = gaps | {"special"}
+    for role, token_id in ids.items():
+        if token_id != _DEFAULT_IDS.get(role):
+            special_ids.setdefault(role, token_id)
+    setting = files.space_prefix_setting
     return Tokenizer(
         model="llama",
         pre="default",
         tokens=tokens,
         types=types,
         merges=[],
-        scores=scores,
         special_ids=special_ids,
         add_special=add_special,
-        chat_template=read_chat_template(files.directory, files.settings),
+        chat_template=files.chat_template(),
         space_prefix_setting=setting,
-        adds_space_prefix=prefix,
-        gaps=frozenset(gaps),
+        scores=scores,
+        adds_space_prefix=prefix if setting is None else setting,
+        gaps=frozenset(gaps | ({"special"} if any(token.strips for token in added.values()) else set())),
         left_out=left_out,
     )
 
@@ -139,7 +118,7 @@ def _take_user_defined(pieces: list[Piece], added: dict[str, AddedToken]) -> Non
     """Add the user-defined pieces to the added tokens, for a model without tokenizer.json."""
     taken = {token.id for token in added.values()}
     for token_id, piece in enumerate(pieces):
-        if piece.kind == USER_DEFINED and token_id not in taken:
+        if piece.kind == TokenType.USER_DEFINED and token_id not in taken:
             added[piece.text] = AddedToken(piece.text, token_id, special=False, listed=True)
 
 
@@ -152,7 +131,7 @@ def _pieces(files: Files, vocab: dict[str, int], added: dict[str, AddedToken]) -
     results = list(dict.fromkeys(left + right for left, right in merges))
     scores = {text: -float(rank) for rank, text in enumerate(results)}
     unknown = files.content["model"].get("unk_token")
-    pieces = [Piece("", 0.0, UNUSED)] * files.vocab_size
+    pieces = [Piece("", 0.0, TokenType.UNUSED)] * files.vocab_size
     for text, token_id in sorted(vocab.items(), key=lambda item: item[1]):
         files.check_id(text, token_id)
         if pieces[token_id].text:
@@ -160,11 +139,11 @@ def _pieces(files: Files, vocab: dict[str, int], added: dict[str, AddedToken]) -
         if text in added:
             pieces[token_id] = Piece(text, _ADDED_SCORE, added[text].type)
         elif text == unknown:
-            pieces[token_id] = Piece(text, 0.0, UNKNOWN)
+            pieces[token_id] = Piece(text, 0.0, TokenType.UNKNOWN)
         elif _BYTE_TOKEN.fullmatch(text):
-            pieces[token_id] = Piece(text, 0.0, BYTE)
+            pieces[token_id] = Piece(text, 0.0, TokenType.BYTE)
         else:
-            pieces[token_id] = Piece(text, scores.setdefault(text, -float(len(scores))), NORMAL)
+            pieces[token_id] = Piece(text, scores.setdefault(text, -float(len(scores))), TokenType.NORMAL)
     _require_all_merges(files, pieces, vocab, set(merges))
     return pieces
 
@@ -173,7 +152,7 @@ def _require_all_merges(files: Files, pieces: list[Piece], vocab: dict[str, int]
     """Refuse a list of merges without a pair of tokens (or characters) that makes up a third: llama.cpp merges it."""
     for piece in pieces:
         text = piece.text
-        for cut in range(1, len(text) if piece.kind == NORMAL else 0):
+        for cut in range(1, len(text) if piece.kind == TokenType.NORMAL else 0):
             left, right = text[:cut], text[cut:]
             joinable = (left in vocab or cut == 1) and (right in vocab or cut == len(text) - 1)
             if joinable and (left, right) not in merges:
@@ -193,7 +172,7 @@ def _token_list(
             f"the tokenizer in {files.directory} has the token {beyond[0]!r}, but the model has {size} tokens only"
         )
     tokens = [f"[PAD{i}]" for i in range(size)]
-    scores, types = [_UNUSED_SCORE] * size, [int(gguf.TokenType.UNUSED)] * size
+    scores, types = [_UNUSED_SCORE] * size, [int(TokenType.UNUSED)] * size
     for token_id, piece in enumerate(pieces):
         if piece.text:
             tokens[token_id], scores[token_id], types[token_id] = piece.text, piece.score, piece.kind
@@ -204,10 +183,10 @@ def _token_list(
                 f"the tokenizer in {files.directory} gives the id {token.id} to both {owners[token.id]!r} and "
                 f"{token.text!r}"
             )
-        same = tokens[token.id] == token.text and types[token.id] in (CONTROL, UNKNOWN)
+        same = tokens[token.id] == token.text and types[token.id] in (TokenType.CONTROL, TokenType.UNKNOWN)
         if token.listed or not same:
             tokens[token.id], scores[token.id], types[token.id] = token.gguf_text, _ADDED_SCORE, token.type
-    byte_tokens = {text for text, kind in zip(tokens, types, strict=True) if kind == BYTE}
+    byte_tokens = {text for text, kind in zip(tokens, types, strict=True) if kind == TokenType.BYTE}
     if missing := [f"<0x{byte:02X}>" for byte in range(256) if f"<0x{byte:02X}>" not in byte_tokens]:
         raise D2QError(
             f"the tokenizer in {files.directory} has no token {missing[0]}; llama.cpp needs one for every byte, for "

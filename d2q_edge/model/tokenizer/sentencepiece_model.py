@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from gguf import TokenType
+
 from d2q_edge.errors import D2QError
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-"""Kinds of pieces; gguf.TokenType has the same numbers."""
 _ALGORITHMS = {1: "Unigram", 2: "BPE", 3: "word", 4: "character"}
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 # Field numbers, by message.
@@ -29,38 +29,26 @@ _Fields = defaultdict[int, list[int | float | bytes]]
 
 @dataclass(frozen=True)
 class Piece:
-    """One entry of the vocabulary; `kind` is NORMAL, UNKNOWN, ..."""
+    """One entry of the vocabulary."""
 
     text: str
     score: float
-    kind: int
+    kind: int  # NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED or BYTE, with the numbers of gguf.TokenType
 
 
 @dataclass(frozen=True)
 class SentencePieceModel:
-    """The content of a tokenizer.model.
+    """The content of a tokenizer.model."""
 
-    Attributes:
-        pieces: in the order of their ids.
-        algorithm: "BPE", "Unigram", ...
-        special_ids: ids by role, of the roles that the model has.
-        adds_space_prefix: whether text is tokenized as if a space came before it (add_dummy_prefix).
-        space_suffix: whether the space belongs to the end of a word (treat_whitespace_as_suffix).
-    """
-
-    pieces: list[Piece]
-    algorithm: str
-    special_ids: dict[str, int]
-    adds_space_prefix: bool
-    space_suffix: bool
+    pieces: list[Piece]  # in the order of their ids
+    algorithm: str  # "BPE", "Unigram", ...
+    special_ids: dict[str, int]  # by role, for the roles that the model has
+    adds_space_prefix: bool  # whether text is tokenized as if a space came before it (add_dummy_prefix)
+    space_suffix: bool  # whether the space belongs to the end of a word (treat_whitespace_as_suffix)
 
 
 def read_model(path: Path) -> SentencePieceModel:
-    """Read a tokenizer.model.
-
-    Raises:
-        D2QError: it can't be read, or isn't a SentencePiece model.
-    """
+    """Read a tokenizer.model; raise D2QError if it can't be read or isn't a SentencePiece model."""
     try:
         return _parse(path.read_bytes())
     except OSError as error:
@@ -92,8 +80,8 @@ def _piece(data: int | float | bytes) -> Piece:
     if not isinstance(data, bytes):
         raise ValueError("a piece is a number")
     fields = _fields(data)
-    kind = _last(fields, _PIECE_KIND, NORMAL)
-    if kind not in range(NORMAL, BYTE + 1):
+    kind = _last(fields, _PIECE_KIND, int(TokenType.NORMAL))
+    if not TokenType.NORMAL <= kind <= TokenType.BYTE:
         raise ValueError("a piece has a wrong type")
     return Piece(_last(fields, _PIECE_TEXT, b"").decode("utf-8"), _last(fields, _PIECE_SCORE, 0.0), kind)
 

@@ -8,8 +8,7 @@ from typing import Any
 from d2q_edge.errors import D2QError
 from d2q_edge.model.tokenizer.files import Files
 
-ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-"""In the order in which llama.cpp's converter writes them."""
+ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # in the order in which llama.cpp's converter writes them
 
 
 def special_tokens(files: Files, *, bos_by_default: bool) -> tuple[dict[str, int], dict[str, bool]]:
@@ -19,9 +18,7 @@ def special_tokens(files: Files, *, bos_by_default: bool) -> tuple[dict[str, int
     tokenizer_config.json's texts, then from config.json. Unlike there, the absence of BOS is recorded if tokenizer.json
     adds none.
 
-    Args:
-        files: the model's.
-        bos_by_default: whether llama.cpp adds BOS if the file doesn't say.
+    `bos_by_default` says whether llama.cpp adds BOS if the file doesn't say.
 
     Raises:
         D2QError: the post-processor is of an unknown kind, or adds a token that the model doesn't have.
@@ -42,8 +39,7 @@ def special_tokens(files: Files, *, bos_by_default: bool) -> tuple[dict[str, int
         else:
             raise D2QError(f"tokenizer.json's post-processor {step['type']} isn't supported")
     for role in texts:
-        flag = settings.get(f"add_{role}_token")
-        if isinstance(flag, bool):
+        if isinstance(flag := settings.get(f"add_{role}_token"), bool):
             add.setdefault(role, flag)
     if content and bos_by_default:
         add.setdefault("bos", False)
@@ -81,14 +77,12 @@ def _read_template(step: dict[str, Any], texts: dict[str, str | None], add: dict
     first, last = single[0], single[-1]
     if first is not None:
         # Whatever tokenizer_config.json calls BOS, this is the token that transformers puts first.
-        texts["bos"] = first
-        add["bos"] = True
+        texts["bos"], add["bos"] = first, True
     if last is not None:
         if texts["eos"] not in (None, last):
             # Turns of this chat model end differently from texts: tokenizer_config.json's EOS ends a turn.
             texts["eot"] = texts["eos"]
-        texts["eos"] = last
-        add["eos"] = True
+        texts["eos"], add["eos"] = last, True
     if first is not None and pair[:1] == [first]:
         pair = pair[1:]
     if last is not None and pair[-1:] == [last]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from d2q_edge.export.tokenizer_check import text_gaps, verify
 from d2q_edge.model.tokenizer import read_tokenizer
-from d2q_edge.runtime.llama_file import LlamaVocabulary
+from d2q_edge.runtime.llama_model import LlamaVocabulary
 from tests.availability import require_runtime
 from tests.checkpoints import EXAMPLE
 from tests.model.tokenizer.families import FAMILIES, SENTENCEPIECE
@@ -48,7 +48,7 @@ class Pair:
         self.reference: Any = PreTrainedTokenizerFast.from_pretrained(directory)
 
     def differ(self, text: str) -> bool:
-        return self.llama.tokenize(text, special=True) != list(self.reference.encode(text))
+        return self.llama.tokenize(text, read_special=True) != list(self.reference.encode(text))
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,7 @@ def pairs(directories: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.slow
 def test_keys_like_stock(directories: dict[str, Path], stock_files: dict[str, Path], tmp_path: Path, name: str) -> None:
     family = FAMILIES[name]
     tokenizer = read_tokenizer(directories[name], family.config(), family.vocab_size)
@@ -121,8 +122,8 @@ def test_json_alone(directories: dict[str, Path], pairs: dict[str, Pair], tmp_pa
     assert alone.tokenizer.tokens == pairs[name].tokenizer.tokens
     assert alone.tokenizer.types == pairs[name].tokenizer.types
     for text in TEXTS:
-        ids = alone.llama.tokenize(text, special=True)
-        assert ids == pairs[name].llama.tokenize(text, special=True), text
+        ids = alone.llama.tokenize(text, read_special=True)
+        assert ids == pairs[name].llama.tokenize(text, read_special=True), text
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -19,6 +19,7 @@ from tests.model.tokenizer.families import FAMILIES, LEGACY
 from tests.model.tokenizer.tokenizers import BYTE_LEVEL, NORMALIZED, Json, bos_template, write
 from tests.model.tokenizer.vocabulary_file import write_vocabulary
 
+pytestmark = pytest.mark.slow
 NORMAL, UNKNOWN, CONTROL, BYTE = (
     gguf.TokenType.NORMAL,
     gguf.TokenType.UNKNOWN,

@@ -127,7 +127,7 @@ def write_model(
     Raises:
         D2QError: the tokenizer differs in llama.cpp, or the file can't be written.
     """
-    add_metadata = _metadata_writer(checkpoint, family, file_type, extra, tokenizer, quiet=False)
+    add_metadata = metadata_writer(checkpoint, family, tokenizer, file_type, extra, quiet=False)
     check = partial(verify_tokenizer, directory=checkpoint.directory, tokenizer=tokenizer) if verify else None
     return gguf_writer.write_gguf(path, family.gguf_arch, tensors, add_metadata, force=force, check=check)
 
@@ -138,36 +138,19 @@ def check_tokenizer(checkpoint: Checkpoint, family: Family, tokenizer: Tokenizer
     Raises:
         D2QError: the tokenizer differs in llama.cpp.
     """
-    add_metadata = _metadata_writer(checkpoint, family, 0, None, tokenizer)
+    add_metadata = metadata_writer(checkpoint, family, tokenizer, 0, None)
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "vocabulary.gguf"
         gguf_writer.write_gguf(file, family.gguf_arch, [], add_metadata)
         verify_tokenizer(file, checkpoint.directory, tokenizer, quiet=True)
 
 
-def model_size(
+def metadata_writer(
     checkpoint: Checkpoint,
     family: Family,
     tokenizer: Tokenizer,
-    tensors: Sequence[GGUFTensor],
-    file_type: int,
-    extra: Mapping[str, Value] | None = None,
-) -> int:
-    """Return the bytes of the file that `write_model` would write; no tensor is loaded.
-
-    Raises:
-        D2QError: the metadata can't be exported.
-    """
-    add_metadata = _metadata_writer(checkpoint, family, file_type, extra, tokenizer)
-    return gguf_writer.file_size(family.gguf_arch, tensors, add_metadata)
-
-
-def _metadata_writer(
-    checkpoint: Checkpoint,
-    family: Family,
     file_type: int,
     extra: Mapping[str, Value] | None,
-    tokenizer: Tokenizer,
     *,
     quiet: bool = True,
 ) -> AddMetadata:

@@ -56,10 +56,7 @@ class TensorInfo:
 class GGUFFile:
     """A GGUF whose header has been parsed; tensor data stays on disk until it is asked for.
 
-    Attributes:
-        kv: the metadata by key; arrays are lists.
-        tensors: by name, in the order of the file.
-        size: bytes of the file.
+    `kv` has the metadata by key, arrays as lists; `tensors` is in the order of the file; `size` is the file's in bytes.
     """
 
     def __init__(self, path: str | Path) -> None:

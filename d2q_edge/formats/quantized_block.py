@@ -20,15 +20,12 @@ from d2q_edge.formats.tensor_types import F32, U8, TensorType
 class QuantizedWeight:
     """A weight matrix packed in one of our tensor types.
 
-    Attributes:
-        type: the tensor type.
-        data: the packed blocks as they are in the file, uint8 [rows, bytes per row].
-        values: the dequantized matrix, float32 [rows, columns], where the quantizer has it at hand; `take_values` drops
-            it, so that it isn't kept in memory twice.
+    `values` is the dequantized matrix, float32 [rows, columns], where the quantizer has it at hand; `take_values` drops
+    it, so that it isn't kept in memory twice.
     """
 
     type: TensorType
-    data: U8
+    data: U8  # packed blocks as in the file [rows, bytes per row]
     values: torch.Tensor | None = field(default=None, repr=False, compare=False)
 
     def take_values(self, device: torch.device) -> torch.Tensor:

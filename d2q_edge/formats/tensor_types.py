@@ -38,23 +38,14 @@ F32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class TensorType:
-    """One block format.
+    """One block format."""
 
-    Attributes:
-        name: lower case.
-        id: its number in GGUF files and in ggml.
-        block_size: weights in a block.
-        type_size: bytes of a block.
-        paired: whether two weights share a code.
-        switched: whether a byte per group selects a codebook from our tables.
-    """
-
-    name: str
-    id: int
-    block_size: int
-    type_size: int
-    paired: bool
-    switched: bool = True
+    name: str  # lower case
+    id: int  # number in GGUF files and in ggml
+    block_size: int  # weights in a block
+    type_size: int  # bytes of a block
+    paired: bool  # whether two weights share a code
+    switched: bool = True  # whether a byte per group selects a codebook from our tables
 
     @property
     def bits_per_weight(self) -> float:

@@ -43,9 +43,7 @@ def usable_cpus() -> int:
 def available_memory(membership: Path = Path("/proc/self/cgroup"), hierarchy: Path = Path("/sys/fs/cgroup")) -> int:
     """Return how many bytes this process can allocate without swapping, or being killed for its container's limit.
 
-    Args:
-        membership: file that names the process's cgroups, one "ID:CONTROLLERS:PATH" per line (cgroups(7)).
-        hierarchy: where the cgroup file systems are mounted.
+    `membership` names its cgroups, one "ID:CONTROLLERS:PATH" per line (cgroups(7)), which are mounted in `hierarchy`.
     """
     free: int = psutil.virtual_memory().available
     return max(0, min([free, *_cgroup_headroom(membership, hierarchy)]))

@@ -6,8 +6,7 @@ import torch
 
 from d2q_edge.distributed.process_group import ProcessGroup
 from d2q_edge.formats import tensor_types
-from d2q_edge.formats.quantized_block import QuantizedBlock, float_array
-from d2q_edge.formats.quantized_weight import QuantizedWeight
+from d2q_edge.formats.quantized_block import QuantizedBlock, QuantizedWeight, float_array
 from d2q_edge.formats.tensor_types import U8
 from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.descent import descend

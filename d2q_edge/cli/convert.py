@@ -14,35 +14,14 @@ from d2q_edge.distributed.launch import is_main, is_worker, launch
 from d2q_edge.errors import D2QError
 from d2q_edge.options import ROTATIONS, Options
 
-NOT_FOR_STOCK_TYPES = (
-    *("bits", "no_calibration", "embedding_type", "head_type", "refine", "dry_run", "report", "model_card"),
-)
-"""Options that go with quantizing only."""
 option = partial(field_option, Options)
-
-
-class Bits(click.types.FloatParamType):
-    """Bits per weight; whole ones are int, as the recipe in the file has them."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Convert a value."""
-        bits: float = super().convert(value, param, ctx)
-        return int(bits) if bits in (2, 3) else bits
-
-
-class Gibibytes(Number):
-    """A size in GiB, converted to bytes."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Convert and check a value."""
-        return int(super().convert(value, param, ctx) * 2**30)
 
 
 @click.command("convert")
 @click.argument("model", type=PATH)
 @click.option("--revision", help="Branch, tag or commit of a Hugging Face id.  [default: main]")
 @click.option("-o", "--output", type=PATH, help="The GGUF file to write.  [default: named after the model]")
-@option("bits", type=Bits(), help="2, 3, or a mean of 2.31 to 4.3 bits per weight.")
+@option("bits", type=float, help="2, 3, or a mean of 2.31 to 4.3 bits per weight.")
 @click.option("--type", "stock_type", help="Write a stock type (f16, q8_0, ...) instead of quantizing.")
 @option("calibration", help="Text file to calibrate on.")
 @option("calibration_tokens", type=click.IntRange(1), metavar="N", help="Tokens to calibrate on.")
@@ -57,26 +36,23 @@ class Gibibytes(Number):
 @option("head_type", help="Stock type of an untied lm_head.  [default: by --bits]")
 @option("device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), help="Device to quantize on.")
 @click.option("--gpus", type=click.IntRange(1), default=1, show_default=True, help="GPUs that share the work.")
-@option("memory_limit", type=Gibibytes(0.5), metavar="GIB", help="Memory to use at most.  [default: what is free]")
+@option("memory_limit", type=Number(0.5), metavar="GIB", help="Memory to use at most.  [default: what is free]")
 @option("pre_tokenizer", metavar="NAME", help="llama.cpp's name of the pre-tokenizer, if unrecognized.")
 @click.option("--no-verify", is_flag=True, help="Keep a file that llama.cpp tokenizes differently.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and the exact file size only.")
 @click.option("--force", is_flag=True, help="Replace an existing file, or other unfinished work.")
 @click.option("--report", type=PATH, help="Write the measurements to a JSON file.")
 @click.option("--model-card", is_flag=True, help="Write a model card, README.md, beside the file.")
-@click.pass_context
 def command(
-    ctx: click.Context,
-    /,
     model: Path,
     revision: str | None,
     output: Path | None,
     stock_type: str | None,
-    no_calibration: bool,
     gpus: int,
+    no_calibration: bool,
     no_verify: bool,
-    dry_run: bool,
     force: bool,
+    dry_run: bool,
     report: Path | None,
     model_card: bool,
     **fields: Any,
@@ -88,7 +64,9 @@ def command(
     """
     wait_passively()
     if stock_type is not None:
-        given = [name for name in NOT_FOR_STOCK_TYPES if ctx.get_parameter_source(name) != ParameterSource.DEFAULT]
+        ctx = click.get_current_context()
+        names = ("bits", "no_calibration", "embedding_type", "head_type", "refine", "dry_run", "report", "model_card")
+        given = [name for name in names if ctx.get_parameter_source(name) != ParameterSource.DEFAULT]
         given += ["rotation on"] * (fields["rotation"] == "on")
         if given:
             raise click.UsageError(f"--type writes a stock file; it can't be used with --{given[0].replace('_', '-')}")
@@ -96,6 +74,10 @@ def command(
         if fields["device"] not in ("auto", "cuda"):
             raise click.UsageError(f"--gpus needs CUDA devices; it can't be used with --device {fields['device']}")
         fields["device"] = "cuda"
+    bits, gibibytes = fields["bits"], fields["memory_limit"]
+    # Whole bits are int, as the recipe in the file has them.
+    fields["bits"] = int(bits) if bits in (2, 3) else bits
+    fields["memory_limit"] = None if gibibytes is None else int(gibibytes * 2**30)
     options = Options(calibrate=not no_calibration, **fields)
     # Without calibration, there is no work to share.
     if gpus > 1 and options.calibrate and stock_type is None and not dry_run and not is_worker():

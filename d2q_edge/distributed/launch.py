@@ -4,37 +4,30 @@ A worker is an ordinary d2q-edge process with torchrun's environment variables (
 `ProcessGroup` connects it to the others.
 """
 
-from __future__ import annotations
-
 import ctypes
 import logging
 import os
 import signal
 import sys
 import tempfile
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from d2q_edge.errors import D2QError
 
-if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
-
 SHUTDOWN_SECONDS = 5
 """Time that interrupted workers have to clean up before they are killed; one that is blocked in NCCL can't."""
-_LAUNCHER = "D2Q_LAUNCHER"
-"""Environment variable of the workers: the process id of their launcher."""
-_SIGNALS = "SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"
+_RUN = "d2q-edge-"
+"""The workers' TORCHELASTIC_RUN_ID is this and the process id of their launcher."""
 _PR_SET_PDEATHSIG = 1
 
 
 def launch(world_size: int, command: Sequence[str]) -> None:
     """Run a command in several processes on this machine, and wait until all have ended.
 
-    Rank 0 shares stdout and stderr of this process, whose main thread must call this. A signal that ends this process
-    ends the workers first.
+    Rank 0 shares stdout and stderr of this process, whose main thread must call this, and which should end afterwards:
+    signal handlers and logging stay as torch needs them. A signal that ends this process ends the workers first.
 
     Args:
         world_size: number of processes.
@@ -47,41 +40,29 @@ def launch(world_size: int, command: Sequence[str]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    os.environ[_LAUNCHER] = str(os.getpid())
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
-    handlers = {name: signal.getsignal(getattr(signal, name)) for name in _SIGNALS}
-    received = None
-    # Whatever torch logs about a failure is said by the error below.
-    logging.disable()
-    try:
-        with tempfile.TemporaryDirectory(prefix="d2q-edge-") as logs:
-            config = LaunchConfig(
-                min_nodes=1,
-                max_nodes=1,
-                nproc_per_node=world_size,
-                logs_specs=DefaultLogsSpecs(logs, redirects=dict.fromkeys(range(1, world_size), Std.ALL)),
-                run_id=uuid.uuid4().hex,
-                rdzv_backend="c10d",
-                rdzv_endpoint="localhost:0",
-                local_addr="localhost",
-                max_restarts=0,
-                # nohup has SIGHUP ignored.
-                signals_to_handle=",".join(name for name in _SIGNALS if handlers[name] != signal.SIG_IGN),
-            )
-            try:
-                # torch substitutes $-variables in arguments.
-                elastic_launch(config, command[0])(*(argument.replace("$", "$$") for argument in command[1:]))
-            except ChildFailedError as error:
-                raise _explain(error.failures, Path(logs)) from None
-            except SignalException as error:
-                received = error.sigval
-    finally:
-        del os.environ[_LAUNCHER]
-        for name, handler in handlers.items():
-            signal.signal(getattr(signal, name), handler)
-        logging.disable(logging.NOTSET)
-    if received is not None:
-        signal.raise_signal(received)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    logging.disable()  # the error below says what torch logs about a failure
+    with tempfile.TemporaryDirectory(prefix=_RUN) as logs:
+        config = LaunchConfig(
+            *(1, 1, world_size),  # nodes at least and at most, and processes
+            logs_specs=DefaultLogsSpecs(logs, redirects=dict.fromkeys(range(1, world_size), Std.ALL)),
+            run_id=f"{_RUN}{os.getpid()}",
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            max_restarts=0,
+            # nohup has SIGHUP ignored.
+            signals_to_handle=",".join(number.name for number, old in handlers.items() if old != signal.SIG_IGN),
+        )
+        try:
+            # torch substitutes $-variables in arguments.
+            elastic_launch(config, command[0])(*(argument.replace("$", "$$") for argument in command[1:]))
+        except ChildFailedError as error:
+            raise _explain(error, Path(logs)) from None
+        except SignalException as error:
+            signal.signal(error.sigval, handlers[error.sigval])
+            signal.raise_signal(error.sigval)
 
 
 def is_worker() -> bool:
@@ -94,18 +75,17 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def die_with_launcher() -> None:
-    """Have Linux kill this process when its launcher dies, however that happens, if it is a worker of `launch`."""
-    launcher = os.environ.get(_LAUNCHER)
-    if launcher is not None and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != int(launcher):
-            os._exit(1)
-
-
 def is_launched() -> bool:
     """Return whether `launch` started this process, and will print the error that it reports."""
-    return _LAUNCHER in os.environ
+    return os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(_RUN)
+
+
+def die_with_launcher() -> None:
+    """Have Linux kill this process when its launcher dies, however that happens, if it is a worker of `launch`."""
+    if is_launched() and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.environ["TORCHELASTIC_RUN_ID"] != f"{_RUN}{os.getppid()}":
+            os._exit(1)
 
 
 def report_failure(error: BaseException) -> None:
@@ -115,18 +95,16 @@ def report_failure(error: BaseException) -> None:
     get_error_handler().record_exception(error)
 
 
-def _explain(failures: dict[int, ProcessFailure], logs: Path) -> D2QError:
-    """Describe the failure that the others follow from: a D2QError, or else the first."""
-    prefix = f"{D2QError.__name__}: "
-    # failure.message is a string unless the worker called report_failure.
-    messages: dict[int, Any] = {rank: failure.message for rank, failure in failures.items()}
-    reported = {rank: message for rank, message in messages.items() if isinstance(message, dict)}
-    for message in reported.values():
-        if message["message"].startswith(prefix):
-            return D2QError(message["message"].removeprefix(prefix))
-    rank, failure = min(failures.items(), key=lambda item: item[1].timestamp)
-    if rank in reported:
-        details, reason = reported[rank]["extraInfo"]["py_callstack"], reported[rank]["message"]
+def _explain(error: Any, logs: Path) -> D2QError:
+    """Describe the failure of a ChildFailedError that the others follow from: a D2QError, or else the first."""
+    # A message is a dict if the worker called report_failure, else a string.
+    messages = [failure.message for failure in error.failures.values() if isinstance(failure.message, dict)]
+    for name, _, sentence in (message["message"].partition(": ") for message in messages):
+        if name == D2QError.__name__:
+            return D2QError(sentence)
+    rank, failure = error.get_first_failure()
+    if isinstance(failure.message, dict):
+        details, reason = failure.message["extraInfo"]["py_callstack"], failure.message["message"]
     else:
         # Rank 0 has none: it prints to this process's stderr.
         details = "".join(log.read_text(errors="replace") for log in logs.glob(f"*/attempt_0/{rank}/stderr.log"))

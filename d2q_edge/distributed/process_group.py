@@ -1,7 +1,7 @@
 """The collectives of torch.distributed that a conversion on several GPUs needs, one process per GPU.
 
 Calibration batches and the rows of matrices are sharded; sums and factors are exchanged, so that every process then
-holds the same quantized block. `launch` or torchrun starts the processes, and ends all of them when one fails.
+holds the same quantized block.
 """
 
 from __future__ import annotations
@@ -24,17 +24,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """The processes that share a conversion, seen from one of them. A single one exchanges nothing.
-
-    Attributes:
-        rank: of this process, from 0.
-        world_size: number of processes.
-        device: device of this process, where the backend expects tensors.
-    """
+    """The processes that share a conversion, seen from one of them. A single one exchanges nothing."""
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """Where the backend expects tensors."""
 
     @classmethod
     def from_environment(cls, device: torch.device) -> ProcessGroup:
@@ -110,17 +105,11 @@ class ProcessGroup:
     def compute_sharded(
         self, pieces: Sequence[torch.Tensor], costs: Sequence[int], compute: Callable[[int], torch.Tensor]
     ) -> None:
-        """Compute each of several tensors in one process, and broadcast it.
-
-        Args:
-            pieces: tensors to fill in place, the same on all processes.
-            costs: time that each piece takes, in any unit.
-            compute: returns the content of a piece, given its index.
-        """
+        """Fill every piece, given its index, in one process, by the costs in any unit of time, and broadcast it."""
         owners = self.assign(costs)
-        for index, owner in enumerate(owners):
+        for index, (piece, owner) in enumerate(zip(pieces, owners, strict=True)):
             if owner == self.rank:
-                pieces[index].copy_(compute(index))
+                piece.copy_(compute(index))
         for piece, owner in zip(pieces, owners, strict=True):
             self.broadcast(piece, owner)
 
@@ -157,4 +146,3 @@ class ProcessGroup:
 
 
 SINGLE_PROCESS = ProcessGroup()
-"""A conversion in one process."""

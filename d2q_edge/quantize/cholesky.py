@@ -12,23 +12,18 @@ from d2q_edge.quantize.collective import SINGLE_PROCESS, Collective
 from d2q_edge.quantize.matmul import product
 
 STRIP = 1024
-"""Columns that are computed at a time; the zeros beyond them are skipped."""
+"""Columns that are computed at a time, without the zeros beyond them."""
 
 
 def inverse_cholesky(
     hessian: torch.Tensor, damping: float, processes: Collective = SINGLE_PROCESS
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return U, upper triangular, with U^T U = inv(H + d I).
-
-    Computed in float32; where that fails in float64, and then with ten times the damping.
+    """Return U, upper triangular float32 [n, n], with U^T U = inv(H + d I), and d, float32 [].
 
     Args:
         hessian: H, symmetric, float32 [n, n].
-        damping: d as a share of the mean of diag(H).
+        damping: d as a share of the mean of diag(H). Where float32 fails, float64 follows, then ten times the damping.
         processes: share the work; all of them call this.
-
-    Returns:
-        U, float32 [n, n], and d, float32 [].
 
     Raises:
         D2QError: H is zero, or isn't positive definite even in float64 with ten times the damping.
@@ -41,11 +36,10 @@ def inverse_cholesky(
         del exchanged
         # All processes must go on in the same precision.
         processes.all_reduce([failed])
-        if failed:
-            continue
-        U = inverse_lower(lower, processes).flip(0, 1).float()
-        if bool(U.isfinite().all()):
-            return U, share * mean
+        if not failed:
+            U = inverse_lower(lower, processes).flip(0, 1).float()
+            if bool(U.isfinite().all()):
+                return U, share * mean
     raise D2QError(
         "the calibration statistics of a layer can't be factored; use more or more varied --calibration text"
     )

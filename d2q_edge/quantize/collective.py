@@ -15,27 +15,16 @@ class Collective(Protocol):
     def compute_sharded(
         self, pieces: Sequence[torch.Tensor], costs: Sequence[int], compute: Callable[[int], torch.Tensor], /
     ) -> None:
-        """Compute each piece in one process and broadcast it to all of them, in place.
-
-        Args:
-            pieces: the tensors to fill.
-            costs: the time that each piece takes, in any unit.
-            compute: returns the content of a piece, given its index.
-        """
+        """Fill every piece, given its index, in one process, by the costs in any unit of time, and broadcast it."""
+        for index, piece in enumerate(pieces):
+            piece.copy_(compute(index))
 
 
-class SingleProcess:
-    """The group of a process that works alone."""
+class SingleProcess(Collective):
+    """A process that works alone."""
 
     def all_reduce(self, tensors: Sequence[torch.Tensor], /) -> None:
         """Leave the tensors as they are."""
-
-    def compute_sharded(
-        self, pieces: Sequence[torch.Tensor], costs: Sequence[int], compute: Callable[[int], torch.Tensor], /
-    ) -> None:
-        """Compute all pieces here."""
-        for index, piece in enumerate(pieces):
-            piece.copy_(compute(index))
 
 
 SINGLE_PROCESS = SingleProcess()

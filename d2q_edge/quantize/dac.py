@@ -42,32 +42,31 @@ class MeanShiftStats:
 
 
 class MeanShift:
-    """The bias of one norm, estimated from batches of activations."""
+    """The bias of one norm, estimated from batches of activations.
+
+    With fewer than two `batches` there is no validation, and nothing is corrected.
+    """
 
     def __init__(self, channels: int, batches: int) -> None:
-        """Start an estimate.
-
-        Args:
-            channels: width of the norm.
-            batches: number of batches. With fewer than two there is no validation, and nothing is corrected.
-        """
         self._batches = batches
         self.moments = torch.zeros(2, 4, channels, dtype=torch.float64)
-        """Sums over the batches for fitting and for validation, for an all_reduce over processes."""
+        """Count, sum and sum of squares of the shift, and sum of squares of the teacher's output, for fitting and for
+        validation; an all_reduce adds those of other processes."""
 
     def add_batch(self, index: int, teacher: torch.Tensor, student: torch.Tensor) -> None:
         """Add batch number `index`: float32 [..., channels] of the same tokens."""
         last = min(VALIDATION_EVERY, self._batches) - 1
         validation = index == last if self._batches < VALIDATION_EVERY else index % VALIDATION_EVERY == last
-        self.moments[int(validation)] += _moments((teacher - student).flatten(0, -2), teacher.flatten(0, -2))
+        shift, output = (teacher - student).flatten(0, -2), teacher.flatten(0, -2)
+        count = torch.full_like(shift[0], len(shift))
+        sums = torch.stack([count, shift.sum(0), shift.square().sum(0), output.square().sum(0)])
+        self.moments[int(validation)] += sums.cpu().double()
 
     def bias(self) -> torch.Tensor | None:
         """Return the bias, float32 [channels] on the CPU, zero in channels that aren't corrected; None for no bias."""
         chosen, gain = self._choose_channels()
-        if not gain > MINIMUM_GAIN:
-            return None
         count, total, _, _ = self.moments.sum(0)
-        return torch.where(chosen, total / count, 0.0).float()
+        return torch.where(chosen, total / count, 0.0).float() if gain > MINIMUM_GAIN else None
 
     def stats(self) -> MeanShiftStats:
         """Summarize the shift for the conversion report."""
@@ -98,10 +97,3 @@ class MeanShift:
         total = float(torch.where(chosen, gain, 0.0).sum() / square_there.sum())
         # Without any error it is 0 / 0.
         return chosen, total if total == total else 0.0
-
-
-def _moments(difference: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Return count, sum and sum of squares of the difference, and the teacher's sum of squares: [4, channels]."""
-    count = torch.full_like(difference[0], len(difference))
-    sums = difference.sum(0), difference.square().sum(0), teacher.square().sum(0)
-    return torch.stack([count, *sums]).cpu().double()

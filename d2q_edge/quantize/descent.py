@@ -1,7 +1,7 @@
 """Coordinate descent on a quantized layer: scales, codebooks and codes, all towards the layer's output.
 
-Error feedback (gptaq.py) decides every weight once, from left to right. Then all of them are known, and each part of
-the layer can be chosen again, given the rest. GPTAQ approximates
+Error feedback (gptaq.py) decides every weight once, from left to right. Then each part of the layer can be chosen anew,
+given the rest. GPTAQ approximates
 
     minimize tr((Q - T) H (Q - T)^T),    T = W + alpha W dXXT inv(H),
 
@@ -13,14 +13,13 @@ with H damped. Two moves are repeated:
 Neither raises the objective, but for the rounding of a scale to float16.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 
 from d2q_edge.formats.tensor_types import GROUP
 from d2q_edge.quantize import triton
-from d2q_edge.quantize.codebook_search import CodebookSearch
-from d2q_edge.quantize.codebook_table import stored_scale
+from d2q_edge.quantize.codebook_search import CodebookSearch, stored_scale
 from d2q_edge.quantize.feedback import diagonal_blocks, invert_code_blocks, quantize_group
 from d2q_edge.quantize.gptaq import Feedback
 from d2q_edge.quantize.lazy_update import LazyUpdate, spans
@@ -37,14 +36,13 @@ def descend(
     search: CodebookSearch,
     rounds: int,
 ) -> QuantizedLayer:
-    """Improve a quantized matrix by coordinate descent.
+    """Improve a quantized matrix by `rounds` of both moves, after which the scales are fitted once more.
 
     Args:
-        layer: from `quantize_layer`; it is left as it is.
+        layer: from `quantize_layer`; it stays as it is.
         weights: float32 [rows, columns], the original ones.
         statistics: of the layer's input.
         feedback, search: as given to `quantize_layer`.
-        rounds: repetitions of both moves, after which the scales are fitted once more.
     """
     if not rounds:
         return layer
@@ -79,7 +77,7 @@ class CoordinateDescent:
         self.target = feedback.target(weights)
         self._target_hessian = product(self.target, self.hessian)
         blocks = layer.scales.shape[1]
-        factors = GroupFactors.compute(self.hessian, search.levels.shape[2])
+        factors = group_factors(self.hessian, search.levels.shape[2])
         self._group_factors = [factor.unflatten(0, (blocks, -1)) for factor in factors]
         self.scales = layer.scales.float()
         self.codebooks = layer.codebooks.long().unflatten(1, (blocks, -1))
@@ -99,7 +97,7 @@ class CoordinateDescent:
     def fit_scales(self) -> None:
         """Fit all block scales of every row by least squares.
 
-        A scale stays as it is where it would change by more than a factor of two: then its block is all but empty, with
+        A scale stays as it is where it would change by more than a factor of two: its block is all but empty, with
         weights or inputs of zero, or its codes don't fit its weights.
         """
         rows, columns = self.units.shape
@@ -140,14 +138,10 @@ class CoordinateDescent:
                 here = slice(block * size, (block + 1) * size)
                 scale = self.scales[:, block, None]
                 before = self.units[:, here].clone()
+                state = before, self.codebooks[:, block], self.codes[:, block]
+                factors = [factor[block] for factor in self._group_factors]
                 self.units[:, here], self.codebooks[:, block], self.codes[:, block] = choose_block(
-                    self.search,
-                    gradient[:, here] / scale,
-                    before,
-                    self.codebooks[:, block],
-                    self.codes[:, block],
-                    self.hessian[here, here],
-                    GroupFactors(*(factor[block] for factor in self._group_factors)),
+                    self.search, gradient[:, here] / scale, *state, self.hessian[here, here], factors
                 )
                 update.add((self.units[:, here] - before) * scale)
             update.finish()
@@ -156,27 +150,21 @@ class CoordinateDescent:
         return self.scales.repeat_interleave(self.kind.block_size, 1)
 
 
-class GroupFactors(NamedTuple):
-    """Inverses and factors of the Hessian of every group, float32.
+def group_factors(hessian: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Factor the Hessian of every group, for codes of `width` columns V.
 
-    Attributes:
-        inv_H_gg: in storage order, [..., groups, 32, 32].
-        U: upper Cholesky factor of inv_H_gg in processing order, [..., groups, 32, 32].
-        inv_U_jj: inverse of its diagonal blocks, [..., groups, 32 / V, V, V].
+    Args:
+        hessian: H, float32 [n, n].
+
+    Returns:
+        float32: inv(H_gg) in storage order [groups, 32, 32], its upper Cholesky factor U in processing order
+        [groups, 32, 32], and the inverses of U's diagonal blocks [groups, 32 / V, V, V].
     """
-
-    inv_H_gg: torch.Tensor
-    U: torch.Tensor
-    inv_U_jj: torch.Tensor
-
-    @classmethod
-    def compute(cls, hessian: torch.Tensor, width: int) -> "GroupFactors":
-        """Factor the diagonal blocks of H [n, n], for codes of `width` columns."""
-        order = _processing_order(width, hessian.device)
-        # The _ex variants don't check and so don't wait for the GPU; with damping they can't fail.
-        inv_H_gg = torch.cholesky_inverse(torch.linalg.cholesky_ex(diagonal_blocks(hessian)).L)
-        U = torch.linalg.cholesky_ex(inv_H_gg[:, order][:, :, order], upper=True).L
-        return cls(inv_H_gg, U, invert_code_blocks(U, width))
+    order = _processing_order(width, hessian.device)
+    # The _ex variants don't check and so don't wait for the GPU; with damping they can't fail.
+    inv_H_gg = torch.cholesky_inverse(torch.linalg.cholesky_ex(diagonal_blocks(hessian)).L)
+    U = torch.linalg.cholesky_ex(inv_H_gg[:, order][:, :, order], upper=True).L
+    return inv_H_gg, U, invert_code_blocks(U, width)
 
 
 def choose_block(
@@ -186,19 +174,16 @@ def choose_block(
     codebooks: torch.Tensor,
     codes: torch.Tensor,
     hessian: torch.Tensor,
-    factors: GroupFactors,
+    factors: Sequence[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Choose the groups of one block of all rows again. On a GPU it is one Triton kernel.
+    """Return new units, codebooks and codes of one block of all rows. On a GPU it is one Triton kernel.
 
     Args:
         search: the codebooks.
         gradient: (Q - T) H in units of d, float32 [rows, block_size].
         units, codebooks, codes: of the block as it is.
         hessian: H of the block's columns, float32 [block_size, block_size].
-        factors: of the block's groups.
-
-    Returns:
-        New units, codebooks and codes.
+        factors: those of the block's groups, from `group_factors`.
     """
     if triton.is_available(units.device):
         return triton.choose_block(search, gradient, units, codebooks, codes, hessian, *factors)

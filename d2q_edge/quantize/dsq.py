@@ -2,7 +2,7 @@
 
 W_ij = c_j * L_i(q_ij): every column has a scale c_j. The layer stores W / c, and c moves into whatever produces its
 input: the weight and bias of the norm before it, or the rows of the linear layer that its input is proportional to (up
-for down, v for o). In exact arithmetic the block's output doesn't change.
+for down, v for o).
 
 The paper fits c to the weights of down alone. Here c minimizes the expected error of the layer's output. A block's
 error is spread evenly over its columns and grows with the mean square of W / c, so that the output's error is
@@ -38,7 +38,7 @@ def column_scales(
     rows: torch.Tensor | None = None,
     balance: float = BALANCE,
 ) -> torch.Tensor:
-    """Compute the scale of every column.
+    """Return c, float32 [columns], of geometric mean 1; columns without weights or without input have scale 1.
 
     Args:
         weight_energy: w, float32 [columns], from the function of that name.
@@ -46,9 +46,6 @@ def column_scales(
         rows: int64 [columns], the row of the source layer behind each column; columns of one row share their scale.
             None where every column has its own.
         balance: see BALANCE.
-
-    Returns:
-        float32 [columns], geometric mean 1; columns without weights or without input have scale 1.
     """
     if rows is not None:
         weight_energy, input_energy = _sum_by_row(weight_energy, rows), _sum_by_row(input_energy, rows)
@@ -79,13 +76,10 @@ class InputEnergy:
         self.tokens += len(rows)
 
     def conditional(self) -> torch.Tensor:
-        """Return the mean square of every input that the other inputs don't explain.
-
-        Returns:
-            1 / inv(H)_jj, float32 [columns]; zero where the input is always zero.
+        """Return 1 / inv(H)_jj, float32 [columns], the mean square of every input that the others don't explain.
 
         Raises:
-            D2QError: H can't be factored even in double precision with strong damping.
+            D2QError: H can't be factored even in float64 with strong damping.
         """
         # An expert may have seen no tokens.
         tokens = self.tokens.clamp(min=1)
@@ -114,11 +108,9 @@ class InputEnergy:
 
 
 def weight_energy(layers: Sequence[nn.Module], shares: Sequence[torch.Tensor] | None = None) -> torch.Tensor:
-    """Sum the squared weights of each input column over all layers: float32 [columns].
+    """Sum the squared weights of each input column over layers that share an input: float32 [columns].
 
-    Args:
-        layers: linear layers that share an input.
-        shares: the part of the tokens that each layer sees, which weights its errors; None where all see all tokens.
+    `shares` are the parts of the tokens that the layers see, which weight their errors; None where all see all tokens.
     """
     energies = [layer.get_parameter("weight").square().sum(0) for layer in layers]
     if shares is not None:
@@ -144,10 +136,8 @@ def absorb(
     """
     for layer in layers:
         layer.weight = nn.Parameter(layer.get_parameter("weight") / scales, requires_grad=False)
-    weight, bias = maker.get_parameter("weight"), getattr(maker, "bias", None)
-    if rows is None:
-        factors = scales
-    else:
+    weight, bias, factors = maker.get_parameter("weight"), getattr(maker, "bias", None), scales
+    if rows is not None:
         factors = torch.ones(len(weight), dtype=scales.dtype, device=scales.device)
         factors[rows] = scales
     factor = factors.view(-1, *[1] * (weight.dim() - 1))

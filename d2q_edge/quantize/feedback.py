@@ -17,15 +17,7 @@ def diagonal_blocks(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def invert_code_blocks(U: torch.Tensor, width: int) -> torch.Tensor:
-    """Return inv(U_jj) of every code.
-
-    Args:
-        U: upper triangular, float32 [..., 32, 32].
-        width: columns per code, V.
-
-    Returns:
-        float32 [..., 32 / V, V, V].
-    """
+    """Return inv(U_jj) of every code of `width` columns V, [..., 32 / V, V, V], of upper triangular U [..., 32, 32]."""
     diagonal = 1 / U.diagonal(dim1=-2, dim2=-1).unflatten(-1, (-1, width))
     inverses = torch.diag_embed(diagonal)
     if width == 2:
@@ -50,9 +42,8 @@ def quantize_group(
         levels: entries of all codebooks, float32 [codebooks, K, V].
         codebooks: of each row, int64 [rows].
         scales: what the entries are multiplied by, float32 [rows].
-        U: of these columns, float32 [32, 32].
+        U, P: those of these columns, float32 [32, 32].
         inv_U_jj: of each code, from `invert_code_blocks`.
-        P: of these columns, float32 [32, 32].
 
     Returns:
         Codes, uint8 [rows, 32 / V]; and, float32 [rows, 32], the chosen entries times the scale, the errors E, and the

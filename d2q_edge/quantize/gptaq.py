@@ -38,9 +38,7 @@ class Feedback:
         order: int64 [columns], the columns in that order.
         dead: bool [columns], in storage order: columns whose input is always zero.
         damping: what was added to diag(H), float32 [].
-        U: float32 [columns, columns].
-        P: float32 [columns, columns]; None where alpha is zero.
-        dXXT_UT: dXXT U^T, float32 [columns, columns]; None where alpha is zero.
+        U, P, dXXT_UT: U, P, and dXXT U^T, float32 [columns, columns]; the latter two are None where alpha is zero.
         alpha: weight of the input's error.
     """
 
@@ -58,7 +56,7 @@ class Feedback:
         statistics: InputStatistics,
         order_of: Callable[[torch.Tensor], torch.Tensor],
         alpha: float,
-        damping: float = DAMPING,
+        damping: float,
         processes: Collective = SINGLE_PROCESS,
     ) -> "Feedback":
         """Compute U and P.
@@ -71,7 +69,7 @@ class Feedback:
             processes: share the work; all of them call this with the same statistics.
 
         Raises:
-            D2QError: the Hessian can't be factored even in double precision with strong damping.
+            D2QError: the Hessian can't be factored even in float64 with strong damping.
         """
         hessian = statistics.hessian
         dead = hessian.diagonal() == 0
@@ -98,30 +96,19 @@ class Feedback:
 
 
 def layer_feedback(
-    statistics: InputStatistics,
-    kind: TensorType,
-    alpha: float,
-    damping: float = DAMPING,
-    processes: Collective = SINGLE_PROCESS,
+    statistics: InputStatistics, kind: TensorType, alpha: float, processes: Collective = SINGLE_PROCESS
 ) -> Feedback:
     """Compute the Feedback for blocks of one tensor type; arguments and errors are those of Feedback.compute."""
-    return Feedback.compute(statistics, lambda diagonal: _processing_order(diagonal, kind), alpha, damping, processes)
+    return Feedback.compute(statistics, lambda diagonal: _processing_order(diagonal, kind), alpha, DAMPING, processes)
 
 
 def quantize_layer(weights: torch.Tensor, feedback: Feedback, search: CodebookSearch) -> QuantizedLayer:
-    """Quantize one matrix with error feedback.
-
-    Args:
-        weights: float32 [rows, columns]; columns is a multiple of the tensor type's block size.
-        feedback: from `layer_feedback`, for the search's tensor type.
-        search: the codebooks.
-    """
+    """Quantize a matrix, float32 [rows, columns], with the error feedback for the search's tensor type."""
     kind, device = search.tensor_type, weights.device
     rows, columns = weights.shape
     size, blocks = kind.block_size, columns // kind.block_size
     order, U, P = feedback.order, feedback.U, feedback.P
     W = feedback.permute(weights)
-
     scales = torch.empty(rows, blocks, dtype=torch.float16, device=device)
     codebooks = torch.empty(rows, blocks, kind.groups, dtype=torch.uint8, device=device)
     codes = torch.empty(rows, blocks, kind.codes(size), dtype=torch.uint8, device=device)
@@ -136,12 +123,10 @@ def quantize_layer(weights: torch.Tensor, feedback: Feedback, search: CodebookSe
             here, number = slice(start, start + size), start // size
             place = places[number]
             block_P = None if P is None else P[here, here]
-            block_scales, codebooks[:, place], codes[:, place], quantized, errors, compensated = quantize_block(
-                search, W[:, here], U[here, here], block_P, inv_U_jj[number]
-            )
-            update.add(*(-errors, compensated)[: len(factors)])
+            found = quantize_block(search, W[:, here], U[here, here], block_P, inv_U_jj[number])
+            block_scales, codebooks[:, place], codes[:, place], Q[:, order[here]], errors, compensated = found
             scales[:, place] = block_scales.half()
-            Q[:, order[here]] = quantized
+            update.add(*(-errors, compensated)[: len(factors)])
         update.finish()
     return QuantizedLayer(scales, codebooks.flatten(1), codes.flatten(1), Q)
 
@@ -154,7 +139,7 @@ def quantize_block(
     Args:
         search: the codebooks.
         weights: float32 [rows, block_size], in processing order.
-        U, P: of these columns, float32 [block_size, block_size].
+        U, P: those of these columns, float32 [block_size, block_size].
         inv_U_jj: of each group, from `invert_code_blocks`, [groups, 32 / V, V, V].
 
     Returns:
@@ -168,16 +153,15 @@ def quantize_block(
     scales = search.block_scales(storage_order(work, kind))
     codebooks, codes = [], []
     quantized, errors = torch.empty_like(work), torch.empty_like(work)
-    for number, start in enumerate(range(0, kind.block_size, GROUP)):
-        stop = start + GROUP
-        here = slice(start, stop)
-        vectors = search.vectors(storage_order(work[:, here], kind)) / scales[:, None, None]
-        chosen, _ = search.search(vectors)
+    for number in range(kind.groups):
+        stop = (number + 1) * GROUP
+        here = slice(stop - GROUP, stop)
+        chosen, _ = search.search(search.vectors(storage_order(work[:, here], kind)) / scales[:, None, None])
         group_P = None if P is None else P[here, here]
-        group_codes, group_quantized, E, w = quantize_group(
+        group_codes, quantized[:, here], E, w = quantize_group(
             work[:, here], search.levels, chosen, scales, U[here, here], inv_U_jj[number], group_P
         )
-        quantized[:, here], errors[:, here], work[:, here] = group_quantized, E, w
+        errors[:, here], work[:, here] = E, w
         work[:, stop:] -= E @ U[here, stop:]
         if P is not None:
             work[:, stop:] += w @ P[here, stop:]

@@ -29,9 +29,8 @@ class LazyUpdate:
         """Start a span.
 
         Args:
-            inside: float32 [rows, columns], the columns of the span, updated in place.
-            behind: float32 [rows, later columns], all columns behind the span, updated in place.
-            factors: float32 [columns, columns + later columns] each, such as rows of U and P.
+            inside, behind: float32 [rows, ...], the columns of the span and all later ones, updated in place.
+            factors: float32 [columns of the span, these and later columns] each, such as rows of U and P.
         """
         self._inside, self._behind, self._factors = inside, behind, list(factors)
         # Only needed for the columns behind.

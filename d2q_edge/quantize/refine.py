@@ -7,7 +7,7 @@ consistently the gradients must ask for another entry before a code changes: wit
 with three times as much one in fourteen does, and the validation loss rises (measured on qwen3-34m).
 
 Some windows are for validation: their loss is measured after every pass, and in the end the best state, which may be
-the first, is restored. A State after every pass lets an interrupted run resume.
+the first, is restored.
 """
 
 import math
@@ -104,7 +104,7 @@ def tune(
     windows: npt.NDArray[np.int64],
     seed: int = 0,
     *,
-    schedule: Schedule | None = None,
+    schedule: Schedule = SCHEDULE,
     state: State | None = None,
     keep: Callable[[State], None] = lambda _: None,
 ) -> RefinementLosses:
@@ -115,11 +115,10 @@ def tune(
         quantized: the student; its parameters named "latent" are codes.
         windows: calibration tokens [windows, context].
         seed: of the order of the windows.
-        schedule: None for SCHEDULE.
+        schedule: how long and how fast.
         state: of an interrupted run with the same arguments, to resume from; its tensors are copied.
         keep: called with the state after every pass but the last; the next pass changes the state's tensors.
     """
-    schedule = schedule or SCHEDULE
     validation = np.arange(len(windows)) % VALIDATION_EVERY == min(VALIDATION_EVERY, len(windows)) - 1
     train = torch.from_numpy(windows[~validation])
     check = _micro_batches(torch.from_numpy(windows[validation]), schedule)
@@ -129,7 +128,9 @@ def tune(
     per_pass = len(train) // batch
     steps = schedule.passes * per_pass
     parameters = quantized.parameters()
-    optimizer = torch.optim.Adam(_parameter_groups(parameters), betas=BETAS)
+    codes = [name for name in parameters if name.endswith(".latent")]
+    groups = [[parameters[name] for name in parameters if name not in codes], [parameters[name] for name in codes]]
+    optimizer = torch.optim.Adam([{"params": group} for group in groups if group], betas=BETAS)
     if state is None:
         losses = RefinementLosses(_mean_loss(original, quantized, check))
         best = {name: parameter.detach().clone() for name, parameter in parameters.items()}
@@ -162,13 +163,6 @@ def tune(
     return losses
 
 
-def _parameter_groups(parameters: dict[str, nn.Parameter]) -> list[dict[str, list[nn.Parameter]]]:
-    """Return everything but the codes, and the codes if there are any."""
-    codes = [parameter for name, parameter in parameters.items() if name.endswith(".latent")]
-    others = [parameter for name, parameter in parameters.items() if not name.endswith(".latent")]
-    return [{"params": others}, *([{"params": codes}] if codes else [])]
-
-
 def _tensors(
     parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, best: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
@@ -176,12 +170,8 @@ def _tensors(
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in parameters.items():
         moments = optimizer.state[parameter]
-        tensors |= {
-            name: parameter.detach(),
-            f"{name}.mean": moments["exp_avg"],
-            f"{name}.square": moments["exp_avg_sq"],
-            f"{name}.best": best[name],
-        }
+        tensors |= {name: parameter.detach(), f"{name}.best": best[name]}
+        tensors |= {f"{name}.mean": moments["exp_avg"], f"{name}.square": moments["exp_avg_sq"]}
     return tensors
 
 
@@ -199,28 +189,25 @@ def _restore(
     return {name: state.tensors[f"{name}.best"].to(value.device, copy=True) for name, value in parameters.items()}
 
 
-def _micro_batches(tokens: torch.Tensor, schedule: Schedule) -> tuple[torch.Tensor, ...]:
+def _micro_batches(tokens: torch.Tensor, schedule: Schedule) -> Sequence[torch.Tensor]:
     """Split windows [windows, context] into what one forward pass takes."""
-    parts: tuple[torch.Tensor, ...] = tokens.split(max(1, schedule.micro_tokens // tokens.shape[1]))
-    return parts
+    return list(tokens.split(max(1, schedule.micro_tokens // tokens.shape[1])))
 
 
+def _loss(original: LanguageModel, quantized: LanguageModel, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        expected = original.log_probabilities(original.states(tokens))
+    return kl_divergence(expected, quantized.log_probabilities(quantized.states(tokens))).mean()
+
+
+@torch.enable_grad()
 def _backward(original: LanguageModel, quantized: LanguageModel, batch: Sequence[torch.Tensor]) -> None:
     """Add the gradients of the mean loss of a batch."""
-    windows = sum(map(len, batch))
     for part in batch:
-        with torch.no_grad():
-            expected = original.log_probabilities(original.states(part))
-        with torch.enable_grad():
-            found = quantized.log_probabilities(quantized.states(part))
-            (kl_divergence(expected, found).mean() * len(part) / windows).backward()
+        (_loss(original, quantized, part) * len(part) / sum(map(len, batch))).backward()
 
 
 @torch.no_grad()
 def _mean_loss(original: LanguageModel, quantized: LanguageModel, batch: Sequence[torch.Tensor]) -> float:
-    total = 0.0
-    for part in batch:
-        expected = original.log_probabilities(original.states(part))
-        found = quantized.log_probabilities(quantized.states(part))
-        total += float(kl_divergence(expected, found).mean()) * len(part)
+    total = sum(float(_loss(original, quantized, part)) * len(part) for part in batch)
     return total / sum(map(len, batch))

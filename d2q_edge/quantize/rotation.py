@@ -28,12 +28,9 @@ def group_size(width: int) -> int:
 
 
 def walsh_hadamard(vectors: torch.Tensor) -> torch.Tensor:
-    """Return vectors @ H over the last axis, with H the symmetric orthogonal Walsh-Hadamard matrix.
+    """Return vectors [..., a power of two] @ H, the orthogonal Walsh-Hadamard matrix in Sylvester's order.
 
-    In Sylvester's order: H_1 = 1, H_2m = [[H_m, H_m], [H_m, -H_m]] / sqrt(2).
-
-    Args:
-        vectors: floats [..., a power of two].
+    H_1 = 1, H_2m = [[H_m, H_m], [H_m, -H_m]] / sqrt(2).
 
     Raises:
         ValueError: the last axis isn't a power of two.
@@ -57,7 +54,6 @@ class Rotation:
     """
 
     def __init__(self, width: int, seed: int, *, chunk: int = CHUNK) -> None:
-        """Draw the signs; `chunk` elements are rotated at a time."""
         self._chunk = chunk
         self.group = group_size(width)
         generator = torch.Generator().manual_seed(seed)
@@ -68,10 +64,7 @@ class Rotation:
     ) -> torch.Tensor:
         """Return W diag(n) Q, for layers that read the residual stream and for embeddings; also b Q.
 
-        Args:
-            weight: W, floats [..., width].
-            norm: n, floats [width]; None stands for ones.
-            dtype: of the result; the arithmetic is float64.
+        W is float [..., width], n float [width], ones for None. The arithmetic is float64 whatever `dtype` is returned.
         """
         factors = self.signs if norm is None else self.signs * norm.double()
         rows = weight.reshape(-1, weight.shape[-1])
@@ -83,10 +76,5 @@ class Rotation:
         return result.reshape(weight.shape)
 
     def outputs(self, weight: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Return Q^T W, for layers that write to the residual stream.
-
-        Args:
-            weight: W, floats [width, in_features].
-            dtype: of the result; the arithmetic is float64.
-        """
+        """Return Q^T W, for layers that write to the residual stream; W is float [width, in_features]."""
         return self.inputs(weight.T, dtype=dtype).T.contiguous()

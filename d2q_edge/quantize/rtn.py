@@ -7,27 +7,16 @@ from d2q_edge.quantize.quantized_layer import QuantizedLayer
 
 
 def round_layer(weights: torch.Tensor, search: CodebookSearch) -> QuantizedLayer:
-    """Quantize one matrix.
-
-    Args:
-        weights: float32 [rows, columns]; columns is a multiple of the tensor type's block size.
-        search: the codebooks.
-    """
+    """Quantize a matrix, float32 [rows, columns], where columns is a multiple of the block size."""
     kind = search.tensor_type
-    rows, columns = weights.shape
+    rows = len(weights)
     parts = weights.reshape(-1, kind.block_size).split(CHUNK // kind.groups)
-    scales, codebooks, codes, rounded = zip(*(_round_blocks(part, search) for part in parts), strict=True)
-    return QuantizedLayer(
-        torch.cat(scales).half().view(rows, -1),
-        torch.cat(codebooks).byte().view(rows, -1),
-        torch.cat(codes).byte().view(rows, -1),
-        torch.cat(rounded).view(rows, columns),
-    )
+    found = zip(*(_round_blocks(part, search) for part in parts), strict=True)
+    scales, codebooks, codes, rounded = (torch.cat(each).view(rows, -1) for each in found)
+    return QuantizedLayer(scales.half(), codebooks.byte(), codes.byte(), rounded)
 
 
-def _round_blocks(
-    blocks: torch.Tensor, search: CodebookSearch
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _round_blocks(blocks: torch.Tensor, search: CodebookSearch) -> tuple[torch.Tensor, ...]:
     """Return scales [n], codebooks [n * groups], codes and rounded weights of blocks [n, block_size]."""
     scales = search.block_scales(blocks)
     vectors = search.vectors(blocks / scales[:, None])

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from d2q_edge.formats.tensor_types import GROUP
-from d2q_edge.quantize.codebook_search import CodebookSearch
-from d2q_edge.quantize.codebook_table import stored_scale
+from d2q_edge.quantize.codebook_search import CodebookSearch, stored_scale
 from d2q_edge.quantize.quantized_layer import QuantizedLayer
 
 CHUNK = 1 << 18

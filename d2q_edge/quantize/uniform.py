@@ -1,4 +1,4 @@
-"""Scales and codebooks of llama.cpp's q4_0: 16 evenly spaced values, so that there is no table to search.
+"""Choose scales and codebooks of llama.cpp's q4_0, whose values are evenly spaced, so that there is no table to search.
 
 A block of 32 weights has one scale d and the values d * (-8 .. 7) (codebook 0) or d * (-7 .. 8) (codebook 1).
 """
@@ -19,20 +19,11 @@ def levels(device: torch.device | str) -> torch.Tensor:
 
 
 def search(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the better codebook of each group.
-
-    Args:
-        vectors: float32 [groups, 32, 1], in units of d.
-
-    Returns:
-        The codebooks, int64 [groups], and their summed squared errors in units of d squared, float32 [groups].
-    """
+    """Find the better codebook of each group [groups, 32, 1], as CodebookSearch.search."""
     values = vectors[:, :, 0]
     nearest = values.round()
-    errors = torch.stack(
-        [(nearest.clamp(lowest, lowest + ENTRIES - 1) - values).square().sum(1) for lowest in LOWEST], dim=1
-    )
-    least, codebooks = errors.min(1)
+    errors = [(nearest.clamp(lowest, lowest + ENTRIES - 1) - values).square().sum(1) for lowest in LOWEST]
+    least, codebooks = torch.stack(errors, 1).min(1)
     return codebooks, least
 
 

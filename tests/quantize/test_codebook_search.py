@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from d2q_edge.formats.tensor_types import ALL, D2Q2, D2Q3, TensorType
-from d2q_edge.quantize.codebook_search import CodebookSearch
-from d2q_edge.quantize.codebook_table import stored_scale
+from d2q_edge.quantize.codebook_search import CodebookSearch, stored_scale
 
 
 def exhaustive(search: CodebookSearch, vectors: torch.Tensor) -> torch.Tensor:

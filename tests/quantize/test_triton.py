@@ -14,7 +14,7 @@ import torch
 from d2q_edge.formats.tensor_types import ALL, D2Q2_64, D2Q3_64, Q4_0, TensorType
 from d2q_edge.quantize import descent, gptaq, triton
 from d2q_edge.quantize.codebook_search import CodebookSearch
-from d2q_edge.quantize.descent import GroupFactors
+from d2q_edge.quantize.descent import group_factors
 from d2q_edge.quantize.feedback import diagonal_blocks, invert_code_blocks
 
 EXPECTED = sys.platform == "linux" and platform.machine() == "x86_64"
@@ -129,7 +129,7 @@ def test_choose_block(kind: TensorType, rows: int) -> None:
     units, wanted = (gptaq.storage_order(each, kind) / scales[:, None] for each in (rounded, block.weights))
     units, target = units.round(), wanted.clamp(-200, 200) + block.noise
     state = (units - target) @ block.hessian, units, codebooks.long(), codes, block.hessian
-    factors = GroupFactors.compute(block.hessian, width)
+    factors = group_factors(block.hessian, width)
     arguments = [each.to(DEVICE) for each in (*state, *factors)]
     before = [each.clone() for each in arguments]
     found = tuple(part.cpu() for part in triton.choose_block(search, *arguments))

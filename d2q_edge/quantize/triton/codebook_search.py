@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from d2q_edge.formats.tensor_types import GROUP, SCALE_MAX, SCALE_TINY
-from d2q_edge.quantize.codebook_table import EDGE, KNEE, REACH, SCALE_STEPS, SHORTLIST, CodebookTable
+from d2q_edge.quantize.codebook_search import EDGE, KNEE, REACH, SCALE_STEPS, SHORTLIST, CodebookSearch
 
 GROUPS = 4
 """Groups per program of the codebook search."""
@@ -140,7 +140,7 @@ def _block_scales(  # type: ignore[no-untyped-def]
     tl.store(scales + block, scale, mask=live & (group % PER_BLOCK == 0))
 
 
-def search(table: CodebookTable, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def search(table: CodebookSearch, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the best codebook of each group, as CodebookSearch.search."""
     groups = len(vectors)
     codebooks = torch.empty(groups, dtype=torch.int64, device=vectors.device)
@@ -152,7 +152,7 @@ def search(table: CodebookTable, vectors: torch.Tensor) -> tuple[torch.Tensor, t
     return codebooks, errors
 
 
-def block_scales(table: CodebookTable, blocks: torch.Tensor) -> torch.Tensor:
+def block_scales(table: CodebookSearch, blocks: torch.Tensor) -> torch.Tensor:
     """Choose block scales as CodebookSearch.block_scales, of blocks [rows, block_size] in the order of their codes."""
     kind = table.tensor_type
     scales = torch.empty(len(blocks), device=blocks.device)
@@ -173,11 +173,11 @@ def _steps(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(factors, device=device), torch.tensor(begins, dtype=torch.int32, device=device)
 
 
-def search_constants(table: CodebookTable) -> dict[str, int | float]:
+def search_constants(table: CodebookSearch) -> dict[str, int | float]:
     """Return what a kernel with `best_codebook` is compiled for."""
     return {**_table_constants(table), "K": table.levels.shape[1], "SHORTLIST": SHORTLIST}
 
 
-def _table_constants(table: CodebookTable) -> dict[str, int | float]:
+def _table_constants(table: CodebookSearch) -> dict[str, int | float]:
     codebooks, _, width = table.levels.shape
     return {"N": GROUP // width, "V": width, "BINS": table.bins, "KNEE": KNEE, "EDGE": EDGE, "CODEBOOKS": codebooks}

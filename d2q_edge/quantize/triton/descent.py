@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from d2q_edge.formats.tensor_types import GROUP
-from d2q_edge.quantize.codebook_table import CodebookTable
+from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.triton.codebook_search import best_codebook, search_constants
 from d2q_edge.quantize.triton.feedback import quantize_rows, rows_per_program
 
@@ -85,7 +85,7 @@ def _choose_block(  # type: ignore[no-untyped-def]
 
 
 def choose_block(
-    table: CodebookTable,
+    table: CodebookSearch,
     gradient: torch.Tensor,
     units: torch.Tensor,
     codebooks: torch.Tensor,

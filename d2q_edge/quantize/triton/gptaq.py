@@ -9,7 +9,7 @@ import triton.language as tl
 
 from d2q_edge.formats.tensor_types import GROUP
 from d2q_edge.quantize import uniform
-from d2q_edge.quantize.codebook_table import CodebookTable, stored_scale
+from d2q_edge.quantize.codebook_search import CodebookSearch, stored_scale
 from d2q_edge.quantize.triton.codebook_search import best_codebook, block_scales, search_constants
 from d2q_edge.quantize.triton.feedback import quantize_rows, rows_per_program
 
@@ -61,7 +61,7 @@ def _quantize_block(  # type: ignore[no-untyped-def]
 
 
 def quantize_block(
-    table: CodebookTable, weights: torch.Tensor, U: torch.Tensor, P: torch.Tensor | None, inv_U_jj: torch.Tensor
+    table: CodebookSearch, weights: torch.Tensor, U: torch.Tensor, P: torch.Tensor | None, inv_U_jj: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
     """Quantize one block of every row, as gptaq.quantize_block."""
     kind = table.tensor_type

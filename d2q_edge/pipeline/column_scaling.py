@@ -9,7 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from d2q_edge.formats.quantized_block import F32, QuantizedBlock, float_array
+from d2q_edge.formats.quantized_block import QuantizedBlock, float_array
+from d2q_edge.formats.tensor_types import F32
 from d2q_edge.model.families import Family, LinearGroup
 from d2q_edge.model.families.experts import expert_linears
 from d2q_edge.pipeline.context import Context, check_sums

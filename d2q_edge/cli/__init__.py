@@ -20,7 +20,7 @@ from d2q_edge.errors import D2QError, sentence
 RESUMABLE = " A conversion goes on where it stopped when the command is repeated."
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True})
 @click.version_option(__version__, prog_name="d2q-edge")
 def cli() -> None:
     """Make 2- and 3-bit GGUF files for llama.cpp on laptops and phones, measure them and run them.

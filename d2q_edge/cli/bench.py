@@ -15,9 +15,8 @@ def _parse_threads(_context: click.Context, _option: click.Parameter, value: str
         return None
     words = value.split(",")
     if not all(word.isdecimal() and 1 <= int(word) <= MAX_THREADS for word in words):
-        raise click.BadParameter(
-            f"{value!r} isn't a number of threads from 1 to {MAX_THREADS}, or several separated by commas"
-        )
+        one = f"a number of threads from 1 to {MAX_THREADS}"
+        raise click.BadParameter(f"{value!r} isn't {one}, or several separated by commas")
     return tuple(dict.fromkeys(map(int, words)))
 
 
@@ -25,18 +24,12 @@ def _parse_threads(_context: click.Context, _option: click.Parameter, value: str
 @click.argument("files", metavar="FILE...", type=PATH, nargs=-1, required=True)
 @click.option("--threads", metavar="N,N,...", callback=_parse_threads, help="CPU threads.  [default: one for each CPU]")
 @click.option("--stock", help="File to compare with, or a type like Q2_K to make of FILE.")
-@click.option("--prompt", type=click.IntRange(1), default=512, show_default=True, help="Tokens in the prompt.")
-@click.option("--generation", type=click.IntRange(1), default=64, show_default=True, help="Tokens to generate.")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Results are their median.")
+@click.option("--prompt", type=click.IntRange(1), default=512, help="Tokens in the prompt.")
+@click.option("--generation", type=click.IntRange(1), default=64, help="Tokens to generate.")
+@click.option("--rounds", type=click.IntRange(1), default=5, help="Results are their median.")
 @json_option
 def command(
-    files: tuple[Path, ...],
-    threads: tuple[int, ...] | None,
-    stock: str | None,
-    prompt: int,
-    generation: int,
-    rounds: int,
-    as_json: bool,
+    files: tuple[Path, ...], threads: tuple[int, ...] | None, stock: str | None, as_json: bool, **numbers: int
 ) -> None:
     """Measure how fast GGUF FILEs process a prompt and generate text here.
 
@@ -46,7 +39,7 @@ def command(
     from d2q_edge.evaluation.benchmark import Settings, benchmark, stock_file
     from d2q_edge.utils.machine import usable_cpus
 
-    settings = Settings(prompt, generation, threads or (usable_cpus(),), rounds)
+    settings = Settings(threads=threads or (usable_cpus(),), **numbers)
     with ExitStack() as stack:
         other = None
         if stock is not None:

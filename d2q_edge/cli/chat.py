@@ -24,16 +24,12 @@ Ctrl-C stops an answer."""
 @click.command("chat")
 @click.argument("file", type=PATH)
 @click.option("--system", help="System message.")
-@click.option(
-    "--context", type=click.IntRange(64), default=4096, show_default=True, help="Tokens of the whole conversation."
-)
-@click.option(
-    "-n", "--tokens", "max_tokens", type=click.IntRange(1), help="Tokens per answer at most.  [default: all that fit]"
-)
-@click.option("--temperature", type=Number(0), default=0.7, show_default=True, help="0 picks the most likely token.")
+@click.option("--context", type=click.IntRange(64), default=4096, help="Tokens of the whole conversation.")
+@click.option("-n", "--tokens", type=click.IntRange(1), help="Tokens per answer at most.  [default: all that fit]")
+@click.option("--temperature", type=Number(0), default=0.7, help="0 picks the most likely token.")
 @click.option("--seed", type=click.IntRange(0), help="Seed of the sampling.  [default: a random one]")
 @threads_option
-def command(file: Path, **options: Any) -> None:
+def command(file: Path, tokens: int | None, **options: Any) -> None:
     """Talk to a GGUF FILE that has a chat template.
 
     Ctrl-C stops an answer, Ctrl-D ends the conversation; /help lists the other commands. If the input isn't a
@@ -41,7 +37,7 @@ def command(file: Path, **options: Any) -> None:
     """
     from d2q_edge.runtime.chat import Conversation
 
-    with Conversation(file, **options) as conversation:
+    with Conversation(file, max_tokens=tokens, **options) as conversation:
         click.echo(f"{file}, a context of {conversation.context} tokens. /help lists the commands.", err=True)
         _talk(conversation, sys.stdin.isatty())
 

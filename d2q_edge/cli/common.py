@@ -1,6 +1,5 @@
 """Share parameter types and options among commands."""
 
-import dataclasses
 import json
 import math
 import os
@@ -28,25 +27,16 @@ class Number(click.FloatRange):
 
 
 def field_option(options: type, name: str, **attributes: Any) -> Callable[..., Any]:
-    """Make the option that sets a field of a dataclass, with the field's name and default.
-
-    Args:
-        options: the dataclass.
-        name: of the field. One that is True by default gets a --no- form, too.
-        attributes: of click.option.
-    """
-    (default,) = (field.default for field in dataclasses.fields(options) if field.name == name)
-    flag = f"--{name.replace('_', '-')}"
+    """Make the option that sets a dataclass's field, with its name and default; one that is True gets a --no- form."""
+    default, flag = getattr(options, name), f"--{name.replace('_', '-')}"
     if isinstance(default, bool):
         attributes["is_flag"] = True
         flag += f"/--no-{flag[2:]}" if default else ""
-    shown = default is not None and default is not False
-    return click.option(flag, name, default=default, show_default=shown, **attributes)
+    return click.option(flag, name, default=default, **attributes)
 
 
-threads_option = click.option(
-    "--threads", type=click.IntRange(1, MAX_THREADS), help="CPU threads.  [default: one for each CPU]"
-)
+THREADS = click.IntRange(1, MAX_THREADS)
+threads_option = click.option("--threads", type=THREADS, help="CPU threads.  [default: one for each CPU]")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 

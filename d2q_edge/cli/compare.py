@@ -11,16 +11,22 @@ from d2q_edge.cli.common import PATH, json_option, print_result, threads_option,
 @click.command("compare")
 @click.argument("reference", metavar="REF", type=PATH)
 @click.argument("files", metavar="[FILE]...", type=PATH, nargs=-1)
-@click.option("--with-stock", metavar="TYPES", default="", help="Also compare with stock types: Q2_K,IQ2_XS,...")
+@click.option(
+    "--with-stock",
+    metavar="TYPES",
+    default="",
+    show_default=False,
+    help="Also compare with stock types: Q2_K,IQ2_XS,...",
+)
 @click.option("--pure", is_flag=True, help="Make all matrices of stock files that type; tables q8_0.")
 @click.option("--keep-stock", type=PATH, metavar="DIR", help="Keep the stock files in DIR.  [default: remove them]")
-@click.option("--calibration", default="builtin", show_default=True, help="Text of their importance matrix.")
-@click.option("--text", default="builtin", show_default=True, help="Text file to measure on.")
-@click.option("--chunks", type=click.IntRange(1), default=50, show_default=True, help="Chunks to measure at most.")
-@click.option("--context", type=click.IntRange(8), default=512, show_default=True, help="Tokens per chunk.")
-@click.option("--speed/--no-speed", default=True, show_default=True, help="Also measure tokens per second.")
+@click.option("--calibration", default="builtin", help="Text of their importance matrix.")
+@click.option("--text", default="builtin", help="Text file to measure on.")
+@click.option("--chunks", type=click.IntRange(1), default=50, help="Chunks to measure at most.")
+@click.option("--context", type=click.IntRange(8), default=512, help="Tokens per chunk.")
+@click.option("--speed/--no-speed", default=True, help="Also measure tokens per second.")
 @threads_option
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Speed is their median.")
+@click.option("--rounds", type=click.IntRange(1), default=3, help="Speed is their median.")
 @click.option("--report", "reports", type=PATH, multiple=True, help="convert's report on a FILE.  [default: FILE.json]")
 @click.option("-o", "--output", "outputs", type=PATH, multiple=True, help="Report (.html) or picture (.png, .svg).")
 @json_option

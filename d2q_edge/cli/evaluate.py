@@ -10,9 +10,9 @@ from d2q_edge.cli.common import PATH, json_option, print_result, wait_passively
 @click.command("eval")
 @click.argument("file", type=PATH)
 @click.option("--reference", type=PATH, help="GGUF of the original model; adds KL divergence and top-1 agreement.")
-@click.option("--text", default="builtin", show_default=True, help="Text file to measure on.")
+@click.option("--text", default="builtin", help="Text file to measure on.")
 @click.option("--chunks", type=click.IntRange(1), help="Chunks to measure at most.  [default: all]")
-@click.option("--context", type=click.IntRange(8), default=512, show_default=True, help="Tokens per chunk.")
+@click.option("--context", type=click.IntRange(8), default=512, help="Tokens per chunk.")
 @json_option
 def command(file: Path, reference: Path | None, text: str, chunks: int | None, context: int, as_json: bool) -> None:
     """Measure a GGUF FILE's perplexity, and its distance from a reference.

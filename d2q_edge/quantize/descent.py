@@ -1,4 +1,4 @@
-"""Coordinate descent on a quantized layer: scales, codebooks and codes, all towards the layer's output.
+"""Improve a quantized layer by coordinate descent: scales, codebooks and codes, all towards the layer's output.
 
 Error feedback (gptaq.py) decides every weight once, from left to right. Then each part of the layer can be chosen anew,
 given the rest. GPTAQ approximates

@@ -1,4 +1,4 @@
-"""GPTAQ (arXiv 2504.02692): error feedback that also corrects the error of the layer's input, over codebooks.
+"""Quantize a matrix with GPTAQ (arXiv 2504.02692): error feedback that also corrects the error of the layer's input.
 
 With H and dXXT from statistics.py:
 
@@ -148,18 +148,16 @@ def quantize_block(
     """
     if triton.is_available(weights.device):
         return triton.quantize_block(search, weights, U, P, inv_U_jj)
-    kind = search.tensor_type
     work = weights.clone()
-    scales = search.block_scales(storage_order(work, kind))
-    codebooks, codes = [], []
+    scales = search.block_scales(storage_order(work, search.tensor_type))
     quantized, errors = torch.empty_like(work), torch.empty_like(work)
-    for number in range(kind.groups):
-        stop = (number + 1) * GROUP
-        here = slice(stop - GROUP, stop)
-        chosen, _ = search.search(search.vectors(storage_order(work[:, here], kind)) / scales[:, None, None])
+    codebooks, codes = [], []
+    for number, inv_U in enumerate(inv_U_jj):
+        here, stop = slice(number * GROUP, (number + 1) * GROUP), (number + 1) * GROUP
+        chosen, _ = search.search(work[:, here].unflatten(1, inv_U.shape[:2]) / scales[:, None, None])
         group_P = None if P is None else P[here, here]
         group_codes, quantized[:, here], E, w = quantize_group(
-            work[:, here], search.levels, chosen, scales, U[here, here], inv_U_jj[number], group_P
+            work[:, here], search.levels, chosen, scales, U[here, here], inv_U, group_P
         )
         errors[:, here], work[:, here] = E, w
         work[:, stop:] -= E @ U[here, stop:]

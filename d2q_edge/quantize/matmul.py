@@ -31,8 +31,8 @@ def is_accelerator(device: torch.device) -> bool:
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Return left @ right for float32 matrices, with an error below 2^-20 |left| @ |right|.
 
-    Where there is TF32, both factors are split into their leading 10 bits and the remainder, and three TF32 products
-    (all but remainder times remainder, 2^-22 of the result) are about three times as fast as one in float32.
+    Where there is TF32, both factors are split into their leading 10 bits and the remainder; three TF32 products, all
+    but remainder times remainder (2^-22 of the result), are about three times as fast as one in float32.
     """
     if left.dtype != torch.float32 or not _has_tf32(left.device):
         return left @ right

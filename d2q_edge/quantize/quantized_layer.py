@@ -24,21 +24,17 @@ class QuantizedLayer:
     weights: torch.Tensor
 
     def packed(self, kind: TensorType) -> torch.Tensor:
-        """Pack the blocks as tensor_types.pack, on the layer's device if that is a CUDA device, else on the CPU.
-
-        Returns:
-            uint8 [rows, kind.row_bytes(columns)].
-        """
+        """Pack the blocks as tensor_types.pack, on a CUDA device or the CPU: uint8 [rows, kind.row_bytes(columns)]."""
         rows, blocks = self.scales.shape
         own = self.scales.reshape(-1, 1), self.codebooks.reshape(-1, kind.groups), self.codes
         # Other devices may lack operations on bytes.
         scales, codebooks, codes = (part if part.is_cuda else part.cpu() for part in own)
-        codes = codes.reshape(len(scales), kind.groups, -1)
+        codes, selectors = codes.reshape(len(scales), kind.groups, -1), [codebooks]
         if not kind.switched:
-            turned = codebooks == 1
+            turned, selectors = codebooks == 1, []
             scales, codes = torch.where(turned, -scales, scales), torch.where(turned[:, :, None], 15 - codes, codes)
-        head = [scales.contiguous().view(torch.uint8), *([codebooks] if kind.switched else [])]
-        return torch.cat([*head, *code_bytes(kind, codes)], 1).view(rows, blocks * kind.type_size)
+        parts = [scales.contiguous().view(torch.uint8), *selectors, *code_bytes(kind, codes)]
+        return torch.cat(parts, 1).view(rows, blocks * kind.type_size)
 
     def pack(self, kind: TensorType) -> U8:
         """Pack the blocks into a numpy array, as `packed`."""

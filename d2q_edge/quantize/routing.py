@@ -1,9 +1,8 @@
 """Choose the calibration tokens that an expert of a mixture of experts is quantized for.
 
-These are the tokens that the original model's router sends to it. An expert with few of them would be fitted to their
-noise: error feedback estimates the covariance of all inputs, which takes several times as many tokens as inputs, and is
-at its worst with about as many. So it also gets the tokens that came nearest to being routed to it, up to MINIMUM_SHARE
-per input.
+An expert to which the router sends few tokens would be fitted to their noise: error feedback estimates the covariance
+of all inputs, which takes several times as many tokens as inputs. So it also gets the tokens that came nearest to being
+routed to it, up to MINIMUM_SHARE per input.
 """
 
 import torch
@@ -19,14 +18,12 @@ def top_up(probabilities: torch.Tensor, routed: torch.Tensor, minimum: int) -> t
     """Return the tokens of every expert: bool [tokens, experts].
 
     Args:
-        probabilities: of the router, float32 [tokens, experts].
-        routed: the tokens that are routed to each expert, bool [tokens, experts]; they are always among its tokens.
-        minimum: tokens that every expert gets, if there are as many. Those with the highest probabilities are added;
-            among equals the first.
+        probabilities: those of the router, float32 [tokens, experts].
+        routed: the tokens that are routed to each expert, bool [tokens, experts].
+        minimum: tokens that every expert gets, if there are as many: the most probable ones, among equals the first.
     """
     chosen = routed.clone()
-    missing = (min(minimum, len(routed)) - routed.sum(0)).tolist()
-    for expert, count in enumerate(missing):
+    for expert, count in enumerate((min(minimum, len(routed)) - routed.sum(0)).tolist()):
         if count > 0:
             others = probabilities[:, expert].masked_fill(routed[:, expert], -1.0)
             chosen[others.argsort(descending=True, stable=True)[:count], expert] = True

@@ -1,4 +1,4 @@
-"""Second moments of a layer's input over the calibration tokens: the Hessian of GPTQ and the dXXT of GPTAQ.
+"""Accumulate second moments of a layer's input over the calibration tokens: the Hessian of GPTQ, the dXXT of GPTAQ.
 
 With X the layer's input in the quantized model and X~ that in the original model, one column per token
 (arXiv 2504.02692; activations have tokens in rows here):

@@ -1,8 +1,8 @@
 """Linear layers and norms of a quantized model whose scales, codes, gains and biases gradients can tune (refine.py).
 
 W = units * scales, units being entries of the chosen codebooks. Scales are tuned by their logarithm, so that a step is
-relative to their size. Codes are tuned by a latent point per code (a pair or a single weight) in units of d: the
-nearest entry of the group's codebook is used, and its gradient passes straight through to the latent point.
+relative to their size. Codes are tuned by a latent point per code in units of d: the nearest entry of the group's
+codebook is used, and its gradient passes straight through to the latent point.
 """
 
 from typing import Any
@@ -35,16 +35,12 @@ class TunableLinear(nn.Module):
     def __init__(
         self, layer: QuantizedLayer, search: CodebookSearch, bias: torch.Tensor | None, *, chunk: int = CHUNK
     ) -> None:
-        """Wrap a quantized layer; `chunk` codes are searched at once."""
         super().__init__()
-        self._chunk = chunk
-        self.search, self.kind = search, search.tensor_type
-        self.bias = bias
-        self.log_scales = nn.Parameter(layer.scales.float().log())
+        self.search, self.kind, self.bias, self._chunk = search, search.tensor_type, bias, chunk
+        scales = layer.scales.float()
+        self.log_scales = nn.Parameter(scales.log())
         self.latent: nn.Parameter | None = None
-        self.register_buffer(
-            "units", (layer.weights / self._column_scales(layer.scales.float())).round().to(torch.int8)
-        )
+        self.register_buffer("units", (layer.weights / self._column_scales(scales)).round().to(torch.int8))
         self.register_buffer("codebooks", layer.codebooks.long())
 
     def free_codes(self) -> None:
@@ -53,11 +49,9 @@ class TunableLinear(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the layer with its present scales and codes."""
-        if self.latent is None:
-            units = self.units.float()
-        else:
-            nearest, _ = self._nearest(self.latent.detach())
-            units = self.latent + (nearest - self.latent.detach())
+        units = self.units.float()
+        if self.latent is not None:
+            units = self.latent + (self._nearest(self.latent.detach())[0] - self.latent.detach())
         return F.linear(hidden, units * self._column_scales(self.log_scales.exp()), self.bias)
 
     @torch.no_grad()
@@ -74,8 +68,9 @@ class TunableLinear(nn.Module):
         vectors = self.search.vectors(values)
         units, codes = [], []
         per_chunk = max(1, self._chunk // vectors.shape[1])
-        chunks = zip(vectors.split(per_chunk), self.codebooks.reshape(-1).split(per_chunk), strict=True)
-        for points, codebooks in chunks:
+        for points, codebooks in zip(
+            vectors.split(per_chunk), self.codebooks.reshape(-1).split(per_chunk), strict=True
+        ):
             levels = self.search.levels[codebooks]
             code = (points[:, :, None] - levels[:, None]).square().sum(3).argmin(2)
             units.append(levels.gather(1, code[:, :, None].expand(-1, -1, levels.shape[2])))
@@ -122,10 +117,8 @@ class TunableNorm(nn.Module):
     @torch.no_grad()
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the present "weight", and "bias" where there may be one: float32 [channels]."""
-        tensors = {"weight": self.weight * self.gain - self.offset}
-        if self.shift is not None:
-            tensors["bias"] = self._bias(self.shift)
-        return tensors
+        bias = {} if self.shift is None else {"bias": self._bias(self.shift)}
+        return {"weight": self.weight * self.gain - self.offset, **bias}
 
     def _bias(self, shift: torch.Tensor) -> torch.Tensor:
         return self.start + shift * self.weight.abs()

@@ -17,18 +17,13 @@ if TYPE_CHECKING:
 
 __all__ = ["block_scales", "choose_block", "is_available", "quantize_block", "search"]
 
-_MODULES = {
-    "block_scales": "codebook_search",
-    "search": "codebook_search",
-    "choose_block": "descent",
-    "quantize_block": "gptaq",
-}
+_MODULES = {"choose_block": "descent", "quantize_block": "gptaq"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'codebook_search')}"), name)
 
 
 @cache

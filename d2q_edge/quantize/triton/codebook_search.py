@@ -1,7 +1,4 @@
-"""The codebook search in Triton: the errors of a group in all 256 codebooks stay in registers instead of memory.
-
-`best_codebook` is also a part of the kernels of gptaq.py and descent.py.
-"""
+"""Search codebooks and block scales in Triton: a group's errors in all 256 codebooks stay in registers."""
 
 from functools import cache
 
@@ -53,8 +50,7 @@ def best_codebook(  # type: ignore[no-untyped-def]
     Args:
         scale: what the values are divided by, float32 [ROWS].
         live: which of the groups exist, bool [ROWS].
-        table: pointer to the rank table.
-        levels: pointer to the entries, [codebooks, V, K].
+        table, levels: pointers to the rank table, and to the entries [codebooks, V, K].
 
     Returns:
         The codebooks, int32 [ROWS], and their errors in units of the scale squared, float32 [ROWS].
@@ -99,9 +95,8 @@ def _search(  # type: ignore[no-untyped-def]
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     live = group < groups
     one = tl.full([GROUPS], 1.0, tl.float32)
-    place = vectors + group * (N * V)
     chosen, best = best_codebook(
-        place, one, live, table, levels, N, V, K, BINS, KNEE, EDGE, SHORTLIST, CODEBOOKS, GROUPS
+        vectors + group * (N * V), one, live, table, levels, N, V, K, BINS, KNEE, EDGE, SHORTLIST, CODEBOOKS, GROUPS
     )
     tl.store(codebooks + group, chosen.to(tl.int64), mask=live)
     tl.store(errors + group, best, mask=live)
@@ -154,13 +149,12 @@ def search(table: CodebookSearch, vectors: torch.Tensor) -> tuple[torch.Tensor, 
 
 def block_scales(table: CodebookSearch, blocks: torch.Tensor) -> torch.Tensor:
     """Choose block scales as CodebookSearch.block_scales, of blocks [rows, block_size] in the order of their codes."""
-    kind = table.tensor_type
+    groups, (factors, begins) = table.tensor_type.groups, _steps(blocks.device)
     scales = torch.empty(len(blocks), device=blocks.device)
-    factors, begins = _steps(blocks.device)
-    _block_scales[(triton.cdiv(len(blocks) * kind.groups, BLOCKS),)](
+    _block_scales[(triton.cdiv(len(blocks) * groups, BLOCKS),)](
         blocks, table.short_table, scales, factors, begins, len(blocks), blocks.stride(0),
         table.unit, table.edge, (REACH - table.edge) ** 2, REACH, SCALE_TINY, SCALE_MAX,
-        STEPS=len(factors), PER_BLOCK=kind.groups, GROUPS=BLOCKS, **_table_constants(table),
+        STEPS=len(factors), PER_BLOCK=groups, GROUPS=BLOCKS, **_table_constants(table),
     )  # fmt: skip
     return scales
 

@@ -1,6 +1,6 @@
-"""Choosing the groups of one block of columns again (descent.choose_block) as one Triton kernel.
+"""Choose the groups of one block of columns again (descent.choose_block) in one Triton kernel.
 
-Rows are independent: a program takes a few of them, and one group after another.
+A program takes a few rows, which are independent, and one group after another.
 """
 
 import torch
@@ -21,9 +21,7 @@ def _weighted(off, hessian):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _choose_block(  # type: ignore[no-untyped-def]
-    gradient, units, codebooks, codes, scratch,
-    table, levels, hessian, inv_H_gg, U, inv_U_jj,
-    rows,
+    gradient, units, codebooks, codes, scratch, table, levels, hessian, inv_H_gg, U, inv_U_jj, rows,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     N: tl.constexpr, V: tl.constexpr, K: tl.constexpr, BINS: tl.constexpr, KNEE: tl.constexpr, EDGE: tl.constexpr,
     SHORTLIST: tl.constexpr, CODEBOOKS: tl.constexpr,
@@ -84,27 +82,13 @@ def _choose_block(  # type: ignore[no-untyped-def]
         tl.debug_barrier()
 
 
-def choose_block(
-    table: CodebookSearch,
-    gradient: torch.Tensor,
-    units: torch.Tensor,
-    codebooks: torch.Tensor,
-    codes: torch.Tensor,
-    hessian: torch.Tensor,
-    inv_H_gg: torch.Tensor,
-    U: torch.Tensor,
-    inv_U_jj: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Choose the groups of one block of all rows again, as descent.choose_block."""
-    rows, groups = len(units), table.tensor_type.groups
-    gradient, units, codebooks, codes = (
-        tensor.clone(memory_format=torch.contiguous_format) for tensor in (gradient, units, codebooks, codes)
-    )
-    together = rows_per_program(rows, units.device)
+def choose_block(search: CodebookSearch, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Choose the groups of one block of all rows again, as descent.choose_block, given its tensors in that order."""
+    gradient, units, codebooks, codes = (tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors[:4])
+    rows, together = len(units), rows_per_program(len(units), units.device)
     _choose_block[(triton.cdiv(rows, together),)](
         gradient, units, codebooks, codes, units.new_empty(rows, GROUP),
-        table.short_table, table.columns, *(each.contiguous() for each in (hessian, inv_H_gg, U, inv_U_jj)),
-        rows,
-        GROUPS=groups, GROUP=GROUP, ROWS=together, num_stages=1, **search_constants(table),
+        search.short_table, search.columns, *(tensor.contiguous() for tensor in tensors[4:]), rows,
+        GROUPS=search.tensor_type.groups, GROUP=GROUP, ROWS=together, num_stages=1, **search_constants(search),
     )  # fmt: skip
     return units, codebooks, codes

@@ -14,12 +14,8 @@ import triton.language as tl
 def _better(cost, code, x, y, other_cost, other_code, other_x, other_y):  # type: ignore[no-untyped-def]
     """Return the cheaper of two entries; of equal ones the first."""
     other = (other_cost < cost) | ((other_cost == cost) & (other_code < code))
-    return (
-        tl.where(other, other_cost, cost),
-        tl.where(other, other_code, code),
-        tl.where(other, other_x, x),
-        tl.where(other, other_y, y),
-    )
+    cost, code = tl.where(other, other_cost, cost), tl.where(other, other_code, code)
+    return cost, code, tl.where(other, other_x, x), tl.where(other, other_y, y)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -87,11 +83,8 @@ def quantize_rows(  # type: ignore[no-untyped-def]
 
 
 def rows_per_program(rows: int, device: torch.device) -> int:
-    """Return how many rows of a matrix a program takes.
-
-    Eight where sixteen would leave the GPU's processors one program each, which mostly waits for itself; measured on an
-    H200 with 1024 to 24576 rows.
-    """
+    """Return how many of a matrix's rows a program takes: 16, or 8 where few programs would wait for themselves."""
+    # The limit was measured on an H200 with 1024 to 24576 rows.
     return 8 if rows < 24 * _processors(device) else 16
 
 

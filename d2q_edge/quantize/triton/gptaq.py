@@ -1,6 +1,6 @@
-"""Error feedback inside one block of columns (gptaq.quantize_block) as one Triton kernel.
+"""Quantize one block of columns with error feedback (gptaq.quantize_block) in one Triton kernel.
 
-Rows are independent: a program takes a few of them, and one group after another.
+A program takes a few rows, which are independent, and one group after another.
 """
 
 import torch
@@ -16,9 +16,7 @@ from d2q_edge.quantize.triton.feedback import quantize_rows, rows_per_program
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _quantize_block(  # type: ignore[no-untyped-def]
-    work, scales, table, levels, U, P, inv_U_jj,
-    codebooks, codes, quantized, errors,
-    rows,
+    work, scales, table, levels, U, P, inv_U_jj, codebooks, codes, quantized, errors, rows,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, HAS_P: tl.constexpr, ROWS: tl.constexpr,
     N: tl.constexpr, V: tl.constexpr, K: tl.constexpr, BINS: tl.constexpr, KNEE: tl.constexpr, EDGE: tl.constexpr,
     SHORTLIST: tl.constexpr, CODEBOOKS: tl.constexpr,
@@ -61,22 +59,20 @@ def _quantize_block(  # type: ignore[no-untyped-def]
 
 
 def quantize_block(
-    table: CodebookSearch, weights: torch.Tensor, U: torch.Tensor, P: torch.Tensor | None, inv_U_jj: torch.Tensor
+    search: CodebookSearch, weights: torch.Tensor, U: torch.Tensor, P: torch.Tensor | None, inv_U_jj: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
     """Quantize one block of every row, as gptaq.quantize_block."""
-    kind = table.tensor_type
-    rows, size = weights.shape
+    kind, (rows, size) = search.tensor_type, weights.shape
     work = weights.clone(memory_format=torch.contiguous_format)
     # q4_0's blocks are groups, and its codes in the order of the columns.
-    scales = block_scales(table, work) if kind.switched else stored_scale(uniform.block_scales(work))
+    scales = block_scales(search, work) if kind.switched else stored_scale(uniform.block_scales(work))
     codebooks = torch.empty(rows, kind.groups, dtype=torch.uint8, device=work.device)
     codes = torch.empty(rows, kind.codes(size), dtype=torch.uint8, device=work.device)
     quantized, errors = torch.empty_like(work), torch.empty_like(work)
-    U = U.contiguous()
-    together = rows_per_program(rows, work.device)
+    U, together = U.contiguous(), rows_per_program(rows, work.device)
     _quantize_block[(triton.cdiv(rows, together),)](
-        work, scales, table.short_table, table.columns, U, U if P is None else P.contiguous(),
+        work, scales, search.short_table, search.columns, U, U if P is None else P.contiguous(),
         inv_U_jj.contiguous(), codebooks, codes, quantized, errors, rows,
-        GROUPS=kind.groups, GROUP=GROUP, HAS_P=P is not None, ROWS=together, num_stages=1, **search_constants(table),
+        GROUPS=kind.groups, GROUP=GROUP, HAS_P=P is not None, ROWS=together, num_stages=1, **search_constants(search),
     )  # fmt: skip
     return scales, codebooks, codes, quantized, errors, work

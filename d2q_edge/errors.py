@@ -5,10 +5,9 @@ MAX_LENGTH = 1000
 
 
 class D2QError(Exception):
-    """The request can't be carried out.
+    """The request can't be carried out; the message is one sentence that says what is wrong and what to do about it.
 
-    The message is one clear sentence that says what is wrong and what to do about it. The command line prints it
-    on stderr and exits with code 1; library callers catch it. Anything else that escapes is a bug.
+    The command line prints it on stderr and exits with code 1. Any other exception that escapes is a bug.
     """
 
 

@@ -42,8 +42,7 @@ class HiddenStates:
             windows: number of windows of every batch.
             shape: (context, hidden).
             device: the computing device.
-            place: where the batches are kept.
-            dtype: in which they are kept.
+            place, dtype: where and as what the batches are kept.
 
         Raises:
             D2QError: the file can't be made.
@@ -113,16 +112,7 @@ class StreamPair:
         processes: ProcessGroup,
         dtype: torch.dtype = DTYPE,
     ) -> None:
-        """Embed the windows.
-
-        Args:
-            runner: of the model.
-            windows: token ids [windows, context].
-            batch_tokens: tokens per batch, a multiple of the context where that is less.
-            place: where the hidden states are kept.
-            processes: that share the batches.
-            dtype: in which hidden states are kept.
-        """
+        """Embed windows of token ids [windows, context], in batches of about `batch_tokens`."""
         self.runner, self.windows = runner, windows
         batches = torch.from_numpy(windows).split(max(1, batch_tokens // windows.shape[1]))
         self.sizes = [len(batch) for batch in batches]

@@ -1,7 +1,4 @@
-"""Read the JSON report that `convert --report` writes, and find the one that belongs to a GGUF file.
-
-A report is `Conversion.to_json()` and the file's fingerprint.
-"""
+"""Read reports of `convert --report` (`Conversion.to_json()` and a fingerprint), and find that of a GGUF file."""
 
 import hashlib
 import math
@@ -28,9 +25,7 @@ def beside(path: Path) -> Path:
 
 
 def fingerprint(path: Path) -> str:
-    """Return the SHA-256 of a file's size and its first, middle and last MiB, without reading gigabytes.
-
-    Files of two conversions differ in the weights of every block, and so in the middle at the latest.
+    """Return the SHA-256 of a file's size and its first, middle (where every conversion differs) and last MiB.
 
     Raises:
         D2QError: the file can't be read.
@@ -61,18 +56,12 @@ def find_report(path: Path, file: GGUFFile, named: Sequence[Path] = ()) -> Mappi
         with suppress(D2QError):
             reports.append(read_report(beside(path)))
     reports = [report for report in reports if report["bytes"] == file.size]
-    identified = [report for report in reports if report.get("fingerprint") is not None]
-    if identified:
-        own = fingerprint(path)
-        identified = [report for report in identified if report["fingerprint"] == own]
-    unidentified = [report for report in reports if report.get("fingerprint") is None]
-    return next(iter(identified + unidentified), None)
+    ranks = (fingerprint(path), None) if reports else ()
+    return next((report for rank in ranks for report in reports if report.get("fingerprint") == rank), None)
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """Read a report of this format or an older one, and return it in this format's words.
-
-    Everything but "bytes" may be missing.
+    """Read a report of this format or an older one, and return it in this format; only "bytes" is surely there.
 
     Raises:
         D2QError: it can't be read, is of a newer format, or has values that convert doesn't write.
@@ -96,7 +85,6 @@ def read_report(path: Path) -> dict[str, Any]:
 
 
 Check = Callable[[Any], bool]
-"""Tells whether a value from a report is what it should be."""
 
 
 def _is_text(value: Any) -> bool:
@@ -127,4 +115,4 @@ FIELDS: Mapping[str, Check] = {
     "validation": _numbers("tokens", "kl_divergence", "kl_divergence_stderr"),
     "seconds": _each(_is_number),
 }
-"""What pictures and pages take from a report; each of them may be missing, or null."""
+"""Checks of what pictures and pages take from a report; each of them may be missing, or null."""

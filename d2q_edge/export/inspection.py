@@ -1,22 +1,18 @@
-"""Summarize a GGUF file: types, sizes, recipe, and whether the installed runtime can load it. Stock files too.
-
-Tensor names are llama.cpp's (src/llama-arch.cpp): "blk.N." starts those of a block.
-"""
+"""Summarize a GGUF file, ours or a stock one: types, sizes, recipe, whether the installed runtime can load it."""
 
 import re
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from d2q_edge import runtime
 from d2q_edge.errors import printable
-from d2q_edge.formats.gguf_reader import GGUFFile, TensorInfo
+from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.runtime.trial_load import why_not
 from d2q_edge.utils.json_files import parse_json
 
 BLOCK = re.compile(r"(?:\w+\.)?blk\.(\d+)\.(.+)")
-"""A tensor of a block; encoders and vision parts have a prefix."""
+"""Name of a tensor of a block in llama.cpp (src/llama-arch.cpp); encoders and vision parts have a prefix."""
 EMBEDDINGS = ("token_embd", "position_embd", "token_types", "per_layer_token_embd")
 HEADS = ("output.", "cls.")
 PARTS = ("blocks", "embeddings", "head", "other")
@@ -25,9 +21,7 @@ PARTS = ("blocks", "embeddings", "head", "other")
 def inspect(path: Path, *, try_to_load: bool = True) -> dict[str, Any]:
     """Summarize one file as plain values for json.dump.
 
-    Args:
-        path: the GGUF file.
-        try_to_load: ask the installed runtime whether it can load the file, which takes about a second.
+    With `try_to_load` the installed runtime is asked whether it can load the file, which takes about a second.
 
     Returns:
         architecture, name, bytes, parameters, bits_per_weight (of all tensors), types (type name to tensors, bytes and
@@ -43,13 +37,14 @@ def inspect(path: Path, *, try_to_load: bool = True) -> dict[str, Any]:
     """
     file = GGUFFile(path)
     file.check_blocks()
-    tensors = file.tensors.values()
-    types: dict[str, list[TensorInfo]] = {}
-    parts: dict[str, list[TensorInfo]] = {part: [] for part in PARTS}
-    for info in tensors:
-        types.setdefault(info.type_name, []).append(info)
-        parts[part_of(info.name)].append(info)
-    sums = {name: _sums(members) for name, members in types.items()}
+    nothing = {"tensors": 0, "bytes": 0, "elements": 0}
+    types: dict[str, dict[str, int]] = {}
+    parts = {part: dict(nothing) for part in PARTS}
+    for info in file.tensors.values():
+        for entry in (types.setdefault(info.type_name, dict(nothing)), parts[part_of(info.name)]):
+            entry["tensors"] += 1
+            entry["bytes"] += info.nbytes
+            entry["elements"] += info.elements
     biases = [name.removesuffix(".bias") for name in file.tensors if name.endswith("_norm.bias")]
     reason = why_not(path) if try_to_load else None
     return {
@@ -57,14 +52,14 @@ def inspect(path: Path, *, try_to_load: bool = True) -> dict[str, Any]:
         "architecture": file.kv.get("general.architecture"),
         "name": file.kv.get("general.name"),
         "bytes": file.size,
-        "parameters": sum(info.elements for info in tensors),
+        "parameters": sum(entry["elements"] for entry in parts.values()),
         "bits_per_weight": file.bits_per_weight,
-        "types": dict(sorted(sums.items(), key=lambda item: -item[1]["bytes"])),
+        "types": dict(sorted(types.items(), key=lambda item: -item[1]["bytes"])),
         "norm_biases": len(biases),
         "recipe": _parse(file.kv.get("d2q.recipe")),
         "table_sha256": file.kv.get("d2q.table_sha256"),
-        "parts": {part: _sums(members) for part, members in parts.items()},
-        "metadata_bytes": file.size - sum(info.nbytes for info in tensors),
+        "parts": parts,
+        "metadata_bytes": file.size - sum(entry["bytes"] for entry in parts.values()),
         "layers": {layer: dict(Counter(blocks.values()).most_common()) for layer, blocks in allocation(file).items()},
         "biased_norms": dict(Counter(match[2] if (match := BLOCK.fullmatch(name)) else name for name in biases)),
         "context_length": file.context_length,
@@ -101,16 +96,15 @@ def allocation(file: GGUFFile) -> dict[str, dict[int, str]]:
 
 def describe(summary: dict[str, Any]) -> str:
     """Format a summary as a short text for people."""
-    size, parts, found = summary["bytes"], summary["parts"], summary["runtime"]
+    size, parts, split, found = summary["bytes"], summary["parts"], summary["split"], summary["runtime"]
     header = f"{'tensors':>7} {'bytes':>15} {'bits/weight':>11} {'share':>6}"
     lines = [
         f"{summary['file']}: {summary['name'] or 'unnamed'} ({summary['architecture'] or 'unknown architecture'})",
         f"{size:,} bytes, {summary['parameters']:,} parameters, {summary['bits_per_weight']:.3f} bits per weight",
     ]
-    if summary["split"]:
-        lines.append(f"part {summary['split']['part']} of {summary['split']['of']} of a split file")
-    lines += ["", f"{'type':20} {header}"]
-    lines += [_row(name, entry, size) for name, entry in summary["types"].items()]
+    if split:
+        lines.append(f"part {split['part']} of {split['of']} of a split file")
+    lines += ["", f"{'type':20} {header}", *(_row(name, entry, size) for name, entry in summary["types"].items())]
     lines += ["", f"{'part':20} {header}"]
     lines += [_row(name, entry, size) for name, entry in parts.items() if entry["tensors"]]
     lines += [_row("keys and tokenizer", {"tensors": 0, "bytes": summary["metadata_bytes"], "elements": 0}, size)]
@@ -140,15 +134,6 @@ def _split(file: GGUFFile) -> dict[str, int] | None:
     if not isinstance(number, int) or not isinstance(count, int) or count < 2:
         return None
     return {"part": number + 1, "of": count}
-
-
-def _sums(tensors: Iterable[TensorInfo]) -> dict[str, int]:
-    members = list(tensors)
-    return {
-        "tensors": len(members),
-        "bytes": sum(info.nbytes for info in members),
-        "elements": sum(info.elements for info in members),
-    }
 
 
 def _row(name: str, entry: dict[str, int], total: int) -> str:

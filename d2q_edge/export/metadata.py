@@ -1,8 +1,7 @@
 """Collect a file's general.* metadata from the model card, the configs and the directory name, and make it writable.
 
-gguf-py collects it by the rules of llama.cpp's converter. But a card is untrusted free text: a version may be a number,
-an author a list, "no" a boolean. None of that is a reason not to convert a model: values are converted to what their
-keys hold, or left out.
+gguf-py collects it by the rules of llama.cpp's converter. But a card is untrusted free text (a version may be a number,
+an author a list, "no" a boolean): values are converted to what their keys hold, or left out.
 """
 
 import dataclasses
@@ -30,15 +29,9 @@ _YAML_WORDS = {True: "yes", False: "no"}
 def general_metadata(
     checkpoint: Checkpoint, parameters: tuple[int, int, int, int], *, quantized: bool
 ) -> tuple[gguf.Metadata, list[str]]:
-    """Collect the metadata.
+    """Return the metadata, which has a name and a size label, and sentences about what was left out.
 
-    Args:
-        checkpoint: the model.
-        parameters: see Family.parameters.
-        quantized: whether the file is a quantized version, whose base model is this one.
-
-    Returns:
-        The metadata, which has a name and a size label, and sentences about what was left out.
+    `parameters` are those of Family.parameters; a `quantized` file has the checkpoint as its base model.
     """
     directory = checkpoint.directory.resolve()
     notes: list[str] = []
@@ -46,10 +39,9 @@ def general_metadata(
     try:
         metadata = _load(directory, parameters[0], quantized=quantized)
     except Exception as error:  # whatever parsing free text as YAML raises
-        reason = " ".join(str(error).split())
         notes.append(
             f"README.md (the model card), generation_config.json or the name in config.json of {directory} can't be "
-            f"read ({reason}); the file goes without what they say"
+            f"read ({' '.join(str(error).split())}); the file goes without what they say"
         )
         metadata = _load_without_card(checkpoint, directory, parameters[0])
     for field in dataclasses.fields(metadata):
@@ -98,9 +90,8 @@ def _name_after(metadata: gguf.Metadata, source: str, directory: Path, parameter
     card = gguf.Metadata.load_model_card(directory)
     if quantized:
         card = {**card, "base_model": source}
-    known = gguf.Metadata.apply_metadata_heuristic(
-        gguf.Metadata(), card, {"_name_or_path": source}, total_params=parameters
-    )
+    config = {"_name_or_path": source}
+    known = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), card, config, total_params=parameters)
     for field in ("name", "organization", "basename", "finetune", "version", "size_label", "base_models"):
         setattr(metadata, field, getattr(known, field))
     metadata.source_repo_url = metadata.source_repo_url or f"https://huggingface.co/{source}"
@@ -110,20 +101,15 @@ def _convert(value: Any, kind: str) -> Any:
     """Convert a value to a gguf.Metadata field's declared type `kind`; None if it can't be."""
     if "dict" in kind:
         # Empty entries stay: gguf-py counts them, and its converter makes some.
-        entries = value if isinstance(value, list) else []
-        return [
-            {str(key): text for key, item in entry.items() if (text := _text(item)) is not None}
-            for entry in entries
-            if isinstance(entry, dict)
-        ]
+        entries = [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+        pairs = [[(str(key), _text(item)) for key, item in entry.items()] for entry in entries]
+        return [{key: text for key, text in entry if text is not None} for entry in pairs]
     if "list" in kind:
         texts = [_text(item) for item in (value if isinstance(value, list) else [value])]
         return [text for text in texts if text is not None]
     if "str" in kind:
         return _text(value)
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return None
-    if isinstance(value, float) and not math.isfinite(value):
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not -math.inf < value < math.inf:
         return None
     if "int" in kind:
         return int(value) if value == int(value) and int(value) in _INT32 else None

@@ -1,7 +1,4 @@
-"""Write a model card (README.md with YAML metadata, as the Hugging Face hub has it) for a finished file.
-
-Everything in it comes from the finished file and from what its conversion measured.
-"""
+"""Write a model card (README.md with YAML metadata, as the Hugging Face hub has it) for a finished file."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,11 +18,7 @@ OWN = "quantized_by: d2q-edge"
 
 
 def check_card(output: Path, *, force: bool) -> None:
-    """Check before the work that a card can be written beside a file.
-
-    Args:
-        output: the GGUF file.
-        force: replace a card of ours; a README.md of somebody else is never replaced.
+    """Check before the work that a card can be written beside a file; `force` replaces only cards of ours.
 
     Raises:
         D2QError: there is a README.md that may not be replaced.
@@ -44,11 +37,7 @@ def check_card(output: Path, *, force: bool) -> None:
 
 
 def write_card(output: Path, report: Mapping[str, Any]) -> Path:
-    """Write the card beside a finished file, and return its path.
-
-    Args:
-        output: the GGUF file.
-        report: what its conversion measured (`Conversion.to_json`).
+    """Write the card beside a finished file, with what its conversion measured (`Conversion.to_json`); return its path.
 
     Raises:
         D2QError: the file can't be read, or the card can't be written.
@@ -62,11 +51,7 @@ def write_card(output: Path, report: Mapping[str, Any]) -> Path:
 
 
 def model_card(path: Path, report: Mapping[str, Any]) -> str:
-    """Return the card's text; the arguments are those of `write_card`.
-
-    Raises:
-        D2QError: the file can't be read.
-    """
+    """Return the text that `write_card` writes, or raise a D2QError where the file can't be read."""
     summary, kv = inspect(path, try_to_load=False), GGUFFile(path).kv
     base = _base_model(kv)
     own = [name for name in summary["types"] if name in tensor_types.BY_NAME]
@@ -122,13 +107,11 @@ def _text(kv: Mapping[str, Any], key: str) -> str | None:
 
 
 def _runtime(file: str, own: list[str]) -> list[str]:
-    refuse = (
-        f"It has tensors of our types ({' and '.join(own)}), which stock llama.cpp and programs built on it refuse to "
-        "load. "
-    )
+    types = f"It has tensors of our types ({' and '.join(own)}), " if own else ""
+    refuse = "which stock llama.cpp and programs built on it refuse to load. " if own else ""
     return [
         "## How to run it",
-        (refuse if own else "") + "The patched llama-cpp-python that d2q-edge builds runs it:",
+        f"{types}{refuse}The patched llama-cpp-python that d2q-edge builds runs it:",
         f"""```sh
 pip install d2q-edge
 d2q-edge runtime install                  # once: builds the patched llama-cpp-python
@@ -141,13 +124,12 @@ d2q-edge serve {file}                 # an OpenAI-compatible server
 
 def _measured(file: str, report: Mapping[str, Any]) -> list[str]:
     sections = ["## How near it is to the original"]
-    if validation := report.get("validation"):
+    if found := report.get("validation"):
         sections.append(
-            f"KL divergence of its predictions from the original's on {validation['tokens']:,} tokens of calibration "
-            f"text that were held back: **{validation['kl_divergence']:.4f}** "
-            f"± {validation['kl_divergence_stderr']:.4f} nats "
-            f"per token; the most likely token is the same in {validation['top1_agreement']:.1%} of them. (Estimated "
-            "while converting, with embeddings and head unrounded.)"
+            f"KL divergence of its predictions from the original's on {found['tokens']:,} tokens of calibration text "
+            f"that were held back: **{found['kl_divergence']:.4f}** ± {found['kl_divergence_stderr']:.4f} nats per "
+            f"token; the most likely token is the same in {found['top1_agreement']:.1%} of them. (Estimated while "
+            "converting, with embeddings and head unrounded.)"
         )
     if found := report.get("refinement"):
         sections.append(

@@ -1,22 +1,18 @@
 """Turn a checkpoint into a GGUF as llama.cpp's convert_hf_to_gguf.py does: tensors, their order and types, metadata.
 
-With a stock type the result is the same file as that converter writes. Quantizing starts from the same list of tensors
-and replaces some.
+With a stock type the file is that converter's to the byte; quantizing replaces some of its tensors.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from d2q_edge import __version__
@@ -24,7 +20,8 @@ from d2q_edge.errors import D2QError
 from d2q_edge.export.metadata import general_metadata
 from d2q_edge.export.targets import check_targets
 from d2q_edge.export.tokenizer_check import verify as verify_tokenizer
-from d2q_edge.formats.gguf_writer import STOCK_TYPES, GGUFTensor, file_size, fitting_type, write_gguf
+from d2q_edge.formats import gguf_writer
+from d2q_edge.formats.gguf_writer import STOCK_TYPES, AddMetadata, GGUFTensor, Load, fitting_type
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import Family, family_for
 from d2q_edge.model.tokenizer import Tokenizer, read_tokenizer
@@ -35,67 +32,45 @@ _MIXTURES = {"f32": "ALL_F32", "q5_k": "MOSTLY_Q5_K_S", "q4_k": "MOSTLY_Q4_K_S"}
 FILE_TYPES: dict[str, int] = {
     name: int(gguf.LlamaFileType[_MIXTURES.get(name, f"MOSTLY_{name.upper()}")]) for name in STOCK_TYPES
 }
-"""general.file_type of a file whose matrices have that stock type. llama.cpp has no number for files of q4_k or q5_k
-alone; those of its small mixtures come nearest."""
-
-CPU = torch.device("cpu")
+"""general.file_type by the stock type of a file's matrices; for q4_k and q5_k, that of llama.cpp's small mixtures."""
 Value = str | int | float | bool | Sequence[str] | Sequence[int] | Sequence[float]
-AddMetadata = Callable[[gguf.GGUFWriter], None]
 
 
-def stored_floats(checkpoint: Checkpoint, name: str, device: torch.device = CPU) -> torch.Tensor:
-    """Load a tensor of the checkpoint for `float_tensor`.
+def stored_floats(checkpoint: Checkpoint, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Load a tensor for `float_tensor`: a matrix in its stored dtype on the device, all else in float32 on the CPU.
 
-    A matrix keeps its stored dtype, on the device that is to encode it: 16 bits move faster than 32, and a whole table
-    never needs to exist in float32. Anything else becomes float32 on the CPU; families compute with norms.
+    16 bits move faster than 32, and a whole table never needs to exist in float32; families compute with norms.
     """
     tensor = checkpoint.tensor(name)
     return tensor.to(device) if tensor.dim() > 1 else tensor.float()
 
 
-def float_tensor(
-    family: Family, hf_name: str, type_name: str, load: Callable[[], npt.NDArray[Any] | torch.Tensor]
-) -> GGUFTensor:
-    """Describe a tensor that is encoded in a stock type when it is written.
+def float_tensor(family: Family, hf_name: str, type_name: str, load: Load) -> GGUFTensor:
+    """Describe a tensor that is encoded when it is written; `load` returns floats in the checkpoint's order of rows.
 
     As in llama.cpp's converter, everything one-dimensional and routers become f32, and a matrix whose width doesn't fit
-    the type's blocks gets another type (`fitting_type`).
-
-    Args:
-        family: the checkpoint's.
-        hf_name: the tensor's name in the checkpoint.
-        type_name: stock type of a matrix.
-        load: as of GGUFTensor; returns floats in the checkpoint's row order, norms as float32.
+    the blocks of the stock type `type_name` gets another one (`fitting_type`).
     """
-    name = family.gguf_name(hf_name)
-    shape = family.tensor_shapes()[hf_name]
+    name, shape = family.gguf_name(hf_name), family.tensor_shapes()[hf_name]
     is_matrix = len(shape) >= 2 and name.endswith(".weight") and not family.is_router(hf_name)
-    type_name = fitting_type(type_name, shape[-1]) if is_matrix else "f32"
-    return GGUFTensor(
-        name, shape, type_name, lambda: family.export_rows(hf_name, family.export_values(hf_name, load()))
-    )
+    kind = fitting_type(type_name, shape[-1]) if is_matrix else "f32"
+    return GGUFTensor(name, shape, kind, lambda: family.export_rows(hf_name, family.export_values(hf_name, load())))
 
 
-def packed_tensor(
-    family: Family, hf_name: str, type_name: str, load: Callable[[], npt.NDArray[np.uint8]]
-) -> GGUFTensor:
+def packed_tensor(family: Family, hf_name: str, type_name: str, load: Load) -> GGUFTensor:
     """Describe a weight packed by `tensor_types.pack`; `load` returns uint8 [rows, bytes] in the checkpoint's order."""
     shape = family.tensor_shapes()[hf_name]
     return GGUFTensor(family.gguf_name(hf_name), shape, type_name, lambda: family.export_rows(hf_name, load()))
 
 
 def model_tensors(
-    checkpoint: Checkpoint, family: Family, type_name: str, replacements: Mapping[str, GGUFTensor] | None = None
+    checkpoint: Checkpoint, family: Family, type_name: str, replacements: Mapping[str, GGUFTensor] = {}
 ) -> list[GGUFTensor]:
-    """Return all tensors of the file, in the order of llama.cpp's converter.
+    """Return all tensors of the file, matrices in a stock type, in the order of llama.cpp's converter.
 
-    Args:
-        checkpoint: checked against `family.tensor_shapes()`.
-        family: the checkpoint's.
-        type_name: the stock type of the matrices.
-        replacements: by checkpoint name, what to write in place of the checkpoint's own tensor.
+    `replacements` has by checkpoint name what is written in place of the checkpoint's own tensors. The checkpoint must
+    have been checked against `family.tensor_shapes()`.
     """
-    replacements = replacements or {}
     tensors = {}
     for name in checkpoint.names:
         if name in replacements:
@@ -109,28 +84,21 @@ def model_tensors(
 
 def _stack(family: Family, tensors: Mapping[str, GGUFTensor]) -> list[GGUFTensor]:
     """Stack experts; all stacks of a block go where the last of their parts is, as in llama.cpp's converter."""
-    missing = Counter(family.block_of(part) for parts in family.stacks.values() for part in parts)
     parts_of_stacks = {part for parts in family.stacks.values() for part in parts}
+    last = {family.block_of(name): name for name in tensors if name in parts_of_stacks}
     result = []
     for name, tensor in tensors.items():
         if name not in parts_of_stacks:
             result.append(tensor)
-            continue
-        block = family.block_of(name)
-        missing[block] -= 1
-        if not missing[block]:
+        elif name == last[family.block_of(name)]:
             for stack, parts in family.stacks.items():
-                if family.block_of(stack) == block:
+                if family.block_of(stack) == family.block_of(name):
                     result.append(GGUFTensor.stack(family.gguf_name(stack), [tensors[part] for part in parts]))
     return result
 
 
 def model_tokenizer(checkpoint: Checkpoint, family: Family, pre_tokenizer: str | None = None) -> Tokenizer:
-    """Return the checkpoint's tokenizer as the file will have it; see `read_tokenizer`.
-
-    Raises:
-        D2QError: it can't be exported.
-    """
+    """Return the checkpoint's tokenizer as the file will have it; raises as `read_tokenizer` does."""
     return read_tokenizer(checkpoint.directory, checkpoint.config, family.vocab_size, pre_tokenizer)
 
 
@@ -146,31 +114,22 @@ def write_model(
     force: bool = False,
     verify: bool = True,
 ) -> int:
-    """Write tensors with the model's metadata and tokenizer.
+    """Write tensors with the model's metadata and tokenizer, and return the file's size in bytes.
 
     Args:
         path: the file to write.
-        checkpoint: where the metadata comes from.
-        family: the checkpoint's.
-        tokenizer: the checkpoint's, from `model_tokenizer`.
-        tensors: what to write, from `model_tensors`.
+        checkpoint, family, tokenizer, tensors: of the model, the latter from `model_tokenizer` and `model_tensors`.
         file_type: general.file_type, llama.cpp's number for the mixture of types.
         extra: keys of our own ("d2q.*"). When given, the file also says that d2q-edge quantized it.
         force: replace an existing file.
         verify: keep the file only if llama.cpp tokenizes with it as transformers does with the model.
 
-    Returns:
-        The file's size in bytes.
-
     Raises:
         D2QError: the tokenizer differs in llama.cpp, or the file can't be written.
     """
-    add_metadata = _metadata_writer(checkpoint, family, file_type, extra, tokenizer, quiet=False)
-
-    def check(file: Path) -> None:
-        verify_tokenizer(file, checkpoint.directory, tokenizer)
-
-    return write_gguf(path, family.gguf_arch, tensors, add_metadata, force=force, check=check if verify else None)
+    add_metadata = metadata_writer(checkpoint, family, tokenizer, file_type, extra, quiet=False)
+    check = partial(verify_tokenizer, directory=checkpoint.directory, tokenizer=tokenizer) if verify else None
+    return gguf_writer.write_gguf(path, family.gguf_arch, tensors, add_metadata, force=force, check=check)
 
 
 def check_tokenizer(checkpoint: Checkpoint, family: Family, tokenizer: Tokenizer) -> None:
@@ -179,39 +138,23 @@ def check_tokenizer(checkpoint: Checkpoint, family: Family, tokenizer: Tokenizer
     Raises:
         D2QError: the tokenizer differs in llama.cpp.
     """
-    add_metadata = _metadata_writer(checkpoint, family, 0, None, tokenizer)
+    add_metadata = metadata_writer(checkpoint, family, tokenizer, 0, None)
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "vocabulary.gguf"
-        write_gguf(file, family.gguf_arch, [], add_metadata)
+        gguf_writer.write_gguf(file, family.gguf_arch, [], add_metadata)
         verify_tokenizer(file, checkpoint.directory, tokenizer, quiet=True)
 
 
-def model_size(
+def metadata_writer(
     checkpoint: Checkpoint,
     family: Family,
     tokenizer: Tokenizer,
-    tensors: Sequence[GGUFTensor],
-    file_type: int,
-    extra: Mapping[str, Value] | None = None,
-) -> int:
-    """Return the bytes of the file that `write_model` would write; no tensor is loaded.
-
-    Raises:
-        D2QError: the metadata can't be exported.
-    """
-    return file_size(family.gguf_arch, tensors, _metadata_writer(checkpoint, family, file_type, extra, tokenizer))
-
-
-def _metadata_writer(
-    checkpoint: Checkpoint,
-    family: Family,
     file_type: int,
     extra: Mapping[str, Value] | None,
-    tokenizer: Tokenizer,
     *,
     quiet: bool = True,
 ) -> AddMetadata:
-    """Return a function that adds all keys and, unless `quiet`, reports on stderr what the card loses."""
+    """Return a function that adds all keys and, unless `quiet`, says on stderr what of the card is left out."""
 
     def add_metadata(writer: gguf.GGUFWriter) -> None:
         writer.add_type(gguf.GGUFType.MODEL)
@@ -224,23 +167,11 @@ def _metadata_writer(
         family.add_metadata(writer, file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         tokenizer.add_to(writer, space_prefix=family.records_space_prefix)
+        adders = {bool: writer.add_bool, int: writer.add_int64, float: writer.add_float32, str: writer.add_string}
         for key, value in (extra or {}).items():
-            _add_value(writer, key, value)
+            adders.get(type(value), writer.add_array)(key, value)
 
     return add_metadata
-
-
-def _add_value(writer: gguf.GGUFWriter, key: str, value: Value) -> None:
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        writer.add_int64(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    else:
-        writer.add_array(key, value)
 
 
 def export(
@@ -252,18 +183,9 @@ def export(
     pre_tokenizer: str | None = None,
     verify: bool = True,
 ) -> int:
-    """Convert a checkpoint directory to a GGUF of a stock type: every matrix, embeddings and head included.
+    """Convert a checkpoint directory to a GGUF of a stock type, embeddings and head included; return its size in bytes.
 
-    Args:
-        model: the directory.
-        path: the file to write.
-        type_name: one of STOCK_TYPES.
-        force: replace an existing file.
-        pre_tokenizer: see `read_tokenizer`.
-        verify: see `write_model`.
-
-    Returns:
-        The file's size in bytes.
+    `type_name` is one of STOCK_TYPES; `pre_tokenizer` as in `read_tokenizer`, `force` and `verify` as in `write_model`.
 
     Raises:
         D2QError: anything wrong with the checkpoint, the type's name or the output.
@@ -283,21 +205,14 @@ def export(
         routers = {family.gguf_name(name) for name in family.tensor_shapes() if family.is_router(name)}
         if others := [tensor for tensor in matrices if tensor.type != type_name and tensor.name not in routers]:
             kinds = ", ".join(sorted({tensor.type for tensor in others}))
-            print(
-                f"{len(others)} of {len(matrices)} matrices become {kinds}: their width isn't a multiple of "
-                f"{type_name}'s block size",
-                file=sys.stderr,
-            )
-        file_type = FILE_TYPES[type_name]
-        return write_model(
-            path, checkpoint, family, tokenizer, tensors, file_type=file_type, force=force, verify=verify
-        )
+            found = f"{len(others)} of {len(matrices)} matrices become {kinds}"
+            print(f"{found}: their width isn't a multiple of {type_name}'s block size", file=sys.stderr)
+        kind = FILE_TYPES[type_name]
+        return write_model(path, checkpoint, family, tokenizer, tensors, file_type=kind, force=force, verify=verify)
 
 
 def file_name(checkpoint: Checkpoint, family: Family, encoding: str) -> str:
     """Return a name by GGUF's convention, BaseName-SizeLabel-FineTune-Version-Encoding.gguf."""
-    metadata, _ = general_metadata(checkpoint, family.parameters(), quantized=False)
-    name = gguf.naming_convention(
-        metadata.name, metadata.basename, metadata.finetune, metadata.version, metadata.size_label, encoding
-    )
-    return f"{name}.gguf"
+    found, _ = general_metadata(checkpoint, family.parameters(), quantized=False)
+    parts = found.name, found.basename, found.finetune, found.version, found.size_label
+    return f"{gguf.naming_convention(*parts, encoding)}.gguf"

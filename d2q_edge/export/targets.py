@@ -8,12 +8,9 @@ from d2q_edge.model.checkpoint import READ_SUFFIXES
 
 
 def check_targets(targets: Mapping[str, Path], model: Path, texts: Iterable[Path] = ()) -> None:
-    """Compare the files that will be written with each other and with what is read.
+    """Compare the files to be written, by what they are ("the output"), with each other and with what is read.
 
-    Args:
-        targets: the files that will be written, by what they are ("the output", ...).
-        model: the checkpoint's directory; its GGUF files don't belong to the checkpoint.
-        texts: other files that are read.
+    That is `texts`, and the checkpoint in the directory `model`, to which GGUF files don't belong.
 
     Raises:
         D2QError: two targets are the same file, or one is read.

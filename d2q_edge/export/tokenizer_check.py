@@ -1,8 +1,8 @@
 """Check that a file tokenizes text in llama.cpp as the model does in transformers.
 
-A tokenizer that is almost right makes a file that runs and is worse than it should be, which nobody notices. The probe
-is a list of texts (data/tokenizer_probe.json), the model's special tokens within text, and a sample of its vocabulary.
-Kinds of text that llama.cpp is known to tokenize in another way (`Tokenizer.gaps`) are mentioned, not refused.
+The probe is a list of texts (data/tokenizer_probe.json), the model's special tokens within text, and a sample of its
+vocabulary. Kinds of text that llama.cpp is known to tokenize in another way (`Tokenizer.gaps`) are mentioned, not
+refused.
 """
 
 from __future__ import annotations
@@ -48,13 +48,9 @@ class _Reference:
 
 
 def verify(path: Path, directory: Path, tokenizer: Tokenizer, *, quiet: bool = False) -> None:
-    """Compare a file's tokenizer with the original on the probe.
+    """Compare the tokenizer in the GGUF file `path` with that of the model in `directory`; `tokenizer` was written.
 
-    Args:
-        path: the GGUF file.
-        directory: the Hugging Face model that it was made from.
-        tokenizer: what was written into the file.
-        quiet: don't report on stderr what was left out or is known to differ.
+    Unless `quiet`, stderr says what was left out or is known to differ.
 
     Raises:
         D2QError: a token differs, or llama.cpp or transformers can't load their file.
@@ -91,7 +87,7 @@ def verify(path: Path, directory: Path, tokenizer: Tokenizer, *, quiet: bool = F
 
 
 def text_gaps(text: str) -> frozenset[str]:
-    """Return which of the gaps "decomposed", "marks", "camel" and "leading" a text falls into; see _GAPS."""
+    """Return which of the _GAPS "decomposed", "marks", "camel" and "leading" a text falls into."""
     found = {
         "leading": text.startswith((" ", "\u2581")),
         "decomposed": unicodedata.normalize("NFC", text) != text,
@@ -109,9 +105,6 @@ def _load_reference(directory: Path) -> _Reference | None:
     """Load tokenizer.json in transformers, or else tokenizer.model in SentencePiece; None where that isn't installed.
 
     transformers would guess at what a tokenizer.model alone leaves open.
-
-    Raises:
-        D2QError: transformers can't load it.
     """
     if (directory / "tokenizer.json").is_file():
         # Importing transformers takes seconds, which a conversion without verification saves.
@@ -144,13 +137,10 @@ def _probes(tokenizer: Tokenizer, reference: _Reference) -> Iterator[tuple[str, 
     special = [text for text, kind in zip(tokenizer.tokens, tokenizer.types, strict=True) if kind in kinds]
     texts: list[str] = json.loads(PROBE.read_text(encoding="utf-8"))
     for text in [*texts, *_vocabulary(tokenizer, reference)]:
-        if any(token in text for token in tokenizer.left_out):
+        is_special = any(token in text for token in special)
+        if (is_special and not reference.special) or any(token in text for token in tokenizer.left_out):
             continue
-        gaps = text_gaps(text)
-        if any(token in text for token in special):
-            if not reference.special:
-                continue
-            gaps |= {"special"}
+        gaps = text_gaps(text) | ({"special"} if is_special else set())
         yield text, gaps & tokenizer.gaps
     if not reference.special:
         return
@@ -177,12 +167,10 @@ def _difference(text: str, ours: list[int], theirs: list[int], reference: _Refer
     """Describe the first difference in one sentence."""
     start = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
     shown = text if len(text) <= 60 else text[:57] + "..."
-
-    def piece(ids: list[int]) -> str:
-        return f"{ids[start : start + 3]} ({' | '.join(reference.decode(i) for i in ids[start : start + 3])!r})"
-
+    pieces = [ids[start : start + 3] for ids in (ours, theirs)]
+    found, wanted = (f"{ids} ({' | '.join(map(reference.decode, ids))!r})" for ids in pieces)
     return (
         f"llama.cpp would tokenize {shown!r} in another way than {reference.name}: from token {start} on it has "
-        f"{piece(ours)} where {reference.name} has {piece(theirs)}; the file was not written, because it would be "
-        "worse than the model (--no-verify writes it all the same)"
+        f"{found} where {reference.name} has {wanted}; the file was not written, because it would be worse than the "
+        "model (--no-verify writes it all the same)"
     )

@@ -1,7 +1,7 @@
 """Load the two frozen codebook tables of the d2q tensor types (learned by tools/learn_tables.py).
 
-codebooks.txt is their only source: Python reads it here, C includes a header that tools/generate_tables.py makes from
-it, and both carry the same checksum, so that a file's writer and its reader can't disagree about what a code means.
+codebooks.txt is their only source: Python reads it here, C includes a header that tools/generate_tables.py makes of it,
+and both check the same SHA-256, so that a file's writer and reader agree about what a code means.
 """
 
 import hashlib
@@ -14,24 +14,22 @@ from d2q_edge.errors import D2QError
 
 CODEBOOKS = 256
 """Codebooks in each table; a byte selects one for a group of 32 weights."""
-PAIR_ENTRIES = 16
-"""Entries of a pair codebook; a 4-bit code selects one for two weights."""
-SCALAR_ENTRIES = 8
-"""Entries of a scalar codebook; a 3-bit code selects one for a weight."""
+PAIR_ENTRIES, SCALAR_ENTRIES = 16, 8
+"""Entries of a codebook: a 4-bit code selects one for two weights, a 3-bit code one for a single weight."""
 ENTRY_MIN, ENTRY_MAX = -64, 63
 """Range of every entry: entry + 64 must be an unsigned 7-bit number for the multiply-add instructions of x86."""
-
 TABLE_FILE = Path(__file__).with_name("codebooks.txt")
 TABLE_SHA256 = "d0f2acd1bc4165f5566530eb6601a3c9cf9fb2aefbf065b3d2551ae77fe8f2e5"
 """SHA-256 over the bytes of PAIR_TABLE, then of SCALAR_TABLE (C order). Changing it breaks every file."""
+I8 = npt.NDArray[np.int8]
 
 
-def table_sha256(pairs: npt.NDArray[np.int8], scalars: npt.NDArray[np.int8]) -> str:
+def table_sha256(pairs: I8, scalars: I8) -> str:
     """Return the SHA-256 in hex over the bytes of both tables, pairs [256, 16, 2] first, then scalars [256, 8]."""
     return hashlib.sha256(pairs.astype(np.int8).tobytes() + scalars.astype(np.int8).tobytes()).hexdigest()
 
 
-def parse_tables(text: str) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.int8]]:
+def parse_tables(text: str) -> tuple[I8, I8]:
     """Parse codebooks.txt, whose comments describe its lines, into (pairs int8 [256, 16, 2], scalars int8 [256, 8]).
 
     Raises:
@@ -45,20 +43,16 @@ def parse_tables(text: str) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.int8]]
         if kind not in tables or int(index) != len(tables[kind]):
             raise ValueError(f"line {number}: expected the next 'pair' or 'scalar' codebook, found {kind} {index}")
         tables[kind].append([int(value) for entry in entries for value in entry.split(",")])
-    pairs = np.array(tables["pair"], dtype=np.int64)
-    scalars = np.array(tables["scalar"], dtype=np.int64)
+    pairs, scalars = np.array(tables["pair"], np.int64), np.array(tables["scalar"], np.int64)
     if pairs.shape != (CODEBOOKS, 2 * PAIR_ENTRIES) or scalars.shape != (CODEBOOKS, SCALAR_ENTRIES):
         raise ValueError(f"expected tables of {CODEBOOKS} codebooks, found shapes {pairs.shape} and {scalars.shape}")
-    for table in (pairs, scalars):
-        if table.min() < ENTRY_MIN or table.max() > ENTRY_MAX:
-            raise ValueError(f"a table entry is outside {ENTRY_MIN}..{ENTRY_MAX}")
+    if min(pairs.min(), scalars.min()) < ENTRY_MIN or max(pairs.max(), scalars.max()) > ENTRY_MAX:
+        raise ValueError(f"a table entry is outside {ENTRY_MIN}..{ENTRY_MAX}")
     return pairs.reshape(CODEBOOKS, PAIR_ENTRIES, 2).astype(np.int8), scalars.astype(np.int8)
 
 
-def load_tables(
-    path: Path = TABLE_FILE, sha256: str = TABLE_SHA256
-) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.int8]]:
-    """Read both tables from `path`, check them against `sha256` and return them read-only, as parse_tables does.
+def load_tables(path: Path = TABLE_FILE, sha256: str = TABLE_SHA256) -> tuple[I8, I8]:
+    """Read both tables from `path`, check them against `sha256` and return them as parse_tables does, read-only.
 
     Raises:
         D2QError: the file is missing, malformed, or not the frozen one.
@@ -69,8 +63,7 @@ def load_tables(
         raise D2QError(f"the codebook tables in {path} can't be read ({error}); reinstall d2q-edge") from error
     if table_sha256(pairs, scalars) != sha256:
         raise D2QError(f"the codebook tables in {path} are not the frozen ones; reinstall d2q-edge")
-    pairs.flags.writeable = False
-    scalars.flags.writeable = False
+    pairs.flags.writeable = scalars.flags.writeable = False
     return pairs, scalars
 
 

@@ -1,7 +1,6 @@
 """Read GGUF files (ggml/docs/gguf.md) with tensors of stock types, ours and unknown ones.
 
-gguf-py's reader raises on unknown type numbers and trusts the file. Here every file is untrusted: a truncated or
-malformed one ends in a D2QError.
+Unlike gguf-py's reader, this one takes unknown type numbers and trusts no file: what is malformed is a D2QError.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import struct
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import gguf
@@ -21,25 +19,25 @@ import numpy.typing as npt
 from d2q_edge.errors import D2QError
 from d2q_edge.formats import tensor_types
 
-VERSIONS = (2, 3)
-MAX_DIMS = 4
+VERSIONS, MAX_DIMS = (2, 3), 4
 MAX_ITEMS = 1 << 22
 """More items than any key's array has; as Python objects they take thirty times the file's memory."""
-SCALAR_FORMATS = MappingProxyType(
-    {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-)
+SCALAR_FORMATS = dict(enumerate("BbHhIif?")) | dict(enumerate("Qqd", 10))
 """GGUF's scalar value types: number to struct format."""
 _STRING, _ARRAY = 8, 9
-_EXPONENT = 0x7C00
-"""Bits of a float16 that are all ones in NaN and infinity."""
+TYPES: dict[int, tuple[str, int, int]] = {
+    **{int(stock): (stock.name.lower(), *sizes) for stock, sizes in gguf.GGML_QUANT_SIZES.items()},
+    **{own.id: (own.name, own.block_size, own.type_size) for own in tensor_types.ALL},
+}
+"""Number of a tensor type to its name, weights per block and bytes per block."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
     """One tensor of a file. `shape` is in numpy's order; `offset` counts bytes from the start of the file.
 
-    `type_name` is lower case ("f16", "q8_0", "d2q2"), or "type" and the number for an unknown type, whose `nbytes`
-    reach to the next tensor or the end of the file.
+    `type_name` is lower case ("q8_0"), or "type" and the number for an unknown type, whose `nbytes` reach to the next
+    tensor or the end of the file.
     """
 
     name: str
@@ -58,10 +56,7 @@ class TensorInfo:
 class GGUFFile:
     """A GGUF whose header has been parsed; tensor data stays on disk until it is asked for.
 
-    Attributes:
-        kv: the metadata by key; arrays are lists.
-        tensors: by name, in the order of the file.
-        size: bytes of the file.
+    `kv` has the metadata by key, arrays as lists; `tensors` is in the order of the file; `size` is the file's in bytes.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -80,8 +75,7 @@ class GGUFFile:
             self._data: npt.NDArray[np.uint8] = np.memmap(self.path, dtype=np.uint8, mode="r")
         except OSError as error:
             raise D2QError(f"can't read {self.path}: {error.strerror or error}") from error
-        self._bytes = self._data.data  # many small reads are several times as fast as from the array
-        self._position = 0
+        self._bytes, self._position = self._data.data, 0  # a memoryview: small reads are several times as fast
         self.kv: dict[str, Any] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self._parse()
@@ -113,7 +107,7 @@ class GGUFFile:
             blocks = self.raw(info.name).reshape(-1, own.type_size)
             for start in range(0, len(blocks), chunk):
                 scales = np.ascontiguousarray(blocks[start : start + chunk, :2]).view("<u2")
-                bad = (scales & _EXPONENT) == _EXPONENT
+                bad = (scales & 0x7C00) == 0x7C00  # the exponent is all ones in NaN and infinity
                 if bad.any():
                     raise D2QError(
                         f"{self.path} is damaged: the scale of block {start + int(bad.argmax())} of tensor {info.name} "
@@ -126,7 +120,9 @@ class GGUFFile:
         Raises:
             D2QError: there is no such tensor.
         """
-        info = self._info(name)
+        if name not in self.tensors:
+            raise D2QError(f"{self.path} has no tensor {name}")
+        info = self.tensors[name]
         return self._data[info.offset : info.offset + info.nbytes]
 
     def dequantize(self, name: str) -> npt.NDArray[np.float32]:
@@ -135,24 +131,16 @@ class GGUFFile:
         Raises:
             D2QError: there is no such tensor, or its type can't be decoded.
         """
-        info = self._info(name)
-        raw = self.raw(name)
+        raw, info = self.raw(name), self.tensors[name]
         own = tensor_types.BY_ID.get(info.type_id)
         if own is not None:
             return tensor_types.dequantize(own, raw.reshape(-1, own.row_bytes(info.shape[-1]))).reshape(info.shape)
         try:
             values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(info.type_id))
         except (ValueError, NotImplementedError):
-            raise D2QError(
-                f"tensor {name} of {self.path} has the type {info.type_name}, which can't be decoded"
-            ) from None
+            what = f"tensor {name} of {self.path} has the type {info.type_name}, which can't be decoded"
+            raise D2QError(what) from None
         return np.asarray(values, dtype=np.float32).reshape(info.shape)
-
-    def _info(self, name: str) -> TensorInfo:
-        try:
-            return self.tensors[name]
-        except KeyError:
-            raise D2QError(f"{self.path} has no tensor {name}") from None
 
     def _parse(self) -> None:
         magic, version = self._take("4sI")
@@ -164,16 +152,14 @@ class GGUFFile:
                 f"{self.path} is a {'big-endian GGUF' if swapped else f'GGUF of version {version}'}; "
                 f"only little-endian files of the versions {VERSIONS[0]} and {VERSIONS[1]} can be read"
             )
-        self.version = version
         tensor_count, key_count = self._take("QQ")
         for _ in range(key_count):
             key = self._name()
             if key in self.kv:
                 raise self._malformed(f"the key {key} comes twice")
-            (value_type,) = self._take("I")
-            self.kv[key] = self._value(value_type)
-        self.alignment = self.kv.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
-        if type(self.alignment) is not int or self.alignment <= 0 or self.alignment & (self.alignment - 1):
+            self.kv[key] = self._value(*self._take("I"))
+        alignment = self.kv.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
+        if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
             raise self._malformed("general.alignment isn't a power of two")
         found: dict[str, tuple[tuple[int, ...], int, int]] = {}
         for _ in range(tensor_count):
@@ -188,23 +174,23 @@ class GGUFFile:
                 raise self._malformed(f"the tensor {name} is empty")
             type_id, offset = self._take("IQ")
             found[name] = shape, type_id, offset
-        self._place(found, -(-self._position // self.alignment) * self.alignment)
+        self._place(found, alignment)
 
-    def _place(self, found: dict[str, tuple[tuple[int, ...], int, int]], start: int) -> None:
-        """Fill `tensors` from (shape, type, offset behind `start`) by name, and check sizes against the file."""
-        borders = sorted({offset for _, _, offset in found.values()} | {self.size - start})
-        following = dict(pairwise(borders))
+    def _place(self, found: dict[str, tuple[tuple[int, ...], int, int]], alignment: int) -> None:
+        """Fill `tensors` from (shape, type, offset behind the header) by name, and check sizes against the file."""
+        start = -(-self._position // alignment) * alignment
+        following = dict(pairwise(sorted({offset for _, _, offset in found.values()} | {self.size - start})))
         for name, (shape, type_id, offset) in found.items():
-            if offset % self.alignment:
+            if offset % alignment:
                 raise self._malformed(f"the tensor {name} isn't aligned")
-            type_name, block, size = _type(type_id)
-            if block is None:
-                nbytes = max(following.get(offset, offset) - offset, 0)
-            else:
+            if type_id in TYPES:
+                type_name, block, size = TYPES[type_id]
                 width = shape[-1] if shape else 1
                 if width % block:
                     raise self._malformed(f"{block} doesn't divide the width {width} of the {type_name} tensor {name}")
                 nbytes = math.prod(shape) // block * size
+            else:
+                type_name, nbytes = f"type{type_id}", max(following.get(offset, offset) - offset, 0)
             if start + offset + nbytes > self.size:
                 raise D2QError(f"{self.path} is truncated: it ends after {self.size} bytes, before tensor {name} does")
             self.tensors[name] = TensorInfo(name, shape, type_id, type_name, start + offset, nbytes)
@@ -237,11 +223,7 @@ class GGUFFile:
         return name
 
     def _string(self) -> str:
-        (length,) = self._take("Q")
-        self._require(length)
-        begin = self._position
-        self._position += length
-        return str(self._bytes[begin : begin + length], "utf-8", "replace")
+        return str(self._read(*self._take("Q")), "utf-8", "replace")
 
     def _take(self, layout: str) -> tuple[Any, ...]:
         """Read the next values, little-endian and unpadded."""
@@ -249,27 +231,13 @@ class GGUFFile:
             size = struct.calcsize("<" + layout)
         except (struct.error, OverflowError):
             raise self._malformed("a count is impossibly large") from None
-        self._require(size)
-        begin = self._position
-        self._position += size
-        return struct.unpack_from("<" + layout, self._bytes, begin)
+        return struct.unpack("<" + layout, self._read(size))
 
-    def _require(self, count: int) -> None:
+    def _read(self, count: int) -> memoryview:
         if count > self.size - self._position:
             raise D2QError(f"{self.path} is truncated or malformed: its header reaches beyond the end of the file")
+        self._position += count
+        return self._bytes[self._position - count : self._position]
 
     def _malformed(self, what: str) -> D2QError:
         return D2QError(f"{self.path} is malformed: {what}")
-
-
-def _type(type_id: int) -> tuple[str, int | None, int]:
-    """Return (name, weights per block, bytes per block) of a type; None weights per block for an unknown type."""
-    own = tensor_types.BY_ID.get(type_id)
-    if own is not None:
-        return own.name, own.block_size, own.type_size
-    try:
-        stock = gguf.GGMLQuantizationType(type_id)
-    except ValueError:
-        return f"type{type_id}", None, 0
-    block, size = gguf.GGML_QUANT_SIZES[stock]
-    return stock.name.lower(), int(block), int(size)

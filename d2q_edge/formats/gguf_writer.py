@@ -1,7 +1,7 @@
 """Write GGUF files (ggml/docs/gguf.md): tensors of stock types and of ours, streamed to disk one after the other.
 
 gguf-py's writer collects the keys and knows their value types; the header is packed here, because gguf-py packs arrays
-item by item (a second for a large vocabulary). gguf-py also encodes the stock types, apart from K-quants (k_quants.py).
+item by item (a second for a large vocabulary). gguf-py also encodes the stock types, except K-quants (k_quants.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import gguf
@@ -25,7 +24,7 @@ import torch
 
 from d2q_edge.errors import D2QError
 from d2q_edge.formats import k_quants, tensor_types
-from d2q_edge.formats.gguf_reader import SCALAR_FORMATS
+from d2q_edge.formats.gguf_reader import SCALAR_FORMATS, TYPES
 from d2q_edge.utils import files
 from d2q_edge.utils.locks import open_locked
 from d2q_edge.utils.progress import Progress
@@ -35,34 +34,34 @@ STOCK_TYPES: dict[str, gguf.GGMLQuantizationType] = {
     for name in ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_1", "Q5_K", "Q5_0", "Q4_1", "Q4_K", "Q4_0")
 }
 """The stock types that can be written, by lower-case name, best first."""
-FALLBACKS = MappingProxyType({"q6_k": "q8_0", "q5_k": "q5_1", "q4_k": "q5_0"})
+TYPE_IDS: dict[str, int] = {**STOCK_TYPES, **{name: own.id for name, own in tensor_types.BY_NAME.items()}}
+"""Every type that can be written, with its number in GGUF files."""
+FALLBACKS = {"q6_k": "q8_0", "q5_k": "q5_1", "q4_k": "q5_0"}
 """What takes the place of K-quants where 256 doesn't divide the width, as in llama-quantize."""
-
 ALIGNMENT: int = gguf.GGUF_DEFAULT_ALIGNMENT
+Load = Callable[[], npt.NDArray[Any] | torch.Tensor]
+AddMetadata = Callable[[gguf.GGUFWriter], None]
+"""Adds all keys but general.architecture to gguf-py's writer, which knows the tensors' shapes."""
 
 
 @dataclass(frozen=True)
 class GGUFTensor:
     """One tensor to write. `shape` is in numpy's order, (rows, columns) for a matrix.
 
-    `load` is called once, when it is the tensor's turn. It returns either the encoded bytes, uint8 [rows, bytes per
-    row], or floats of `shape`, which are then encoded (stock types only); those may also be a torch tensor of any float
-    dtype on any device. The `parts` of a stack are loaded and written one after the other.
+    `load` is called once, when it is the tensor's turn. It returns the encoded bytes, uint8 [rows, bytes per row], or,
+    for stock types, floats of `shape` to encode: an array, or a torch tensor of any float dtype on any device. The
+    `parts` of a stack are loaded and written one after the other.
     """
 
     name: str
     shape: tuple[int, ...]
     type: str
-    load: Callable[[], npt.NDArray[Any] | torch.Tensor]
+    load: Load
     parts: tuple[GGUFTensor, ...] = ()
 
     @classmethod
     def stack(cls, name: str, parts: Sequence[GGUFTensor]) -> GGUFTensor:
-        """Return a tensor [parts, *shape] of tensors of one shape and type, whose own names don't matter.
-
-        Raises:
-            ValueError: shapes or types differ, or there are no parts.
-        """
+        """Return a tensor [parts, *shape] of tensors of one shape and type; others are a ValueError."""
         kinds = {(part.shape, part.type) for part in parts}
         if len(kinds) != 1:
             raise ValueError(f"{name}: the parts of a stack must be of one shape and type, not {sorted(kinds)}")
@@ -77,11 +76,9 @@ class GGUFTensor:
         Raises:
             D2QError: unknown type, or the type's block size doesn't divide the width.
         """
-        block, size = block_and_type_size(self.type)
-        if self.shape[-1] % block:
-            raise D2QError(
-                f"tensor {self.name} can't be {self.type}: {block} doesn't divide its width {self.shape[-1]}"
-            )
+        (block, size), width = block_and_type_size(self.type), self.shape[-1]
+        if width % block:
+            raise D2QError(f"tensor {self.name} can't be {self.type}: {block} doesn't divide its width {width}")
         return math.prod(self.shape) // block * size
 
 
@@ -91,14 +88,9 @@ def block_and_type_size(type_name: str) -> tuple[int, int]:
     Raises:
         D2QError: there is no such type.
     """
-    if type_name in tensor_types.BY_NAME:
-        own = tensor_types.BY_NAME[type_name]
-        return own.block_size, own.type_size
-    if type_name in STOCK_TYPES:
-        block, size = gguf.GGML_QUANT_SIZES[STOCK_TYPES[type_name]]
-        return int(block), int(size)
-    known = ", ".join(dict.fromkeys([*STOCK_TYPES, *tensor_types.BY_NAME]))
-    raise D2QError(f"the tensor type {type_name!r} can't be written; these can: {known}")
+    if type_name not in TYPE_IDS:
+        raise D2QError(f"the tensor type {type_name!r} can't be written; these can: {', '.join(TYPE_IDS)}")
+    return TYPES[TYPE_IDS[type_name]][1:]
 
 
 def fitting_type(type_name: str, width: int) -> str:
@@ -130,8 +122,8 @@ def encode(tensor: GGUFTensor) -> npt.NDArray[Any]:
 
 def _encode_floats(tensor: GGUFTensor, values: npt.NDArray[Any] | torch.Tensor) -> npt.NDArray[Any]:
     if tensor.type in k_quants.ENCODERS:
-        values = values if isinstance(values, torch.Tensor) else torch.from_numpy(values)
-        packed: npt.NDArray[np.uint8] = k_quants.encode(tensor.type, values.reshape(-1, tensor.shape[-1])).cpu().numpy()
+        rows = torch.as_tensor(values).reshape(-1, tensor.shape[-1])
+        packed: npt.NDArray[np.uint8] = k_quants.encode(tensor.type, rows).cpu().numpy()
         return packed
     floats = values.cpu().float().numpy() if isinstance(values, torch.Tensor) else values
     if tensor.type == "f16":
@@ -150,12 +142,7 @@ def data_size(tensors: Sequence[GGUFTensor]) -> int:
 
 
 def check_output(path: Path, *, force: bool, size: int = 0) -> None:
-    """Find out before the work whether a file can be written; leave nothing behind.
-
-    Args:
-        path: the file to be written.
-        force: whether an existing file may be replaced.
-        size: bytes that will be needed.
+    """Find out before the work whether a file of `size` bytes can be written; leave nothing behind.
 
     Raises:
         D2QError: the directory is missing or not writable, the file exists (and not `force`), or too little space.
@@ -180,7 +167,7 @@ def check_output(path: Path, *, force: bool, size: int = 0) -> None:
         )
 
 
-def file_size(arch: str, tensors: Sequence[GGUFTensor], add_metadata: Callable[[gguf.GGUFWriter], None]) -> int:
+def file_size(arch: str, tensors: Sequence[GGUFTensor], add_metadata: AddMetadata) -> int:
     """Return the bytes of the file that `write_gguf` would write; no tensor is loaded.
 
     Raises:
@@ -193,23 +180,15 @@ def write_gguf(
     path: Path,
     arch: str,
     tensors: Sequence[GGUFTensor],
-    add_metadata: Callable[[gguf.GGUFWriter], None],
+    add_metadata: AddMetadata,
     *,
     force: bool = False,
     check: Callable[[Path], None] | None = None,
 ) -> int:
-    """Write a GGUF into a temporary file beside `path`, which takes its name only when it is complete.
+    """Write a GGUF into a temporary file beside `path`, which takes its name when it is complete; return its bytes.
 
-    Args:
-        path: the file to write.
-        arch: the value of general.architecture.
-        tensors: in the order of the file.
-        add_metadata: called with a gguf-py writer that knows the tensors' shapes, to add all other keys.
-        force: replace an existing file.
-        check: called with the complete file before it takes its name; raises where the file is no good.
-
-    Returns:
-        The file's size in bytes.
+    The file has the architecture `arch` and the tensors in this order; `force` lets it replace another. `check` is
+    called with the complete file before it takes its name, and raises where the file is no good.
 
     Raises:
         D2QError: as in `check_output` and `encode`, the metadata can't be written, or the disk fills up. Whatever is
@@ -245,18 +224,16 @@ def _padding(size: int) -> int:
     return -size % ALIGNMENT
 
 
-def _header(arch: str, tensors: Sequence[GGUFTensor], add_metadata: Callable[[gguf.GGUFWriter], None]) -> bytes:
+def _header(arch: str, tensors: Sequence[GGUFTensor], add_metadata: AddMetadata) -> bytes:
     """Return everything before the tensors' data, padded."""
     writer = gguf.GGUFWriter(path=None, arch=arch)
     infos, offset = [], 0
     for tensor in tensors:
-        own = tensor_types.BY_NAME.get(tensor.type)
-        type_id = own.id if own is not None else int(STOCK_TYPES[tensor.type])
+        type_id, dims = TYPE_IDS[tensor.type], len(tensor.shape)
         # For its count of parameters; a float dtype keeps it from computing shapes by a type that it doesn't know.
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, type_id)
-        dims = len(tensor.shape)
-        infos.append(_pack_string(tensor.name))
-        infos.append(struct.pack(f"<I{dims}QIQ", dims, *tensor.shape[::-1], type_id, offset))
+        info = struct.pack(f"<I{dims}QIQ", dims, *tensor.shape[::-1], type_id, offset)
+        infos.append(_pack_string(tensor.name) + info)
         offset += tensor.nbytes + _padding(tensor.nbytes)
     try:
         add_metadata(writer)
@@ -276,11 +253,7 @@ def _header(arch: str, tensors: Sequence[GGUFTensor], add_metadata: Callable[[gg
 
 
 def _pack_value(value: Any, kind: gguf.GGUFValueType, item_kind: gguf.GGUFValueType | None = None) -> bytes:
-    """Pack a key's value, without the number of its type.
-
-    Raises:
-        TypeError, ValueError, OverflowError, struct.error: the value isn't of that type.
-    """
+    """Pack a key's value, without the number of its type; raise what `_header` catches if it isn't of that type."""
     if kind in SCALAR_FORMATS:
         return struct.pack(f"<{SCALAR_FORMATS[kind]}", value)
     if kind == gguf.GGUFValueType.STRING:

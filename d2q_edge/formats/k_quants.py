@@ -10,15 +10,14 @@ super-block scales (ggml-common.h):
         16 sub-blocks of 16, w = d * sc * (q - 32); sc has 8 bits with a sign, q has 6.
 
 For every sub-block several step sizes are tried; each fixes the codes, and least squares gives the scale (and min) that
-fit these codes best. The integers are made from the winners. (Refitting d and dmin to the final codes would gain half a
-percent.) Everything runs in torch, where the weights are, in chunks of many super-blocks. The axis of the super-blocks
-is the last one everywhere, so that every step is one pass over long rows, and sums are taken by adding halves, in an
-order that depends neither on threads nor on where in a chunk a super-block lies.
+fit these codes best. The integers are made from the winners. The axis of the super-blocks is the last one everywhere,
+so that every step is one pass over long rows; sums are taken by adding halves, in an order that depends neither on
+threads nor on where in a chunk a super-block lies.
 """
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from types import MappingProxyType
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,8 +28,7 @@ PIECE = 2**20
 GPU_PIECE = 2**24
 """Weights in a GPU's chunk: large enough for it not to wait for Python. Takes about half a gigabyte of GPU memory."""
 AFFINE_STEPS = tuple(-2 + 0.3 * i for i in range(13))
-"""Trial step sizes of q4_k and q5_k: a sub-block's range is divided into the largest code plus this many steps. More
-steps than codes clip the upper end, which often pays; fewer move the zero."""
+"""Trials of q4_k and q5_k: a sub-block's range is divided into the largest code plus this many steps."""
 SYMMETRIC_STEPS = tuple(-3.2 + 0.4 * i for i in range(11))
 """The same for q6_k, relative to 32 steps between zero and the largest magnitude."""
 TINY = 1e-30
@@ -53,11 +51,9 @@ def encode(type_name: str, weights: Tensor) -> Tensor:
     Raises:
         ValueError: the shape doesn't fit, or values are not finite.
     """
-    rows, columns = weights.shape
+    rows, columns = shape = tuple(weights.shape)
     if weights.numel() == 0 or columns % BLOCK:
-        raise ValueError(
-            f"{type_name} needs rows of a positive multiple of {BLOCK} columns, not {tuple(weights.shape)}"
-        )
+        raise ValueError(f"{type_name} needs rows of a positive multiple of {BLOCK} columns, not {shape}")
     sub_block, encode_chunk = ENCODERS[type_name]
     blocks = weights.reshape(-1, BLOCK)
     step = (PIECE if weights.device.type == "cpu" else GPU_PIECE) // BLOCK
@@ -78,8 +74,7 @@ def encode(type_name: str, weights: Tensor) -> Tensor:
     if threads == 1:
         chunks = [encode_from(start) for start in starts]
     else:
-        # One single-threaded chunk per Python thread is faster than all threads on one chunk: it stays in the cache,
-        # and no thread waits for others after every step.
+        # Faster than all threads on one chunk: a chunk stays in a cache, and no thread waits for others at every step.
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             try:
                 chunks = list(pool.map(encode_from, starts))
@@ -161,10 +156,8 @@ def _affine_codes(x: Tensor, scale: Tensor, minimum: Tensor, top: int, out: Tens
 
 def _pack_affine(d: Tensor, dmin: Tensor, s: Tensor, m: Tensor, codes: Tensor, bits: int) -> Tensor:
     """Pack d, dmin [n], scales and mins [8, n] (as get_scale_min_k4 of ggml reads them) and codes [8, 32, n]."""
-    parts = [
-        *(_bytes(d), _bytes(dmin)),
-        *(s[:4] | (s[4:] >> 4) << 6, m[:4] | (m[4:] >> 4) << 6, (s[4:] & 15) | (m[4:] & 15) << 4),
-    ]
+    parts = [_bytes(d), _bytes(dmin)]
+    parts += [s[:4] | (s[4:] >> 4) << 6, m[:4] | (m[4:] >> 4) << 6, (s[4:] & 15) | (m[4:] & 15) << 4]
     if bits == 5:
         high = codes >> 4
         parts.append(sum(high[i] << i for i in range(1, 8)) | high[0])
@@ -266,12 +259,10 @@ def _bytes(halves: Tensor) -> Tensor:
     return halves.view(torch.uint8).view(-1, 2).T
 
 
-ENCODERS = MappingProxyType[str, tuple[int, Callable[[Tensor, Tensor], Tensor]]](
-    {
-        "q6_k": (16, _encode_q6_k),
-        "q5_k": (32, lambda size, x: _encode_affine(size, x, 5)),
-        "q4_k": (32, lambda size, x: _encode_affine(size, x, 4)),
-    }
-)
+ENCODERS: dict[str, tuple[int, Callable[[Tensor, Tensor], Tensor]]] = {
+    "q6_k": (16, _encode_q6_k),
+    "q5_k": (32, partial(_encode_affine, bits=5)),
+    "q4_k": (32, partial(_encode_affine, bits=4)),
+}
 """By type name: weights of a sub-block, and the encoder of a chunk. It takes the super-blocks' sizes [n] and their
 weights in these units [sub-blocks, weights, n], and returns uint8 [n, bytes]."""

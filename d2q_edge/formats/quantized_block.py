@@ -4,21 +4,36 @@ All names are relative to the block ("self_attn.q_proj"). What follows the last 
 more QuantizedBlock, with names relative to the model.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from d2q_edge.formats import tensor_types
-from d2q_edge.formats.quantized_weight import QuantizedWeight
 from d2q_edge.formats.tensor_file import Array, load_tensors, save_tensors
+from d2q_edge.formats.tensor_types import F32, U8, TensorType
 
-F32 = npt.NDArray[np.float32]
+
+@dataclass
+class QuantizedWeight:
+    """A weight matrix packed in one of our tensor types.
+
+    `values` is the dequantized matrix, float32 [rows, columns], where the quantizer has it at hand; `take_values` drops
+    it, so that it isn't kept in memory twice.
+    """
+
+    type: TensorType
+    data: U8  # packed blocks as in the file [rows, bytes per row]
+    values: torch.Tensor | None = field(default=None, repr=False, compare=False)
+
+    def take_values(self, device: torch.device) -> torch.Tensor:
+        """Return the dequantized matrix, float32 [rows, columns], on a device."""
+        values, self.values = self.values, None
+        if values is None:
+            values = torch.from_numpy(tensor_types.dequantize(self.type, self.data))
+        return values.to(device)
 
 
 @dataclass
@@ -72,14 +87,11 @@ class QuantizedBlock:
             _set_parameter(block, name, torch.from_numpy(values).to(block.get_parameter(name).device))
         for norm, bias in self.norm_biases.items():
             module = block.get_submodule(norm)
-            module.register_forward_hook(_adding(torch.from_numpy(bias).to(module.get_parameter("weight").device)))
+            shift = torch.from_numpy(bias).to(module.get_parameter("weight").device)
+            module.register_forward_hook(lambda _module, _arguments, output, shift=shift: output + shift)
 
     def save(self, path: Path) -> None:
-        """Write the block to a file.
-
-        Raises:
-            D2QError: the disk is full or not writable.
-        """
+        """Write the block to a file; raises as `save_tensors` does."""
         arrays: dict[str, Array] = {f"weights/{layer}": weight.data for layer, weight in self.weights.items()}
         for section, values in self._float_sections().items():
             arrays |= {f"{section}/{name}": array for name, array in values.items()}
@@ -88,11 +100,7 @@ class QuantizedBlock:
 
     @classmethod
     def load(cls, path: Path) -> "QuantizedBlock":
-        """Read a block that `save` wrote.
-
-        Raises:
-            D2QError: the file is damaged.
-        """
+        """Read a block that `save` wrote; raises as `load_tensors` does."""
         arrays, metadata = load_tensors(path)
         block = cls(metrics=BlockMetrics(**metadata["metrics"]))
         sections = block._float_sections()
@@ -117,7 +125,3 @@ def float_array(values: torch.Tensor) -> F32:
 def _set_parameter(block: nn.Module, name: str, values: torch.Tensor) -> None:
     module, _, parameter = name.rpartition(".")
     setattr(block.get_submodule(module), parameter, nn.Parameter(values, requires_grad=False))
-
-
-def _adding(bias: torch.Tensor) -> Callable[[nn.Module, Any, torch.Tensor], torch.Tensor]:
-    return lambda _module, _arguments, output: output + bias

@@ -16,7 +16,7 @@ from d2q_edge.utils import files
 
 Array = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 _ENTRY = "d2q"
-"""The only entry of the safetensors metadata, with checksum and metadata: safetensors keeps no order of entries."""
+"""The only entry of the safetensors metadata, a JSON list of checksum and metadata: entries have no order."""
 
 
 def save_tensors(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, Any]) -> None:
@@ -45,10 +45,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         # Through torch: safetensors' numpy reader copies while it holds Python's lock.
         with safe_open(path, framework="pt") as stored:
-            arrays = {
-                name: stored.get_tensor(name).numpy().copy()
-                for name in stored.keys()  # noqa: SIM118
-            }
+            names = stored.keys()
+            arrays = {name: stored.get_tensor(name).numpy().copy() for name in names}
             expected, text = json.loads((stored.metadata() or {}).get(_ENTRY, '["", ""]'))
         if _checksum(path, arrays, text) != expected:
             raise ValueError("its checksum is wrong")
@@ -60,8 +58,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def _checksum(path: Path, arrays: Mapping[str, Array], metadata: str) -> str:
     """Return the SHA-256 of all content, and of the file's name, so that files can't be swapped."""
     digest = hashlib.sha256(json.dumps([path.name, metadata]).encode())
-    for name in sorted(arrays):
-        array = arrays[name]
+    for name, array in sorted(arrays.items()):
         digest.update(json.dumps([name, array.dtype.str, array.shape]).encode())
         digest.update(array.data)
     return digest.hexdigest()

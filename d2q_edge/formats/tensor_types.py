@@ -10,8 +10,8 @@ codebook byte per group of 32 weights, then the codes:
     block_q4_0     { half d; u8 qs[16]; }                      32 weights, 18 bytes (ggml-common.h)
 
 d2q2: weights j and j + 16 of a group share a 4-bit code. d2q3: one 3-bit code per weight, low two bits in qs, high bit
-in qh. q4_0, for layers that deserve 4 bits, has one 4-bit code per weight and two implied codebooks, -8..7 and -7..8,
-selected by the sign of d; in this module its scale is the magnitude.
+in qh. q4_0 has one 4-bit code per weight and two implied codebooks, -8..7 and -7..8, selected by the sign of d; in this
+module its scale is the magnitude.
 
 Codes are in the order of the groups, k counting those of a whole row r: codes[r, 16 * k + i] is the code of the weights
 32 * k + i and 32 * k + 16 + i, or codes[r, 32 * k + j] is that of the weight 32 * k + j.
@@ -38,23 +38,14 @@ F32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class TensorType:
-    """One block format.
+    """One block format."""
 
-    Attributes:
-        name: lower case.
-        id: its number in GGUF files and in ggml.
-        block_size: weights in a block.
-        type_size: bytes of a block.
-        paired: whether two weights share a code.
-        switched: whether a byte per group selects a codebook from our tables.
-    """
-
-    name: str
-    id: int
-    block_size: int
-    type_size: int
-    paired: bool
-    switched: bool = True
+    name: str  # lower case
+    id: int  # number in GGUF files and in ggml
+    block_size: int  # weights in a block
+    type_size: int  # bytes of a block
+    paired: bool  # whether two weights share a code
+    switched: bool = True  # whether a byte per group selects a codebook from our tables
 
     @property
     def bits_per_weight(self) -> float:
@@ -67,11 +58,7 @@ class TensorType:
         return self.block_size // GROUP
 
     def row_bytes(self, columns: int) -> int:
-        """Return the bytes of a row of `columns` weights.
-
-        Raises:
-            ValueError: `columns` is not a positive multiple of the block size.
-        """
+        """Return the bytes of a row of `columns` weights; raises as `blocks` does."""
         return self.blocks(columns) * self.type_size
 
     def blocks(self, columns: int) -> int:
@@ -107,12 +94,7 @@ BY_ID = {t.id: t for t in ALL}
 
 
 def code_bytes(t: TensorType, codes: Any) -> list[Any]:
-    """Pack the codes of blocks and return the parts that follow each other (qs, qh), each uint8 [blocks, bytes].
-
-    Args:
-        t: the block format.
-        codes: uint8 [blocks, groups, codes], numpy's or torch's; the result is the same kind of array.
-    """
+    """Pack codes uint8 [blocks, groups, codes], numpy's or torch's, into (qs, qh), each uint8 [blocks, bytes]."""
     if t.codebook_entries == 16:
         # Pairs: even groups in low nibbles, the next group in the high ones; q4_0: the halves of its group.
         halves = codes.reshape(len(codes), -1, 2, 16)
@@ -120,18 +102,13 @@ def code_bytes(t: TensorType, codes: Any) -> list[Any]:
     else:
         # Weights of one byte differ in the slot, which gives the shift. In d2q3 a slot is a group, so that a vector
         # register of bytes holds one group; d2q3_64 has too few groups for that and splits the group too.
-        low = codes.reshape(len(codes), -1, 4, t.block_size // (4 * _low_parts(t)))
+        low = codes.reshape(len(codes), -1, 4, min(GROUP, t.block_size // 4))
         high = codes.reshape(len(codes), 8, -1)
         parts = [
             reduce(or_, [(low[:, :, slot] & 3) << 2 * slot for slot in range(4)]),
             reduce(or_, [(high[:, slot] >> 2) << slot for slot in range(8)]),
         ]
     return [part.reshape(len(codes), -1) for part in parts]
-
-
-def _low_parts(t: TensorType) -> int:
-    """Return into how many parts of four slots the low bits of a block's codes are divided."""
-    return t.groups // 4 if t.groups == 8 else 1
 
 
 def _unpack_pairs(qs: U8) -> U8:
@@ -141,7 +118,7 @@ def _unpack_pairs(qs: U8) -> U8:
 
 def _unpack_scalars(packed: U8, t: TensorType) -> U8:
     quarter = t.block_size // 4
-    qs = packed[:, :quarter].reshape(len(packed), _low_parts(t), 1, -1)
+    qs = packed[:, :quarter].reshape(len(packed), -1, 1, min(GROUP, quarter))
     qh = packed[:, quarter:].reshape(len(packed), 1, -1)
     low = (qs >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & np.uint8(3)
     high = (qh >> np.arange(8, dtype=np.uint8)[:, None]) & np.uint8(1)
@@ -191,9 +168,8 @@ def unpack(t: TensorType, packed: U8) -> tuple[F16, U8, U8]:
     """
     rows, row_bytes = packed.shape
     if packed.dtype != np.uint8 or row_bytes % t.type_size:
-        raise ValueError(
-            f"{t.name}: expected uint8 rows of {t.type_size}-byte blocks, not {packed.dtype} {packed.shape}"
-        )
+        wanted = f"{t.name}: expected uint8 rows of {t.type_size}-byte blocks"
+        raise ValueError(f"{wanted}, not {packed.dtype} {packed.shape}")
     blocks = np.ascontiguousarray(packed).reshape(-1, t.type_size)
     scales = np.ascontiguousarray(blocks[:, :2]).view("<f2").astype(np.float16, copy=False)
     if t.switched:
@@ -210,22 +186,15 @@ def entries(t: TensorType, codebooks: U8, codes: U8) -> npt.NDArray[np.int8]:
     """Return each weight's codebook entry, int8 [rows, cols], from codebooks [rows, cols / 32] and codes (see pack)."""
     rows, groups = codebooks.shape
     if not t.switched:
-        lowest = np.repeat(codebooks.astype(np.int8) - np.int8(8), GROUP, axis=1)
-        return lowest + codes.astype(np.int8)
-    grouped = codes.reshape(rows, groups, -1)
+        return np.repeat(codebooks.astype(np.int8) - np.int8(8), GROUP, axis=1) + codes.astype(np.int8)
+    found = (PAIR_TABLE if t.paired else SCALAR_TABLE)[codebooks[:, :, None], codes.reshape(rows, groups, -1)]
     if t.paired:
-        found = PAIR_TABLE[codebooks[:, :, None], grouped].swapaxes(2, 3)  # [rows, groups, component, pair]
-    else:
-        found = SCALAR_TABLE[codebooks[:, :, None], grouped]
+        found = found.swapaxes(2, 3)  # [rows, groups, component, pair]
     return found.reshape(rows, groups * GROUP)
 
 
 def dequantize(t: TensorType, packed: U8) -> F32:
-    """Return the weights float32 [rows, cols] of packed rows uint8 [rows, row_bytes], exactly float32(d) * entry.
-
-    Raises:
-        ValueError: the row size is not a multiple of the block's.
-    """
+    """Return the weights float32 [rows, cols] of packed rows (see unpack), exactly float32(d) * entry."""
     scales, codebooks, codes = unpack(t, packed)
     values = entries(t, codebooks, codes).astype(np.float32)
     return values * np.repeat(scales.astype(np.float32), t.block_size, axis=1)

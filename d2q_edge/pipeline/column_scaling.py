@@ -9,7 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from d2q_edge.formats.quantized_block import F32, QuantizedBlock, float_array
+from d2q_edge.formats.quantized_block import QuantizedBlock, float_array
+from d2q_edge.formats.tensor_types import F32
 from d2q_edge.model.families import Family, LinearGroup
 from d2q_edge.model.families.experts import expert_linears
 from d2q_edge.pipeline.context import Context, check_sums
@@ -20,12 +21,7 @@ ENERGY_SHARE = 4
 
 
 def scale_columns(context: Context, index: int, block: nn.Module) -> QuantizedBlock:
-    """Find column scales for all groups of a block from the original model's inputs, and absorb them.
-
-    Args:
-        context: hidden states in front of the block.
-        index: number of the block.
-        block: the original block, changed in place.
+    """Find column scales for all groups of block number `index`, and absorb them in place.
 
     Returns:
         The scales, and the parameters that absorbed some and won't be quantized.

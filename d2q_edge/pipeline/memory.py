@@ -89,8 +89,7 @@ def plan_memory(
     """Choose where the hidden states are kept, and make sure that everything fits.
 
     Args:
-        family: of the model.
-        tokens: of the calibration windows, all together.
+        family, tokens: of the model, and of all windows together.
         batch_tokens: of one forward pass.
         device: the computing device.
         output: the file to be written; unfinished work is kept beside it.

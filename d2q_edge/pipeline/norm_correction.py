@@ -35,10 +35,9 @@ def advance_quantized(
     both given the same input.
 
     Args:
-        context: hidden states of the quantized model in front of the sublayer.
-        index: number of the block.
-        sublayer: the sublayer, which is quantized completely.
-        original, quantized: the block, and its quantized copy.
+        context, index: hidden states in front of the sublayer, number of the block.
+        sublayer: of the block, quantized completely.
+        original, quantized: the block and its copy.
         next_norm: the norm to correct; None corrects nothing.
 
     Returns:
@@ -68,10 +67,7 @@ def advance_quantized(
 
 
 def quantize_final(context: Context, options: Options) -> QuantizedBlock:
-    """Correct the final norm, and give the lm_head column scales, which the final norm absorbs.
-
-    The lm_head itself is encoded when the file is written; its scales are among the result's.
-    """
+    """Correct the final norm, and find column scales for the lm_head, which is encoded when the file is written."""
     runner, streams, family = context.runner, context.streams, context.family
     norm = runner.final_norm()
     energy = InputEnergy(family.hidden_size, context.device)

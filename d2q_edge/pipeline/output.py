@@ -8,17 +8,9 @@ from typing import NoReturn, Protocol
 
 import torch
 
-from d2q_edge.export.model_file import (
-    Value,
-    float_tensor,
-    model_size,
-    model_tensors,
-    packed_tensor,
-    stored_floats,
-    write_model,
-)
+from d2q_edge.export import model_file
 from d2q_edge.formats import tensor_types
-from d2q_edge.formats.gguf_writer import GGUFTensor
+from d2q_edge.formats.gguf_writer import GGUFTensor, file_size
 from d2q_edge.formats.quantized_block import QuantizedBlock
 from d2q_edge.formats.tensor_types import U8
 from d2q_edge.model.checkpoint import Checkpoint
@@ -54,7 +46,7 @@ class RoundedContent(Content):
             return round_layer(weights, self.searches[type_name]).pack(tensor_types.BY_NAME[type_name])
 
     def floats(self, name: str) -> torch.Tensor:
-        return stored_floats(self.checkpoint, name, self.device)
+        return model_file.stored_floats(self.checkpoint, name, self.device)
 
 
 class QuantizedContent(Content):
@@ -87,7 +79,7 @@ class QuantizedContent(Content):
         block = self._block(index)
         if inner in block.floats:
             return torch.from_numpy(block.floats[inner]).clone()
-        values = stored_floats(self.checkpoint, name, self.device)
+        values = model_file.stored_floats(self.checkpoint, name, self.device)
         if module == self.family.head and module in block.column_scales:
             scales = torch.from_numpy(block.column_scales[module]).to(self.device)
             values = values.to(torch.float32, copy=True).div_(scales)
@@ -131,13 +123,14 @@ class Output:
     tokenizer: Tokenizer
     types: TypePlan
     norm_biases: list[str]
-    metadata: dict[str, Value]
+    metadata: dict[str, model_file.Value]
     file_type: int
 
     def size(self) -> int:
         """Return the size of the finished file in bytes."""
-        tensors = self._tensors(None)
-        return model_size(self.checkpoint, self.family, self.tokenizer, tensors, self.file_type, self.metadata)
+        model = self.checkpoint, self.family, self.tokenizer
+        add_metadata = model_file.metadata_writer(*model, self.file_type, self.metadata)
+        return file_size(self.family.gguf_arch, self._tensors(None), add_metadata)
 
     @property
     def bits_per_weight(self) -> float:
@@ -152,7 +145,7 @@ class Output:
             D2QError: the file can't be written, or (with `verify`) its tokenizer differs in llama.cpp.
         """
         model = self.checkpoint, self.family, self.tokenizer, self._tensors(content)
-        write_model(path, *model, file_type=self.file_type, extra=self.metadata, force=force, verify=verify)
+        model_file.write_model(path, *model, file_type=self.file_type, extra=self.metadata, force=force, verify=verify)
 
     def _tensors(self, content: Content | None) -> list[GGUFTensor]:
         """List the file's tensors; without content they can't be loaded."""
@@ -161,10 +154,10 @@ class Output:
         for name in family.tensor_shapes():
             type_name = self.types.all.get(name, "f32")
             if type_name in tensor_types.BY_NAME and name in self.types.linears:
-                replacements[name] = packed_tensor(family, name, type_name, partial(packed, name))
+                replacements[name] = model_file.packed_tensor(family, name, type_name, partial(packed, name))
             else:
-                replacements[name] = float_tensor(family, name, type_name, partial(floats, name))
-        tensors = model_tensors(self.checkpoint, family, "f32", replacements)
+                replacements[name] = model_file.float_tensor(family, name, type_name, partial(floats, name))
+        tensors = model_file.model_tensors(self.checkpoint, family, "f32", replacements)
         for name in (f"{norm}.bias" for norm in self.norm_biases):
             tensors.append(GGUFTensor(family.gguf_name(name), (family.hidden_size,), "f32", partial(floats, name)))
         return tensors

@@ -40,16 +40,12 @@ class Job:
     """A planned conversion.
 
     Attributes:
-        options: as given.
-        output: the file to write.
-        source: the checkpoint on disk.
-        checkpoint: the same, or rotated.
+        options, output: as given.
+        source, checkpoint: the checkpoint on disk, and the same or rotated.
         family, tokenizer: of the checkpoint.
         types: of all tensors.
-        file: what will be written.
-        size: of the file, in bytes.
-        calibration: None where weights are rounded to nearest.
-        memory: what it takes; None without calibration.
+        file, size: what will be written, and its size in bytes.
+        calibration, memory: None where weights are rounded to nearest.
         processes: that share the work.
     """
 

@@ -11,13 +11,7 @@ class BlockProgress(Progress):
     """Progress over the weights of all linear layers. Use in a with block."""
 
     def __init__(self, family: Family, types: Mapping[str, str], *, quiet: bool) -> None:
-        """Start.
-
-        Args:
-            family: of the model.
-            types: by the full name of every linear layer's weight.
-            quiet: show nothing.
-        """
+        """Start; `types` has the full name of every linear layer's weight."""
         shapes = family.tensor_shapes()
         self._family = family
         self._left = {name: math.prod(shapes[name]) for name in types}

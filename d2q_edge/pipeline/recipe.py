@@ -38,14 +38,7 @@ class Calibration:
 
 
 def d2q_metadata(types: TypePlan, options: Options, rotated: bool, calibration: Calibration | None) -> dict[str, Value]:
-    """Return the d2q.* keys: what a reader of the file needs, and what it takes to make the file again.
-
-    Args:
-        types: of the file's tensors.
-        options: as given.
-        rotated: whether the checkpoint is rotated.
-        calibration: text and windows; None where weights are rounded to nearest.
-    """
+    """Return the d2q.* keys: what a reader of the file needs, and what it takes to make the file again."""
     recipe: dict[str, Any] = {"bits": options.bits, "method": "rtn", "rotation": rotated, "dsq": False, "dac": False}
     if rotated:
         recipe["seed"] = options.seed

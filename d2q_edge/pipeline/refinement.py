@@ -15,8 +15,7 @@ import numpy.typing as npt
 import torch
 
 from d2q_edge.formats import tensor_types
-from d2q_edge.formats.quantized_block import QuantizedBlock, float_array
-from d2q_edge.formats.quantized_weight import QuantizedWeight
+from d2q_edge.formats.quantized_block import QuantizedBlock, QuantizedWeight, float_array
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import Family
 from d2q_edge.model.whole_model import WholeModel

@@ -21,7 +21,7 @@ class Report:
     """What a run measured.
 
     Attributes:
-        device: whose pending work is waited for when time is taken.
+        device: waited for when time is taken.
         layer_errors: weight name to the squared error of the layer's output relative to the output itself, on the
             calibration tokens.
         column_scales: name of a linear group's first layer, or of the lm_head, to QUANTILES of its column scales.

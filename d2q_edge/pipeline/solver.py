@@ -6,8 +6,7 @@ import torch
 
 from d2q_edge.distributed.process_group import ProcessGroup
 from d2q_edge.formats import tensor_types
-from d2q_edge.formats.quantized_block import QuantizedBlock, float_array
-from d2q_edge.formats.quantized_weight import QuantizedWeight
+from d2q_edge.formats.quantized_block import QuantizedBlock, QuantizedWeight, float_array
 from d2q_edge.formats.tensor_types import U8
 from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.descent import descend
@@ -20,14 +19,7 @@ class GroupSolver:
     """Quantizes weight matrices on one device; several processes share the rows, which don't influence each other."""
 
     def __init__(self, device: torch.device, alpha: float, rounds: int, processes: ProcessGroup) -> None:
-        """Prepare a solver.
-
-        Args:
-            device: the computing device.
-            alpha: weight of the input's error in the error feedback (quantize/gptaq.py).
-            rounds: of coordinate descent (quantize/descent.py).
-            processes: that share the rows.
-        """
+        """Prepare a solver; for `alpha` and `rounds` see Options."""
         self.device, self.alpha, self.rounds, self.processes = device, alpha, rounds, processes
         self._searches: dict[str, CodebookSearch] = {}
 

@@ -25,8 +25,7 @@ def sublayer_statistics(
     When the iterator is exhausted, the original model's hidden states are behind the sublayer.
 
     Args:
-        context: hidden states in front of the sublayer.
-        index: number of the block.
+        context, index: hidden states in front of the sublayer, number of the block.
         sublayer: attention or mlp, dense or with experts.
         original, quantized: the block and its copy, in which the caller replaces the weights of each group.
 

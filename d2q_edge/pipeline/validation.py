@@ -44,13 +44,7 @@ class Validation:
 
 
 def validate(streams: StreamPair, final: QuantizedBlock, processes: ProcessGroup) -> Validation:
-    """Compare both models behind the last block.
-
-    Args:
-        streams: hidden states of the validation windows.
-        final: the result for final norm and lm_head, whose column scales cancel out here.
-        processes: that share the batches.
-    """
+    """Compare both models behind the last block; `final` is the result for final norm and lm_head."""
     runner = streams.runner
     family, norm = runner.family, runner.final_norm()
     embedding_or_head = family.embedding if family.tied_embeddings else family.head

@@ -70,37 +70,21 @@ class WorkDir:
         return len(list(self.path.glob("block-*.safetensors")))
 
     def read_block(self, index: int, *, refined: bool = False) -> QuantizedBlock:
-        """Read a finished block, or its refined version.
-
-        Raises:
-            D2QError: the file is damaged.
-        """
+        """Read a finished block, or its refined version; raise D2QError if the file is damaged."""
         return QuantizedBlock.load(self._file(index, refined))
 
     def write_block(self, index: int, block: QuantizedBlock, *, refined: bool = False) -> None:
-        """Keep a block, or its refined version.
-
-        Raises:
-            D2QError: the disk is full or not writable.
-        """
+        """Keep a block, or its refined version; raise D2QError if the disk is full or not writable."""
         self._create()
         block.save(self._file(index, refined))
 
     def write_state(self, arrays: Mapping[str, Array], metadata: Mapping[str, Any]) -> None:
-        """Keep the state of the refinement, in place of an earlier one.
-
-        Raises:
-            D2QError: the disk is full or not writable.
-        """
+        """Keep the state of the refinement, in place of an earlier one; raises D2QError like `write_block`."""
         self._create()
         save_tensors(self._state, arrays, metadata)
 
     def read_state(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """Read the state of the refinement, if there is one: arrays and metadata.
-
-        Raises:
-            D2QError: the file is damaged.
-        """
+        """Read the state of the refinement, if there is one: arrays and metadata; raises D2QError like `read_block`."""
         return load_tensors(self._state) if self._state.is_file() else None
 
     def remove_state(self) -> None:
@@ -178,11 +162,7 @@ class BlockWriter:
         self._pending: Future[None] | None = None
 
     def write(self, index: int, block: QuantizedBlock) -> None:
-        """Write a block, once the one before is written.
-
-        Raises:
-            D2QError: that one could not be.
-        """
+        """Write a block, once the one before is written; raise D2QError if that one could not be."""
         self._wait()
         if self.active:
             self._pending = self._thread.submit(self.work.write_block, index, block)

@@ -1,8 +1,7 @@
 """Write files atomically and durably, and make scratch directories that do not outlive their process for long.
 
 A file is written under another name, flushed to disk and renamed, and then its directory is flushed. Without the first
-flush a file system may keep the new name and lose the content (ext4 with delayed allocation does); without the second
-it may forget the rename.
+flush a file system may keep the name and lose the content (ext4 does); without the second it may forget the rename.
 """
 
 import os
@@ -20,11 +19,7 @@ LOCK_NAME = "lock"
 
 
 def sync(path: Path) -> None:
-    """Flush a file's content, or a directory's entries, to disk.
-
-    Raises:
-        OSError: it can't be opened, or the disk reports an error.
-    """
+    """Flush a file's content, or a directory's entries, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -36,7 +31,7 @@ def replace(partial: Path, path: Path) -> None:
     """Rename a completely written file to `path`; on return the rename has reached the disk.
 
     Raises:
-        OSError: a flush or the rename failed; `path` is then what it was before, or the new file.
+        OSError: `path` is then what it was before, or the new file.
     """
     sync(partial)
     partial.replace(path)
@@ -44,27 +39,18 @@ def replace(partial: Path, path: Path) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Create a directory durably; it may exist.
-
-    Raises:
-        OSError: it can't be created.
-    """
+    """Create a directory durably; it may exist."""
     path.mkdir(exist_ok=True)
     sync(path.parent)
 
 
 @contextmanager
 def scratch_directory(base: Path, prefix: str, remedy: str) -> Iterator[Path]:
-    """Create a directory in `base` and remove it at the end of the with block.
+    """Create a directory in `base`, which is created if missing, and remove it at the end of the with block.
 
     The process keeps a file in it locked. A killed process removes nothing, so the next call with the same `base` and
     `prefix` removes every directory whose lock is free. (Process ids are reused, and containers that share a cache may
-    have the same ones; age says nothing, because a comparison can take days.)
-
-    Args:
-        base: parent directory; created if missing.
-        prefix: start of the directory's name.
-        remedy: what the error message tells the user to do where `base` isn't writable.
+    have the same ones; age says nothing, because a comparison can take days.) `remedy` ends the error message.
 
     Raises:
         D2QError: the directory can't be created.

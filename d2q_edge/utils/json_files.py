@@ -9,11 +9,7 @@ from d2q_edge.errors import D2QError
 
 
 def read_json_object(path: Path, *, strict: bool = False) -> dict[str, Any]:
-    """Read a JSON file whose top level is an object.
-
-    Args:
-        path: the file.
-        strict: refuse an object that has a key twice; parsers disagree about which one counts.
+    """Read a JSON file whose top level is an object; `strict` as in `parse_json`.
 
     Raises:
         D2QError: the file can't be read, isn't JSON, or isn't an object.
@@ -30,10 +26,10 @@ def read_json_object(path: Path, *, strict: bool = False) -> dict[str, Any]:
 
 
 def parse_json(content: bytes, *, strict: bool = False) -> Any:
-    """Parse JSON in UTF-8.
+    """Parse JSON in UTF-8; with `strict`, refuse a key that comes twice: parsers disagree about which one counts.
 
     Raises:
-        ValueError: it isn't JSON or is nested too deep for the parser; with `strict`, also where a key comes twice.
+        ValueError: it isn't JSON, is nested too deep for the parser, or is refused.
     """
     try:
         return json.loads(content.decode("utf-8"), object_pairs_hook=_unique if strict else None)

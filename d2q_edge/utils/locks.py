@@ -1,8 +1,4 @@
-"""Lock files between processes with flock(2).
-
-The operating system releases a lock when the process that holds it ends, so a file that a killed process leaves behind
-locks nothing.
-"""
+"""Lock files between processes with flock(2); the lock ends with its process, even where the file stays behind."""
 
 import fcntl
 import os
@@ -16,8 +12,7 @@ from d2q_edge.errors import D2QError
 def open_locked(path: Path) -> tuple[int, bool]:
     """Open a file, creating it if needed, and lock it exclusively.
 
-    Returns:
-        The file descriptor, which the caller closes, and whether it is locked: some network file systems have no locks.
+    Return the file descriptor, which the caller closes, and whether it is locked: some network file systems can't.
 
     Raises:
         BlockingIOError: another process holds the lock.

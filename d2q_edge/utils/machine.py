@@ -20,9 +20,8 @@ CPU_FIELDS = re.compile(r"^(flags|Features|CPU implementer|CPU part|isa)\s*:.*$"
 @functools.cache
 def _cpu() -> str:
     if sys.platform == "darwin":
-        return subprocess.run(
-            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False
-        ).stdout
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -31,10 +30,7 @@ def _cpu() -> str:
 
 
 def cache_key(patch: str) -> str:
-    """Return the folder name for what is built from `patch` on this machine with the CMAKE_ARGS of the environment.
-
-    A native build does not run on every CPU of an architecture, so the CPU is part of the name.
-    """
+    """Return the folder name for what is built from `patch`, for this CPU, with the CMAKE_ARGS of the environment."""
     machine = (platform.system(), platform.machine(), platform.libc_ver(), _cpu(), os.environ.get("CMAKE_ARGS", ""))
     return f"{patch}-{hashlib.sha256(repr(machine).encode()).hexdigest()[:8]}"
 
@@ -47,9 +43,7 @@ def usable_cpus() -> int:
 def available_memory(membership: Path = Path("/proc/self/cgroup"), hierarchy: Path = Path("/sys/fs/cgroup")) -> int:
     """Return how many bytes this process can allocate without swapping, or being killed for its container's limit.
 
-    Args:
-        membership: file that names the process's cgroups, one "ID:CONTROLLERS:PATH" per line (cgroups(7)).
-        hierarchy: where the cgroup file systems are mounted.
+    `membership` names its cgroups, one "ID:CONTROLLERS:PATH" per line (cgroups(7)), which are mounted in `hierarchy`.
     """
     free: int = psutil.virtual_memory().available
     return max(0, min([free, *_cgroup_headroom(membership, hierarchy)]))
@@ -64,20 +58,15 @@ def _cgroup_headroom(membership: Path, hierarchy: Path) -> Iterator[int]:
     for line in lines:
         number, controllers, path = line.split(":", 2)
         if number == "0":
-            root, limit, usage, prefix = hierarchy, "memory.max", "memory.current", ""
+            folder, limit, usage, prefix = "", "memory.max", "memory.current", ""
         elif "memory" in controllers.split(","):
-            root, limit, usage, prefix = (
-                hierarchy / "memory",
-                "memory.limit_in_bytes",
-                "memory.usage_in_bytes",
-                "total_",
-            )
+            folder, limit, usage, prefix = "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
         else:
             continue
         # A container may see the host's path here although only its own subtree is mounted: missing levels are skipped.
         parts = [part for part in PurePosixPath(path).parts if part not in ("/", "..")]
         for depth in range(len(parts), -1, -1):
-            group = root.joinpath(*parts[:depth])
+            group = hierarchy.joinpath(folder, *parts[:depth])
             try:
                 headroom = int((group / limit).read_text()) - int((group / usage).read_text())
             except (OSError, ValueError):  # no such group, or no limit ("max")

@@ -3,7 +3,6 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from types import TracebackType
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -12,6 +11,7 @@ T = TypeVar("T")
 P = TypeVar("P", bound="Progress")
 INTERVAL = 30.0
 """Seconds between two lines where there is no terminal."""
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
 
 
 class Progress:
@@ -32,8 +32,7 @@ class Progress:
 
         Args:
             description: what is being done ("Writing").
-            total: number of steps.
-            unit: what a step is called.
+            total: number of steps, each called a `unit`.
             initial: steps that an earlier run has done; they don't count for the time that is left.
             unit_scale: show large numbers with a metric prefix ("3.2G").
             interval: seconds between two lines where stderr is no terminal; infinity leaves it to `print_line`.
@@ -45,22 +44,13 @@ class Progress:
         self._interval, self._status = interval, ""
         terminal = sys.stderr is not None and sys.stderr.isatty()
         self._lines = not terminal and not quiet
-        self._bar = tqdm(
-            desc=description,
-            total=total,
-            unit=unit,
-            initial=initial,
-            unit_scale=unit_scale,
-            disable=quiet or not terminal,
-            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}",
-        )
+        look = {"desc": description, "unit": unit, "unit_scale": unit_scale, "bar_format": BAR}
+        self._bar = tqdm(total=total, initial=initial, disable=quiet or not terminal, **look)
 
     def __enter__(self: P) -> P:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self._bar.close()
 
     def update(self, steps: float = 1) -> None:
@@ -99,9 +89,9 @@ class Progress:
 
 
 def track(items: Iterable[T], description: str, unit: str, *, quiet: bool = False) -> Iterator[T]:
-    """Yield the items one by one, and show the progress; `items` must have a length, or it is made a list."""
-    items = items if hasattr(items, "__len__") else list(items)
-    with Progress(description, len(items), unit, quiet=quiet) as progress:  # type: ignore[arg-type]
+    """Yield the items one by one, and show the progress."""
+    items = list(items)
+    with Progress(description, len(items), unit, quiet=quiet) as progress:
         for item in items:
             yield item
             progress.update()

@@ -12,8 +12,7 @@ from torch import nn
 
 from d2q_edge.errors import D2QError
 from d2q_edge.formats import tensor_types
-from d2q_edge.formats.quantized_block import BlockMetrics, QuantizedBlock, float_array
-from d2q_edge.formats.quantized_weight import QuantizedWeight
+from d2q_edge.formats.quantized_block import BlockMetrics, QuantizedBlock, QuantizedWeight, float_array
 from d2q_edge.formats.tensor_types import TensorType
 from tests.blocks import assert_same_block
 

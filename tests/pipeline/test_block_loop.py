@@ -94,7 +94,7 @@ def test_column_scales_alone_change_nothing(make_checkpoint: Make, tmp_path: Pat
 
 class TestResuming:
     # 100: the down projections are of a stock type.
-    @pytest.mark.parametrize("intermediate", [256, 100])
+    @pytest.mark.parametrize("intermediate", [pytest.param(256, marks=pytest.mark.slow), 100])
     @pytest.mark.parametrize("last", [1, 2])
     def test_gives_the_same(self, make_checkpoint: Make, tmp_path: Path, intermediate: int, last: int) -> None:
         setup = Setup(make_checkpoint(**{**SMALL, "intermediate_size": intermediate}))
@@ -125,6 +125,7 @@ class TestResuming:
         assert "solve" not in second.seconds
 
 
+@pytest.mark.slow
 def test_same_twice_and_other_text_differs(make_checkpoint: Make, tmp_path: Path) -> None:
     setup = Setup(make_checkpoint(**SMALL))
     works = [WorkDir(tmp_path / name, {}) for name in "abc"]

@@ -111,12 +111,12 @@ def test_statistics_are_those_of_the_formulas(
             )
             for name, (teacher, student) in zip((gate, up, down), pairs, strict=True):
                 statistics = found[prefix + name]
-                hessian, drift = statistics.hessian, statistics.dXXT
+                hessian, dXXT = statistics.hessian, statistics.dXXT
                 expected = 2 / len(student) * student.T @ student
                 assert int(statistics.tokens) == len(student)
                 torch.testing.assert_close(hessian.double(), expected, rtol=1e-3, atol=1e-4 * float(expected.max()))
                 expected = 2 / len(student) * (teacher - student).T @ student
-                torch.testing.assert_close(drift.double(), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+                torch.testing.assert_close(dXXT.double(), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
     assert {taken > own for own, taken in counts} == {True, False}, "some experts have tokens enough, some haven't"
 
 

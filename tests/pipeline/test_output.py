@@ -13,8 +13,8 @@ from d2q_edge.errors import D2QError
 from d2q_edge.export.model_file import model_tokenizer
 from d2q_edge.formats import tensor_types
 from d2q_edge.formats.gguf_reader import GGUFFile
-from d2q_edge.formats.quantized_block import F32, QuantizedBlock
-from d2q_edge.formats.quantized_weight import QuantizedWeight
+from d2q_edge.formats.quantized_block import QuantizedBlock, QuantizedWeight
+from d2q_edge.formats.tensor_types import F32
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
 from d2q_edge.options import Options

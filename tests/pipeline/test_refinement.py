@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from d2q_edge.formats import tensor_types
-from d2q_edge.formats.quantized_weight import QuantizedWeight
+from d2q_edge.formats.quantized_block import QuantizedWeight
 from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from d2q_edge.errors import D2QError
-from d2q_edge.formats.quantized_block import BlockMetrics, QuantizedBlock
-from d2q_edge.formats.quantized_weight import QuantizedWeight
+from d2q_edge.formats.quantized_block import BlockMetrics, QuantizedBlock, QuantizedWeight
 from d2q_edge.formats.tensor_types import D2Q2_64
 from d2q_edge.pipeline.work_dir import BlockWriter, WorkDir, was_published
 from d2q_edge.utils import files

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from d2q_edge import conversion
 from d2q_edge.conversion import Conversion, convert
 from d2q_edge.errors import D2QError
 from d2q_edge.formats import tensor_types
@@ -22,7 +24,7 @@ from d2q_edge.options import Options
 from d2q_edge.pipeline import refinement
 from d2q_edge.pipeline.output import Output
 from d2q_edge.pipeline.work_dir import WorkDir
-from d2q_edge.quantize import refine as tuning
+from d2q_edge.quantize.refine import Schedule
 from tests.checkpoints import write_checkpoint
 from tests.interruption import interrupted
 
@@ -39,8 +41,8 @@ pytestmark = pytest.mark.slow
 def large_steps() -> Iterator[None]:
     """Let codes change in a few steps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning, "CODE_RATE", 0.4)
-        patch.setattr(tuning, "CODE_TRAVEL", 100.0)
+        schedule = Schedule(passes=PASSES, code_rate=0.4, code_travel=100.0)
+        patch.setattr(conversion, "refine", partial(refinement.refine, schedule=schedule))
         yield
 
 
@@ -155,7 +157,7 @@ class TestInTheMiddle:
         assert kept == (left < PASSES * STEPS)
         if kept:
             # No memory for codes, but they were being tuned.
-            monkeypatch.setattr(refinement, "free_memory", lambda: 0)
+            monkeypatch.setattr(refinement, "available_memory", lambda: 0)
         assert finish(model, output)[1] == left
         assert output.read_bytes() == whole.read_bytes()
 

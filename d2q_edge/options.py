@@ -1,10 +1,13 @@
-"""Every option of a conversion, and its default, stated once."""
+"""Every option of conversion, measurement and serving, and its default, stated once."""
 
 from dataclasses import dataclass
 
 from d2q_edge.errors import D2QError
 
 ROTATIONS = "auto", "on", "off"
+CHAT_CONTEXT, CHAT_TEMPERATURE = 4096, 0.7
+"""Tokens of a whole conversation, and the temperature of its answers."""
+SERVER_HOST, SERVER_PORT = "127.0.0.1", 8000
 
 
 @dataclass(frozen=True)
@@ -65,3 +68,39 @@ class Options:
                 raise D2QError(f"{name} must be a number, not {value!r}")
         if self.rotation not in ROTATIONS:
             raise D2QError(f"rotation must be one of {', '.join(ROTATIONS)}, not {self.rotation!r}")
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """What is measured: tokens of the prompt, tokens to generate, each number of threads to use, number of rounds."""
+
+    prompt: int = 512
+    generation: int = 64
+    threads: tuple[int, ...] = (1, 2)
+    rounds: int = 5
+
+
+@dataclass(frozen=True)
+class ComparisonOptions:
+    """What is measured, and how.
+
+    Attributes:
+        text, chunks, context: see perplexity.evaluate.
+        stock: stock types to compare with.
+        pure, calibration: of the stock files, see stock.StockQuantizer.
+        speed: also measure tokens per second.
+        threads: for the speed; None takes all CPUs that this process may use.
+        prompt, generation, rounds: for the speed, see BenchmarkOptions.
+    """
+
+    text: str = "builtin"
+    chunks: int | None = 50
+    context: int = 512
+    stock: tuple[str, ...] = ()
+    pure: bool = False
+    calibration: str = "builtin"
+    speed: bool = True
+    threads: int | None = None
+    prompt: int = 256
+    generation: int = 64
+    rounds: int = 3

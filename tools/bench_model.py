@@ -29,11 +29,12 @@ from safetensors.torch import save_file
 
 from d2q_edge.calibration.text import BUILTIN
 from d2q_edge.errors import D2QError
-from d2q_edge.evaluation.benchmark import PROMPT, Settings, run_rounds
+from d2q_edge.evaluation.benchmark import PROMPT, median_speeds, run_rounds
 from d2q_edge.export.model_file import Value, export, model_tokenizer, stored_floats
 from d2q_edge.formats import codebooks, tensor_types
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
+from d2q_edge.options import BenchmarkOptions
 from d2q_edge.pipeline.output import Content, Output
 from d2q_edge.pipeline.planning import FILE_TYPES
 from d2q_edge.pipeline.type_plan import plan_types
@@ -141,14 +142,14 @@ def make_files(model: Path, out: Path) -> dict[str, Path]:
     return files
 
 
-def measure(files: dict[str, Path], settings: Settings, tools: Tools = INSTALLED) -> Times:
+def measure(files: dict[str, Path], options: BenchmarkOptions, tools: Tools = INSTALLED) -> Times:
     """Run llama-bench on every variant in turn."""
     runs: dict[Variant, Sequence[object]] = {
         (name, repack): ("-m", path, "--repack", int(repack))
         for name, path in files.items()
         for repack in ((True, False) if name in REPACKED else (True,))
     }
-    return run_rounds(runs, settings, tools)
+    return run_rounds(runs, options, tools)
 
 
 def ratios(rounds: list[dict[Variant, float]]) -> dict[str, float]:
@@ -166,17 +167,17 @@ def ratios(rounds: list[dict[Variant, float]]) -> dict[str, float]:
     return result
 
 
-def speeds(times: Times, settings: Settings) -> dict[Variant, dict[str, float]]:
+def speeds(times: Times, options: BenchmarkOptions) -> dict[Variant, dict[str, float]]:
     """Return tokens per second of every variant by phase, from the median of the rounds."""
-    return {variant: settings.speeds(times, variant) for variant in next(iter(times.values()))[0]}
+    return {variant: median_speeds(options, times, variant) for variant in next(iter(times.values()))[0]}
 
 
-def markdown(times: Times, settings: Settings) -> str:
+def markdown(times: Times, options: BenchmarkOptions) -> str:
     """Format the README's table: tokens per second of each type, in each column of its faster form."""
     phases = sorted(times, key=lambda phase: (phase.startswith(PROMPT), phase))
     heads = [f"{phase}, {count} thread{'s' * (count != '1')}" for phase, count in (p.split("-") for p in phases)]
     lines = [f"| tokens/s | {' | '.join(heads)} |", "|---" * (1 + len(phases)) + "|"]
-    measured = speeds(times, settings)
+    measured = speeds(times, options)
     for name in dict.fromkeys(name for name, _ in measured):
         forms = [seen for variant, seen in measured.items() if variant[0] == name]
         best = (max(seen[phase] for seen in forms) for phase in phases)
@@ -184,11 +185,11 @@ def markdown(times: Times, settings: Settings) -> str:
     return "\n".join(lines)
 
 
-def table(times: Times, settings: Settings) -> str:
+def table(times: Times, options: BenchmarkOptions) -> str:
     """Format tokens per second, then ratios of times, with a column for each phase and number of threads."""
     phases = sorted(times)
     lines = [f"{'tokens/s':18}" + "".join(f"{phase:>14}" for phase in phases)]
-    for (name, repack), measured in speeds(times, settings).items():
+    for (name, repack), measured in speeds(times, options).items():
         label = f"{name}, as it is" if not repack else f"{name}, repacked" if name in REPACKED else name
         lines.append(f"{label:18}" + "".join(f"{measured[phase]:14.1f}" for phase in phases))
     lines += ["", f"{'ratio of times':18}" + "".join(f"{phase:>14}" for phase in phases)]
@@ -222,10 +223,10 @@ def prepared(model: Path | None, shape: Shape, keep: Path | None) -> Iterator[di
 @click.option("--layers", default=Shape.layers, show_default=True, help="Number of blocks of the generated model.")
 @click.option("--width", default=Shape.width, show_default=True)
 @click.option("--feed-forward", default=Shape.feed_forward, show_default=True)
-@click.option("--prompt", default=Settings.prompt, show_default=True, help="Tokens of the prompt.")
-@click.option("--generation", default=Settings.generation, show_default=True, help="Tokens to generate.")
-@click.option("--threads", type=int, multiple=True, default=Settings.threads, show_default=True)
-@click.option("--rounds", type=click.IntRange(1), default=Settings.rounds, show_default=True)
+@click.option("--prompt", default=BenchmarkOptions.prompt, show_default=True, help="Tokens of the prompt.")
+@click.option("--generation", default=BenchmarkOptions.generation, show_default=True, help="Tokens to generate.")
+@click.option("--threads", type=int, multiple=True, default=BenchmarkOptions.threads, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=BenchmarkOptions.rounds, show_default=True)
 @click.option("--keep", type=click.Path(path_type=Path), help="Keep the files in this directory for later runs.")
 @click.option("--json", "as_json", is_flag=True, help="Only the ratios, as JSON.")
 @click.option("--markdown", "as_markdown", is_flag=True, help="Only the README's table of tokens per second.")
@@ -243,16 +244,16 @@ def main(
     as_markdown: bool,
 ) -> None:
     """Time models of our types against stock ones on this machine."""
-    settings = Settings(prompt, generation, threads, rounds)
+    options = BenchmarkOptions(prompt, generation, threads, rounds)
     try:
         with prepared(model, Shape(layers, width, feed_forward), keep) as files:
-            times = measure(files, settings)
+            times = measure(files, options)
     except D2QError as error:
         raise click.ClickException(str(error)) from error
     if as_json:
         click.echo(json.dumps({phase: ratios(rounds) for phase, rounds in sorted(times.items())}, indent=2))
     else:
-        click.echo(markdown(times, settings) if as_markdown else table(times, settings))
+        click.echo(markdown(times, options) if as_markdown else table(times, options))
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ import click
 
 from d2q_edge.conversion import convert
 from d2q_edge.errors import D2QError
-from d2q_edge.evaluation.benchmark import GENERATION, Settings, benchmark
+from d2q_edge.evaluation.benchmark import GENERATION, benchmark
 from d2q_edge.evaluation.perplexity import Evaluation, evaluate
 from d2q_edge.evaluation.stock import StockQuantizer
 from d2q_edge.export.model_file import export
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
-from d2q_edge.options import Options
+from d2q_edge.options import BenchmarkOptions, Options
 from d2q_edge.runtime.generate import generate
 from d2q_edge.utils.machine import usable_cpus
 
@@ -48,8 +48,8 @@ def make_stock_files(f16: Path, out: Path) -> dict[str, Path]:
 def speeds(files: dict[str, Path]) -> dict[str, float]:
     """Measure generated tokens per second."""
     threads = usable_cpus()
-    settings = Settings(prompt=0, generation=256, threads=(threads,), rounds=SPEED_ROUNDS)
-    return {name: speed[f"{GENERATION}-{threads}"] for name, speed in benchmark(files, settings).speeds.items()}
+    options = BenchmarkOptions(prompt=0, generation=256, threads=(threads,), rounds=SPEED_ROUNDS)
+    return {name: speed[f"{GENERATION}-{threads}"] for name, speed in benchmark(files, options).speeds.items()}
 
 
 def table(rows: list[Row]) -> str:

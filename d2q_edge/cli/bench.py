@@ -2,11 +2,13 @@
 
 import json
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import click
 
-from d2q_edge.cli.common import MAX_THREADS, PATH, json_option
+from d2q_edge.cli.common import MAX_THREADS, PATH, field_option, json_option
+from d2q_edge.options import BenchmarkOptions
 
 
 def _parse_threads(_context: click.Context, _option: click.Parameter, value: str | None) -> tuple[int, ...] | None:
@@ -20,13 +22,16 @@ def _parse_threads(_context: click.Context, _option: click.Parameter, value: str
     return tuple(dict.fromkeys(map(int, words)))
 
 
+option = partial(field_option, BenchmarkOptions)
+
+
 @click.command("bench")
 @click.argument("files", metavar="FILE...", type=PATH, nargs=-1, required=True)
 @click.option("--threads", metavar="N,N,...", callback=_parse_threads, help="CPU threads.  [default: one for each CPU]")
 @click.option("--stock", help="File to compare with, or a type like Q2_K to make of FILE.")
-@click.option("--prompt", type=click.IntRange(1), default=512, help="Tokens in the prompt.")
-@click.option("--generation", type=click.IntRange(1), default=64, help="Tokens to generate.")
-@click.option("--rounds", type=click.IntRange(1), default=5, help="Results are their median.")
+@option("prompt", type=click.IntRange(1), help="Tokens in the prompt.")
+@option("generation", type=click.IntRange(1), help="Tokens to generate.")
+@option("rounds", type=click.IntRange(1), help="Results are their median.")
 @json_option
 def command(
     files: tuple[Path, ...], threads: tuple[int, ...] | None, stock: str | None, as_json: bool, **numbers: int
@@ -36,14 +41,14 @@ def command(
     Prints tokens per second, medians of rounds in which the files take turns. With --stock, ratios of speeds follow:
     above 1, FILE is faster. Needs llama.cpp's tools: `d2q-edge runtime install --tools`.
     """
-    from d2q_edge.evaluation.benchmark import Settings, benchmark, stock_file
+    from d2q_edge.evaluation.benchmark import benchmark, stock_file
     from d2q_edge.utils.machine import usable_cpus
 
-    settings = Settings(threads=threads or (usable_cpus(),), **numbers)
+    options = BenchmarkOptions(threads=threads or (usable_cpus(),), **numbers)
     with ExitStack() as stack:
         other = None
         if stock is not None:
             is_file = Path(stock).is_file() or stock.endswith(".gguf")
             other = Path(stock) if is_file else stack.enter_context(stock_file(files[0], stock))
-        result = benchmark({str(path): path for path in files}, settings, other)
+        result = benchmark({str(path): path for path in files}, options, other)
     click.echo(json.dumps(result.to_json()) if as_json else result.describe(stock))

@@ -10,6 +10,7 @@ import click
 
 from d2q_edge.cli.common import PATH, Number, threads_option
 from d2q_edge.errors import D2QError
+from d2q_edge.options import CHAT_CONTEXT, CHAT_TEMPERATURE
 
 if TYPE_CHECKING:
     from d2q_edge.runtime.chat import Conversation
@@ -24,9 +25,9 @@ Ctrl-C stops an answer."""
 @click.command("chat")
 @click.argument("file", type=PATH)
 @click.option("--system", help="System message.")
-@click.option("--context", type=click.IntRange(64), default=4096, help="Tokens of the whole conversation.")
+@click.option("--context", type=click.IntRange(64), default=CHAT_CONTEXT, help="Tokens of the whole conversation.")
 @click.option("-n", "--tokens", type=click.IntRange(1), help="Tokens per answer at most.  [default: all that fit]")
-@click.option("--temperature", type=Number(0), default=0.7, help="0 picks the most likely token.")
+@click.option("--temperature", type=Number(0), default=CHAT_TEMPERATURE, help="0 picks the most likely token.")
 @click.option("--seed", type=click.IntRange(0), help="Seed of the sampling.  [default: a random one]")
 @threads_option
 def command(file: Path, tokens: int | None, **options: Any) -> None:

@@ -1,11 +1,15 @@
 """`d2q-edge compare`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from d2q_edge.cli.common import PATH, json_option, print_result, threads_option, wait_passively
+from d2q_edge.cli.common import PATH, field_option, json_option, print_result, threads_option, wait_passively
+from d2q_edge.options import ComparisonOptions
+
+option = partial(field_option, ComparisonOptions)
 
 
 @click.command("compare")
@@ -18,15 +22,15 @@ from d2q_edge.cli.common import PATH, json_option, print_result, threads_option,
     show_default=False,
     help="Also compare with stock types: Q2_K,IQ2_XS,...",
 )
-@click.option("--pure", is_flag=True, help="Make all matrices of stock files that type; tables q8_0.")
+@option("pure", help="Make all matrices of stock files that type; tables q8_0.")
 @click.option("--keep-stock", type=PATH, metavar="DIR", help="Keep the stock files in DIR.  [default: remove them]")
-@click.option("--calibration", default="builtin", help="Text of their importance matrix.")
-@click.option("--text", default="builtin", help="Text file to measure on.")
-@click.option("--chunks", type=click.IntRange(1), default=50, help="Chunks to measure at most.")
-@click.option("--context", type=click.IntRange(8), default=512, help="Tokens per chunk.")
-@click.option("--speed/--no-speed", default=True, help="Also measure tokens per second.")
+@option("calibration", help="Text of their importance matrix.")
+@option("text", help="Text file to measure on.")
+@option("chunks", type=click.IntRange(1), help="Chunks to measure at most.")
+@option("context", type=click.IntRange(8), help="Tokens per chunk.")
+@option("speed", help="Also measure tokens per second.")
 @threads_option
-@click.option("--rounds", type=click.IntRange(1), default=3, help="Speed is their median.")
+@option("rounds", type=click.IntRange(1), help="Speed is their median.")
 @click.option("--report", "reports", type=PATH, multiple=True, help="convert's report on a FILE.  [default: FILE.json]")
 @click.option("-o", "--output", "outputs", type=PATH, multiple=True, help="Report (.html) or picture (.png, .svg).")
 @json_option
@@ -38,7 +42,7 @@ def command(
     reports: tuple[Path, ...],
     outputs: tuple[Path, ...],
     as_json: bool,
-    **settings: Any,
+    **options: Any,
 ) -> None:
     """Compare size, KL divergence and speed of GGUF FILEs of one model.
 
@@ -48,14 +52,13 @@ def command(
     """
     wait_passively()
     from d2q_edge.evaluation.compare import compare
-    from d2q_edge.evaluation.comparison import Settings
     from d2q_edge.evaluation.report.page import check_target, write
     from d2q_edge.evaluation.stock import parse_types
 
     for output in outputs:
         check_target(output)
-    settings["stock"] = parse_types(with_stock)
-    result = compare(reference, files, Settings(**settings), keep_stock=keep_stock, reports=reports)
+    options["stock"] = parse_types(with_stock)
+    result = compare(reference, files, ComparisonOptions(**options), keep_stock=keep_stock, reports=reports)
     # First, so that an output that can't be written doesn't lose an hour's numbers.
     print_result(result, as_json)
     for output in outputs:

@@ -4,15 +4,16 @@ from pathlib import Path
 
 import click
 
-from d2q_edge.cli.common import PATH, json_option, print_result, wait_passively
+from d2q_edge.cli.common import PATH, field_option, json_option, print_result, wait_passively
+from d2q_edge.options import ComparisonOptions
 
 
 @click.command("eval")
 @click.argument("file", type=PATH)
 @click.option("--reference", type=PATH, help="GGUF of the original model; adds KL divergence and top-1 agreement.")
-@click.option("--text", default="builtin", help="Text file to measure on.")
+@field_option(ComparisonOptions, "text", help="Text file to measure on.")
 @click.option("--chunks", type=click.IntRange(1), help="Chunks to measure at most.  [default: all]")
-@click.option("--context", type=click.IntRange(8), default=512, help="Tokens per chunk.")
+@field_option(ComparisonOptions, "context", type=click.IntRange(8), help="Tokens per chunk.")
 @json_option
 def command(file: Path, reference: Path | None, text: str, chunks: int | None, context: int, as_json: bool) -> None:
     """Measure a GGUF FILE's perplexity, and its distance from a reference.

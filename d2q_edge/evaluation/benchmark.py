@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from d2q_edge.calibration.text import BUILTIN
 from d2q_edge.errors import D2QError
 from d2q_edge.formats.gguf_reader import GGUFFile
+from d2q_edge.options import BenchmarkOptions
 from d2q_edge.runtime.tools import INSTALLED, Tools
 from d2q_edge.utils.progress import Progress
 
@@ -27,22 +28,12 @@ both are measured, and the better one counts."""
 Key = TypeVar("Key", bound=Hashable)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What is measured: tokens of the prompt, tokens to generate, each number of threads to use, number of rounds."""
-
-    prompt: int = 512
-    generation: int = 64
-    threads: tuple[int, ...] = (1, 2)
-    rounds: int = 5
-
-    def speeds(self, times: Mapping[str, list[dict[Key, float]]], key: Key) -> dict[str, float]:
-        """Return one key's tokens per second by phase, from the median of the rounds, see run_rounds."""
-        tokens = {phase: self.prompt if phase.startswith(PROMPT) else self.generation for phase in times}
-        return {
-            phase: tokens[phase] / statistics.median(seconds[key] for seconds in rounds)
-            for phase, rounds in times.items()
-        }
+def median_speeds(options: BenchmarkOptions, times: Mapping[str, list[dict[Key, float]]], key: Key) -> dict[str, float]:
+    """Return one key's tokens per second by phase, from the median of the rounds, see run_rounds."""
+    tokens = {phase: options.prompt if phase.startswith(PROMPT) else options.generation for phase in times}
+    return {
+        phase: tokens[phase] / statistics.median(seconds[key] for seconds in rounds) for phase, rounds in times.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -50,13 +41,13 @@ class Benchmark:
     """Results by phase and number of threads ("prompt-1").
 
     Attributes:
-        settings: what was measured.
+        options: what was measured.
         speeds: tokens per second, medians over the rounds, by name of the file.
         stock: the same of the stock file; None without one.
         ratios: speed over that of the stock file's better form, medians over the rounds; above 1 the file is faster.
     """
 
-    settings: Settings
+    options: BenchmarkOptions
     speeds: dict[str, dict[str, float]]
     stock: dict[str, float] | None
     ratios: dict[str, dict[str, float]] | None
@@ -64,7 +55,7 @@ class Benchmark:
     def to_json(self) -> dict[str, Any]:
         """Return plain values for json.dump."""
         return {
-            **asdict(self.settings),
+            **asdict(self.options),
             "tokens_per_second": self.speeds,
             "stock_tokens_per_second": self.stock,
             "speed_ratios": self.ratios,
@@ -76,7 +67,7 @@ class Benchmark:
         if self.stock is not None:
             rows[f"{stock_name} (stock)"] = self.stock
         ratios = {f"{name} / stock": values for name, values in (self.ratios or {}).items()}
-        phases = [f"{phase}-{threads}" for phase in (PROMPT, GENERATION) for threads in self.settings.threads]
+        phases = [f"{phase}-{threads}" for phase in (PROMPT, GENERATION) for threads in self.options.threads]
         width = max(map(len, ("tokens/s", *rows, *ratios)))
         lines = [f"{'tokens/s':{width}}" + "".join(f"{phase:>15}" for phase in phases)]
         for decimals, block in ((1, rows), (2, ratios)):
@@ -86,13 +77,13 @@ class Benchmark:
 
 
 def run_rounds(
-    runs: Mapping[Key, Sequence[object]], settings: Settings, tools: Tools = INSTALLED
+    runs: Mapping[Key, Sequence[object]], options: BenchmarkOptions, tools: Tools = INSTALLED
 ) -> dict[str, list[dict[Key, float]]]:
     """Run llama-bench on several files in turn.
 
     Args:
         runs: for each key, llama-bench's options that name the file (as a Path) and what else is special to it.
-        settings: what to measure.
+        options: what to measure.
         tools: where llama-bench is.
 
     Returns:
@@ -102,15 +93,15 @@ def run_rounds(
         D2QError: llama-bench isn't built, or can't run a file, or a path has a comma.
     """
     check_paths(word for own in runs.values() for word in own if isinstance(word, Path))
-    threads = ",".join(map(str, settings.threads))
-    options = ("-p", settings.prompt, "-n", settings.generation, "-t", threads, "-r", 1, "-o", "json")
+    threads = ",".join(map(str, options.threads))
+    arguments = ("-p", options.prompt, "-n", options.generation, "-t", threads, "-r", 1, "-o", "json")
     times: dict[str, list[dict[Key, float]]] = {}
-    with Progress("Measuring speed", settings.rounds * len(runs), "run") as progress:
-        for index in range(settings.rounds):
+    with Progress("Measuring speed", options.rounds * len(runs), "run") as progress:
+        for index in range(options.rounds):
             for key, own in runs.items():
-                for run in json.loads(tools.run("llama-bench", *own, *options)):
+                for run in json.loads(tools.run("llama-bench", *own, *arguments)):
                     phase = f"{PROMPT if run['n_prompt'] else GENERATION}-{run['n_threads']}"
-                    rounds = times.setdefault(phase, [{} for _ in range(settings.rounds)])
+                    rounds = times.setdefault(phase, [{} for _ in range(options.rounds)])
                     rounds[index][key] = run["avg_ns"] / 1e9
                 progress.update()
     return times
@@ -124,7 +115,7 @@ def check_paths(paths: Iterable[Path]) -> None:
 
 
 def benchmark(
-    files: Mapping[str, Path], settings: Settings, stock: Path | None = None, tools: Tools = INSTALLED
+    files: Mapping[str, Path], options: BenchmarkOptions, stock: Path | None = None, tools: Tools = INSTALLED
 ) -> Benchmark:
     """Measure the speed of files, by the names that they have in the result, and its ratio to that of a stock file.
 
@@ -136,11 +127,11 @@ def benchmark(
     runs: dict[tuple[str, str], Sequence[object]] = {(name, ""): ("-m", path) for name, path in files.items()}
     if stock:
         runs |= {("", form): ("-m", stock, *options) for form, options in STOCK_FORMS.items()}
-    times = run_rounds(runs, settings, tools)
-    speeds = {name: settings.speeds(times, (name, "")) for name in files}
+    times = run_rounds(runs, options, tools)
+    speeds = {name: median_speeds(options, times, (name, "")) for name in files}
     if stock is None:
-        return Benchmark(settings, speeds, None, None)
-    forms = [settings.speeds(times, ("", form)) for form in STOCK_FORMS]
+        return Benchmark(options, speeds, None, None)
+    forms = [median_speeds(options, times, ("", form)) for form in STOCK_FORMS]
     ratios = {
         name: {
             phase: min(statistics.median(seen["", form] / seen[name, ""] for seen in rounds) for form in STOCK_FORMS)
@@ -148,7 +139,7 @@ def benchmark(
         }
         for name in files
     }
-    return Benchmark(settings, speeds, {phase: max(form[phase] for form in forms) for phase in times}, ratios)
+    return Benchmark(options, speeds, {phase: max(form[phase] for form in forms) for phase in times}, ratios)
 
 
 @contextmanager

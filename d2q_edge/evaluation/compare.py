@@ -8,12 +8,13 @@ from pathlib import Path
 from d2q_edge.calibration.text import load_text
 from d2q_edge.errors import D2QError, printable
 from d2q_edge.evaluation import benchmark
-from d2q_edge.evaluation.comparison import DEFAULTS, GIVEN, REFERENCE, STOCK, Comparison, Row, Settings
+from d2q_edge.evaluation.comparison import GIVEN, REFERENCE, STOCK, Comparison, Row
 from d2q_edge.evaluation.reference import reference
 from d2q_edge.evaluation.stock import StockQuantizer
 from d2q_edge.export.conversion_report import find_report
 from d2q_edge.export.inspection import allocation
 from d2q_edge.formats.gguf_reader import GGUFFile
+from d2q_edge.options import BenchmarkOptions, ComparisonOptions
 from d2q_edge.runtime import source
 from d2q_edge.runtime.tools import INSTALLED, Tools
 from d2q_edge.utils.files import scratch_directory
@@ -23,7 +24,7 @@ from d2q_edge.utils.machine import usable_cpus
 def compare(
     original: Path,
     files: Sequence[Path],
-    settings: Settings = DEFAULTS,
+    options: ComparisonOptions,
     *,
     keep_stock: Path | None = None,
     reports: Sequence[Path] = (),
@@ -38,7 +39,7 @@ def compare(
     Args:
         original: its GGUF file, usually in F16 or BF16.
         files: what to compare.
-        settings: what to measure.
+        options: what to measure.
         keep_stock: where stock files are kept, and reused from; None makes them in `scratch` and removes them.
         reports: files that `convert --report` wrote; that of FILE is also looked for in FILE.json.
         scratch: for large temporary files; None takes the cache, because the system's directory may be in memory.
@@ -48,35 +49,35 @@ def compare(
         D2QError: a file can't be read or run or is a different model, the text is too short, a tool isn't built, or
             the disk is too full.
     """
-    if not files and not settings.stock:
+    if not files and not options.stock:
         raise D2QError("there is nothing to compare with the reference; name files, or types with --with-stock")
     if any(path.resolve() == original.resolve() for path in files):
         raise D2QError(f"{original} is the reference, and it is among the files to compare with it; leave it out there")
-    text = load_text(settings.text, "evaluation")
+    text = load_text(options.text, "evaluation")
     opened = {path: GGUFFile(path) for path in (original, *files)}
     conversions = {path: find_report(path, opened[path], reports) for path in files}
-    for tool in ("llama-imatrix", "llama-quantize") if settings.stock else ():
+    for tool in ("llama-imatrix", "llama-quantize") if options.stock else ():
         tools.find(tool)
     names = short_names([original, *files])
-    threads = settings.threads or usable_cpus()
+    threads = options.threads or usable_cpus()
     rows: dict[Path, Row] = {}
     with scratch_directory(scratch or source.cache_directory().parent, "compare-", "set XDG_CACHE_HOME") as work:
         stock: dict[str, Path] = {}
-        if settings.stock:
-            quantizer = StockQuantizer(original, settings.calibration, settings.pure, tools)
-            stock = quantizer.files(settings.stock, keep_stock or work)
-        with reference(original, text, settings.chunks, settings.context, work) as base:
+        if options.stock:
+            quantizer = StockQuantizer(original, options.calibration, options.pure, tools)
+            stock = quantizer.files(options.stock, keep_stock or work)
+        with reference(original, text, options.chunks, options.context, work) as base:
             rows[original] = Row(names[original], REFERENCE, base.evaluation)
             for path in files:
                 layers = allocation(opened[path])
                 rows[path] = Row(names[path], GIVEN, base.evaluate(path), {}, layers, conversions[path])
             for type_name, path in stock.items():
                 rows[path] = Row(type_name, STOCK, base.evaluate(path), {}, allocation(GGUFFile(path)))
-        speeds = _speeds(list(rows), settings, threads, tools)
+        speeds = _speeds(list(rows), options, threads, tools)
     finished = [replace(row, speeds=speeds.get(path, {})) for path, row in rows.items()]
     finished.sort(key=lambda row: (row.kind != REFERENCE, -row.evaluation.bytes))
     model = printable(str(opened[original].kv.get("general.name") or original.stem))
-    return Comparison(model, finished, settings, threads)
+    return Comparison(model, finished, options, threads)
 
 
 def short_names(paths: Sequence[Path]) -> dict[Path, str]:
@@ -85,9 +86,11 @@ def short_names(paths: Sequence[Path]) -> dict[Path, str]:
     return {path: printable(s if stems.count(s) == 1 else str(path)) for path, s in zip(paths, stems, strict=True)}
 
 
-def _speeds(paths: Sequence[Path], settings: Settings, threads: int, tools: Tools) -> dict[Path, dict[str, float]]:
+def _speeds(
+    paths: Sequence[Path], options: ComparisonOptions, threads: int, tools: Tools
+) -> dict[Path, dict[str, float]]:
     """Measure every file's tokens per second, by phase."""
-    if not settings.speed:
+    if not options.speed:
         return {}
     try:
         tools.find("llama-bench")
@@ -95,6 +98,9 @@ def _speeds(paths: Sequence[Path], settings: Settings, threads: int, tools: Tool
     except D2QError as error:
         print(f"no speeds: {error}", file=sys.stderr)
         return {}
-    own = benchmark.Settings(settings.prompt, settings.generation, (threads,), settings.rounds)
+    own = BenchmarkOptions(options.prompt, options.generation, (threads,), options.rounds)
     times = benchmark.run_rounds({path: ("-m", path) for path in paths}, own, tools)
-    return {path: {phase.split("-")[0]: speed for phase, speed in own.speeds(times, path).items()} for path in paths}
+    return {
+        path: {phase.split("-")[0]: speed for phase, speed in benchmark.median_speeds(own, times, path).items()}
+        for path in paths
+    }

@@ -6,40 +6,12 @@ from typing import Any
 
 from d2q_edge.evaluation.benchmark import GENERATION, PROMPT
 from d2q_edge.evaluation.perplexity import Evaluation
+from d2q_edge.options import ComparisonOptions
 
 REFERENCE, GIVEN, STOCK = "reference", "file", "stock"
 """Kinds of rows."""
 SAME_SIZE = 1.005
 """Files whose sizes differ by less than this factor count as equally large."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is measured, and how.
-
-    Attributes:
-        text, chunks, context: see perplexity.evaluate.
-        stock: stock types to compare with.
-        pure, calibration: of the stock files, see stock.StockQuantizer.
-        speed: also measure tokens per second.
-        threads: for the speed; None takes all CPUs that this process may use.
-        prompt, generation, rounds: for the speed, see benchmark.Settings.
-    """
-
-    text: str = "builtin"
-    chunks: int | None = 50
-    context: int = 512
-    stock: tuple[str, ...] = ()
-    pure: bool = False
-    calibration: str = "builtin"
-    speed: bool = True
-    threads: int | None = None
-    prompt: int = 256
-    generation: int = 64
-    rounds: int = 3
-
-
-DEFAULTS = Settings()
 
 
 @dataclass(frozen=True)
@@ -78,13 +50,13 @@ class Comparison:
     Attributes:
         model: name of the model, from the reference.
         rows: the reference, then the other files from the largest to the smallest.
-        settings: what was measured.
+        options: what was measured.
         threads: number of threads that speeds were measured with.
     """
 
     model: str
     rows: Sequence[Row]
-    settings: Settings
+    options: ComparisonOptions
     threads: int
 
     def to_json(self) -> dict[str, Any]:
@@ -93,7 +65,7 @@ class Comparison:
         for row in self.rows:
             own = {"tokens_per_second": dict(row.speeds), "best_at_its_size": row in best}
             files.append({"name": row.name, "kind": row.kind, **row.evaluation.to_json(), **own})
-        return {"model": self.model, "settings": {**asdict(self.settings), "threads": self.threads}, "files": files}
+        return {"model": self.model, "options": {**asdict(self.options), "threads": self.threads}, "files": files}
 
     def best(self) -> list[Row]:
         """Return the rows that no other row beats."""

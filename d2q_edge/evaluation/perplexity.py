@@ -20,6 +20,7 @@ from d2q_edge.errors import D2QError
 from d2q_edge.evaluation import token_scores
 from d2q_edge.evaluation.token_scores import Floats, Logits, Tokens, stderr
 from d2q_edge.formats.gguf_reader import GGUFFile
+from d2q_edge.options import ComparisonOptions
 from d2q_edge.runtime.llama_model import LlamaModel
 from d2q_edge.utils.progress import INTERVAL, Progress
 
@@ -93,9 +94,9 @@ class Evaluation:
 def evaluate(
     path: str | Path,
     reference: str | Path | None = None,
-    text: str = "builtin",
+    text: str = ComparisonOptions.text,
     chunks: int | None = None,
-    context: int = 512,
+    context: int = ComparisonOptions.context,
 ) -> Evaluation:
     """Measure one file, and its distance from a reference.
 

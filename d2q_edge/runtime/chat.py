@@ -10,6 +10,7 @@ from typing import Any
 
 from d2q_edge.errors import D2QError
 from d2q_edge.formats.gguf_reader import GGUFFile
+from d2q_edge.options import CHAT_CONTEXT, CHAT_TEMPERATURE
 from d2q_edge.runtime.generate import load
 
 TEMPLATE_KEY = "tokenizer.chat_template"
@@ -28,9 +29,9 @@ class Conversation:
         path: Path,
         *,
         system: str | None = None,
-        context: int = 4096,
+        context: int = CHAT_CONTEXT,
         max_tokens: int | None = None,
-        temperature: float = 0.7,
+        temperature: float = CHAT_TEMPERATURE,
         seed: int | None = None,
         threads: int | None = None,
     ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from d2q_edge import runtime
 from d2q_edge.errors import D2QError
 from d2q_edge.formats.gguf_reader import GGUFFile
+from d2q_edge.options import CHAT_CONTEXT, SERVER_HOST, SERVER_PORT
 from d2q_edge.runtime.chat import TEMPLATE_KEY
 from d2q_edge.runtime.generate import llama_options
 from d2q_edge.runtime.process import say
@@ -19,10 +20,10 @@ EXTRA = "the server's packages are missing: pip install 'd2q-edge[serve]'"
 
 def serve(
     path: Path,
-    host: str = "127.0.0.1",
-    port: int = 8000,
+    host: str = SERVER_HOST,
+    port: int = SERVER_PORT,
     *,
-    context: int = 4096,
+    context: int = CHAT_CONTEXT,
     api_key: str | None = None,
     threads: int | None = None,
 ) -> None:

@@ -10,9 +10,8 @@ import pytest
 from d2q_edge.conversion import convert
 from d2q_edge.errors import D2QError
 from d2q_edge.evaluation import benchmark
-from d2q_edge.evaluation.benchmark import Settings
 from d2q_edge.formats.gguf_reader import GGUFFile
-from d2q_edge.options import Options
+from d2q_edge.options import BenchmarkOptions, Options
 from tests.availability import require_tool
 from tests.conftest import ExampleFiles
 from tests.evaluation.fake_tools import FakeTools
@@ -49,10 +48,10 @@ class FakeBench(FakeTools):
 
 
 def test_speeds_and_ratios(tmp_path: Path) -> None:
-    settings = Settings(prompt=100, generation=10, threads=(4,), rounds=3)
+    options = BenchmarkOptions(prompt=100, generation=10, threads=(4,), rounds=3)
     ours, other, stock = files_without_tensors(tmp_path, "a.gguf", "b.gguf", "s.gguf")
     tools = FakeBench()
-    result = benchmark.benchmark({"ours": ours, "other": other}, settings, stock, tools)
+    result = benchmark.benchmark({"ours": ours, "other": other}, options, stock, tools)
     assert tools.calls() == 3 * list(TIMES), "in turn"
     # medians: 2 s and 4 s for 100 tokens; 1 s and 2 s for 10
     assert result.speeds["ours"] == {"prompt-4": 50, "generation-4": 10}
@@ -76,9 +75,9 @@ def test_speeds_and_ratios(tmp_path: Path) -> None:
 
 
 def test_without_a_stock_file(tmp_path: Path) -> None:
-    settings, tools = Settings(prompt=100, generation=10, threads=(4,), rounds=1), FakeBench()
+    options, tools = BenchmarkOptions(prompt=100, generation=10, threads=(4,), rounds=1), FakeBench()
     (path,) = files_without_tensors(tmp_path, "a.gguf")
-    result = benchmark.benchmark({"ours": path}, settings, tools=tools)
+    result = benchmark.benchmark({"ours": path}, options, tools=tools)
     assert tools.calls() == [("a.gguf", None)]
     assert (result.stock, result.ratios) == (None, None)
     assert result.to_json() == {
@@ -143,14 +142,14 @@ def test_paths_with_a_comma() -> None:
     tools = FakeTools()
     runs = {name: ("-m", Path(name)) for name in ("a.gguf", "b,c/d.gguf")}
     with pytest.raises(D2QError, match=r"^llama-bench splits b,c/d.gguf at the comma; use a path without one$"):
-        benchmark.run_rounds(runs, Settings(), tools)
+        benchmark.run_rounds(runs, BenchmarkOptions(), tools)
     assert tools.benched == []
 
 
 def test_llama_bench(example_files: ExampleFiles) -> None:
     require_tool("llama-bench")
-    settings = Settings(prompt=4, generation=4, threads=(1,), rounds=1)
-    result = benchmark.benchmark({"ours": example_files.d2q2}, settings, example_files.d2q2)
+    options = BenchmarkOptions(prompt=4, generation=4, threads=(1,), rounds=1)
+    result = benchmark.benchmark({"ours": example_files.d2q2}, options, example_files.d2q2)
     assert result.speeds["ours"]["prompt-1"] > 0
     assert result.ratios is not None and result.ratios["ours"]["generation-1"] > 0
 
@@ -162,7 +161,7 @@ def test_files_are_checked_first(example_files: ExampleFiles, tmp_path: Path) ->
     assert damaged.count(block) == 1
     (tmp_path / "damaged.gguf").write_bytes(damaged.replace(block, b"\x00\x7c" + block[2:]))
     with pytest.raises(D2QError, match="NaN or infinite"):
-        benchmark.benchmark({"ours": tmp_path / "damaged.gguf"}, Settings(), tools=tools)
+        benchmark.benchmark({"ours": tmp_path / "damaged.gguf"}, BenchmarkOptions(), tools=tools)
     with pytest.raises(D2QError, match="there is no file"):
-        benchmark.benchmark({"none": tmp_path / "none.gguf"}, Settings(), tools=tools)
+        benchmark.benchmark({"none": tmp_path / "none.gguf"}, BenchmarkOptions(), tools=tools)
     assert tools.benched == []

@@ -14,12 +14,13 @@ import pytest
 from d2q_edge.calibration.text import load_text
 from d2q_edge.errors import D2QError
 from d2q_edge.evaluation.compare import compare, short_names
-from d2q_edge.evaluation.comparison import GIVEN, REFERENCE, STOCK, Comparison, Row, Settings, size_text
+from d2q_edge.evaluation.comparison import GIVEN, REFERENCE, STOCK, Comparison, Row, size_text
 from d2q_edge.evaluation.perplexity import evaluate, scored_logits
 from d2q_edge.evaluation.reference import reference
 from d2q_edge.evaluation.stock import StockQuantizer
 from d2q_edge.evaluation.token_scores import log_softmax
 from d2q_edge.export.model_file import export
+from d2q_edge.options import ComparisonOptions
 from d2q_edge.runtime.llama_model import LlamaModel
 from d2q_edge.runtime.tools import Tools
 from tests.availability import require_runtime
@@ -28,8 +29,8 @@ from tests.evaluation.fake_tools import FakeTools
 from tests.evaluation.report.comparisons import comparison, evaluation
 
 Make = Callable[..., Path]
-QUICK = Settings(chunks=3, context=128, speed=False)
-QUICKEST = Settings(chunks=1, context=64, speed=False)
+QUICK = ComparisonOptions(chunks=3, context=128, speed=False)
+QUICKEST = ComparisonOptions(chunks=1, context=64, speed=False)
 
 
 @pytest.mark.slow
@@ -81,9 +82,11 @@ def test_stock_files_and_speeds(example_files: ExampleFiles, tmp_path: Path, mon
     require_runtime()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # of the importance matrix
     tools = FakeTools(result=example_files.d2q3, seconds=lambda call, _: (1, call))
-    settings = Settings(chunks=1, context=64, stock=("Q2_K",), pure=True, threads=3, rounds=3, prompt=128, generation=8)
+    options = ComparisonOptions(
+        chunks=1, context=64, stock=("Q2_K",), pure=True, threads=3, rounds=3, prompt=128, generation=8
+    )
     scratch = tmp_path / "scratch"
-    result = compare(example_files.f16, [example_files.d2q2], settings, scratch=scratch, tools=tools)
+    result = compare(example_files.f16, [example_files.d2q2], options, scratch=scratch, tools=tools)
     assert [(words[0], words[-2]) for words in tools.quantized] == [("--pure", "Q2_K")]
     assert {(row.name, row.kind) for row in result.rows} == {("f16", REFERENCE), ("d2q2", GIVEN), ("Q2_K", STOCK)}
     runs = [Path(options["-m"]).name for options in tools.benched]
@@ -102,9 +105,9 @@ def test_stock_files_can_be_kept(example_files: ExampleFiles, tmp_path: Path, mo
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "mine.txt").write_text("A text of my own. " * 500)
     tools = FakeTools(result=example_files.d2q3)
-    settings = replace(QUICKEST, stock=("Q2_K",), calibration=str(tmp_path / "mine.txt"))
+    options = replace(QUICKEST, stock=("Q2_K",), calibration=str(tmp_path / "mine.txt"))
     for _ in range(2):
-        compare(example_files.f16, [], settings, keep_stock=tmp_path / "kept", tools=tools)
+        compare(example_files.f16, [], options, keep_stock=tmp_path / "kept", tools=tools)
     assert len(tools.quantized) == 1, "reused the second time"
     assert "--pure" not in tools.quantized[0]
     expected = StockQuantizer(example_files.f16, str(tmp_path / "mine.txt"), tools=tools)
@@ -163,11 +166,11 @@ class TestTable:
 class TestBadRequests:
     def test_nothing_to_compare(self, example_files: ExampleFiles) -> None:
         with pytest.raises(D2QError, match="there is nothing to compare with the reference; name files, or types"):
-            compare(example_files.f16, [])
+            compare(example_files.f16, [], QUICK)
 
     def test_the_reference_itself(self, example_files: ExampleFiles) -> None:
         with pytest.raises(D2QError, match="is the reference, and it is among the files"):
-            compare(example_files.f16, [example_files.d2q2, example_files.f16])
+            compare(example_files.f16, [example_files.d2q2, example_files.f16], QUICK)
 
     def test_another_model(self, example_files: ExampleFiles, make_checkpoint: Make, tmp_path: Path) -> None:
         require_runtime()
@@ -184,7 +187,7 @@ class TestBadRequests:
     def test_tools_are_looked_for_first(self, example_files: ExampleFiles, tmp_path: Path) -> None:
         scratch = tmp_path / "scratch"
         with pytest.raises(D2QError, match="llama-imatrix is not built: run `d2q-edge runtime install --tools`"):
-            compare(example_files.f16, [], Settings(stock=("Q2_K",)), scratch=scratch, tools=Tools(tmp_path))
+            compare(example_files.f16, [], ComparisonOptions(stock=("Q2_K",)), scratch=scratch, tools=Tools(tmp_path))
         assert not scratch.exists(), "before any work"
 
     def test_no_room(self, example_files: ExampleFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,12 +200,12 @@ class TestBadRequests:
         self, example_files: ExampleFiles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         require_runtime()
-        settings = Settings(chunks=1, context=64)
-        result = compare(example_files.f16, [example_files.d2q2], settings, tools=Tools(tmp_path))
+        options = ComparisonOptions(chunks=1, context=64)
+        result = compare(example_files.f16, [example_files.d2q2], options, tools=Tools(tmp_path))
         assert all(not row.speeds for row in result.rows)
         assert "no speeds: the tool llama-bench is not built" in capsys.readouterr().err
         comma = Path(shutil.copy(example_files.d2q2, tmp_path / "a,b.gguf"))
-        result = compare(example_files.f16, [comma], settings, tools=FakeTools())
+        result = compare(example_files.f16, [comma], options, tools=FakeTools())
         assert all(not row.speeds for row in result.rows)
         assert re.search(r"no speeds: llama-bench splits .*a,b.gguf at the comma", capsys.readouterr().err)
 

@@ -7,8 +7,8 @@ import pytest
 from click.testing import CliRunner
 
 from d2q_edge.errors import D2QError
-from d2q_edge.evaluation.benchmark import Settings
 from d2q_edge.formats.gguf_reader import GGUFFile
+from d2q_edge.options import BenchmarkOptions
 from tests.availability import require_tool
 from tests.evaluation.fake_tools import FakeTools
 from tools import bench_model
@@ -42,7 +42,9 @@ def test_variants_run_in_turn() -> None:
     tools = FakeTools(
         seconds=lambda call, options: (call * 100 + int(options["-t"]) * 10 + 1, call * 100 + int(options["-t"]) * 10)
     )
-    times = bench_model.measure({name: Path(name) for name in ("d2q2", "q2_K", "q3_K")}, Settings(rounds=2), tools)
+    times = bench_model.measure(
+        {name: Path(name) for name in ("d2q2", "q2_K", "q3_K")}, BenchmarkOptions(rounds=2), tools
+    )
     assert {(each["-t"], each["-p"], each["-n"]) for each in tools.benched} == {("1,2", "512", "64")}
     calls = [(each["-m"], each["--repack"]) for each in tools.benched]
     assert calls == 2 * [("d2q2", "1"), ("q2_K", "1"), ("q2_K", "0"), ("q3_K", "1")]
@@ -57,7 +59,7 @@ def test_variants_run_in_turn() -> None:
 
 def test_table() -> None:
     times = {"prompt-2": [_round()], "generation-2": [_round(scale=2)]}
-    lines = bench_model.table(times, Settings(prompt=512, generation=64)).splitlines()
+    lines = bench_model.table(times, BenchmarkOptions(prompt=512, generation=64)).splitlines()
     assert len({len(line) for line in lines if line}) == 1, "columns line up"
     assert lines[0].split() == ["tokens/s", "generation-2", "prompt-2"]
     assert lines[1].split() == ["d2q2", "32.0", "512.0"]
@@ -69,7 +71,7 @@ def test_table() -> None:
 def test_markdown_has_the_faster_form_of_each_type() -> None:
     rounds = [_round(q4_K=8.0), _round(q4_K=8.0, d2q2=0.5), _round(q4_K=8.0, d2q2=3.0)]
     lines = bench_model.markdown(
-        {"prompt-1": [_round()], "generation-2": rounds}, Settings(prompt=512, generation=64)
+        {"prompt-1": [_round()], "generation-2": rounds}, BenchmarkOptions(prompt=512, generation=64)
     ).splitlines()
     assert lines[:2] == ["| tokens/s | generation, 2 threads | prompt, 1 thread |", "|---|---|---|"]
     assert lines[2] == "| d2q2 | 64.0 | 512.0 |"

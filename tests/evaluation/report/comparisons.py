@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from d2q_edge.evaluation.comparison import GIVEN, REFERENCE, STOCK, Comparison, Row, Settings
+from d2q_edge.evaluation.comparison import GIVEN, REFERENCE, STOCK, Comparison, Row
 from d2q_edge.evaluation.perplexity import Evaluation
+from d2q_edge.options import ComparisonOptions
 
 QUARTILES = {"minimum": 0.2, "p05": 0.5, "median": 1.0, "p95": 2.0, "maximum": 9.0}
 
@@ -51,7 +52,7 @@ def conversion(blocks: int = 3) -> dict[str, Any]:
     }
 
 
-def comparison(model: str = "Tiny", name: str = "mine", **settings: Any) -> Comparison:
+def comparison(model: str = "Tiny", name: str = "mine", **options: Any) -> Comparison:
     """Return a reference, a file of ours with a report, one without, and two stock files, one of them beaten."""
     same = {layer: dict.fromkeys(range(3), "d2q2") for layer in ("ffn_up", "attn_q")}
     mixed = {"attn_q": dict.fromkeys(range(3), "q2_k"), "ffn_down": {0: "q3_k", 1: "q3_k", 2: "q2_k"}}
@@ -63,4 +64,4 @@ def comparison(model: str = "Tiny", name: str = "mine", **settings: Any) -> Comp
         Row(name, GIVEN, evaluation(2_000_000, 0.3), {"prompt": 110.0, "generation": 30.0}, same, conversion()),
         Row("IQ2_XS", STOCK, evaluation(1_999_000, 0.4), {"prompt": 50.0, "generation": 9.0}, mixed),
     ]
-    return Comparison(model, rows, Settings(stock=("Q2_K", "IQ2_XS"), **settings), threads=2)
+    return Comparison(model, rows, ComparisonOptions(stock=("Q2_K", "IQ2_XS"), **options), threads=2)

@@ -127,13 +127,13 @@ def _measured(file: str, report: Mapping[str, Any]) -> list[str]:
     if found := report.get("validation"):
         sections.append(
             f"KL divergence of its predictions from the original's on {found['tokens']:,} tokens of calibration text "
-            f"that were held back: **{found['kl_divergence']:.4f}** ± {found['kl_divergence_stderr']:.4f} nats per "
+            f"kept for validation: **{found['kl_divergence']:.4f}** ± {found['kl_divergence_stderr']:.4f} nats per "
             f"token; the most likely token is the same in {found['top1_agreement']:.1%} of them. (Estimated while "
             "converting, with embeddings and head unrounded.)"
         )
     if found := report.get("refinement"):
         sections.append(
-            f"Tuning the whole model brought it from {found['before']:.4f} to {found['after']:.4f} on held-back text."
+            f"Tuning the whole model brought it from {found['before']:.4f} to {found['after']:.4f} on validation text."
         )
     return [
         *sections,

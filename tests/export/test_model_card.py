@@ -49,7 +49,7 @@ def test_of_our_file(example_files: ExampleFiles) -> None:
         assert f"| {name} | {entry['tensors']} | {entry['bytes']:,} |" in card.content
     assert "our types (d2q2), which stock llama.cpp and programs built on it refuse to load" in card.content
     assert "d2q-edge chat d2q2.gguf" in card.content
-    assert "on 2,048 tokens of calibration text that were held back: **0.2123** ± 0.0054" in card.content
+    assert "on 2,048 tokens of calibration text kept for validation: **0.2123** ± 0.0054" in card.content
     assert "the same in 81.2% of them" in card.content
     assert "from 0.2100 to 0.1900" in card.content
     assert f"| calibration_sha256 | {summary['recipe']['calibration_sha256']} |" in card.content
@@ -73,7 +73,7 @@ def test_of_a_file_that_knows_where_it_is_from(tmp_path: Path) -> None:
     assert data.get("language") == ["en", "de"]
     assert data.get("tags") == ["gguf", "d2q-edge", "quantized"]
     assert "[someone/Some-Model](https://huggingface.co/someone/Some-Model)" in card.content
-    assert "held back" not in card.content
+    assert "kept for validation" not in card.content
     assert "stock llama.cpp" not in card.content
     assert "How it was made" not in card.content
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from d2q_edge.formats.tensor_types import ALL, TensorType, dequantize, unpack
+from tests import reference_encoder
 from tests.kernels.blocks import every_entry, every_scale, random_rows
 from tests.kernels.ggml import Ggml
 
@@ -40,14 +41,13 @@ def test_encoder_error_on_gaussian_weights(ggml: Ggml, t: TensorType) -> None:
 
 @pytest.mark.parametrize("distribution", ["gaussian", "laplace", "columns"])
 def test_encoder_is_as_good_as_numpys(ggml: Ggml, t: TensorType, distribution: str) -> None:
-    encoder = pytest.importorskip("tests.reference_encoder")
     rng = np.random.default_rng(3)
     drawn = rng.standard_normal((8, 1024)) if distribution != "laplace" else rng.laplace(size=(8, 1024))
     if distribution == "columns":
         drawn *= rng.lognormal(0, 1, 1024)
     weights = drawn.astype(np.float32)
     ours = np.mean((dequantize(t, ggml.quantize(t, weights)) - weights) ** 2)
-    reference = np.mean((dequantize(t, encoder.encode(t, weights)) - weights) ** 2)
+    reference = np.mean((dequantize(t, reference_encoder.encode(t, weights)) - weights) ** 2)
     assert ours <= 1.02 * reference
 
 

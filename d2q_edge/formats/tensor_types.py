@@ -45,7 +45,7 @@ class TensorType:
     block_size: int  # weights in a block
     type_size: int  # bytes of a block
     paired: bool  # whether two weights share a code
-    switched: bool = True  # whether a byte per group selects a codebook from our tables
+    has_codebooks: bool = True  # whether a byte per group selects a codebook from our tables
 
     @property
     def bits_per_weight(self) -> float:
@@ -78,14 +78,14 @@ class TensorType:
     @property
     def codebook_entries(self) -> int:
         """Entries of a codebook; codes are below this."""
-        return PAIR_ENTRIES if self.paired else SCALAR_ENTRIES if self.switched else 16
+        return PAIR_ENTRIES if self.paired else SCALAR_ENTRIES if self.has_codebooks else 16
 
 
 D2Q2 = TensorType("d2q2", 80, 256, 74, True)
 D2Q3 = TensorType("d2q3", 81, 256, 106, False)
 D2Q2_64 = TensorType("d2q2_64", 82, 64, 20, True)
 D2Q3_64 = TensorType("d2q3_64", 83, 64, 28, False)
-Q4_0 = TensorType("q4_0", 2, 32, 18, False, switched=False)
+Q4_0 = TensorType("q4_0", 2, 32, 18, False, has_codebooks=False)
 ALL = (D2Q2, D2Q3, D2Q2_64, D2Q3_64)
 """Our own types."""
 BY_NAME = {t.name: t for t in (*ALL, Q4_0)}
@@ -150,7 +150,7 @@ def pack(t: TensorType, scales: F16, codebooks: U8, codes: U8) -> U8:
         raise ValueError(f"{t.name}: code {codes.max()} is too large")
     n = rows * blocks
     selectors = [codebooks.reshape(n, t.groups)]
-    if not t.switched:
+    if not t.has_codebooks:
         if codebooks.size and (codebooks.max() > 1 or np.signbit(scales).any()):
             raise ValueError(f"{t.name}: there are two codebooks, and no negative scales")
         scales = np.where(codebooks == 1, -scales, scales)
@@ -172,7 +172,7 @@ def unpack(t: TensorType, packed: U8) -> tuple[F16, U8, U8]:
         raise ValueError(f"{wanted}, not {packed.dtype} {packed.shape}")
     blocks = np.ascontiguousarray(packed).reshape(-1, t.type_size)
     scales = np.ascontiguousarray(blocks[:, :2]).view("<f2").astype(np.float16, copy=False)
-    if t.switched:
+    if t.has_codebooks:
         codebooks, body = np.ascontiguousarray(blocks[:, 2 : 2 + t.groups]), blocks[:, 2 + t.groups :]
         codes = _unpack_pairs(body) if t.paired else _unpack_scalars(body, t)
     else:
@@ -185,7 +185,7 @@ def unpack(t: TensorType, packed: U8) -> tuple[F16, U8, U8]:
 def entries(t: TensorType, codebooks: U8, codes: U8) -> npt.NDArray[np.int8]:
     """Return each weight's codebook entry, int8 [rows, cols], from codebooks [rows, cols / 32] and codes (see pack)."""
     rows, groups = codebooks.shape
-    if not t.switched:
+    if not t.has_codebooks:
         return np.repeat(codebooks.astype(np.int8) - np.int8(8), GROUP, axis=1) + codes.astype(np.int8)
     found = (PAIR_TABLE if t.paired else SCALAR_TABLE)[codebooks[:, :, None], codes.reshape(rows, groups, -1)]
     if t.paired:

@@ -24,11 +24,11 @@ from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.options import Options
 from d2q_edge.pipeline.column_scaling import absorb_scales, scale_columns
 from d2q_edge.pipeline.context import Context
+from d2q_edge.pipeline.group_statistics import sublayer_statistics
 from d2q_edge.pipeline.norm_correction import advance_quantized, quantize_final
 from d2q_edge.pipeline.progress import BlockProgress
 from d2q_edge.pipeline.report import Report
 from d2q_edge.pipeline.solver import GroupSolver
-from d2q_edge.pipeline.statistics import sublayer_statistics
 from d2q_edge.pipeline.validation import validate
 from d2q_edge.pipeline.work_dir import BlockWriter, WorkDir
 from d2q_edge.quantize.matmul import matmul_precision

@@ -16,7 +16,7 @@ from d2q_edge.model.families.experts import expert_linears
 from d2q_edge.pipeline.context import Context, check_sums
 from d2q_edge.quantize.dsq import InputEnergy, absorb, column_scales, weight_energy
 
-ENERGY_SHARE = 4
+ENERGY_BATCH_STRIDE = 4
 """Every fourth batch is enough for the column scales."""
 
 
@@ -61,7 +61,7 @@ def _input_energies(context: Context, groups: Mapping[str, LinearGroup], block: 
     watched = {(_routers(family, group) or (layer,))[0]: layer for layer, group in groups.items()}
     energies = {layer: InputEnergy(family.linear_shape(layer)[1], context.device) for layer in groups}
     for batch in context.streams.own:
-        if batch % ENERGY_SHARE == 0 or family.num_experts:
+        if batch % ENERGY_BATCH_STRIDE == 0 or family.num_experts:
             with context.report.timed("forward"):
                 inputs, _ = context.runner.trace(block, tuple(watched), context.streams.original[batch])
             with context.report.timed("statistics"):

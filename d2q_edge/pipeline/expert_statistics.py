@@ -14,8 +14,8 @@ from torch import nn
 from d2q_edge.model.experts import Expert
 from d2q_edge.model.families import Family, LinearGroup, Sublayer
 from d2q_edge.model.families.experts import EXPERTS, ROUTER, expert_linears
-from d2q_edge.pipeline.context import Context
-from d2q_edge.quantize.routing import MINIMUM_SHARE, top_up
+from d2q_edge.pipeline.context import Context, check_sums
+from d2q_edge.quantize.routing import MINIMUM_TOKENS_PER_CHANNEL, top_up
 from d2q_edge.quantize.statistics import InputStatistics
 
 MEMORY = 2**30
@@ -30,7 +30,7 @@ def has_experts(family: Family, sublayer: Sublayer) -> bool:
 def expert_statistics(
     context: Context, sublayer: Sublayer, original: nn.Module, quantized: nn.Module
 ) -> Iterator[tuple[LinearGroup, InputStatistics]]:
-    """Yield the linear groups of all experts with their statistics, see `statistics.sublayer_statistics`."""
+    """Yield the linear groups of all experts with their statistics, see `group_statistics.sublayer_statistics`."""
     family = context.family
     tokens = _choose_tokens(context, sublayer, original)
     for chunk in _chunks(family):
@@ -75,7 +75,7 @@ def _choose_tokens(context: Context, sublayer: Sublayer, original: nn.Module) ->
             taken.scatter_(1, chosen.cpu(), 1.0)
     # Every process fills in its own tokens, so that all choose the same.
     context.processes.all_reduce([probabilities, routed])
-    tokens = top_up(probabilities, routed.bool(), MINIMUM_SHARE * family.hidden_size)
+    tokens = top_up(probabilities, routed.bool(), MINIMUM_TOKENS_PER_CHANNEL * family.hidden_size)
     return {index: batch for index, batch in enumerate(tokens.split(sizes)) if index in streams.own}
 
 
@@ -100,8 +100,9 @@ def _collect(
             for statistics, number, own in zip(found, chunk, chosen.unbind(1), strict=True):
                 inputs = inputs_of(_expert(quantized, number), x_quantized[own])
                 statistics.add_batch(inputs, inputs_of(_expert(original, number), x_original[own]))
-    for statistics in found:
+    for statistics, number in zip(found, chunk, strict=True):
         context.processes.all_reduce(statistics.sums)
+        check_sums(statistics.sums, f"{EXPERTS}{number}")
     return found
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from d2q_edge.formats.quantized_block import QuantizedBlock, float_array
 from d2q_edge.model.families import Family, Sublayer
 from d2q_edge.options import Options
-from d2q_edge.pipeline.column_scaling import ENERGY_SHARE
+from d2q_edge.pipeline.column_scaling import ENERGY_BATCH_STRIDE
 from d2q_edge.pipeline.context import Context, FiniteCheck
 from d2q_edge.quantize.dac import MeanShift
 from d2q_edge.quantize.dsq import InputEnergy, column_scales
@@ -74,7 +74,7 @@ def quantize_final(context: Context, options: Options) -> QuantizedBlock:
     shift = MeanShift(family.hidden_size, len(streams))
     for batch in streams.own:
         outputs = norm(streams.original[batch])
-        if batch % ENERGY_SHARE == 0:
+        if batch % ENERGY_BATCH_STRIDE == 0:
             energy.add_batch(outputs)
         shift.add_batch(batch, outputs, norm(streams.quantized[batch]))
     result = QuantizedBlock()

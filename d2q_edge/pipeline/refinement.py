@@ -60,6 +60,7 @@ def refine(
     work: WorkDir,
     device: torch.device,
     schedule: Schedule = SCHEDULE,
+    seed: int = 0,
 ) -> Refinement:
     """Tune the finished blocks in `work`, and keep the result there as well.
 
@@ -69,6 +70,7 @@ def refine(
         work: all blocks are finished.
         device: where both models fit.
         schedule: of the tuning.
+        seed: of the order of the windows.
     """
     student = _Student(checkpoint, family, work, device)
     state, codes = _read_state(work)
@@ -78,7 +80,7 @@ def refine(
         student.free_codes()
     keep = _keeper(work, student.model, codes)
     original = WholeModel(checkpoint, family, {}, device)
-    losses = tune(original, student.model, windows, state=state, keep=keep, schedule=schedule)
+    losses = tune(original, student.model, windows, seed, state=state, keep=keep, schedule=schedule)
     for index in range(family.num_layers + 1):
         work.write_block(index, student.result(index), refined=True)
     work.remove_state()

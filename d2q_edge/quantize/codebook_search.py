@@ -38,8 +38,8 @@ class CodebookSearch:
             (V = 1). Of q4_0 [2, 16, 1].
         columns: the same, transposed: float32 [256, V, K].
         bins: bins per dimension. Zero for q4_0, as are all attributes below.
-        rank_table: squared error of every bin's center in every codebook, float32 [bins ** V, 256].
-        short_table: the same in float16, which is read in half the time.
+        error_table: squared error of every bin's center in every codebook, float32 [bins ** V, 256].
+        error_table_f16: the same in float16, which is read in half the time.
         edge: the largest magnitude of an entry.
         unit: RMS of the entries of the median codebook: d is near the RMS of a block over this.
     """
@@ -47,20 +47,20 @@ class CodebookSearch:
     def __init__(self, tensor_type: TensorType, device: torch.device | str = "cpu") -> None:
         self.tensor_type = tensor_type
         self._chunk = CUDA_CHUNK if torch.device(device).type == "cuda" else CHUNK
-        if tensor_type.switched:
+        if tensor_type.has_codebooks:
             table = PAIR_TABLE if tensor_type.paired else SCALAR_TABLE[:, :, None]
             self.levels = torch.tensor(table, dtype=torch.float32, device=device)
         else:
             self.levels = uniform.levels(device)
         self.columns = self.levels.transpose(1, 2).contiguous()
         self.bins, self.edge, self.unit = 0, 0.0, 0.0
-        self.rank_table = self.short_table = torch.zeros(0, device=device)
-        if tensor_type.switched:
+        self.error_table = self.error_table_f16 = torch.zeros(0, device=device)
+        if tensor_type.has_codebooks:
             self.bins = 64 if tensor_type.paired else 1024
             self.edge = float(self.levels.abs().max())
             self.unit = float(self.levels.square().mean((1, 2)).sqrt().median())
-            self.rank_table = self._make_rank_table()
-            self.short_table = self.rank_table.half()
+            self.error_table = self._make_error_table()
+            self.error_table_f16 = self.error_table.half()
 
     def vectors(self, weights: torch.Tensor) -> torch.Tensor:
         """Split rows [rows, n * 32] into the vectors that get a code: [rows * n, 32 / V, V], in code order."""
@@ -78,13 +78,13 @@ class CodebookSearch:
         Returns:
             The codebooks, int64 [groups], and their summed squared errors in units of d squared, float32 [groups].
         """
-        if not self.tensor_type.switched:
+        if not self.tensor_type.has_codebooks:
             return uniform.search(vectors)
         if triton.is_available(vectors.device):
             return triton.search(self, vectors)
         codebooks, errors = [], []
         for part in vectors.split(self._chunk):
-            candidates = self._rank(part).topk(SHORTLIST, dim=1, largest=False).indices
+            candidates = self._approximate_errors(part).topk(SHORTLIST, dim=1, largest=False).indices
             shape = (len(part), -1, part.shape[2])
             distances = torch.cdist(part.contiguous(), self.levels[candidates].reshape(shape).contiguous())
             exact = distances.square_().view(len(part), part.shape[1], SHORTLIST, -1).amin(3).sum(1)
@@ -94,7 +94,7 @@ class CodebookSearch:
         return torch.cat(codebooks), torch.cat(errors)
 
     def block_scales(self, weights: torch.Tensor) -> torch.Tensor:
-        """Choose the scale d of each block by the ranked error of SCALE_STEPS.
+        """Choose the scale d of each block by the approximate error of SCALE_STEPS.
 
         Args:
             weights: float32 [rows, block_size].
@@ -102,7 +102,7 @@ class CodebookSearch:
         Returns:
             float32 [rows], positive values that float16 represents exactly.
         """
-        if not self.tensor_type.switched:
+        if not self.tensor_type.has_codebooks:
             return stored_scale(uniform.block_scales(weights))
         vectors = self.vectors(weights)
         if triton.is_available(weights.device):
@@ -114,30 +114,30 @@ class CodebookSearch:
             center = scales
             for factor in factors:
                 trial = stored_scale(center * factor)
-                error = trial.square() * self._ranked_error(vectors, trial)
+                error = trial.square() * self._approximate_block_error(vectors, trial)
                 better = error < best
                 best, scales = torch.where(better, error, best), torch.where(better, trial, scales)
         return scales
 
-    def _ranked_error(self, vectors: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    def _approximate_block_error(self, vectors: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Approximate the error of every block at its scale, with the best codebook for each group: [rows]."""
         per_row = len(vectors) // len(scales)
         scaled = vectors / scales.repeat_interleave(per_row)[:, None, None]
-        ranked = torch.cat([self._rank(part).amin(1) for part in scaled.split(self._chunk)])
+        errors = torch.cat([self._approximate_errors(part).amin(1) for part in scaled.split(self._chunk)])
         # The table ends at REACH; beyond it the error grows with the distance from the largest entry.
         size = scaled.abs()
         nearest = (REACH - self.edge) ** 2
         beyond = torch.where(size > REACH, (size - self.edge).square() - nearest, 0.0).sum((1, 2))
-        return (ranked + beyond).view(-1, per_row).sum(1)
+        return (errors + beyond).view(-1, per_row).sum(1)
 
-    def _rank(self, vectors: torch.Tensor) -> torch.Tensor:
+    def _approximate_errors(self, vectors: torch.Tensor) -> torch.Tensor:
         """Approximate the squared error of every codebook for every group: [groups, 256]."""
         position = vectors / (vectors.abs() + KNEE)
         bins = position.mul_(self.bins / 2 / EDGE).add_(self.bins / 2).long().clamp_(0, self.bins - 1)
         index = bins[..., 0] * self.bins + bins[..., 1] if vectors.shape[2] == 2 else bins[..., 0]
-        return F.embedding_bag(index, self.rank_table, mode="sum")
+        return F.embedding_bag(index, self.error_table, mode="sum")
 
-    def _make_rank_table(self) -> torch.Tensor:
+    def _make_error_table(self) -> torch.Tensor:
         position = ((torch.arange(self.bins, device=self.levels.device) + 0.5) / (self.bins / 2) - 1) * EDGE
         centers = position * KNEE / (1 - position.abs())
         points = torch.cartesian_prod(centers, centers) if self.levels.shape[2] == 2 else centers[:, None]

@@ -160,7 +160,7 @@ def group_factors(hessian: torch.Tensor, width: int) -> tuple[torch.Tensor, torc
         float32: inv(H_gg) in storage order [groups, 32, 32], its upper Cholesky factor U in processing order
         [groups, 32, 32], and the inverses of U's diagonal blocks [groups, 32 / V, V, V].
     """
-    order = _processing_order(width, hessian.device)
+    order = _group_order(width, hessian.device)
     # The _ex variants don't check and so don't wait for the GPU; with damping they can't fail.
     inv_H_gg = torch.cholesky_inverse(torch.linalg.cholesky_ex(diagonal_blocks(hessian)).L)
     U = torch.linalg.cholesky_ex(inv_H_gg[:, order][:, :, order], upper=True).L
@@ -188,7 +188,7 @@ def choose_block(
     if triton.is_available(units.device):
         return triton.choose_block(search, gradient, units, codebooks, codes, hessian, *factors)
     rows, per_group = len(units), codes.shape[1] // codebooks.shape[1]
-    order = _processing_order(search.levels.shape[2], units.device)
+    order = _group_order(search.levels.shape[2], units.device)
     gradient, units, codebooks, codes = gradient.clone(), units.clone(), codebooks.clone(), codes.clone()
     for group, (inv_H_gg, U, inv_U_jj) in enumerate(zip(*factors, strict=True)):
         here, place = slice(group * GROUP, (group + 1) * GROUP), slice(group * per_group, (group + 1) * per_group)
@@ -210,6 +210,6 @@ def choose_block(
     return units, codebooks, codes
 
 
-def _processing_order(width: int, device: torch.device) -> torch.Tensor:
+def _group_order(width: int, device: torch.device) -> torch.Tensor:
     """Order a group's columns so that those of one code are side by side."""
     return torch.arange(GROUP, device=device).view(width, GROUP // width).T.reshape(-1)

@@ -117,7 +117,7 @@ def weight_energy(layers: Sequence[nn.Module], shares: Sequence[torch.Tensor] | 
 
 def absorb(
     layers: Sequence[nn.Module],
-    maker: nn.Module,
+    absorber: nn.Module,
     scales: torch.Tensor,
     rows: torch.Tensor | None = None,
     offset: float = 0.0,
@@ -126,22 +126,22 @@ def absorb(
 
     Args:
         layers: linear layers that share an input, weights [out, columns].
-        maker: the norm (rows is None) or the linear layer whose rows the input is proportional to.
+        absorber: the norm (rows is None) or the linear layer whose rows the input is proportional to.
         scales: float32 [columns], equal for columns of the same row.
         rows: see column_scales.
-        offset: what the maker adds to its weight before it multiplies (Gemma's norms: 1).
+        offset: what the absorber adds to its weight before it multiplies (Gemma's norms: 1).
     """
     for layer in layers:
         layer.weight = nn.Parameter(layer.get_parameter("weight") / scales, requires_grad=False)
-    weight, bias, factors = maker.get_parameter("weight"), getattr(maker, "bias", None), scales
+    weight, bias, factors = absorber.get_parameter("weight"), getattr(absorber, "bias", None), scales
     if rows is not None:
         factors = torch.ones(len(weight), dtype=scales.dtype, device=scales.device)
         factors[rows] = scales
     factor = factors.view(-1, *[1] * (weight.dim() - 1))
     scaled = weight * factor if offset == 0 else (weight + offset) * factor - offset
-    maker.weight = nn.Parameter(scaled, requires_grad=False)
+    absorber.weight = nn.Parameter(scaled, requires_grad=False)
     if bias is not None:
-        maker.bias = nn.Parameter(bias * factors, requires_grad=False)
+        absorber.bias = nn.Parameter(bias * factors, requires_grad=False)
 
 
 def _sum_by_row(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -65,7 +65,7 @@ class Feedback:
             statistics: of the layer's input.
             order_of: returns the order of the columns, given diag(H).
             alpha: weight of the input's error; 0 is GPTQ.
-            damping: share of the mean of diag(H) that is added to the diagonal.
+            damping: share of the mean of diag(H) that is added to the diagonal (GPTQ's percdamp).
             processes: share the work; all of them call this with the same statistics.
 
         Raises:
@@ -99,7 +99,7 @@ def layer_feedback(
     statistics: InputStatistics, kind: TensorType, alpha: float, processes: Collective = SINGLE_PROCESS
 ) -> Feedback:
     """Compute the Feedback for blocks of one tensor type; arguments and errors are those of Feedback.compute."""
-    return Feedback.compute(statistics, lambda diagonal: _processing_order(diagonal, kind), alpha, DAMPING, processes)
+    return Feedback.compute(statistics, lambda diagonal: _column_order(diagonal, kind), alpha, DAMPING, processes)
 
 
 def quantize_layer(weights: torch.Tensor, feedback: Feedback, search: CodebookSearch) -> QuantizedLayer:
@@ -175,7 +175,7 @@ def storage_order(weights: torch.Tensor, kind: TensorType) -> torch.Tensor:
     return weights.reshape(len(weights), -1, GROUP // 2, 2).transpose(2, 3).reshape(weights.shape)
 
 
-def _processing_order(diagonal: torch.Tensor, kind: TensorType) -> torch.Tensor:
+def _column_order(diagonal: torch.Tensor, kind: TensorType) -> torch.Tensor:
     """Order the columns, int64 [columns]: blocks by importance; inside of them, the columns of a pair side by side."""
     columns = torch.arange(len(diagonal), device=diagonal.device)
     if kind.paired:

@@ -30,9 +30,9 @@ class QuantizedLayer:
         # Other devices may lack operations on bytes.
         scales, codebooks, codes = (part if part.is_cuda else part.cpu() for part in own)
         codes, selectors = codes.reshape(len(scales), kind.groups, -1), [codebooks]
-        if not kind.switched:
-            turned, selectors = codebooks == 1, []
-            scales, codes = torch.where(turned, -scales, scales), torch.where(turned[:, :, None], 15 - codes, codes)
+        if not kind.has_codebooks:
+            flipped, selectors = codebooks == 1, []
+            scales, codes = torch.where(flipped, -scales, scales), torch.where(flipped[:, :, None], 15 - codes, codes)
         parts = [scales.contiguous().view(torch.uint8), *selectors, *code_bytes(kind, codes)]
         return torch.cat(parts, 1).view(rows, blocks * kind.type_size)
 

@@ -23,8 +23,8 @@ from torch import nn
 from d2q_edge.quantize.kl_divergence import kl_divergence
 from d2q_edge.utils.progress import Progress
 
-VALIDATION_EVERY = 32
-"""One window in so many, or the last one, is for validation."""
+EARLY_STOPPING_EVERY = 32
+"""One window in so many, or the last one, isn't tuned on; its loss chooses the best pass."""
 BETAS = (0.9, 0.99)
 
 
@@ -119,7 +119,7 @@ def tune(
         state: of an interrupted run with the same arguments, to resume from; its tensors are copied.
         keep: called with the state after every pass but the last; the next pass changes the state's tensors.
     """
-    validation = np.arange(len(windows)) % VALIDATION_EVERY == min(VALIDATION_EVERY, len(windows)) - 1
+    validation = np.arange(len(windows)) % EARLY_STOPPING_EVERY == min(EARLY_STOPPING_EVERY, len(windows)) - 1
     train = torch.from_numpy(windows[~validation])
     check = _micro_batches(torch.from_numpy(windows[validation]), schedule)
     if not len(train):

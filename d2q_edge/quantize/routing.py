@@ -2,12 +2,12 @@
 
 An expert to which the router sends few tokens would be fitted to their noise: error feedback estimates the covariance
 of all inputs, which takes several times as many tokens as inputs. So it also gets the tokens that came nearest to being
-routed to it, up to MINIMUM_SHARE per input.
+routed to it, up to MINIMUM_TOKENS_PER_CHANNEL per input.
 """
 
 import torch
 
-MINIMUM_SHARE = 4
+MINIMUM_TOKENS_PER_CHANNEL = 4
 """Least number of tokens per input of an expert. Measured on qwen3-34m (512 channels), with clusters of tokens for
 experts: the relative squared error on a cluster's other tokens is 0.052 with 128 tokens of it; topped up to 512 tokens
 in all it is 0.046, to 1024 0.033, 2048 0.029, 4096 0.028, 8192 0.029. With 1024 tokens of the cluster it is 0.026;

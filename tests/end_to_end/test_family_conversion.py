@@ -27,7 +27,7 @@ from d2q_edge.pipeline.column_scaling import scale_columns
 from d2q_edge.pipeline.context import Context
 from d2q_edge.pipeline.planning import draw_windows
 from d2q_edge.pipeline.report import Report
-from d2q_edge.quantize.refine import VALIDATION_EVERY
+from d2q_edge.quantize.refine import EARLY_STOPPING_EVERY
 from tests.export.test_family_exports import llama_logits
 from tests.family_models import MODELS, write_model
 
@@ -191,7 +191,7 @@ def test_refinement(tmp_path: Path, name: str) -> None:
     tokens = REFINE_FACTOR * options.calibration_tokens
     windows, _ = draw_windows(job.checkpoint, job.tokenizer, job.calibration.text, options, tokens)
     assert windows.shape == (64, 64)
-    validation = windows[VALIDATION_EVERY - 1 :: VALIDATION_EVERY]
+    validation = windows[EARLY_STOPPING_EVERY - 1 :: EARLY_STOPPING_EVERY]
     original, refined = (
         log_probabilities(WholeModel(job.checkpoint, job.family, weights, CPU), validation)
         for weights in ({}, file_weights(tmp_path / "out.gguf", job.family))

@@ -33,8 +33,8 @@ def random_parts(t: TensorType, rows: int, columns: int, seed: int) -> tuple[npt
     rng = np.random.default_rng(seed)
     return (
         rng.standard_normal((rows, t.blocks(columns))).astype(np.float16),
-        rng.integers(0, 256 if t.switched else 2, (rows, columns // GROUP), dtype=np.uint8),
-        rng.integers(0, 16 if t.paired or not t.switched else 8, (rows, t.codes(columns)), dtype=np.uint8),
+        rng.integers(0, 256 if t.has_codebooks else 2, (rows, columns // GROUP), dtype=np.uint8),
+        rng.integers(0, 16 if t.paired or not t.has_codebooks else 8, (rows, t.codes(columns)), dtype=np.uint8),
     )
 
 

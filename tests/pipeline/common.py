@@ -18,10 +18,10 @@ from d2q_edge.model.families import family_for
 from d2q_edge.options import Options
 from d2q_edge.pipeline.block_loop import quantize_blocks
 from d2q_edge.pipeline.context import Context
+from d2q_edge.pipeline.group_statistics import sublayer_statistics
 from d2q_edge.pipeline.norm_correction import advance_quantized
 from d2q_edge.pipeline.report import Report
 from d2q_edge.pipeline.solver import GroupSolver
-from d2q_edge.pipeline.statistics import sublayer_statistics
 from d2q_edge.pipeline.type_plan import plan_types
 from d2q_edge.pipeline.work_dir import WorkDir
 from d2q_edge.quantize.statistics import InputStatistics

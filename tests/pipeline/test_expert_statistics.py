@@ -74,7 +74,7 @@ def test_statistics_are_those_of_the_formulas(
 ) -> None:
     """In float64, token by token: H and D of every layer of every expert, at the tokens of the original's router."""
     setup = Setup(make_checkpoint("qwen3moe", **SMALL, dtype=torch.float32))
-    monkeypatch.setattr(expert_statistics, "MINIMUM_SHARE", 3)
+    monkeypatch.setattr(expert_statistics, "MINIMUM_TOKENS_PER_CHANNEL", 3)
     monkeypatch.setattr(expert_statistics, "MEMORY", 2 * 8 * 128**2)  # two experts at a time
     work = WorkDir(tmp_path / "out.gguf", {})
     setup.run(work, PLAIN, batch_tokens=160, dtype=torch.float32)  # three batches

@@ -57,6 +57,6 @@ def slow_feedback(kind: TensorType, target: Matrix, codebook: int, h: Matrix) ->
 
 def _levels(kind: TensorType) -> Matrix:
     """Entries in units of d: [codebooks, codes, 1 or 2]."""
-    if not kind.switched:
+    if not kind.has_codebooks:
         return np.stack([np.arange(-8.0, 8.0), np.arange(-7.0, 9.0)])[:, :, None]
     return (PAIR_TABLE if kind.paired else SCALAR_TABLE[:, :, None]).astype(np.float64)

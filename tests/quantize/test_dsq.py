@@ -171,11 +171,11 @@ class TestAbsorb:
         changed = dict(tensors)
         for index in range(bound.num_layers):
             for group in bound.linear_groups:
-                maker = group.norm or group.absorber
-                assert maker is not None
+                absorber = group.norm or group.absorber
+                assert absorber is not None
                 rows = torch.from_numpy(bound.absorber_rows(group.absorber)) if group.absorber else None
                 prefix = bound.block_prefix(index)
-                absorb_into(changed, [prefix + name for name in group.linears], prefix + maker, scales, rows)
+                absorb_into(changed, [prefix + name for name in group.linears], prefix + absorber, scales, rows)
         if not bound.tied_embeddings:
             absorb_into(changed, [bound.head], bound.final_norm, scales, None)
         assert relative_difference(float64_logits(path, changed, tied=bound.tied_embeddings), expected) < 1e-9
@@ -229,15 +229,15 @@ def computed_scales(checkpoint: Checkpoint, family: Family) -> Scales:
     return lambda first, _columns, _rows: found[first].double()
 
 
-def absorb_into(tensors: Tensors, linears: list[str], maker: str, scales: Scales, rows: torch.Tensor | None) -> None:
+def absorb_into(tensors: Tensors, linears: list[str], absorber: str, scales: Scales, rows: torch.Tensor | None) -> None:
     """Run absorb on these tensors, in place."""
     modules = {}
-    for name in (*linears, maker):
+    for name in (*linears, absorber):
         modules[name] = nn.Module()
         for parameter in ("weight", "bias"):
             if f"{name}.{parameter}" in tensors:
                 setattr(modules[name], parameter, nn.Parameter(tensors[f"{name}.{parameter}"]))
     columns = tensors[f"{linears[0]}.weight"].shape[1]
-    absorb([modules[name] for name in linears], modules[maker], scales(linears[0], columns, rows), rows)
+    absorb([modules[name] for name in linears], modules[absorber], scales(linears[0], columns, rows), rows)
     for name, module in modules.items():
         tensors |= {f"{name}.{parameter}": value.data for parameter, value in module.named_parameters()}

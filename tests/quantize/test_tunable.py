@@ -53,7 +53,7 @@ def nearest_by_trying(
             codebook = int(codebooks[row, group])
             for index in range(16 if kind.paired else 32):
                 columns = [32 * group + index, 32 * group + 16 + index] if kind.paired else [32 * group + index]
-                if not kind.switched:
+                if not kind.has_codebooks:
                     table = np.arange(16.0)[:, None] - 8 + codebook
                 else:
                     table = PAIR_TABLE[codebook] if kind.paired else SCALAR_TABLE[codebook][:, None]

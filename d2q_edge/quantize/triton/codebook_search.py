@@ -141,7 +141,7 @@ def search(table: CodebookSearch, vectors: torch.Tensor) -> tuple[torch.Tensor, 
     codebooks = torch.empty(groups, dtype=torch.int64, device=vectors.device)
     errors = torch.empty(groups, device=vectors.device)
     _search[(triton.cdiv(groups, GROUPS),)](
-        vectors.contiguous(), table.short_table, table.columns, codebooks, errors, groups,
+        vectors.contiguous(), table.error_table_f16, table.columns, codebooks, errors, groups,
         GROUPS=GROUPS, **search_constants(table),
     )  # fmt: skip
     return codebooks, errors
@@ -152,7 +152,7 @@ def block_scales(table: CodebookSearch, blocks: torch.Tensor) -> torch.Tensor:
     groups, (factors, begins) = table.tensor_type.groups, _steps(blocks.device)
     scales = torch.empty(len(blocks), device=blocks.device)
     _block_scales[(triton.cdiv(len(blocks) * groups, BLOCKS),)](
-        blocks, table.short_table, scales, factors, begins, len(blocks), blocks.stride(0),
+        blocks, table.error_table_f16, scales, factors, begins, len(blocks), blocks.stride(0),
         table.unit, table.edge, (REACH - table.edge) ** 2, REACH, SCALE_TINY, SCALE_MAX,
         STEPS=len(factors), PER_BLOCK=groups, GROUPS=BLOCKS, **_table_constants(table),
     )  # fmt: skip

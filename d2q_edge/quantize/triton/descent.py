@@ -88,7 +88,7 @@ def choose_block(search: CodebookSearch, *tensors: torch.Tensor) -> tuple[torch.
     rows, together = len(units), rows_per_program(len(units), units.device)
     _choose_block[(triton.cdiv(rows, together),)](
         gradient, units, codebooks, codes, units.new_empty(rows, GROUP),
-        search.short_table, search.columns, *(tensor.contiguous() for tensor in tensors[4:]), rows,
+        search.error_table_f16, search.columns, *(tensor.contiguous() for tensor in tensors[4:]), rows,
         GROUPS=search.tensor_type.groups, GROUP=GROUP, ROWS=together, num_stages=1, **search_constants(search),
     )  # fmt: skip
     return units, codebooks, codes

@@ -65,13 +65,13 @@ def quantize_block(
     kind, (rows, size) = search.tensor_type, weights.shape
     work = weights.clone(memory_format=torch.contiguous_format)
     # q4_0's blocks are groups, and its codes in the order of the columns.
-    scales = block_scales(search, work) if kind.switched else stored_scale(uniform.block_scales(work))
+    scales = block_scales(search, work) if kind.has_codebooks else stored_scale(uniform.block_scales(work))
     codebooks = torch.empty(rows, kind.groups, dtype=torch.uint8, device=work.device)
     codes = torch.empty(rows, kind.codes(size), dtype=torch.uint8, device=work.device)
     quantized, errors = torch.empty_like(work), torch.empty_like(work)
     U, together = U.contiguous(), rows_per_program(rows, work.device)
     _quantize_block[(triton.cdiv(rows, together),)](
-        work, scales, search.short_table, search.columns, U, U if P is None else P.contiguous(),
+        work, scales, search.error_table_f16, search.columns, U, U if P is None else P.contiguous(),
         inv_U_jj.contiguous(), codebooks, codes, quantized, errors, rows,
         GROUPS=kind.groups, GROUP=GROUP, HAS_P=P is not None, ROWS=together, num_stages=1, **search_constants(search),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-// Runs the threads of a Metal threadgroup on one CPU thread: a fiber for each, switched where Metal synchronizes.
+// Runs the threads of a Metal threadgroup on one CPU thread: a fiber for each, has_codebooks where Metal synchronizes.
 // Knows threadgroups, simdgroups and how a kernel's arguments are passed; knows no kernel.
 #pragma once
 

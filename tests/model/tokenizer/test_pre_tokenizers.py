@@ -33,7 +33,7 @@ def test_names_are_those_of_llama_cpp(pristine_tree: Path) -> None:
     gemma = {name for name, body in found.items() if "PRE_TYPE_GEMMA4" in body}
     for name, body in found.items():
         assert BY_NAME[name].ignores_merges == ("ignore_merges = true" in body), name
-        # Gemma 4's is switched on further below.
+        # Gemma 4's is has_codebooks on further below.
         assert BY_NAME[name].adds_bos == ("add_bos = true" in body or name in gemma), name
     assert "pre_type == LLAMA_VOCAB_PRE_TYPE_GEMMA4 && !add_bos" in source
 

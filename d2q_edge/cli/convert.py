@@ -1,4 +1,4 @@
-"""`d2q-edge convert`."""
+"""Parse and run `d2q-edge convert`."""
 
 import json
 import sys
@@ -12,20 +12,24 @@ from click.core import ParameterSource
 from d2q_edge.cli.common import PATH, Number, field_option, wait_passively
 from d2q_edge.distributed.launch import is_main, is_worker, launch
 from d2q_edge.errors import D2QError
-from d2q_edge.options import ROTATIONS, Options
+from d2q_edge.options import HIGHEST_BITS, LOWEST_BITS, MIN_CONTEXT, ROTATIONS, Options
 
 option = partial(field_option, Options)
+OF_EXPORT = frozenset({"model", "revision", "output", "stock_type", "pre_tokenizer", "no_verify", "force"})
+"""Parameters that a stock file depends on; any other given with --type would be ignored silently."""
+OF_CALIBRATION = frozenset({"calibration", "calibration_tokens", "context", "dsq", "dac"})
+"""Parameters without effect where nothing is calibrated; that --refine and mixtures need it, the library says."""
 
 
 @click.command("convert")
 @click.argument("model", type=PATH)
 @click.option("--revision", help="Branch, tag or commit of a Hugging Face id.  [default: main]")
 @click.option("-o", "--output", type=PATH, help="The GGUF file to write.  [default: named after the model]")
-@option("bits", type=float, help="2, 3, or a mean of 2.31 to 4.3 bits per weight.")
+@option("bits", type=float, help=f"2, 3, or a mean of {LOWEST_BITS} to {HIGHEST_BITS} bits per weight.")
 @click.option("--type", "stock_type", help="Write a stock type (f16, q8_0, ...) instead of quantizing.")
 @option("calibration", help="Text file to calibrate on.")
 @option("calibration_tokens", type=click.IntRange(1), metavar="N", help="Tokens to calibrate on.")
-@option("context", type=click.IntRange(8), help="Tokens per calibration window.")
+@option("context", type=click.IntRange(MIN_CONTEXT), help="Tokens per calibration window.")
 @option("seed", type=click.IntRange(0), help="Seed of all random choices.")
 @option("rotation", type=click.Choice(ROTATIONS), help="Spread outlier channels; unties tied embeddings.")
 @option("dsq", help="Scale columns, at no cost in size.")
@@ -63,13 +67,12 @@ def command(
     private models, set HF_TOKEN.
     """
     wait_passively()
+    ctx = click.get_current_context()
+    given = [name for name in ctx.params if ctx.get_parameter_source(name) != ParameterSource.DEFAULT]
     if stock_type is not None:
-        ctx = click.get_current_context()
-        names = ("bits", "no_calibration", "embedding_type", "head_type", "refine", "dry_run", "report", "model_card")
-        given = [name for name in names if ctx.get_parameter_source(name) != ParameterSource.DEFAULT]
-        given += ["rotation on"] * (fields["rotation"] == "on")
-        if given:
-            raise click.UsageError(f"--type writes a stock file; it can't be used with --{given[0].replace('_', '-')}")
+        _refuse([name for name in given if name not in OF_EXPORT], "--type writes a stock file", fields)
+    if no_calibration:
+        _refuse([name for name in given if name in OF_CALIBRATION], "--no-calibration reads no text", fields)
     if gpus > 1:
         if fields["device"] not in ("auto", "cuda"):
             raise click.UsageError(f"--gpus needs CUDA devices; it can't be used with --device {fields['device']}")
@@ -100,6 +103,13 @@ def command(
     else:
         size = model_file.export(model, output, stock_type.lower(), pre_tokenizer=options.pre_tokenizer, **how)
         click.echo(f"{output}: {size:,} bytes")
+
+
+def _refuse(ignored: list[str], reason: str, fields: dict[str, Any]) -> None:
+    """Raise a usage error for the first of these options, if there is one."""
+    for name in ignored:
+        no = "no-" if fields.get(name) is False else ""
+        raise click.UsageError(f"{reason}; it can't be used with --{no}{name.replace('_', '-')}")
 
 
 def _quantize(

@@ -1,4 +1,4 @@
-"""The collectives of torch.distributed that a conversion on several GPUs needs, one process per GPU.
+"""Wrap the collectives of torch.distributed that a conversion on several GPUs needs, one process per GPU.
 
 Calibration batches and the rows of matrices are sharded; sums and factors are exchanged, so that every process then
 holds the same quantized block.

@@ -106,9 +106,17 @@ class TestBadOptions:
     @pytest.mark.parametrize(
         ("options", "said"),
         [
-            (("--bits", "2.3"), "--bits 2.3 can't be had; use 2, 3, or a number from 2.31 to 4.3"),
+            (("--bits", "2.3"), "--bits 2.3 is out of range; use 2, 3, or a number from 2.31 to 4.3"),
             (("--bits", "4.5"), "use 2, 3, or a number from 2.31 to 4.3"),
             (("--bits", "nan"), "use 2, 3, or a number from 2.31 to 4.3"),
+            (("--type", "f16", "--calibration", "none.txt"), "a stock file; it can't be used with --calibration"),
+            (("--type", "f16", "--context", "9"), "a stock file; it can't be used with --context"),
+            (("--type", "f16", "--no-dsq"), "a stock file; it can't be used with --no-dsq"),
+            (("--type", "f16", "--gpus", "2"), "a stock file; it can't be used with --gpus"),
+            (("--no-calibration", "--calibration", "none.txt"), "reads no text; it can't be used with --calibration"),
+            (("--no-calibration", "--calibration-tokens", "9"), "it can't be used with --calibration-tokens"),
+            (("--no-calibration", "--context", "9"), "it can't be used with --context"),
+            (("--no-calibration", "--no-dac"), "it can't be used with --no-dac"),
             (("--refine", "--no-calibration"), "--refine tunes the model on calibration text"),
             (("--bits", "2.6", "--no-calibration"), "measures on calibration text which layers need more bits"),
             (("--embedding-type", "q2_k"), "--embedding-type 'q2_k' isn't a stock type"),

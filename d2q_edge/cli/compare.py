@@ -16,11 +16,7 @@ option = partial(field_option, ComparisonOptions)
 @click.argument("reference", metavar="REF", type=PATH)
 @click.argument("files", metavar="[FILE]...", type=PATH, nargs=-1)
 @click.option(
-    "--with-stock",
-    metavar="TYPES",
-    default="",
-    show_default=False,
-    help="Also compare with stock types: Q2_K,IQ2_XS,...",
+    "--with-stock", metavar="TYPES", default="", show_default=False, help="Stock types to compare with: Q2_K,IQ2_XS,..."
 )
 @option("pure", help="Use the stock type for every matrix of the blocks, q8_0 for the tables.")
 @click.option("--keep-stock", type=PATH, metavar="DIR", help="Keep the stock files in DIR.  [default: remove them]")

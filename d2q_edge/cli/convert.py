@@ -16,9 +16,9 @@ from d2q_edge.options import HIGHEST_BITS, LOWEST_BITS, MIN_CONTEXT, ROTATIONS, 
 
 option = partial(field_option, Options)
 OF_EXPORT = frozenset({"model", "revision", "output", "stock_type", "pre_tokenizer", "no_verify", "force"})
-"""Parameters that a stock file depends on; any other given with --type would be ignored silently."""
+"""Parameters that --type heeds; it would silently ignore any other."""
 OF_CALIBRATION = frozenset({"calibration", "calibration_tokens", "context", "dsq", "dac"})
-"""Parameters without effect where nothing is calibrated; that --refine and mixtures need it, the library says."""
+"""Parameters without effect under --no-calibration; the library itself refuses --refine and mixtures there."""
 
 
 @click.command("convert")
@@ -69,10 +69,12 @@ def command(
     wait_passively()
     ctx = click.get_current_context()
     given = [name for name in ctx.params if ctx.get_parameter_source(name) != ParameterSource.DEFAULT]
-    if stock_type is not None:
-        _refuse([name for name in given if name not in OF_EXPORT], "--type writes a stock file", fields)
-    if no_calibration:
-        _refuse([name for name in given if name in OF_CALIBRATION], "--no-calibration reads no text", fields)
+    ignored = OF_CALIBRATION if stock_type is None and no_calibration else frozenset()
+    for name in given:
+        if name in ignored or (stock_type is not None and name not in OF_EXPORT):
+            reason = "--no-calibration reads no text" if stock_type is None else "--type writes a stock file"
+            flag = f"--{'no-' if fields.get(name) is False else ''}{name.replace('_', '-')}"
+            raise click.UsageError(f"{reason}; it can't be used with {flag}")
     if gpus > 1:
         if fields["device"] not in ("auto", "cuda"):
             raise click.UsageError(f"--gpus needs CUDA devices; it can't be used with --device {fields['device']}")
@@ -103,13 +105,6 @@ def command(
     else:
         size = model_file.export(model, output, stock_type.lower(), pre_tokenizer=options.pre_tokenizer, **how)
         click.echo(f"{output}: {size:,} bytes")
-
-
-def _refuse(ignored: list[str], reason: str, fields: dict[str, Any]) -> None:
-    """Raise a usage error for the first of these options, if there is one."""
-    for name in ignored:
-        no = "no-" if fields.get(name) is False else ""
-        raise click.UsageError(f"{reason}; it can't be used with --{no}{name.replace('_', '-')}")
 
 
 def _quantize(

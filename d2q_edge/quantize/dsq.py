@@ -40,7 +40,7 @@ def column_scales(
     Args:
         weight_energy: w, float32 [columns], from the function of that name.
         input_energy: h, float32 [columns], from InputEnergy.
-        rows: int64 [columns], the row of the source layer that produces each column; columns of one row share their scale.
+        rows: int64 [columns], the source layer's row that produces each column; columns of one row share a scale.
             None where every column has its own.
         balance: see BALANCE.
     """

@@ -48,8 +48,7 @@ class LazyUpdate:
 
     def finish(self) -> None:
         """Update the columns after the span by all of its changes."""
-        columns = self._span.shape[1]
-        _add_products(self._later, self._changes, [factor[:, columns:] for factor in self._factors])
+        _add_products(self._later, self._changes, [factor[:, self._span.shape[1] :] for factor in self._factors])
 
 
 def _add_products(target: torch.Tensor, changes: Iterable[torch.Tensor], factors: Iterable[torch.Tensor]) -> None:

@@ -173,13 +173,13 @@ def _quantize(job: Job, calibration: Calibration, *, force: bool, verify: bool) 
     key = fingerprint(job.checkpoint, job.types, job.file.metadata, calibration.windows, processes)
     work = processes.main_first(lambda: WorkDir(job.output, key, force=force and processes.is_main))
     if was_published(job.output):
-        # An earlier run was killed when all was done but the tidying up.
+        # An earlier run was killed after publishing, before the work directory was removed.
         processes.barrier()
         if processes.is_main:
             work.remove()
         return _result(job, Report(), job.memory)
     if work.finished and processes.is_main:
-        print(f"going on after {work.finished} finished blocks in {work.path}", file=sys.stderr)
+        print(f"resuming after {work.finished} finished blocks from {work.path}", file=sys.stderr)
     runner = BlockRunner(job.checkpoint, job.family, processes.device)
     report = quantize_blocks(
         runner,

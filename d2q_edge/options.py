@@ -1,10 +1,13 @@
-"""Every option of conversion, measurement and serving, and its default, stated once."""
+"""State every option of conversion, measurement and serving, and its default, once."""
 
 from dataclasses import dataclass
 
 from d2q_edge.errors import D2QError
 
 ROTATIONS = "auto", "on", "off"
+LOWEST_BITS, HIGHEST_BITS = 2.31, 4.3
+"""Range of --bits: the mean over the blocks' linear layers. 2.31 stands for d2q2's 2.3125."""
+MIN_CONTEXT = 8
 CHAT_CONTEXT, CHAT_TEMPERATURE = 4096, 0.7
 """Tokens of a whole conversation, and the temperature of its answers."""
 SERVER_HOST, SERVER_PORT = "127.0.0.1", 8000
@@ -21,11 +24,10 @@ class Options:
         calibration_tokens: how many.
         context: tokens per calibration window.
         seed: of the choice of windows, and of the rotation.
-        rotation: "on", "off", or "auto" for what pays (quantize/rotation.py).
-        dsq: give columns scales, which their neighbours absorb (quantize/dsq.py).
+        rotation: "on", "off", or "auto" for what pays: today the same as "off" (model/rotated_checkpoint.py).
+        dsq: give columns scales, which their neighbors absorb (quantize/dsq.py).
         dac: give norms biases against their mean shift (quantize/dac.py).
-        alpha: weight of the input's error in the error feedback (quantize/gptaq.py); 0 is GPTQ. 0.5 gave the least KL
-            divergence on qwen3-34m (DESIGN section 3).
+        alpha: weight of the input's error in the feedback (quantize/gptaq.py); 0 is GPTQ; 0.5 was best on qwen3-34m.
         descent_rounds: of coordinate descent (quantize/descent.py); a third one gains less than a tenth of two.
         refine: tune the whole model afterwards (quantize/refine.py).
         embedding_type, head_type: stock types; None chooses.
@@ -53,12 +55,12 @@ class Options:
     pre_tokenizer: str | None = None
 
     def check(self) -> None:
-        """Refuse values that make no sense.
+        """Validate the options.
 
         Raises:
-            D2QError: there is one.
+            D2QError: an option has an invalid value.
         """
-        for name, least in (("calibration_tokens", 1), ("context", 8), ("seed", 0), ("descent_rounds", 0)):
+        for name, least in (("calibration_tokens", 1), ("context", MIN_CONTEXT), ("seed", 0), ("descent_rounds", 0)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise D2QError(f"{name} must be a whole number from {least}, not {value!r}")

@@ -6,7 +6,7 @@
 The tables in the repository are frozen: every file ever written depends on them. This tool is kept so that they can be
 judged and, before the first release, replaced: copy the new file over codebooks.txt, put the checksum that is printed
 here into codebooks.py, and run tools/generate_tables.py. The same seed gives a table of the same quality, not the same
-bits (sums on a GPU are not ordered). On a CPU it takes hours, on a data-centre GPU minutes.
+bits (sums on a GPU are not ordered). On a CPU it takes hours, on a data-center GPU minutes.
 
 256 codebooks of 16 pairs or 8 scalars are learned for groups of 32 weights; eight groups share a scale d. The training
 set is a mixture of sources of unit variance, and the loss is the weighted mean over sources of the squared error. Each

@@ -1,4 +1,4 @@
-"""Hidden states of the calibration tokens between two blocks, batch by batch: on the GPU, in memory, or on disk.
+"""Hold the calibration tokens' hidden states between two blocks, batch by batch: on the GPU, in memory, or on disk.
 
 They are kept as bfloat16, as in most models' own inference; against float32 the KL divergence of the finished models
 did not change measurably (docs/accuracy.md).

@@ -1,4 +1,4 @@
-"""`d2q-edge bench`."""
+"""Parse and run `d2q-edge bench`."""
 
 import json
 from contextlib import ExitStack

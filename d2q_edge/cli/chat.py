@@ -1,4 +1,4 @@
-"""`d2q-edge chat`."""
+"""Parse and run `d2q-edge chat`."""
 
 import contextlib
 import importlib

@@ -1,4 +1,4 @@
-"""`d2q-edge compare`."""
+"""Parse and run `d2q-edge compare`."""
 
 from functools import partial
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from d2q_edge.cli.common import PATH, field_option, json_option, print_result, threads_option, wait_passively
-from d2q_edge.options import ComparisonOptions
+from d2q_edge.options import MIN_CONTEXT, ComparisonOptions
 
 option = partial(field_option, ComparisonOptions)
 
@@ -16,18 +16,14 @@ option = partial(field_option, ComparisonOptions)
 @click.argument("reference", metavar="REF", type=PATH)
 @click.argument("files", metavar="[FILE]...", type=PATH, nargs=-1)
 @click.option(
-    "--with-stock",
-    metavar="TYPES",
-    default="",
-    show_default=False,
-    help="Also compare with stock types: Q2_K,IQ2_XS,...",
+    "--with-stock", metavar="TYPES", default="", show_default=False, help="Stock types to compare with: Q2_K,IQ2_XS,..."
 )
-@option("pure", help="Make all matrices of stock files that type; tables q8_0.")
+@option("pure", help="Use the stock type for every matrix of the blocks, q8_0 for the tables.")
 @click.option("--keep-stock", type=PATH, metavar="DIR", help="Keep the stock files in DIR.  [default: remove them]")
 @option("calibration", help="Text of their importance matrix.")
 @option("text", help="Text file to measure on.")
 @option("chunks", type=click.IntRange(1), help="Chunks to measure at most.")
-@option("context", type=click.IntRange(8), help="Tokens per chunk.")
+@option("context", type=click.IntRange(MIN_CONTEXT), help="Tokens per chunk.")
 @option("speed", help="Also measure tokens per second.")
 @threads_option
 @option("rounds", type=click.IntRange(1), help="Speed is their median.")

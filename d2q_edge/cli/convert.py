@@ -1,4 +1,4 @@
-"""`d2q-edge convert`."""
+"""Parse and run `d2q-edge convert`."""
 
 import json
 import sys
@@ -12,20 +12,24 @@ from click.core import ParameterSource
 from d2q_edge.cli.common import PATH, Number, field_option, wait_passively
 from d2q_edge.distributed.launch import is_main, is_worker, launch
 from d2q_edge.errors import D2QError
-from d2q_edge.options import ROTATIONS, Options
+from d2q_edge.options import HIGHEST_BITS, LOWEST_BITS, MIN_CONTEXT, ROTATIONS, Options
 
 option = partial(field_option, Options)
+OF_EXPORT = frozenset({"model", "revision", "output", "stock_type", "pre_tokenizer", "no_verify", "force"})
+"""Parameters that --type heeds; it would silently ignore any other."""
+OF_CALIBRATION = frozenset({"calibration", "calibration_tokens", "context", "dsq", "dac"})
+"""Parameters without effect under --no-calibration; the library itself refuses --refine and mixtures there."""
 
 
 @click.command("convert")
 @click.argument("model", type=PATH)
 @click.option("--revision", help="Branch, tag or commit of a Hugging Face id.  [default: main]")
 @click.option("-o", "--output", type=PATH, help="The GGUF file to write.  [default: named after the model]")
-@option("bits", type=float, help="2, 3, or a mean of 2.31 to 4.3 bits per weight.")
+@option("bits", type=float, help=f"2, 3, or a mean of {LOWEST_BITS} to {HIGHEST_BITS} bits per weight.")
 @click.option("--type", "stock_type", help="Write a stock type (f16, q8_0, ...) instead of quantizing.")
 @option("calibration", help="Text file to calibrate on.")
 @option("calibration_tokens", type=click.IntRange(1), metavar="N", help="Tokens to calibrate on.")
-@option("context", type=click.IntRange(8), help="Tokens per calibration window.")
+@option("context", type=click.IntRange(MIN_CONTEXT), help="Tokens per calibration window.")
 @option("seed", type=click.IntRange(0), help="Seed of all random choices.")
 @option("rotation", type=click.Choice(ROTATIONS), help="Spread outlier channels; unties tied embeddings.")
 @option("dsq", help="Scale columns, at no cost in size.")
@@ -63,13 +67,14 @@ def command(
     private models, set HF_TOKEN.
     """
     wait_passively()
-    if stock_type is not None:
-        ctx = click.get_current_context()
-        names = ("bits", "no_calibration", "embedding_type", "head_type", "refine", "dry_run", "report", "model_card")
-        given = [name for name in names if ctx.get_parameter_source(name) != ParameterSource.DEFAULT]
-        given += ["rotation on"] * (fields["rotation"] == "on")
-        if given:
-            raise click.UsageError(f"--type writes a stock file; it can't be used with --{given[0].replace('_', '-')}")
+    ctx = click.get_current_context()
+    given = [name for name in ctx.params if ctx.get_parameter_source(name) != ParameterSource.DEFAULT]
+    ignored = OF_CALIBRATION if stock_type is None and no_calibration else frozenset()
+    for name in given:
+        if name in ignored or (stock_type is not None and name not in OF_EXPORT):
+            reason = "--no-calibration reads no text" if stock_type is None else "--type writes a stock file"
+            flag = f"--{'no-' if fields.get(name) is False else ''}{name.replace('_', '-')}"
+            raise click.UsageError(f"{reason}; it can't be used with {flag}")
     if gpus > 1:
         if fields["device"] not in ("auto", "cuda"):
             raise click.UsageError(f"--gpus needs CUDA devices; it can't be used with --device {fields['device']}")

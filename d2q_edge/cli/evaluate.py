@@ -1,11 +1,11 @@
-"""`d2q-edge eval`."""
+"""Parse and run `d2q-edge eval`."""
 
 from pathlib import Path
 
 import click
 
 from d2q_edge.cli.common import PATH, field_option, json_option, print_result, wait_passively
-from d2q_edge.options import ComparisonOptions
+from d2q_edge.options import MIN_CONTEXT, ComparisonOptions
 
 
 @click.command("eval")
@@ -13,7 +13,7 @@ from d2q_edge.options import ComparisonOptions
 @click.option("--reference", type=PATH, help="GGUF of the original model; adds KL divergence and top-1 agreement.")
 @field_option(ComparisonOptions, "text", help="Text file to measure on.")
 @click.option("--chunks", type=click.IntRange(1), help="Chunks to measure at most.  [default: all]")
-@field_option(ComparisonOptions, "context", type=click.IntRange(8), help="Tokens per chunk.")
+@field_option(ComparisonOptions, "context", type=click.IntRange(MIN_CONTEXT), help="Tokens per chunk.")
 @json_option
 def command(file: Path, reference: Path | None, text: str, chunks: int | None, context: int, as_json: bool) -> None:
     """Measure a GGUF FILE's perplexity, and its distance from a reference.

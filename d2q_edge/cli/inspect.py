@@ -1,4 +1,4 @@
-"""`d2q-edge inspect`."""
+"""Parse and run `d2q-edge inspect`."""
 
 import json
 from pathlib import Path

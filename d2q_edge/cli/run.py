@@ -1,4 +1,4 @@
-"""`d2q-edge run`."""
+"""Parse and run `d2q-edge run`."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`d2q-edge runtime install` and `d2q-edge runtime info`."""
+"""Parse and run `d2q-edge runtime install` and `d2q-edge runtime info`."""
 
 import json
 

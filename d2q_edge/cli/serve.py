@@ -1,4 +1,4 @@
-"""`d2q-edge serve`."""
+"""Parse and run `d2q-edge serve`."""
 
 from pathlib import Path
 

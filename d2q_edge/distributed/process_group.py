@@ -1,7 +1,6 @@
-"""The collectives of torch.distributed that a conversion on several GPUs needs, one process per GPU.
+"""Wrap the collectives of torch.distributed that a conversion on several GPUs needs, one process per GPU.
 
-Calibration batches and the rows of matrices are sharded; sums and factors are exchanged, so that every process then
-holds the same quantized block.
+Calibration batches and rows of matrices are sharded; sums and factors are exchanged; all get the same quantized block.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The result of `d2q-edge compare`: a row for every file, and which of them are the best of their size."""
+"""Hold the result of `d2q-edge compare`: a row for every file, and which of them are the best of their size."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field

@@ -2,7 +2,7 @@
 
 The text is cut into chunks of `context` tokens; the first token of a chunk becomes BOS where the model has one; the
 tokens of the second half are scored, each given all of the chunk before it. Positions count as independent, as in
-llama-perplexity; neighbours are a little less than that.
+llama-perplexity; neighbors are a little less than that.
 """
 
 import math
@@ -20,7 +20,7 @@ from d2q_edge.errors import D2QError
 from d2q_edge.evaluation import token_scores
 from d2q_edge.evaluation.token_scores import Floats, Logits, Tokens, stderr
 from d2q_edge.formats.gguf_reader import GGUFFile
-from d2q_edge.options import ComparisonOptions
+from d2q_edge.options import MIN_CONTEXT, ComparisonOptions
 from d2q_edge.runtime.llama_model import LlamaModel
 from d2q_edge.utils.progress import INTERVAL, Progress
 
@@ -110,8 +110,8 @@ def evaluate(
     Raises:
         D2QError: a file can't be read or loaded, the text is too short, or the two files' tokens differ.
     """
-    if context < 8 or (chunks is not None and chunks < 1):
-        raise D2QError(f"context must be at least 8 and chunks at least 1, not {context} and {chunks}")
+    if context < MIN_CONTEXT or (chunks is not None and chunks < 1):
+        raise D2QError(f"context must be at least {MIN_CONTEXT} and chunks at least 1, not {context} and {chunks}")
     path, reference = Path(path), None if reference is None else Path(reference)
     content = load_text(text, "evaluation")
     file = GGUFFile(path)

@@ -177,7 +177,7 @@ class GGUFFile:
         self._place(found, alignment)
 
     def _place(self, found: dict[str, tuple[tuple[int, ...], int, int]], alignment: int) -> None:
-        """Fill `tensors` from (shape, type, offset behind the header) by name, and check sizes against the file."""
+        """Fill `tensors` from (shape, type, offset after the header) by name, and check sizes against the file."""
         start = -(-self._position // alignment) * alignment
         following = dict(pairwise(sorted({offset for _, _, offset in found.values()} | {self.size - start})))
         for name, (shape, type_id, offset) in found.items():

@@ -127,7 +127,7 @@ def _affine_integers(
 ) -> tuple[Tensor, Tensor]:
     """Return the integer scales and mins [8, n] in these units [n].
 
-    Beside an outlier the other sub-blocks' integers are small, so that rounding them matters: the neighbours of each
+    Beside an outlier the other sub-blocks' integers are small, so that rounding them matters: the neighbors of each
     scale are tried too, each with the min that then fits best.
     """
     (scale, minimum), (unit, unit_min) = found, units

@@ -1,4 +1,4 @@
-"""The result of quantizing one decoder block: saved, loaded, applied to a module and exported as one object.
+"""Save, load, apply and export the result of quantizing one decoder block as one object.
 
 All names are relative to the block ("self_attn.q_proj"). What follows the last block (final norm and lm_head) is one
 more QuantizedBlock, with names relative to the model.

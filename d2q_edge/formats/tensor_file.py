@@ -1,4 +1,4 @@
-"""Intermediate results on disk: safetensors files that are whole or absent, with a checksum over everything in them."""
+"""Keep intermediate results in safetensors files that are whole or absent, with a checksum over everything in them."""
 
 import hashlib
 import json

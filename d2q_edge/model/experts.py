@@ -1,4 +1,4 @@
-"""Separate modules for the experts of a Mixture-of-Experts block, in place of transformers' two fused tensors.
+"""Give the experts of a Mixture-of-Experts block modules of their own, in place of transformers' two fused tensors.
 
 Checkpoints have the experts one by one, as mlp.experts.N.{gate,up,down}_proj, and so must a model whose layers are
 loaded, traced and replaced one at a time. The router stays transformers' own.

@@ -115,7 +115,7 @@ class _Download:
         if missing := [name for name in weights if not (directory / name).exists()]:
             raise D2QError(f"{error} (the cached copy in {directory} lacks {missing[0]})") from error
         if not constants.is_offline_mode():
-            print(f"{error}; going on with the cached copy in {directory}", file=sys.stderr)
+            print(f"{error}; using the cached copy in {directory}", file=sys.stderr)
         return directory
 
     def _check_files(self, names: dict[str, int]) -> None:

@@ -12,7 +12,7 @@ from d2q_edge.quantize.rotation import Rotation
 
 def rotation_pays(family: Family) -> bool:
     """Decide `--rotation auto`: never, because the codebooks gained nothing from it on the models measured so far
-    (DESIGN section 3), and untying tied embeddings costs the bytes of an lm_head."""
+    (docs/accuracy.md), and untying tied embeddings costs the bytes of an lm_head."""
     return False
 
 

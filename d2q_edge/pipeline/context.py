@@ -1,4 +1,4 @@
-"""What the steps of the block loop share."""
+"""Bundle what the steps of the block loop share."""
 
 from dataclasses import dataclass
 
@@ -52,7 +52,7 @@ class FiniteCheck:
     def require(self, model: str, layer: str) -> None:
         """Raise D2QError if any of them was NaN or infinite; `model` and `layer` say where."""
         if not bool(self._finite):
-            raise D2QError(f"the activations of the {model} model are NaN or infinite behind {layer}")
+            raise D2QError(f"the activations of the {model} model are NaN or infinite after {layer}")
 
 
 def check_sums(sums: list[torch.Tensor], name: str) -> None:

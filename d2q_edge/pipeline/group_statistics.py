@@ -22,7 +22,7 @@ def sublayer_statistics(
 ) -> GroupStatistics:
     """Yield every linear group of a sublayer with the statistics of its input.
 
-    When the iterator is exhausted, the original model's hidden states are behind the sublayer.
+    When the iterator is exhausted, the original model's hidden states are past the sublayer.
 
     Args:
         context, index: hidden states in front of the sublayer, number of the block.

@@ -18,7 +18,7 @@ HEAD_ROWS = 8192
 
 
 def corrected_norms(family: Family, options: Options) -> list[str]:
-    """Return the full names of the norms that may get a bias: those behind a quantized sublayer, and the final one."""
+    """Return the full names of the norms that may get a bias: those after a quantized sublayer, and the final one."""
     if not options.dac:
         return []
     inner = [sublayer.norm for sublayer in family.sublayers[1:]]
@@ -31,7 +31,7 @@ def advance_quantized(
 ) -> QuantizedBlock:
     """Move the quantized model's hidden states past a sublayer, and correct the norm that reads them next.
 
-    The bias of `next_norm` is the mean of its output behind the original sublayer less that behind the quantized one,
+    The bias of `next_norm` is the mean of its output after the original sublayer less that after the quantized one,
     both given the same input.
 
     Args:
@@ -41,7 +41,7 @@ def advance_quantized(
         next_norm: the norm to correct; None corrects nothing.
 
     Returns:
-        The norm's bias, where validation tokens agree, and the statistics of its shift.
+        The norm's bias, where held-out calibration batches confirm it, and the statistics of its shift.
 
     Raises:
         D2QError: activations are NaN or infinite.

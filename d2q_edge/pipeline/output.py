@@ -1,4 +1,4 @@
-"""The GGUF file that a conversion writes: its tensors as planned, and where the data of each comes from."""
+"""Describe the GGUF file that a conversion writes: its tensors as planned, and where the data of each comes from."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What decides a file's content: the d2q.* keys that record it, and the fingerprint of unfinished work."""
+"""Record what decides a file's content: the d2q.* keys in the file, and the fingerprint of unfinished work."""
 
 import hashlib
 import json

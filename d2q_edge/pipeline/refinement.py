@@ -1,4 +1,4 @@
-"""`--refine`: tune the quantized model as a whole by its KL divergence from the original (quantize/refine.py).
+"""Tune the quantized model as a whole by its KL divergence from the original (`--refine`; quantize/refine.py).
 
 The finished blocks are put together to one model whose block scales, norms and codes can move; what comes out is kept
 in the work directory beside them. Both models are in memory, in float32: about 12 bytes per weight of the original, and

@@ -1,4 +1,4 @@
-"""What a conversion measures on the way: layer errors, column scales, mean shifts, validation, seconds per phase."""
+"""Record what a conversion measures: layer errors, column scales, mean shifts, validation, seconds per phase."""
 
 import time
 from collections import defaultdict

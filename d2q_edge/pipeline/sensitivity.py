@@ -5,7 +5,7 @@ few calibration windows, when its weight alone is rounded to nearest in a given 
 layers add up well, so that these numbers can be compared and summed (allocation.py).
 
 Only the blocks from the changed one on are run, and every block is loaded once per pass: all variants of the hidden
-states, one for each layer that is already behind, go through it together. A pass takes as many windows as fit into
+states, one for each layer already passed, go through it together. A pass takes as many windows as fit into
 memory.
 """
 

@@ -13,12 +13,11 @@ from d2q_edge.errors import D2QError
 from d2q_edge.formats.gguf_writer import STOCK_TYPES, block_and_type_size, fitting_type
 from d2q_edge.formats.tensor_types import D2Q2, D2Q2_64, D2Q3, D2Q3_64, Q4_0
 from d2q_edge.model.families import Family
+from d2q_edge.options import HIGHEST_BITS, LOWEST_BITS
 from d2q_edge.pipeline.allocation import Choice, allocate
 
 OWN_TYPES = MappingProxyType({2: (D2Q2, D2Q2_64), 3: (D2Q3, D2Q3_64)})
 """By --bits: the type for widths that 256 divides, and the one for widths that only 64 divides."""
-LOWEST_BITS, HIGHEST_BITS = 2.31, 4.3
-"""Range of --bits: the mean over the blocks' linear layers. 2.31 stands for d2q2's 2.3125."""
 SQUARED_ERROR = MappingProxyType({"d2q2": 0.0597, "d2q2_64": 0.0577, "d2q3": 0.0178, "d2q3_64": 0.0172, "q4_0": 0.0065})
 """Of weights rounded to nearest, relative to the weights' squares: Gaussian weights, which the layers of qwen3-34m and
 llama-54m equal within 2 %. A layer's sensitivity scales with it."""
@@ -116,7 +115,7 @@ def choosable(family: Family) -> dict[str, tuple[str, ...]]:
 
 
 def check_request(family: Family, bits: float, embedding_type: str | None = None, head_type: str | None = None) -> None:
-    """Refuse a request that `plan_types` can't fulfil.
+    """Refuse a request that `plan_types` can't fulfill.
 
     Raises:
         D2QError: there is no such type, or the bits are out of range.
@@ -130,7 +129,7 @@ def check_request(family: Family, bits: float, embedding_type: str | None = None
     if not is_mixed(bits):
         return
     if not LOWEST_BITS <= bits <= HIGHEST_BITS:
-        raise D2QError(f"--bits {bits:g} can't be had; use 2, 3, or a number from {LOWEST_BITS} to {HIGHEST_BITS}")
+        raise D2QError(f"--bits {bits:g} is out of range; use 2, 3, or a number from {LOWEST_BITS} to {HIGHEST_BITS}")
     shapes = family.tensor_shapes()
     names = family.linear_weights()
     least = sum(math.prod(shapes[name]) * _bits(_choices(shapes[name][1])[0]) for name in names)

@@ -1,6 +1,6 @@
 """Estimate the quantized model's KL divergence on calibration text that took no part in quantizing.
 
-Validation windows run through both models beside the calibration windows. Behind the last block their hidden states
+Validation windows run through both models beside the calibration windows. After the last block their hidden states
 become logits, and the second half of each window is scored, as in llama-perplexity's protocol. Embeddings and lm_head
 are the original's on both sides, which those of the file are not quite.
 """
@@ -44,7 +44,7 @@ class Validation:
 
 
 def validate(streams: StreamPair, final: QuantizedBlock, processes: ProcessGroup) -> Validation:
-    """Compare both models behind the last block; `final` is the result for final norm and lm_head."""
+    """Compare both models after the last block; `final` is the result for final norm and lm_head."""
     runner = streams.runner
     family, norm = runner.family, runner.final_norm()
     embedding_or_head = family.embedding if family.tied_embeddings else family.head
@@ -80,7 +80,7 @@ def compare_logits(
     """Compare next-token distributions.
 
     Args:
-        original, quantized: hidden states behind the final norm, float32 [tokens, hidden].
+        original, quantized: hidden states after the final norm, float32 [tokens, hidden].
         head: weight of the lm_head, float32 [vocabulary, hidden].
         logits_bytes: memory for logits at a time.
 

@@ -1,4 +1,4 @@
-"""The directory beside the output that makes an interrupted conversion resumable.
+"""Make an interrupted conversion resumable with a directory beside the output.
 
 Each finished block is one file (formats/quantized_block.py), and one more once it is refined; so is the state of a
 refinement. The finished output is written here too, and moved to its place when it is complete. A fingerprint of inputs

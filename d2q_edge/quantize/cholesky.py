@@ -1,4 +1,4 @@
-"""The upper Cholesky factor U of the inverse Hessian, and products with triangular matrices that skip the zeros.
+"""Compute the upper Cholesky factor U of the inverse Hessian, and triangular products that skip the zeros.
 
 GPTQ (arXiv 2210.17323) inverts H and factors the inverse. With J the exchange matrix, J H J = L L^T gives
 U = J inv(L) J directly: one Cholesky factorization and one triangular inverse, several times as fast and more accurate.

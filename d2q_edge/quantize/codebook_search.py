@@ -1,8 +1,8 @@
 """Choose block scales and codebooks by squared error: in torch, or on a CUDA device in Triton.
 
 The search bins the values of a group and sums up, per codebook, the squared errors of the bins' centers: a rank of all
-256 codebooks, of which only a shortlist is measured exactly (DESIGN section 2; tests/reference_encoder.py searches
-exhaustively). q4_0, which has two codebooks only, has its own search (uniform.py).
+256 codebooks, of which only a shortlist is measured exactly (docs/accuracy.md has its cost; tests/reference_encoder.py
+searches exhaustively). q4_0, which has two codebooks only, has its own search (uniform.py).
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""The collective operations that the quantizer uses where several processes share its work."""
+"""Define the collective operations that the quantizer uses where several processes share its work."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol

@@ -1,4 +1,4 @@
-"""Deviation-Aware Correction: a bias for the mean shift that quantization causes at a norm's output (D2Quant, 3.3).
+"""Correct a norm's mean shift under quantization by a bias (Deviation-Aware Correction, D2Quant, 3.3).
 
 The bias is the mean over calibration tokens of teacher - student, both at the norm's output: everything before the norm
 is quantized in the student; the teacher runs the same input through the unquantized layers. Later layers are calibrated

@@ -1,4 +1,4 @@
-"""Dual-Scale Quantizer: column scales that cost no bits, because a neighboring layer absorbs them (D2Quant, 3.2).
+"""Scale columns at no cost in bits: a neighboring layer absorbs the scales (Dual-Scale Quantizer, D2Quant, 3.2).
 
 W_ij = c_j * L_i(q_ij): every column has a scale c_j. The layer stores W / c, and c moves into whatever produces its
 input: the weight and bias of the norm before it, or the rows of the linear layer that its input is proportional to (up
@@ -40,7 +40,7 @@ def column_scales(
     Args:
         weight_energy: w, float32 [columns], from the function of that name.
         input_energy: h, float32 [columns], from InputEnergy.
-        rows: int64 [columns], the row of the source layer behind each column; columns of one row share their scale.
+        rows: int64 [columns], the source layer's row that produces each column; columns of one row share a scale.
             None where every column has its own.
         balance: see BALANCE.
     """

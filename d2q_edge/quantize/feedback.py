@@ -1,4 +1,4 @@
-"""Error feedback inside a group of 32 columns, for all rows of a matrix: the inner loop of gptaq.py and descent.py.
+"""Feed back errors inside a group of 32 columns, for all rows of a matrix: the inner loop of gptaq.py and descent.py.
 
 Columns are in the order of quantization, those of one code side by side. With j the columns of one code, w their values
 and U_jj the diagonal block of U, the code minimizes |(w - q) inv(U_jj)|. With E = (w - q) inv(U_jj), the later columns

@@ -7,7 +7,7 @@ With H and dXXT from statistics.py:
 Columns are quantized from left to right. With j the columns of one code (a pair or a single one), the code minimizes
 |(w - q) inv(U_jj)|; with E = (w - q) inv(U_jj), all later columns receive -E U_j,later + w P_j,later. alpha 0 is GPTQ
 (arXiv 2210.17323). Blocks are visited in descending order of their largest diag(H): as good as GPTQ's activation order,
-but the storage order stays (DESIGN section 3).
+but the storage order stays.
 """
 
 from collections.abc import Callable

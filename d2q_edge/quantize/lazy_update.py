@@ -1,6 +1,6 @@
-"""Lazy batch updates of the columns that are still to be quantized (GPTQ, arXiv 2210.17323, section 3.3).
+"""Update lazily, in batches, the columns that are still to be quantized (GPTQ, arXiv 2210.17323, section 3.3).
 
-Inside a span of columns every block updates the rest of the span at once. The columns behind the span are updated once
+Inside a span of columns every block updates the rest of the span at once. The columns after the span are updated once
 per span, by one large product instead of one small product per block: a GPU spends most of a small one on reading and
 writing the columns that it adds to.
 """
@@ -25,16 +25,16 @@ def spans(columns: int, block_size: int, device: torch.device, span: int = SPAN)
 class LazyUpdate:
     """The pending update of one span: for every factor F, columns += change of a block @ F[block, columns]."""
 
-    def __init__(self, inside: torch.Tensor, behind: torch.Tensor, factors: Iterable[torch.Tensor]) -> None:
+    def __init__(self, span: torch.Tensor, later: torch.Tensor, factors: Iterable[torch.Tensor]) -> None:
         """Start a span.
 
         Args:
-            inside, behind: float32 [rows, ...], the columns of the span and all later ones, updated in place.
+            span, later: float32 [rows, ...], the columns of the span and all later ones, updated in place.
             factors: float32 [columns of the span, these and later columns] each, such as rows of U and P.
         """
-        self._inside, self._behind, self._factors = inside, behind, list(factors)
-        # Only needed for the columns behind.
-        self._changes = [torch.empty_like(inside) for _ in self._factors if behind.shape[1]]
+        self._span, self._later, self._factors = span, later, list(factors)
+        # Only needed for the later columns.
+        self._changes = [torch.empty_like(span) for _ in self._factors if later.shape[1]]
         self._done = 0
 
     def add(self, *changes: torch.Tensor) -> None:
@@ -43,13 +43,12 @@ class LazyUpdate:
         for kept, change in zip(self._changes, changes, strict=False):
             kept[:, here] = change
         self._done = here.stop
-        later = slice(here.stop, self._inside.shape[1])
-        _add_products(self._inside[:, later], changes, [factor[here, later] for factor in self._factors])
+        later = slice(here.stop, self._span.shape[1])
+        _add_products(self._span[:, later], changes, [factor[here, later] for factor in self._factors])
 
     def finish(self) -> None:
-        """Update the columns behind the span by all of its changes."""
-        columns = self._inside.shape[1]
-        _add_products(self._behind, self._changes, [factor[:, columns:] for factor in self._factors])
+        """Update the columns after the span by all of its changes."""
+        _add_products(self._later, self._changes, [factor[:, self._span.shape[1] :] for factor in self._factors])
 
 
 def _add_products(target: torch.Tensor, changes: Iterable[torch.Tensor], factors: Iterable[torch.Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Matrix products in float32 precision, and in TF32 where that is enough."""
+"""Multiply matrices in float32 precision, and in TF32 where that is enough."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

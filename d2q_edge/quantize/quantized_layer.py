@@ -1,4 +1,4 @@
-"""The result of quantizing one weight matrix."""
+"""Hold the result of quantizing one weight matrix."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Refinement: tune a quantized model by gradient descent on its KL divergence from the original model.
+"""Tune a quantized model by gradient descent on its KL divergence from the original model.
 
 The loss is the mean of KL(original || quantized) of the next-token probabilities over all tokens. Adam with a cosine
 schedule tunes block scales (their logarithms), norm weights and biases and, where they are free, the codes (latent

@@ -1,7 +1,7 @@
-"""Rotation of the residual stream (QuaRot, arXiv 2404.00456, section 4, stage 1a) with small Hadamard matrices.
+"""Rotate the residual stream (QuaRot, arXiv 2404.00456, section 4, stage 1a) with small Hadamard matrices.
 
 The hidden states h [tokens, width] become h Q with Q = diag(signs) blockdiag(H, ..., H): random signs, and H the
-normalized Walsh-Hadamard matrix of the largest power of two that divides the width, at most 128 (DESIGN section 3). Q
+normalized Walsh-Hadamard matrix of the largest power of two that divides the width, at most 128. Q
 keeps lengths and so commutes with an RMS norm without weights. With the norms' weights n folded into the layers that
 follow, the model computes the same after
 

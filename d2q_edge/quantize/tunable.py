@@ -1,4 +1,4 @@
-"""Linear layers and norms of a quantized model whose scales, codes, gains and biases gradients can tune (refine.py).
+"""Let gradients tune the scales, codes, gains and biases of a quantized model's linear layers and norms (refine.py).
 
 W = units * scales, units being entries of the chosen codebooks. Scales are tuned by their logarithm, so that a step is
 relative to their size. Codes are tuned by a latent point per code in units of d: the nearest entry of the group's

@@ -67,7 +67,7 @@ class Progress:
         self._bar.update(steps)
 
     def set_status(self, status: str) -> None:
-        """Set what is shown behind the numbers from the next update on."""
+        """Set what is shown after the numbers from the next update on."""
         self._status = status
         self._bar.set_postfix_str(status, refresh=False)
 

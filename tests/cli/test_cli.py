@@ -1,4 +1,4 @@
-"""The command line's contract (DESIGN section 8): exit codes, errors of one sentence, JSON keys, help."""
+"""The command line's contract: exit codes, errors of one sentence, JSON keys, help."""
 
 import importlib.util
 import json

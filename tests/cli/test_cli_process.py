@@ -59,7 +59,7 @@ def test_a_signal_leaves_resumable_work(
     assert d2q(*arguments, "--seed", "1").code == 1
     again = d2q(*arguments)
     assert again.code == 0
-    assert any(line.startswith("going on after ") and "out.gguf.work" in line for line in again.err.splitlines())
+    assert any(line.startswith("resuming after ") and "out.gguf.work" in line for line in again.err.splitlines())
 
 
 class TestWorker:

@@ -106,7 +106,7 @@ class TestBadOptions:
     @pytest.mark.parametrize(
         ("options", "said"),
         [
-            (("--bits", "2.3"), "--bits 2.3 can't be had; use 2, 3, or a number from 2.31 to 4.3"),
+            (("--bits", "2.3"), "--bits 2.3 is out of range; use 2, 3, or a number from 2.31 to 4.3"),
             (("--bits", "4.5"), "use 2, 3, or a number from 2.31 to 4.3"),
             (("--bits", "nan"), "use 2, 3, or a number from 2.31 to 4.3"),
             (("--refine", "--no-calibration"), "--refine tunes the model on calibration text"),
@@ -122,6 +122,30 @@ class TestBadOptions:
     )
     def test_request_that_cannot_be_carried_out(self, d2q: Call, options: tuple[str, ...], said: str) -> None:
         refused(d2q("convert", EXAMPLE, "-o", "out.gguf", *options), said)
+
+    @pytest.mark.parametrize(
+        ("choice", "ignored"),
+        [
+            (("--type", "f16"), ("--calibration", "none.txt")),
+            (("--type", "f16"), ("--calibration-tokens", "9")),
+            (("--type", "f16"), ("--context", "9")),
+            (("--type", "f16"), ("--seed", "1")),
+            (("--type", "f16"), ("--no-dsq",)),
+            (("--type", "f16"), ("--dac",)),
+            (("--type", "f16"), ("--gpus", "2")),
+            (("--type", "f16"), ("--rotation", "off")),
+            (("--no-calibration",), ("--calibration", "none.txt")),
+            (("--no-calibration",), ("--calibration-tokens", "9")),
+            (("--no-calibration",), ("--context", "9")),
+            (("--no-calibration",), ("--no-dac",)),
+        ],
+    )
+    def test_option_that_would_be_ignored(self, d2q: Call, choice: tuple[str, ...], ignored: tuple[str, ...]) -> None:
+        result = d2q("convert", EXAMPLE, "-o", "out.gguf", *choice, *ignored)
+        assert result.code == 2
+        assert result.err.splitlines()[-1].startswith(f"Error: {choice[0]} ")
+        assert result.err.endswith(f"; it can't be used with {ignored[0]}\n")
+        assert list(Path.cwd().iterdir()) == []
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
     def test_missing_device(self, d2q: Call) -> None:

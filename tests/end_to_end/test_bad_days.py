@@ -185,7 +185,7 @@ class TestInterrupted:
         assert said.endswith(INTERRUPTED)
         status, said = in_child(["convert", str(model), "-o", str(output), *OPTIONS])
         assert status == 0
-        assert "going on after" in said
+        assert "resuming after" in said
         assert output.read_bytes() == expected
 
 

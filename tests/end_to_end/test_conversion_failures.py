@@ -86,7 +86,7 @@ class TestInterruptions:
         capsys.readouterr()
         conversion.convert(whole[0], output, QUICK)
         said = capsys.readouterr().err.splitlines()
-        assert said[1] == f"going on after 2 finished blocks in {output}.work"
+        assert said[1] == f"resuming after 2 finished blocks from {output}.work"
         assert [line for line in said if "Quantizing" in line] == [said[2]]
         assert "block 3/3" in said[2]
 
@@ -231,7 +231,7 @@ class TestFailures:
         for layer in ("gate", "up", "down"):
             tensors[f"model.layers.1.mlp.{layer}_proj.weight"] *= 1e19
         save_file(tensors, model / "model.safetensors")
-        with pytest.raises(D2QError, match=r"too large to calculate with|are NaN or infinite behind model.layers.1"):
+        with pytest.raises(D2QError, match=r"too large to calculate with|are NaN or infinite after model.layers.1"):
             conversion.convert(model, tmp_path / "out.gguf", QUICK)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf.work", "tiny"]
 

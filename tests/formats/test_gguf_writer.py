@@ -117,7 +117,7 @@ def test_arrays_that_cannot_be_packed(out: Path, value: list[Any]) -> None:
 
 
 def test_a_list_where_a_text_belongs(out: Path) -> None:
-    """It would be packed as an array behind a mark that says text, and nobody could read the file."""
+    """It would be packed as an array after a mark that says text, and nobody could read the file."""
     with pytest.raises(D2QError, match="the model's metadata can't be written"):
         write_gguf(out, "llama", [], lambda writer: writer.add_string("general.author", ["a", "b"]))
 
@@ -173,7 +173,7 @@ def test_q8_0_by_hand() -> None:
 
 
 def test_a_stack_is_its_parts_without_gaps(out: Path) -> None:
-    """Parts of 20 and of 34 bytes, and a tensor behind them at the next multiple of 32."""
+    """Parts of 20 and of 34 bytes, and a tensor after them at the next multiple of 32."""
     packed = np.random.default_rng(0).integers(0, 256, (3, 1, 20), np.uint8)
     parts = [tensor(str(part[0, 0]), "d2q2_64", part, (1, 64)) for part in packed]
     values = np.arange(96, dtype=np.float32).reshape(3, 1, 32)

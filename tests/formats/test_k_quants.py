@@ -17,7 +17,7 @@ each_type = pytest.mark.parametrize("name", ENCODERS)
 RELATIVE_ERROR = {"q4_k": 6e-3, "q5_k": 1.4e-3, "q6_k": 3.2e-4}
 """Of Gaussian weights; llama-quantize's is 2 to 13 % above ours."""
 STEP = {"q4_k": 1 / 15, "q5_k": 1 / 31, "q6_k": 1 / 32}
-"""Distance between neighbouring values, over the largest magnitude of a group whose values have both signs: at most
+"""Distance between neighboring values, over the largest magnitude of a group whose values have both signs: at most
 twice this."""
 
 

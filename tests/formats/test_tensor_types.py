@@ -1,4 +1,4 @@
-"""The block formats, held against blocks worked out by hand and against loops written from DESIGN section 2."""
+"""The block formats, held against blocks worked out by hand and against loops over tensor_types.py's layouts."""
 
 import gguf
 import numpy as np
@@ -39,7 +39,7 @@ def random_parts(t: TensorType, rows: int, columns: int, seed: int) -> tuple[npt
 
 
 def slow_weight(t: TensorType, row: U8, n: int) -> np.float32:
-    """Weight n of a packed row, bit by bit as DESIGN says."""
+    """Weight n of a packed row, bit by bit as tensor_types.py describes it."""
     block, n = divmod(n, t.block_size)
     groups = t.block_size // 32
     b = row[block * t.type_size : (block + 1) * t.type_size].tobytes()

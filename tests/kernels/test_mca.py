@@ -1,4 +1,4 @@
-"""Modelled cycles of the ARM kernels: how they are counted, and that ours need fewer than those they replace."""
+"""Modeled cycles of the ARM kernels: how they are counted, and that ours need fewer than those they replace."""
 
 import shutil
 from pathlib import Path

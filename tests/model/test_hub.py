@@ -209,7 +209,7 @@ class TestConnections:
         directory = locate(REPO)
         monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
         assert locate(REPO) == directory
-        assert f"going on with the cached copy in {directory}" in capsys.readouterr().err
+        assert f"using the cached copy in {directory}" in capsys.readouterr().err
 
     def test_offline(self, server: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         directory = locate(REPO)

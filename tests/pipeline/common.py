@@ -86,7 +86,7 @@ class Setup:
 
 
 class CapturingRunner(BlockRunner):
-    """Keeps what the final norm is given: the hidden states of both models, batch by batch, behind the last block."""
+    """Keeps what the final norm is given: the hidden states of both models, batch by batch, after the last block."""
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup.checkpoint, setup.family, CPU)

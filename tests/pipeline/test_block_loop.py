@@ -142,7 +142,7 @@ def test_overflowing_activations(make_checkpoint: Make, tmp_path: Path) -> None:
     tensors["model.layers.1.mlp.up_proj.weight"] *= 1e5
     save_file(tensors, model / "model.safetensors")
     work = WorkDir(tmp_path / "out", {})
-    message = r"the activations of the original model are NaN or infinite behind model\.layers\.1\.mlp\.down_proj"
+    message = r"the activations of the original model are NaN or infinite after model\.layers\.1\.mlp\.down_proj"
     with pytest.raises(D2QError, match=message):
         Setup(model).run(work)
     assert work.finished == 1

@@ -34,6 +34,6 @@ def test_quantized_activations_that_overflow(make_checkpoint: Make, number: int,
     broken = linear.get_parameter("weight").clone()
     broken[0, 0] = torch.inf
     linear.weight = torch.nn.Parameter(broken, requires_grad=False)
-    message = rf"the activations of the quantized model are NaN or infinite behind model\.layers\.0\.{sublayer.module}"
+    message = rf"the activations of the quantized model are NaN or infinite after model\.layers\.0\.{sublayer.module}"
     with pytest.raises(D2QError, match=message):
         advance_quantized(context, 0, sublayer, original, quantized, None)

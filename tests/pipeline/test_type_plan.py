@@ -151,7 +151,7 @@ def test_mixtures_of_narrow_layers() -> None:
 
 @pytest.mark.parametrize("bits", [0, 1, 2.3, 4.31, 4.5, 16, -2, float("nan"), float("inf")])
 def test_bits_that_cannot_be_had(bits: float) -> None:
-    with pytest.raises(D2QError, match=r"can't be had; use 2, 3, or a number from 2.31 to 4.3"):
+    with pytest.raises(D2QError, match=r"is out of range; use 2, 3, or a number from 2.31 to 4.3"):
         plan(bits)
 
 

@@ -1,4 +1,4 @@
-"""Column scales: against a numeric minimisation and float64 inverses, and that no logit of a model changes."""
+"""Column scales: against a numeric minimization and float64 inverses, and that no logit of a model changes."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Lazy updates, which reach the columns behind a span late, against updating all later columns at once."""
+"""Lazy updates, which reach the columns after a span late, against updating all later columns at once."""
 
 import pytest
 import torch

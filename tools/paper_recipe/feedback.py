@@ -1,4 +1,4 @@
-"""The paper's recipe for one layer: GPTQ and GPTAQ column by column over the grids of grid.py (DESIGN section 3).
+"""The paper's recipe for one layer: GPTQ and GPTAQ column by column over the grids of grid.py (arXiv 2602.02546).
 
 U and P are those of quantize/gptaq.py. Groups of columns are visited in descending order of their largest diag(H), and
 so are the columns of a group, whose grid is fitted when the group is reached. The result is dequantized weights.

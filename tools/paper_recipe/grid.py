@@ -1,4 +1,4 @@
-"""The two grids of the paper's recipe (DESIGN section 3): the values that the weights of a group can take, row by row.
+"""The two grids of the paper's recipe (arXiv 2602.02546): the values that the weights of a group can take, row by row.
 
 Most layers get a clipped min-max grid, down projections the Dual-Scale Quantizer (section 3.2 of the paper), whose
 column scales all rows share.

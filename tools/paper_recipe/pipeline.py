@@ -1,4 +1,4 @@
-"""The paper's recipe for a whole model, block by block, in torch (DESIGN section 3).
+"""The paper's recipe for a whole model, block by block, in torch (arXiv 2602.02546).
 
 As in the product's pipeline, the original and the quantized model run side by side, and every layer is quantized for
 the output of the quantized layers before it. Rotation is a matter of the checkpoint that the BlockRunner reads.

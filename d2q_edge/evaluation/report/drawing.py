@@ -1,7 +1,7 @@
 """Draw pictures with matplotlib, and write them to a file or as SVG elements of a page.
 
-In a page, colours are CSS variables, so that it follows the reader's choice of light or dark. matplotlib can't draw
-with those: it gets the light colours, which are replaced in the SVG that it writes.
+In a page, colors are CSS variables, so that it follows the reader's choice of light or dark. matplotlib can't draw
+with those: it gets the light colors, which are replaced in the SVG that it writes.
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ COLOURS = {
     "s6": ("#6b6b70", "#a9a9b2"),
     "s7": ("#7a3fb0", "#bf94f0"),
 }
-"""Light and dark, by the variable's name. Lines and points have Okabe and Ito's colours, safe for colour-blind readers,
+"""Light and dark, by the variable's name. Lines and points have Okabe and Ito's colors, safe for color-blind readers,
 two of them darkened for a white background."""
 INK, GRID, PAPER, *SERIES = [light for light, _ in COLOURS.values()]
 WIDTH, HEIGHT = 5.0, 3.7
@@ -56,7 +56,7 @@ def require() -> None:
 
 
 def variables(*, dark: bool) -> str:
-    """Return CSS declarations of the colours."""
+    """Return CSS declarations of the colors."""
     return "".join(f"--{name}:{pair[dark]};" for name, pair in COLOURS.items())
 
 

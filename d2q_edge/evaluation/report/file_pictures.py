@@ -1,4 +1,4 @@
-"""The pictures of a comparison: KL divergence and speed of all files against their size."""
+"""Draw the pictures of a comparison: KL divergence and speed of all files against their size."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from d2q_edge.evaluation.report.drawing import INK, PAPER, SERIES, Picture
 from d2q_edge.evaluation.token_scores import TWO_SIDED
 
 LOOKS = {GIVEN: (0, "o", "files"), STOCK: (1, "s", "stock types"), REFERENCE: (6, "D", "reference")}
-"""Colour, marker and legend of each kind of row."""
+"""Color, marker and legend of each kind of row."""
 SIDES = (
     (7, 0, "left"), (-7, 0, "right"), (0, 11, "center"), (0, -11, "center"), (7, 11, "left"), (7, -11, "left"),
     (-7, 11, "right"), (-7, -11, "right"), (0, 22, "center"), (0, -22, "center"),
@@ -83,7 +83,7 @@ def _list(rows: Sequence[Row], values: dict[str, float]) -> str:
 
 
 def _points(axes: Any, rows: Sequence[Row], values: dict[str, float]) -> None:
-    """Draw points with their names, a marker and a colour for each kind of file, sizes on the horizontal axis."""
+    """Draw points with their names, a marker and a color for each kind of file, sizes on the horizontal axis."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     for kind, (colour, marker, label) in LOOKS.items():

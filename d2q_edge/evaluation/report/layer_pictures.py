@@ -1,4 +1,4 @@
-"""Pictures of one conversion, block by block, from the report of `convert --report`."""
+"""Draw pictures of one conversion, block by block, from the report of `convert --report`."""
 
 import math
 import statistics

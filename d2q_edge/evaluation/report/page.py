@@ -86,7 +86,7 @@ def _shown(picture: drawing.Picture, name: str) -> dict[str, Any]:
 
 
 def _allocations(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return the types of every file's matrices; a type has the same colour in all files."""
+    """Return the types of every file's matrices; a type has the same color in all files."""
     kinds = sorted({kind for row in rows for types in row.allocation.values() for kind in types.values()})
     colours = {kind: index % len(drawing.SERIES) for index, kind in enumerate(kinds)}
     found = []

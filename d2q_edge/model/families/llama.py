@@ -1,6 +1,6 @@
 """Llama 2, 3, 3.1, 3.2, SmolLM2 and other models of the same architecture.
 
-llama.cpp: src/models/llama.cpp; conversion/llama.py, LlamaModel. It applies the rotary embedding to neighbouring pairs
+llama.cpp: src/models/llama.cpp; conversion/llama.py, LlamaModel. It applies the rotary embedding to neighboring pairs
 of rows, transformers to the two halves of a head, so the rows of q and k are reordered on export. Llama 3.1's frequency
 scaling becomes the tensor rope_freqs.weight.
 """

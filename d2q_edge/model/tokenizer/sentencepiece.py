@@ -37,7 +37,7 @@ def build(files: Files) -> Tokenizer:
     if files.sentencepiece.is_file():
         model = read_model(files.sentencepiece)
         if model.algorithm != "BPE" or model.space_suffix:
-            kind = "puts spaces behind words" if model.space_suffix else f"is a {model.algorithm} model"
+            kind = "puts spaces after words" if model.space_suffix else f"is a {model.algorithm} model"
             raise D2QError(f"{files.sentencepiece} {kind}; llama.cpp can do SentencePiece's BPE only")
         pieces, ids = model.pieces, model.special_ids
         if files.content:

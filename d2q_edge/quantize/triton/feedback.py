@@ -1,4 +1,4 @@
-"""Error feedback inside a group in Triton: the 32 columns of some rows stay in registers until all have their codes.
+"""Feed back errors inside a group in Triton: the 32 columns of some rows stay in registers until all have their codes.
 
 It is the counterpart of quantize/feedback.py, and a part of the kernels of gptaq.py and descent.py.
 """

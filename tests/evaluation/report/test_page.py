@@ -75,7 +75,7 @@ def test_pictures_have_names_and_descriptions(tree: Element) -> None:
         assert picture.attrib["role"] == "img"
         assert picture.attrib["aria-labelledby"] == f"{title.attrib['id']} {description.attrib['id']}"
         assert len(words(description)) > 60
-        # Text stays text, in the page's colours.
+        # Text stays text, in the page's colors.
         assert [element.text for element in picture.iter(f"{SVG}text")]
         assert re.findall(r"#[0-9a-f]{6}", str([element.attrib for element in picture.iter()])) == []
     assert "mine: 2 MB, 0.3" in words(pictures[0])

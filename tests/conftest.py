@@ -20,7 +20,8 @@ from d2q_edge.conversion import convert
 from d2q_edge.export.model_file import export
 from d2q_edge.options import Options
 from d2q_edge.pipeline.report import Report
-from d2q_edge.runtime import generate, llama_model, source
+from d2q_edge.runtime import generate, installed, llama_model, source
+from d2q_edge.utils import files
 from tests import stock
 from tests.availability import fetch_sdist
 from tests.checkpoints import EXAMPLE, write_checkpoint
@@ -57,6 +58,51 @@ def d2q(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_
         return Result(exit_.value.code if isinstance(exit_.value.code, int) else 0, output.out, output.err)
 
     return call
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """environment(NAME="value", OTHER=None): set variables, or remove those that are None."""
+
+    def change(**variables: str | None) -> None:
+        for name, value in variables.items():
+            if value is None:
+                monkeypatch.delenv(name, raising=False)
+            else:
+                monkeypatch.setenv(name, value)
+
+    return change
+
+
+@pytest.fixture
+def no_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No llama-cpp-python is installed."""
+    monkeypatch.setattr(installed, "installed_version", lambda: None)
+
+
+@pytest.fixture
+def without_package(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """without_package("name"): Python neither finds nor imports this package any more."""
+    return lambda name: monkeypatch.setitem(sys.modules, name, None)
+
+
+@pytest.fixture
+def disk_events(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """("flush", name) and ("rename", new name), in the order in which files and directories reach the disk."""
+    events: list[tuple[str, str]] = []
+    sync, rename = files.sync, Path.replace
+
+    def note_flush(path: Path) -> None:
+        events.append(("flush", path.name))
+        sync(path)
+
+    def note_rename(path: Path, target: Path) -> None:
+        events.append(("rename", target.name))
+        rename(path, target)
+
+    monkeypatch.setattr(files, "sync", note_flush)
+    monkeypatch.setattr(Path, "replace", note_rename)
+    return events
 
 
 @pytest.fixture

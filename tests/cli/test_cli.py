@@ -1,6 +1,5 @@
 """The command line's contract: exit codes, errors of one sentence, JSON keys, help."""
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -181,7 +180,13 @@ class TestCompare:
         assert [line.split()[0] for line in result.out.splitlines()] == ["file", "f16", "d2q2", "*"]
         assert result.err.splitlines() == ["Error: can't write r.svg: Is a directory"]
 
-    def test_bad_requests(self, d2q: Call, example_files: ExampleFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_bad_requests(
+        self,
+        d2q: Call,
+        example_files: ExampleFiles,
+        monkeypatch: pytest.MonkeyPatch,
+        without_package: Callable[[str], None],
+    ) -> None:
         monkeypatch.setattr(LlamaModel, "__init__", None)
         own = example_files.f16, example_files.d2q2
         refused(d2q("compare", example_files.f16), "there is nothing to compare with the reference")
@@ -189,8 +194,7 @@ class TestCompare:
         refused(d2q("compare", *own, "-o", "r.pdf"), "r.pdf should end in .html for a report, or in .png or .svg")
         refused(d2q("compare", *own, "-o", "none/r.html"), "the output directory none doesn't exist")
         refused(d2q("compare", *own, "--report", "none.json"), "can't read none.json")
-        find = importlib.util.find_spec
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "jinja2" else find(name))
+        without_package("jinja2")
         refused(
             d2q("compare", *own, "-o", "r.html"), "reports and pictures need jinja2: pip install 'd2q-edge[report]'"
         )
@@ -218,8 +222,7 @@ class TestOtherCommands:
         refused(d2q("run", "none.gguf", "-p", "x"), "there is no file none.gguf")
 
     @pytest.mark.slow
-    def test_no_runtime(self, d2q: Call, example_files: ExampleFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(runtime.installed, "installed_version", lambda: None)
+    def test_no_runtime(self, d2q: Call, example_files: ExampleFiles, no_runtime: None) -> None:
         for arguments in (("eval", example_files.f16), ("run", example_files.f16, "-p", "x")):
             refused(d2q(*arguments), "is not installed: run `d2q-edge runtime install`")
         result = d2q("runtime", "info", "--json")
@@ -247,8 +250,8 @@ class TestOtherCommands:
 
 class TestHelp:
     @pytest.mark.parametrize("command", ["", *COMMANDS])
-    def test_fits_the_terminal(self, d2q: Call, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("COLUMNS", "200")
+    def test_fits_the_terminal(self, d2q: Call, command: str, environment: Callable[..., None]) -> None:
+        environment(COLUMNS="200")
         results = [d2q(*command.split(), flag) for flag in ("--help", "-h")]
         assert results[0] == results[1]
         assert (results[0].code, results[0].err) == (0, "")

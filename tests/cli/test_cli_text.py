@@ -6,6 +6,7 @@ import pty
 import select
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -116,14 +117,16 @@ class _Screen:
         self.text = self.text[at + len(expected) + more :]
 
 
-def test_serve_passes_its_options_on(d2q: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serve_passes_its_options_on(
+    d2q: Call, environment: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[tuple[object, ...]] = []
 
     def serve(*arguments: object, **options: object) -> None:
         calls.append((*arguments, options))
 
     monkeypatch.setattr(server, "serve", serve)
-    monkeypatch.setenv("D2Q_API_KEY", "from the environment")
+    environment(D2Q_API_KEY="from the environment")
     assert d2q("serve", "file.gguf").code == 0
     options = ("--host", "::1", "--port", "0", "--context", "64", "--api-key", "key", "--threads", "3")
     assert d2q("serve", "file.gguf", *options).code == 0

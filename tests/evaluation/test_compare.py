@@ -78,9 +78,9 @@ def test_reference_is_kept_in_half_precision(example_files: ExampleFiles, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_stock_files_and_speeds(example_files: ExampleFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stock_files_and_speeds(example_files: ExampleFiles, tmp_path: Path, environment: Callable[..., None]) -> None:
     require_runtime()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # of the importance matrix
+    environment(XDG_CACHE_HOME=str(tmp_path / "cache"))  # of the importance matrix
     tools = FakeTools(result=example_files.d2q3, seconds=lambda call, _: (1, call))
     options = ComparisonOptions(
         chunks=1, context=64, stock=("Q2_K",), pure=True, threads=3, rounds=3, prompt=128, generation=8
@@ -100,9 +100,9 @@ def test_stock_files_and_speeds(example_files: ExampleFiles, tmp_path: Path, mon
     assert list(scratch.iterdir()) == [], "nothing large stays"
 
 
-def test_stock_files_can_be_kept(example_files: ExampleFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stock_files_can_be_kept(example_files: ExampleFiles, tmp_path: Path, environment: Callable[..., None]) -> None:
     require_runtime()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    environment(XDG_CACHE_HOME=str(tmp_path / "cache"))
     (tmp_path / "mine.txt").write_text("A text of my own. " * 500)
     tools = FakeTools(result=example_files.d2q3)
     options = replace(QUICKEST, stock=("Q2_K",), calibration=str(tmp_path / "mine.txt"))

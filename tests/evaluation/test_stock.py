@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,9 +37,9 @@ def tools() -> Tools:
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tools: Tools) -> Path:
+def cache(tmp_path: Path, environment: Callable[..., None], tools: Tools) -> Path:
     """An empty cache; `tools` are found before it is there."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    environment(XDG_CACHE_HOME=str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 

@@ -190,8 +190,7 @@ class TestRuntime:
             "llama.cpp crashes when it loads the file: x.cpp:1: GGML_ASSERT(false) failed"
         )
 
-    def test_tries_without_a_runtime(self, example_files: ExampleFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(runtime.installed, "installed_version", lambda: None)
+    def test_tries_without_a_runtime(self, example_files: ExampleFiles, no_runtime: None) -> None:
         assert "is not installed: run `d2q-edge runtime install`" in str(trial_load.attempt(example_files.f16))
 
     def test_is_not_asked(self, example_files: ExampleFiles) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections.abc import Callable
@@ -13,7 +12,6 @@ from typing import Any
 import gguf
 import pytest
 
-from d2q_edge import runtime
 from d2q_edge.conversion import convert
 from d2q_edge.errors import D2QError
 from d2q_edge.export.model_file import check_tokenizer, export, model_tokenizer
@@ -92,14 +90,12 @@ def test_message_shows_the_first_difference(tmp_path: Path) -> None:
     assert json.loads(found[3])[0] != json.loads(found[4])[0]
 
 
-def test_without_a_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def missing() -> None:
-        raise D2QError("the runtime is not installed: run it")
-
-    monkeypatch.setattr(runtime, "require", missing)
+def test_without_a_runtime(tmp_path: Path, no_runtime: None, capsys: pytest.CaptureFixture[str]) -> None:
     export(EXAMPLE, tmp_path / "out.gguf", "q8_0")
-    message = "the file's tokenizer was not compared with the model's: the runtime is not installed: run it\n"
-    assert capsys.readouterr().err == message
+    assert capsys.readouterr().err == (
+        "the file's tokenizer was not compared with the model's: the runtime (a patched llama-cpp-python) is not "
+        "installed: run `d2q-edge runtime install`\n"
+    )
     checkpoint = Checkpoint.open(EXAMPLE)
     family = family_for(checkpoint.config)
     check_tokenizer(checkpoint, family, model_tokenizer(checkpoint, family))
@@ -107,13 +103,12 @@ def test_without_a_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
 
 
 def test_without_sentencepiece(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, without_package: Callable[[str], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     require_runtime()
     directory = FAMILIES["llama2"].write(tmp_path / "model", keep=("model",))
     tokenizer = read_tokenizer(directory, {}, 624)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(runtime, "require", lambda: None)
+    without_package("sentencepiece")
     verify(tmp_path / "none.gguf", directory, tokenizer)
     assert "that takes SentencePiece (pip install 'd2q-edge[sentencepiece]')" in capsys.readouterr().err
 

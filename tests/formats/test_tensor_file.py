@@ -1,6 +1,7 @@
 """Files of intermediate results: they come back as they were, whole or not at all, and no damage goes unnoticed."""
 
 import os
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from safetensors.numpy import save_file
 from d2q_edge.errors import D2QError
 from d2q_edge.formats import tensor_file
 from d2q_edge.formats.tensor_file import load_tensors, save_tensors
-from d2q_edge.utils import files
 
 ARRAYS: dict[str, Any] = {
     "weights/a": np.arange(12, dtype=np.uint8).reshape(3, 4),
@@ -148,15 +148,27 @@ def test_interrupted_write(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(path.parent.iterdir()) == [path], "the next write takes what the interrupted one left"
 
 
-def test_full_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_: object, path: Path, metadata: object) -> None:
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(tensor_file, "save_file", full)
-    with pytest.raises(D2QError, match=r"can't write .*block.safetensors .*No space left.*; free some disk space"):
-        save_tensors(path, ARRAYS, METADATA)
+def test_no_room_for_the_content(path: Path) -> None:
+    """A limit of the process, which the system reports while the file is written, as it does a full disk."""
+    large = {"a": np.zeros(100_000, np.uint8)}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(D2QError, match=r"can't write .*block.safetensors .*File too large.*; free some disk space"):
+            save_tensors(path, large, METADATA)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(path.parent.iterdir()) == [], "what is useless must not fill the disk"
+    save_tensors(path, large, METADATA)
+    assert load_tensors(path)[1] == METADATA
+
+
+def test_no_room_for_the_name(path: Path) -> None:
+    """The content is written, but the rename fails."""
+    path.mkdir()
+    with pytest.raises(D2QError, match=r"can't write .*block.safetensors .*Is a directory.*; free some disk space"):
+        save_tensors(path, ARRAYS, METADATA)
+    assert list(path.parent.iterdir()) == [path], "what is useless must not fill the disk"
 
 
 def test_a_missing_directory(tmp_path: Path) -> None:
@@ -174,19 +186,6 @@ def test_a_directory_that_is_read_only(path: Path) -> None:
         path.parent.chmod(0o700)
 
 
-def test_content_is_flushed_before_it_has_its_name(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    events: list[tuple[str, str]] = []
-    sync, rename = files.sync, Path.replace
-
-    def note_flush(flushed: Path) -> None:
-        events.append(("flush", flushed.name))
-        sync(flushed)
-
-    def note_rename(partial: Path, target: Path) -> None:
-        events.append(("rename", target.name))
-        rename(partial, target)
-
-    monkeypatch.setattr(files, "sync", note_flush)
-    monkeypatch.setattr(Path, "replace", note_rename)
+def test_content_is_flushed_before_it_has_its_name(path: Path, disk_events: list[tuple[str, str]]) -> None:
     save_tensors(path, ARRAYS, METADATA)
-    assert events == [("flush", "block.partial"), ("rename", path.name), ("flush", path.parent.name)]
+    assert disk_events == [("flush", "block.partial"), ("rename", path.name), ("flush", path.parent.name)]

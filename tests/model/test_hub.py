@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +34,7 @@ from tests.checkpoints import write_checkpoint
 from tests.fake_hub import COMMIT, LATER, REPO, Fault, Hub, serve
 from tests.paths import ROOT
 
+Settings = Callable[..., None]
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 
 
@@ -53,21 +54,31 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def server(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+def settings(monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """settings(NAME=value): change settings of huggingface_hub, which reads its variables when it is imported."""
+
+    def change(**values: object) -> None:
+        for name, value in values.items():
+            monkeypatch.setattr(constants, name, value)
+
+    return change
+
+
+@pytest.fixture
+def server(
+    model: Path, tmp_path: Path, settings: Settings, environment: Settings, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Hub]:
     """Serve the hub, with an empty cache, no token and no delays before retries."""
     with serve(model) as state:
-        # huggingface_hub reads its environment variables when it is imported.
-        settings = {
-            "ENDPOINT": state.endpoint,
-            "HUGGINGFACE_CO_URL_TEMPLATE": state.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-            "HF_HUB_OFFLINE": False,
-            "DOWNLOAD_CHUNK_SIZE": 1000,
-        }
-        for name, value in settings.items():
-            monkeypatch.setattr(constants, name, value)
+        settings(
+            ENDPOINT=state.endpoint,
+            HUGGINGFACE_CO_URL_TEMPLATE=state.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+            HF_HUB_CACHE=str(tmp_path / "cache"),
+            HF_HUB_OFFLINE=False,
+            DOWNLOAD_CHUNK_SIZE=1000,
+        )
+        environment(HF_TOKEN=None)
         monkeypatch.setattr(time, "sleep", lambda seconds: None)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
         monkeypatch.chdir(tmp_path)
         yield state
         close_session()
@@ -112,14 +123,14 @@ def test_single_file_repository(server: Hub, model: Path) -> None:
     assert not any((directory / name).exists() for name in SHARDS)
 
 
-def test_repository_with_a_left_over_index(server: Hub, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repository_with_a_left_over_index(server: Hub, model: Path, settings: Settings) -> None:
     """The shards aren't fetched, because transformers reads the single file."""
     server.files["model.safetensors"] = server.files[SHARDS[0]]
     directory = locate(REPO)
     assert not any((directory / name).exists() for name in SHARDS)
     assert (directory / "model.safetensors").read_bytes() == (model / SHARDS[0]).read_bytes()
     (directory / INDEX_FILE).write_bytes((model / INDEX_FILE).read_bytes())
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    settings(HF_HUB_OFFLINE=True)
     assert locate(REPO) == directory, "complete without the shards"
 
 
@@ -199,22 +210,22 @@ class TestConnections:
         server.faults.append(Fault(f"HEAD /tiny-org/.*{SHARDS[0]}", 302, headers))
         refused(f"failed at {SHARDS[0]}.*Consistency check failed")
 
-    def test_no_network(self, server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    def test_no_network(self, server: Hub, settings: Settings) -> None:
+        settings(ENDPOINT="http://127.0.0.1:9")
         refused("connection to http://127.0.0.1:9 failed at the list of files of tiny-org/.*Connect")
 
     def test_no_network_with_a_cached_copy(
-        self, server: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+        self, server: Hub, settings: Settings, capsys: pytest.CaptureFixture[str]
     ) -> None:
         directory = locate(REPO)
-        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+        settings(ENDPOINT="http://127.0.0.1:9")
         assert locate(REPO) == directory
         assert f"using the cached copy in {directory}" in capsys.readouterr().err
 
-    def test_offline(self, server: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_offline(self, server: Hub, settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
         directory = locate(REPO)
         server.requests.clear()
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        settings(HF_HUB_OFFLINE=True)
         assert locate(REPO) == locate(REPO, "main") == locate(REPO, COMMIT) == directory
         assert capsys.readouterr().err == ""
         assert server.requests == []
@@ -224,10 +235,10 @@ class TestConnections:
         )
         refused("HF_HUB_OFFLINE", REPO, "v1")
 
-    def test_offline_with_an_incomplete_copy(self, server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_offline_with_an_incomplete_copy(self, server: Hub, settings: Settings) -> None:
         server.faults.append(Fault(f"GET /large/{SHARDS[1]}", 404))
         refused(SHARDS[1])
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        settings(HF_HUB_OFFLINE=True)
         refused(f"HF_HUB_OFFLINE forbids fetching .*the cached copy in .* lacks {SHARDS[1]}")
 
 
@@ -318,23 +329,23 @@ class TestRefusals:
 
 
 class TestToken:
-    def test_from_the_environment(self, server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_from_the_environment(self, server: Hub, environment: Settings) -> None:
         server.token = "hf_secret"
         refused("is gated")
-        monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+        environment(HF_TOKEN="hf_wrong")
         refused("is gated")
-        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        environment(HF_TOKEN="hf_secret")
         locate(REPO)
 
-    def test_is_not_sent_elsewhere(self, server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    def test_is_not_sent_elsewhere(self, server: Hub, environment: Settings) -> None:
+        environment(HF_TOKEN="hf_secret")
         locate(REPO)
         assert {request.token for request in server.requests if "/large/" not in request.path} == {"hf_secret"}
         assert {request.token for request in server.requests if "/large/" in request.path} == {""}
 
-    def test_stored_one_is_not_used(self, server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_stored_one_is_not_used(self, server: Hub, tmp_path: Path, settings: Settings) -> None:
         (tmp_path / "token").write_text("hf_stored")
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        settings(HF_TOKEN_PATH=str(tmp_path / "token"))
         assert huggingface_hub.get_token() == "hf_stored"
         locate(REPO)
         assert {request.token for request in server.requests} == {""}

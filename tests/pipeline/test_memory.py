@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,14 @@ def plan(
     return plan_memory(of, tokens, batch, device, tmp_path / "out.gguf", packed, limit, processes)
 
 
-def gpu_memory(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free, 2 * free))
+@pytest.fixture
+def gpu_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """gpu_memory(free): there is a GPU with this many free bytes."""
+
+    def change(free: int) -> None:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free, 2 * free))
+
+    return change
 
 
 def test_hidden_states_go_where_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,12 +81,12 @@ def test_a_full_disk_is_noticed_before_the_work(tmp_path: Path) -> None:
         plan("llama-3.2-1b", tmp_path, packed=2**50, limit=2**52)
 
 
-def test_targets_on_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_targets_on_paper(tmp_path: Path, gpu_memory: Callable[[int], None]) -> None:
     """A 1B model in 5 GiB; an 8B model on a GPU in 20 GiB, and 16 GiB beside it."""
     assert plan("llama-3.2-1b", tmp_path, 16 * 512).host < 5 * GIB
 
     def on_gpu(free: int, processes: int = 1) -> MemoryPlan:
-        gpu_memory(monkeypatch, free)
+        gpu_memory(free)
         return plan("qwen3-8b", tmp_path, 128 * 2048, device=GPU, limit=64 * GIB, processes=processes)
 
     large = on_gpu(100 * GIB)
@@ -96,14 +103,14 @@ def test_targets_on_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         on_gpu(GIB)
 
 
-def test_a_table_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_on_the_gpu(tmp_path: Path, gpu_memory: Callable[[int], None]) -> None:
     """It is encoded there when the hidden states are gone, and may be larger than anything that a block needs."""
     for tied in (True, False):
         table = 2**21 * 2048
         wide = family("llama-3.2-1b", vocab_size=2**21, tie_word_embeddings=tied)
 
         def on_gpu(free: int, tokens: int = 512, wide: Family = wide) -> MemoryPlan:
-            gpu_memory(monkeypatch, free)
+            gpu_memory(free)
             return plan(wide, tmp_path, tokens, batch=512, device=GPU)
 
         needed = on_gpu(200 * GIB)
@@ -127,6 +134,7 @@ def test_blocks_that_are_read_while_the_file_is_written(tmp_path: Path) -> None:
 
 PEAK = """
 import sys
+from collections.abc import Callable
 from d2q_edge.cli import cli
 sys.argv[0] = "d2q-edge"
 cli(standalone_mode=False)

@@ -2,7 +2,7 @@
 
 import io
 import re
-import sys
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
@@ -89,11 +89,10 @@ class TestInALog:
 
 
 class TestOnATerminal:
-    def test_a_bar_and_no_lines(self, make_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        terminal = Terminal()
-        monkeypatch.setattr(sys, "stderr", terminal)
+    def test_a_bar_and_no_lines(self, make_checkpoint: Make, tmp_path: Path) -> None:
         setup = Setup(make_checkpoint("llama", **SMALL))
-        setup.run(WorkDir(tmp_path / "out.gguf", {}), PLAIN, windows=FEW)
+        with redirect_stderr(Terminal()) as terminal:
+            setup.run(WorkDir(tmp_path / "out.gguf", {}), PLAIN, windows=FEW)
         shown = terminal.getvalue()
         assert "Quantizing:   0%|" in shown
         assert "Quantizing: 100%|" in shown
@@ -101,14 +100,11 @@ class TestOnATerminal:
         assert "elapsed" not in shown
         assert shown.count("\n") == 1, "one bar, which stays"
 
-    def test_other_processes_are_quiet(
-        self, make_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        terminal = Terminal()
-        monkeypatch.setattr(sys, "stderr", terminal)
+    def test_other_processes_are_quiet(self, make_checkpoint: Make, tmp_path: Path) -> None:
         setup = Setup(make_checkpoint("llama", **SMALL))
         work = WorkDir(tmp_path / "out.gguf", {})
-        setup.run(work, PLAIN, windows=FEW, processes=Second())
+        with redirect_stderr(Terminal()) as terminal:
+            setup.run(work, PLAIN, windows=FEW, processes=Second())
         assert terminal.getvalue() == ""
         assert work.finished == 0
 
@@ -134,10 +130,11 @@ class TestCounting:
             assert shown.done == shown.total
         assert capsys.readouterr().err == ""
 
-    def test_the_layer_of_the_moment(self, make_checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-        terminal = Terminal()
-        monkeypatch.setattr(sys, "stderr", terminal)
+    def test_the_layer_of_the_moment(self, make_checkpoint: Make) -> None:
         setup = Setup(make_checkpoint("llama", **SMALL))
-        with BlockProgress(setup.family, setup.types, quiet=False) as shown:
+        with (
+            redirect_stderr(Terminal()) as terminal,
+            BlockProgress(setup.family, setup.types, quiet=False) as shown,
+        ):
             shown.add_layers(1, {"mlp.down_proj": 0.01234})
         assert "block 2/3 mlp.down_proj error 0.0123" in terminal.getvalue()

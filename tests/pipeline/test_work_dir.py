@@ -12,7 +12,6 @@ from d2q_edge.errors import D2QError
 from d2q_edge.formats.quantized_block import BlockMetrics, QuantizedBlock, QuantizedWeight
 from d2q_edge.formats.tensor_types import D2Q2_64
 from d2q_edge.pipeline.work_dir import BlockWriter, WorkDir, was_published
-from d2q_edge.utils import files
 from tests.blocks import assert_same_block
 
 SETTINGS: dict[str, Any] = {"bits": 2, "files": [("a.safetensors", 10)], "recipe": {"seed": 0}}
@@ -131,28 +130,15 @@ def test_state_of_a_refinement(output: Path) -> None:
     again.remove_state()
 
 
-def test_everything_is_flushed_before_it_counts(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_is_flushed_before_it_counts(output: Path, disk_events: list[tuple[str, str]]) -> None:
     """The order of what reaches the disk: content, then name, then the directory's entries."""
-    events: list[tuple[str, str]] = []
-    sync, rename = files.sync, Path.replace
-
-    def note_flush(path: Path) -> None:
-        events.append(("flush", path.name))
-        sync(path)
-
-    def note_rename(path: Path, target: Path) -> None:
-        events.append(("rename", target.name))
-        rename(path, target)
-
-    monkeypatch.setattr(files, "sync", note_flush)
-    monkeypatch.setattr(Path, "replace", note_rename)
     work = WorkDir(output, SETTINGS)
     work.write_block(0, BLOCK)
     directory = work.path.name
     expected = [("flush", output.parent.name)]
     for partial, name in (("settings.partial", "settings.json"), ("block-0000.partial", "block-0000.safetensors")):
         expected += [("flush", partial), ("rename", name), ("flush", directory)]
-    assert events == expected
+    assert disk_events == expected
 
 
 class TestPublishing:

@@ -6,35 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from d2q_edge.runtime import installed, source
+from d2q_edge.runtime import source
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path: Path, environment: Callable[..., None]) -> Path:
     """An empty cache directory."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("CMAKE_ARGS", raising=False)
+    environment(XDG_CACHE_HOME=str(tmp_path / "cache"), CMAKE_ARGS=None)
     return tmp_path / "cache" / "d2q-edge" / "runtime"
-
-
-@pytest.fixture
-def environment(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """environment(NAME="value", OTHER=None): set variables, or remove those that are None."""
-
-    def change(**variables: str | None) -> None:
-        for name, value in variables.items():
-            if value is None:
-                monkeypatch.delenv(name, raising=False)
-            else:
-                monkeypatch.setenv(name, value)
-
-    return change
-
-
-@pytest.fixture
-def no_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No llama-cpp-python is installed."""
-    monkeypatch.setattr(installed, "installed_version", lambda: None)
 
 
 @pytest.fixture

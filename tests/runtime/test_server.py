@@ -9,7 +9,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,7 @@ class TestBeforeListening:
         assert len(capsys.readouterr().err.splitlines()) == len(started) == 1
 
     def test_requests_that_cannot_be_carried_out(
-        self, chat_file: Path, started: list[tuple[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, chat_file: Path, started: list[tuple[str, int]], tmp_path: Path, without_package: Callable[[str], None]
     ) -> None:
         with pytest.raises(D2QError, match="there is no file"):
             serve(tmp_path / "none.gguf")
@@ -142,10 +142,9 @@ class TestBeforeListening:
         (tmp_path / "bad.gguf").write_bytes(damaged)
         with pytest.raises(D2QError, match=r"llama.cpp can't load .*bad.gguf"):
             serve(tmp_path / "bad.gguf", port=0)
-        with monkeypatch.context() as patch:
-            patch.setitem(sys.modules, "uvicorn", None)
-            with pytest.raises(D2QError, match=r"packages are missing: pip install 'd2q-edge\[serve\]'"):
-                serve(chat_file)
+        without_package("uvicorn")
+        with pytest.raises(D2QError, match=r"packages are missing: pip install 'd2q-edge\[serve\]'"):
+            serve(chat_file)
         assert started == []
 
     def test_no_runtime(self, chat_file: Path, no_runtime: None) -> None:

@@ -1,5 +1,6 @@
 """Available memory, capped by the limits of the process's cgroups; the cache key of a machine."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -103,12 +104,12 @@ def test_no_limit(cgroups: Cgroups) -> None:
     assert 2**26 < cgroups.available() <= psutil.virtual_memory().total
 
 
-def test_key_names_patch_cpu_and_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CMAKE_ARGS", raising=False)
+def test_key_names_patch_cpu_and_options(environment: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    environment(CMAKE_ARGS=None)
     first = machine.cache_key("abc")
     assert first.startswith("abc-")
     assert first == machine.cache_key("abc")
-    monkeypatch.setenv("CMAKE_ARGS", "-DGGML_OPENMP=OFF")
+    environment(CMAKE_ARGS="-DGGML_OPENMP=OFF")
     with_options = machine.cache_key("abc")
     monkeypatch.setattr(machine, "_cpu", lambda: "another")
     assert len({first, with_options, machine.cache_key("abc")}) == 3

@@ -1,10 +1,10 @@
 """The page: strict HTML, nothing loaded from the network, all results in it; in a browser, where there is one."""
 
-import importlib.util
 import re
 import shutil
 import subprocess
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element
@@ -202,9 +202,8 @@ class TestBadTargets:
         with pytest.raises(D2QError, match="none doesn't exist"):
             check_target(tmp_path / "none" / "x.html")
 
-    def test_without_matplotlib(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        find = importlib.util.find_spec
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    def test_without_matplotlib(self, tmp_path: Path, without_package: Callable[[str], None]) -> None:
+        without_package("matplotlib")
         with pytest.raises(D2QError, match=r"need matplotlib: pip install 'd2q-edge\[report\]'"):
             check_target(tmp_path / "x.html")
 

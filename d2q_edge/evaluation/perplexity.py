@@ -31,8 +31,8 @@ class Evaluation:
 
     Attributes:
         perplexity, reference_perplexity: exp of the mean negative log-likelihood of the scored tokens.
-        kl_divergence_mean: of the file's predictions from the reference's, in nats per token; the mean, 99 % quantile,
-            median and maximum over tokens.
+        kl_divergence_mean: of the file's predictions from the reference's, in nats per token. The 99 % quantile (p99),
+            median and maximum are over tokens, too.
         top1_agreement: share of positions where both files have the same most likely token.
         chunks: number of chunks.
         bytes: size of the file.

@@ -59,7 +59,7 @@ def reference(path: Path, text: Text, chunks: int | None, context: int, director
         text: what to measure on.
         chunks: limit of their number; None takes the whole text.
         context: tokens per chunk.
-        directory: needs space for 2 * chunks * positions * vocab bytes.
+        directory: where they are kept, in 2 * chunks * positions * vocab bytes.
 
     Raises:
         D2QError: the file can't be loaded, the text is too short, or the disk is too full.

@@ -42,7 +42,7 @@ PrepareTree = Callable[[Path, Path], None]
 
 
 def _search_path() -> str:
-    """PATH with this environment's programs first: cmake and ninja may come from pip."""
+    """Return PATH with this environment's programs first: cmake and ninja may come from pip."""
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 

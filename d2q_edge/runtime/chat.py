@@ -57,8 +57,7 @@ class Conversation:
         self._options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
         self._model = load(path, context, seed, threads)
         self.context: int = self._model.n_ctx()
-        self.messages: list[dict[str, str]] = []
-        self.reset()
+        self.messages: list[dict[str, str]] = list(self._start)
 
     def __enter__(self) -> "Conversation":
         return self

@@ -15,7 +15,7 @@ SPARE_TOKENS = 8
 
 
 def llama_options(file: GGUFFile, context: int, threads: int | None) -> dict[str, Any]:
-    """Return options of llama_cpp.Llama: n_ctx is limited to the model's own context, no threads mean all CPUs."""
+    """Return options of llama_cpp.Llama: a context within the model's own, and threads; None takes all usable CPUs."""
     n_ctx, count = min(context, file.context_length or context), threads or usable_cpus()
     return {"n_ctx": n_ctx, "n_threads": count, "n_threads_batch": count, "verbose": False}
 

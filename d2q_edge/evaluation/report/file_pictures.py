@@ -112,7 +112,8 @@ def _name_points(axes: Any, rows: Sequence[Row], values: dict[str, float]) -> No
 
     axes.figure.draw_without_rendering()
     points = [(row.evaluation.bytes, values[row.name]) for row in rows]
-    taken = [Bbox((center - 7, center + 7)) for center in axes.transData.transform(points)]
+    radius = 5 * axes.figure.dpi / 72  # of a marker of 10 points, in pixels
+    taken = [Bbox((center - radius, center + radius)) for center in axes.transData.transform(points)]
     left, right = axes.bbox.intervalx
     for row, point in zip(rows, points, strict=True):
         label = axes.annotate(

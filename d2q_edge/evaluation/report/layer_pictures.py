@@ -57,7 +57,7 @@ def layer_pictures(report: Mapping[str, Any]) -> list[Picture]:
 
 
 def by_block(values: Mapping[str, float]) -> Lines:
-    """Group values, which are by the name of a tensor or module, by kind of layer and block; siblings are averaged."""
+    """Group values of tensors or modules, by name, into lines over the blocks; experts and siblings are averaged."""
     gathered: dict[str, dict[int, list[float]]] = {}
     for name, value in values.items():
         parts = printable(name).removesuffix(".weight").split(".")  # reports are untrusted input

@@ -54,6 +54,11 @@ class Options:
     memory_limit: int | None = None
     pre_tokenizer: str | None = None
 
+    def __post_init__(self) -> None:
+        """Make whole bits int, as the recipe in the file has them."""
+        if self.bits in (2, 3):
+            object.__setattr__(self, "bits", int(self.bits))
+
     def check(self) -> None:
         """Validate the options.
 
@@ -62,7 +67,7 @@ class Options:
         """
         for name, least in (("calibration_tokens", 1), ("context", MIN_CONTEXT), ("seed", 0), ("descent_rounds", 0)):
             value = getattr(self, name)
-            if type(value) is not int or value < least:
+            if type(value) is not int or not least <= value < 2**63:
                 raise D2QError(f"{name} must be a whole number from {least}, not {value!r}")
         for name in ("bits", "alpha"):
             value = getattr(self, name)
@@ -84,15 +89,9 @@ class BenchmarkOptions:
 
 @dataclass(frozen=True)
 class ComparisonOptions:
-    """What is measured, and how.
+    """What is measured: accuracy as by perplexity.evaluate; speed, with None for all CPUs, as by benchmark.
 
-    Attributes:
-        text, chunks, context: see perplexity.evaluate.
-        stock: stock types to compare with.
-        pure, calibration: of the stock files, see stock.StockQuantizer.
-        speed: also measure tokens per second.
-        threads: for the speed; None takes all CPUs that this process may use.
-        prompt, generation, rounds: for the speed, see BenchmarkOptions.
+    Types in `stock` are compared with; `pure` and `calibration` are stock.StockQuantizer's.
     """
 
     text: str = "builtin"

@@ -79,9 +79,7 @@ def command(
         if fields["device"] not in ("auto", "cuda"):
             raise click.UsageError(f"--gpus needs CUDA devices; it can't be used with --device {fields['device']}")
         fields["device"] = "cuda"
-    bits, gibibytes = fields["bits"], fields["memory_limit"]
-    # Whole bits are int, as the recipe in the file has them.
-    fields["bits"] = int(bits) if bits in (2, 3) else bits
+    gibibytes = fields["memory_limit"]
     fields["memory_limit"] = None if gibibytes is None else int(gibibytes * 2**30)
     options = Options(calibrate=not no_calibration, **fields)
     # Without calibration, there is no work to share.

@@ -24,6 +24,8 @@ from d2q_edge.options import MIN_CONTEXT, ComparisonOptions
 from d2q_edge.runtime.llama_model import LlamaModel
 from d2q_edge.utils.progress import INTERVAL, Progress
 
+MAX_LOSS = 700.0  # nats per token; exp of more is no float
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -158,6 +160,9 @@ def measure(
             logits = scored_logits(model, tokens)
             targets = tokens[len(tokens) // 2 + 1 :]
             scores.append(token_scores.score_tokens(logits, targets, reference(index) if reference else None))
+            losses = scores[-1][:2].mean(axis=1)  # of the file and the reference
+            if not (losses < MAX_LOSS).all():
+                raise D2QError(f"{file.path} or its reference is damaged: loss {losses.max():g} in chunk {index + 1}")
             if on_logits is not None:
                 on_logits(index, logits)
             means = np.concatenate(scores, axis=1).mean(axis=1)

@@ -93,14 +93,17 @@ class GGUFFile:
         return length if type(length) is int and length > 0 else None
 
     def check_blocks(self, chunk: int = 1 << 20) -> None:
-        """Check that every block of our types has a finite scale; llama.cpp would compute on with NaN.
+        """Check that blocks of our types have finite scales, and norms finite weights; llama.cpp computes on with NaN.
 
         All other bytes of a block are valid whatever they are. This reads the data once, `chunk` blocks at a time.
 
         Raises:
-            D2QError: a block's scale is NaN or infinite.
+            D2QError: a block's scale or a norm's weight is NaN or infinite.
         """
         for info in self.tensors.values():
+            norm = self.raw(info.name).view("<f4") if info.type_name == "f32" and len(info.shape) == 1 else np.zeros(1)
+            if not np.isfinite(norm).all():
+                raise D2QError(f"{self.path} is damaged: NaN or infinity in {info.name}; convert or download it again")
             own = tensor_types.BY_ID.get(info.type_id)
             if own is None:
                 continue

@@ -18,6 +18,7 @@ from d2q_edge.errors import D2QError
 from d2q_edge.formats.quantized_block import QuantizedBlock
 from d2q_edge.formats.tensor_file import Array, load_tensors, save_tensors
 from d2q_edge.utils import files
+from d2q_edge.utils.json_files import parse_json
 
 OWN_FILE = re.compile(
     r"settings\.(json|partial)|((block|refined)-\d+|refining)\.(safetensors|partial)|complete\.gguf"
@@ -196,7 +197,7 @@ def _directory(output: Path) -> Path:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = parse_json(path.read_bytes())
     if not isinstance(found, dict) or not isinstance(found.get(_FINGERPRINT), dict):
         raise ValueError(f"{path.name} doesn't hold the settings of a conversion")
     return found

@@ -97,6 +97,7 @@ def test_command_line_has_the_same_defaults() -> None:
         ({"context": -1}, "context must be a whole number from 8, not -1"),
         ({"context": 64.0}, "context must be a whole number from 8, not 64.0"),
         ({"seed": -1}, "seed must be a whole number from 0, not -1"),
+        ({"seed": 2**63}, "seed must be a whole number from 0, not 9223372036854775808"),
         ({"calibration_tokens": 0}, "calibration_tokens must be a whole number from 1, not 0"),
         ({"bits": "2"}, "bits must be a number, not '2'"),
         ({"bits": True}, "bits must be a number, not True"),
@@ -123,3 +124,9 @@ def test_result(tmp_path: Path) -> None:
     chats = d2q_edge.convert(model, tmp_path / "chats.gguf", d2q_edge.Options(calibrate=False), verify=False)
     last = chats.describe(Path("chats.gguf")).splitlines()[-1]
     assert last == "run it: d2q-edge chat chats.gguf, or d2q-edge run chats.gguf -p PROMPT"
+
+
+def test_whole_bits_are_whole() -> None:
+    """They are in the file's recipe, and 2.0 would make it another file."""
+    bits = [d2q_edge.Options(bits=bits).bits for bits in (2, 2.0, 3.0, 2.5)]
+    assert [str(each) for each in bits] == ["2", "2", "3", "2.5"]

@@ -327,6 +327,18 @@ class TestErrors:
         with pytest.raises(D2QError, match=r"llama.cpp can't load .*bad.gguf: .*blk.3.ffn_down.weight"):
             evaluate(tmp_path / "bad.gguf")
 
+    @pytest.mark.parametrize("as_reference", [False, True])
+    def test_loss_that_is_too_large(self, example_files: ExampleFiles, tmp_path: Path, as_reference: bool) -> None:
+        require_runtime()
+        info = GGUFFile(example_files.f16).tensors["output_norm.weight"]
+        content = bytearray(example_files.f16.read_bytes())
+        norm = np.frombuffer(content, np.float32, info.nbytes // 4, info.offset)
+        norm *= 1e6
+        (tmp_path / "bad.gguf").write_bytes(content)
+        files = (example_files.f16, tmp_path / "bad.gguf")
+        with pytest.raises(D2QError, match=r"damaged: loss .* in chunk 1"):
+            evaluate(*(files if as_reference else files[::-1]), chunks=1, context=64)
+
     def test_reference_with_another_tokenizer(
         self, example_files: ExampleFiles, make_checkpoint: Make, tmp_path: Path, text: Path
     ) -> None:

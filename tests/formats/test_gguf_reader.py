@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,16 @@ def test_scales_that_are_not_finite(tmp_path: Path, own: tensor_types.TensorType
     content[offset : offset + 2] = np.float16(scale).tobytes()
     with pytest.raises(D2QError, match=f"the scale of block {place % 11} of tensor bad is NaN or infinite"):
         GGUFFile(write(tmp_path, bytes(content))).check_blocks(chunk=3)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_norm_that_is_not_finite(tmp_path: Path, value: float) -> None:
+    norm = np.ones(32, np.float32)
+    for norm[7], fine in ((1e30, True), (value, False)):
+        tensors = [GGUFTensor("a.weight", (32,), "f32", lambda: norm)]
+        write_gguf(tmp_path / f"{fine}.gguf", "llama", tensors, lambda writer: None)
+        with nullcontext() if fine else pytest.raises(D2QError, match=r"damaged: NaN or infinity in a\.weight"):
+            GGUFFile(tmp_path / f"{fine}.gguf").check_blocks()
 
 
 def test_other_types_are_not_looked_at(tmp_path: Path) -> None:

@@ -81,9 +81,9 @@ class Finished:
         for index in range(self.family.num_layers + 1):
             work.write_block(index, self.work.read_block(index))
 
-        def spy(original: WholeModel, quantized: WholeModel, windows: Any, **more: Any) -> RefinementLosses:
+        def spy(original: WholeModel, quantized: WholeModel, windows: Any, seed: int, **more: Any) -> RefinementLosses:
             tuned.append(quantized)
-            return tuning.tune(original, quantized, windows, **more)
+            return tuning.tune(original, quantized, windows, seed, **more)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(refinement, "tune", spy)

@@ -79,7 +79,7 @@ def test_force_keeps_blocks_of_the_same_conversion(output: Path) -> None:
     assert WorkDir(output, SETTINGS, force=True).finished == 1
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '"text"'])
+@pytest.mark.parametrize("content", ["{", "[]", '"text"', "[" * 200_000])
 def test_damaged_settings(output: Path, content: str) -> None:
     work = WorkDir(output, SETTINGS)
     work.write_block(0, BLOCK)

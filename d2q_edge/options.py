@@ -60,11 +60,7 @@ class Options:
             object.__setattr__(self, "bits", int(self.bits))
 
     def check(self) -> None:
-        """Validate the options.
-
-        Raises:
-            D2QError: an option has an invalid value.
-        """
+        """Raise a D2QError if an option has an invalid value."""
         for name, least in (("calibration_tokens", 1), ("context", MIN_CONTEXT), ("seed", 0), ("descent_rounds", 0)):
             value = getattr(self, name)
             if type(value) is not int or not least <= value < 2**63:

@@ -7,7 +7,7 @@ of the rounds, and for a ratio the median of the rounds' ratios.
 import json
 import statistics
 import tempfile
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -90,15 +90,16 @@ def run_rounds(
         Seconds by phase and threads ("prompt-1"), then round, then key.
 
     Raises:
-        D2QError: llama-bench isn't built, or can't run a file, or a path has a comma.
+        D2QError: llama-bench isn't built, or can't run a file.
     """
-    check_paths(word for own in runs.values() for word in own if isinstance(word, Path))
     threads = ",".join(map(str, options.threads))
     arguments = ("-p", options.prompt, "-n", options.generation, "-t", threads, "-r", 1, "-o", "json")
     times: dict[str, list[dict[Key, float]]] = {}
-    with Progress("Measuring speed", options.rounds * len(runs), "run") as progress:
+    progress = Progress("Measuring speed", options.rounds * len(runs), "run")
+    with tempfile.TemporaryDirectory() as links, progress:
+        linked = {key: [_link(word, links) for word in own] for key, own in runs.items()}
         for index in range(options.rounds):
-            for key, own in runs.items():
+            for key, own in linked.items():
                 for run in json.loads(tools.run("llama-bench", *own, *arguments)):
                     phase = f"{PROMPT if run['n_prompt'] else GENERATION}-{run['n_threads']}"
                     rounds = times.setdefault(phase, [{} for _ in range(options.rounds)])
@@ -107,11 +108,13 @@ def run_rounds(
     return times
 
 
-def check_paths(paths: Iterable[Path]) -> None:
-    """Raise a D2QError for a path with a comma, where llama-bench would split it."""
-    for path in paths:
-        if "," in str(path):
-            raise D2QError(f"llama-bench splits {path} at the comma; use a path without one")
+def _link(word: object, directory: str) -> object:
+    """Return a link in place of a path with a comma, where llama-bench would begin another file."""
+    if not isinstance(word, Path) or "," not in str(word):
+        return word
+    link = Path(tempfile.mkdtemp(dir=directory), "model.gguf")
+    link.symlink_to(word.resolve())
+    return link
 
 
 def benchmark(
@@ -126,7 +129,7 @@ def benchmark(
         GGUFFile(path).check_blocks()
     runs: dict[tuple[str, str], Sequence[object]] = {(name, ""): ("-m", path) for name, path in files.items()}
     if stock:
-        runs |= {("", form): ("-m", stock, *options) for form, options in STOCK_FORMS.items()}
+        runs |= {("", form): ("-m", stock, *flags) for form, flags in STOCK_FORMS.items()}
     times = run_rounds(runs, options, tools)
     speeds = {name: median_speeds(options, times, (name, "")) for name in files}
     if stock is None:

@@ -1,6 +1,7 @@
 """Benchmarks: arithmetic by hand, the stock file that is made to compare with, and llama-bench itself."""
 
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -137,19 +138,31 @@ def test_files_without_embeddings_have_no_stock_file(tmp_path: Path) -> None:
         pass
 
 
-def test_paths_with_a_comma() -> None:
-    """llama-bench takes them for two."""
-    tools = FakeTools()
-    runs = {name: ("-m", Path(name)) for name in ("a.gguf", "b,c/d.gguf")}
-    with pytest.raises(D2QError, match=r"^llama-bench splits b,c/d.gguf at the comma; use a path without one$"):
-        benchmark.run_rounds(runs, BenchmarkOptions(), tools)
-    assert tools.benched == []
+def test_paths_with_a_comma(tmp_path: Path) -> None:
+    """llama-bench takes one for two: it gets links to the files."""
+    paths = [tmp_path / "a,b" / "c.gguf", tmp_path / "a,b" / "c,d.gguf", tmp_path / "e.gguf"]
+    (tmp_path / "a,b").mkdir()
+    for path in paths:
+        path.write_text(path.name)
+    read: list[str] = []
+
+    class Reading(FakeTools):
+        def run(self, name: str, *arguments: object) -> str:
+            assert "," not in str(arguments[1])
+            read.append(Path(str(arguments[1])).read_text())
+            return super().run(name, *arguments)
+
+    times = benchmark.run_rounds({path: ("-m", path) for path in paths}, BenchmarkOptions(rounds=2), Reading())
+    assert read == [path.name for path in paths] * 2
+    assert list(times["prompt-1"][0]) == paths
 
 
-def test_llama_bench(example_files: ExampleFiles) -> None:
+def test_llama_bench(example_files: ExampleFiles, tmp_path: Path) -> None:
     require_tool("llama-bench")
     options = BenchmarkOptions(prompt=4, generation=4, threads=(1,), rounds=1)
-    result = benchmark.benchmark({"ours": example_files.d2q2}, options, example_files.d2q2)
+    (tmp_path / "a,b").mkdir()
+    path = Path(shutil.copy(example_files.d2q2, tmp_path / "a,b" / "c,d.gguf"))
+    result = benchmark.benchmark({"ours": path}, options, path)
     assert result.speeds["ours"]["prompt-1"] > 0
     assert result.ratios is not None and result.ratios["ours"]["generation-1"] > 0
 

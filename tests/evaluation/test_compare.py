@@ -204,10 +204,6 @@ class TestBadRequests:
         result = compare(example_files.f16, [example_files.d2q2], options, tools=Tools(tmp_path))
         assert all(not row.speeds for row in result.rows)
         assert "no speeds: the tool llama-bench is not built" in capsys.readouterr().err
-        comma = Path(shutil.copy(example_files.d2q2, tmp_path / "a,b.gguf"))
-        result = compare(example_files.f16, [comma], options, tools=FakeTools())
-        assert all(not row.speeds for row in result.rows)
-        assert re.search(r"no speeds: llama-bench splits .*a,b.gguf at the comma", capsys.readouterr().err)
 
 
 def test_names_that_would_be_the_same(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """Workers of one command: they connect, and they end together."""
 
+import fcntl
 import os
 import pty
 import signal
+import termios
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -219,15 +221,16 @@ def test_a_killed_launcher_takes_the_workers_along(script: Callable[[str], Path]
 
 
 def test_a_closed_terminal_ends_all(script: Callable[[str], Path], place: Path) -> None:
-    child, terminal = pty.fork()
-    if child == 0:
-        with working(script(SLEEP), place, stdout=None, stderr=None) as process:
-            process.wait()
-        os._exit(0)
-    wait_for(None, place, "*.pid")
-    os.close(terminal)
-    assert all_gone(place)
-    os.waitpid(child, 0)
+    terminal, theirs = pty.openpty()
+
+    def take_terminal() -> None:
+        os.setsid()
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+    with working(script(SLEEP), place, stdout=None, stderr=None, preexec_fn=take_terminal):
+        os.close(theirs)
+        os.close(terminal)
+        assert all_gone(place)
 
 
 def test_nohup(script: Callable[[str], Path], place: Path) -> None:

@@ -1,5 +1,5 @@
 # make demo: convert the bundled model and print the comparison.  make test: all checks, as CI runs them.
-# make test-fast: the daily loop, without lint and slow tests; `make runtime` once before it.
+# make test-fast: the daily loop, without lint, slow tests, kernels and whole models; `make runtime` once before it.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -16,7 +16,7 @@ test: lint runtime
 	$(PYTEST)
 
 test-fast:
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow" $(addprefix tests/,calibration export formats model quantize runtime utils) tests/test_*.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -182,6 +182,7 @@ def test_rounded_files(make_checkpoint: Make, tmp_path: Path, family: str, confi
 
 
 @pytest.mark.parametrize("name", REAL)
+@pytest.mark.slow
 def test_sizes_of_real_models_without_their_weights(name: str, tmp_path: Path) -> None:
     """The file's size from config and shapes alone, against bits counted by hand."""
     config = REAL[name]

@@ -50,6 +50,7 @@ def write(path: Path, *, architecture: str = "llama", **text: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_own_file(example_files: ExampleFiles) -> None:
     summary = summarize(example_files.d2q2)
     assert list(summary) == KEYS

@@ -33,6 +33,7 @@ def write(path: Path, **keys: Any) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_of_our_file(example_files: ExampleFiles) -> None:
     text = model_card(example_files.d2q2, REPORT)
     card: Any = ModelCard(text)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from d2q_edge.calibration.text import Text
+from d2q_edge.calibration.windows import cut_windows
 from d2q_edge.errors import D2QError
 from d2q_edge.model.whole_model import WholeModel
 from d2q_edge.quantize.kl_divergence import kl_divergence
@@ -47,15 +48,17 @@ def evaluation_chunks(
         D2QError: the text is shorter than one chunk.
     """
     ids = np.array(tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
-    available = len(ids) // context
-    if available == 0:
+    windows = cut_windows(ids, context, bos)
+    if not len(windows):
         raise D2QError(
             f"the text {text.source} has {len(ids)} tokens, less than one chunk of {context}; use a longer one"
         )
-    windows = ids[: context * min(available, chunks or available)].reshape(-1, context)
-    if bos is not None:
-        windows[:, 0] = bos
-    return windows
+    return windows[: chunks or None]
+
+
+def scored_states(model: WholeModel, tokens: torch.Tensor) -> torch.Tensor:
+    """Return `WholeModel.states` where the next token is scored: [windows, context - context // 2 - 1, hidden]."""
+    return model.states(tokens)[:, tokens.shape[1] // 2 : -1]
 
 
 class Reference:
@@ -66,7 +69,7 @@ class Reference:
         """Run the original model on windows [windows, context], so many tokens per forward pass."""
         self._model = model
         self._batches = torch.from_numpy(windows).split(max(1, batch_tokens // windows.shape[1]))
-        self._states = [model.scored_states(tokens) for tokens in self._batches]
+        self._states = [scored_states(model, tokens) for tokens in self._batches]
 
     @torch.inference_mode()
     def compare(self, model: WholeModel) -> Distance:
@@ -75,7 +78,7 @@ class Reference:
         count = 0
         for tokens, states in zip(self._batches, self._states, strict=True):
             expected = self._model.log_probabilities(states)
-            found = model.log_probabilities(model.scored_states(tokens))
+            found = model.log_probabilities(scored_states(model, tokens))
             targets = tokens[:, tokens.shape[1] // 2 + 1 :, None].to(model.device)
             loss = loss - found.gather(-1, targets).sum(dtype=torch.float64)
             divergence = divergence + kl_divergence(expected, found).sum(dtype=torch.float64)

@@ -1,6 +1,6 @@
 """Cut a calibration text into token windows of equal length, for calibration and for validation."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -8,6 +8,7 @@ import numpy.typing as npt
 from d2q_edge.calibration.text import Text
 from d2q_edge.errors import D2QError
 
+Integer = TypeVar("Integer", bound=np.integer[Any])
 VALIDATION_TOKENS = 4096
 """Tokens on which a conversion's result is measured, as far as the text has more than are calibrated on."""
 
@@ -33,16 +34,14 @@ def split_windows(
         D2QError: the text is shorter than one window.
     """
     ids = np.array(tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
-    available = len(ids) // context
+    windows = cut_windows(ids, context, bos)
+    available = len(windows)
     if available == 0:
         raise D2QError(
             f"the calibration text has {len(ids)} tokens, less than one window of {context}; "
             "give a longer --calibration text or a smaller --context"
         )
-    windows = ids[: available * context].reshape(available, context).copy()
     wanted = max(1, tokens // context)
-    if bos is not None:
-        windows[:, 0] = bos
     if wanted >= available:
         return windows, windows[:0]
     chosen = np.random.default_rng(seed).choice(available, size=wanted, replace=False)
@@ -50,3 +49,11 @@ def split_windows(
     count = min(max(1, VALIDATION_TOKENS // context), len(others))
     spread = np.linspace(0, len(others) - 1, count).round().astype(np.int64)
     return windows[np.sort(chosen)], windows[others[spread]]
+
+
+def cut_windows(ids: npt.NDArray[Integer], context: int, bos: int | None) -> npt.NDArray[Integer]:
+    """Cut tokens [n] into as many windows [n // context, context] as they fill, with `bos`, if any, first in each."""
+    windows = ids[: len(ids) // context * context].reshape(-1, context).copy()
+    if bos is not None:
+        windows[:, 0] = bos
+    return windows

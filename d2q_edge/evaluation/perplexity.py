@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from d2q_edge.calibration.text import Text, load_text
+from d2q_edge.calibration.windows import cut_windows
 from d2q_edge.errors import D2QError
 from d2q_edge.evaluation import token_scores
 from d2q_edge.evaluation.token_scores import Floats, Logits, Tokens, stderr
@@ -178,16 +179,13 @@ def cut(model: LlamaModel, text: Text, context: int, limit: int | None) -> Token
         D2QError: the text is shorter than one chunk.
     """
     tokens = np.array(model.tokenize(text.content), dtype=np.int32)
-    count = len(tokens) // context
-    if count == 0:
+    windows = cut_windows(tokens, context, model.bos)
+    if not len(windows):
         raise D2QError(
             f"the text has {len(tokens)} tokens, less than one chunk of {context}; use a longer --text or a smaller "
             "--context"
         )
-    windows = tokens[: context * min(count, limit or count)].reshape(-1, context)
-    if model.bos is not None:
-        windows[:, 0] = model.bos
-    return windows
+    return windows[: limit or None]
 
 
 def check_same_tokens(

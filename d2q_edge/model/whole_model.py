@@ -56,10 +56,6 @@ class WholeModel:
         hidden: torch.Tensor = self._model.model(tokens.to(self.device), use_cache=False).last_hidden_state
         return hidden
 
-    def scored_states(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return `states` where the next token is scored: [windows, context - context // 2 - 1, hidden]."""
-        return self.states(tokens)[:, tokens.shape[1] // 2 : -1]
-
     def log_probabilities(self, states: torch.Tensor) -> torch.Tensor:
         """Return the log-probabilities of all next tokens, float32 [..., vocab_size]."""
         logits: torch.Tensor = self._model.lm_head(states)

@@ -196,7 +196,7 @@ def _quantize(job: Job, calibration: Calibration, *, force: bool, verify: bool) 
         if options.refine and not work.has_block(job.family.num_layers, refined=True):
             tokens = REFINE_FACTOR * options.calibration_tokens
             windows, _ = draw_windows(job.checkpoint, job.tokenizer, calibration.text, options, tokens)
-            refinement = refine(job.checkpoint, job.family, windows, work, processes.device, seed=job.options.seed)
+            refinement = refine(job.checkpoint, job.family, windows, work, processes.device, seed=options.seed)
         with report.timed("writing"):
             _write(job, work, force=force, verify=verify)
         work.remove()

@@ -101,8 +101,8 @@ class GGUFFile:
             D2QError: a block's scale or a norm's weight is NaN or infinite.
         """
         for info in self.tensors.values():
-            norm = self.raw(info.name).view("<f4") if info.type_name == "f32" and len(info.shape) == 1 else np.zeros(1)
-            if not np.isfinite(norm).all():
+            is_norm = info.type_name == "f32" and len(info.shape) == 1
+            if is_norm and not np.isfinite(self.raw(info.name).view("<f4")).all():
                 raise D2QError(f"{self.path} is damaged: NaN or infinity in {info.name}; convert or download it again")
             own = tensor_types.BY_ID.get(info.type_id)
             if own is None:

@@ -117,7 +117,7 @@ class QuantizedBlock:
 
 
 def float_array(values: torch.Tensor) -> F32:
-    """Copy a tensor to a float32 array on the CPU."""
+    """Return a tensor as a float32 array on the CPU, of the same memory where it is one already."""
     array: F32 = values.detach().float().cpu().numpy()
     return array
 

@@ -79,7 +79,7 @@ def wait_for(process: Any, place: Path, files: str) -> None:
     """Wait until each worker has made a file."""
     deadline = time.monotonic() + 120
     while len(list(place.glob(files))) < 3:
-        assert time.monotonic() < deadline and (process is None or process.poll() is None)
+        assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.01)
 
 

@@ -18,6 +18,7 @@ from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.runtime import trial_load
 from tests.availability import require_runtime
 from tests.conftest import ExampleFiles
+from tests.gguf_files import finish
 
 Make = Callable[..., Path]
 KEYS = [
@@ -43,10 +44,7 @@ def write(path: Path, *, architecture: str = "llama", **text: str) -> Path:
     writer.add_tensor("a_norm.bias", np.zeros(32, np.float32))
     for key, value in text.items():
         writer.add_string(key.replace("__", "."), value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 
@@ -151,10 +149,7 @@ def test_mixed_types(tmp_path: Path) -> None:
     for block, kind in enumerate((np.float16, np.float32, np.float16)):
         writer.add_tensor(f"blk.{block}.attn_v.weight", np.zeros((2, 32), kind))
         writer.add_tensor(f"blk.{block}.ffn_norm.weight", np.zeros(32, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     summary = summarize(tmp_path / "a.gguf")
     assert summary["layers"] == {"attn_v": {"f16": 2, "f32": 1}}
     assert "  attn_v: 2 x f16, 1 x f32" in describe(summary).splitlines()

@@ -12,6 +12,7 @@ from d2q_edge.errors import D2QError
 from d2q_edge.export.inspection import inspect
 from d2q_edge.export.model_card import check_card, model_card, write_card
 from tests.conftest import ExampleFiles
+from tests.gguf_files import finish
 
 REPORT: dict[str, Any] = {
     "validation": {"tokens": 2048, "kl_divergence": 0.21234, "kl_divergence_stderr": 0.0054, "top1_agreement": 0.8125},
@@ -26,10 +27,7 @@ def write(path: Path, **keys: Any) -> Path:
     for key, value in keys.items():
         add = writer.add_array if isinstance(value, list) else writer.add_string
         add(f"general.{key.replace('__', '.')}", value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 

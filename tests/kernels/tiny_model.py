@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2q_edge.formats.tensor_types import TensorType
+from tests.gguf_files import finish
 
 F32 = npt.NDArray[np.float32]
 WIDTH, FEED_FORWARD, HEADS, VOCABULARY = 256, 512, 4, 96
@@ -112,10 +113,7 @@ def write(
             writer.add_tensor(name, packed[name], raw_dtype=number)
         else:
             writer.add_tensor(name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 

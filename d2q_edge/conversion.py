@@ -32,7 +32,7 @@ from d2q_edge.utils.progress import track
 __all__ = ["Conversion", "Job", "convert", "execute", "plan"]
 
 REFINE_FACTOR = 8
-"""Refinement uses that many times the calibration tokens, as far as the text goes."""
+"""Refinement uses that many times the tokens that a CPU calibrates on, as far as the text goes."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _quantize(job: Job, calibration: Calibration, *, force: bool, verify: bool) 
     _check_weights(job.source, processes)
     if processes.is_main:
         _print_start(job, calibration)
-    key = fingerprint(job.checkpoint, job.types, job.file.metadata, calibration.windows, processes)
+    key = fingerprint(job.checkpoint, job.types, job.file.metadata, calibration.windows.calibration, processes)
     work = processes.main_first(lambda: WorkDir(job.output, key, force=force and processes.is_main))
     if was_published(job.output):
         # An earlier run was killed after publishing, before the work directory was removed.
@@ -184,19 +184,19 @@ def _quantize(job: Job, calibration: Calibration, *, force: bool, verify: bool) 
     report = quantize_blocks(
         runner,
         job.types.linears,
-        calibration.windows,
+        calibration.windows.calibration,
         work,
         options,
-        validation=calibration.validation,
+        validation=calibration.windows.validation,
         place=job.memory.place if job.memory else None,
         processes=processes,
     )
     refinement = None
     if processes.is_main:
         if options.refine and not work.has_block(job.family.num_layers, refined=True):
-            tokens = REFINE_FACTOR * options.calibration_tokens
-            windows, _ = draw_windows(job.checkpoint, job.tokenizer, calibration.text, options, tokens)
-            refinement = refine(job.checkpoint, job.family, windows, work, processes.device, seed=options.seed)
+            tokens = REFINE_FACTOR * options.tokens_on("cpu")
+            more = draw_windows(job.checkpoint, job.tokenizer, calibration.parts, options, tokens).calibration
+            refinement = refine(job.checkpoint, job.family, more, work, processes.device, seed=options.seed)
         with report.timed("writing"):
             _write(job, work, force=force, verify=verify)
         work.remove()
@@ -224,11 +224,10 @@ def _result(
 
 
 def _print_start(job: Job, calibration: Calibration) -> None:
-    """Print what the conversion will take, and whether the text is shorter than asked for."""
+    """Print what the conversion will take."""
     if job.memory is not None:
         print(job.memory.describe(), file=sys.stderr)
-    if calibration.windows.size + job.options.context <= job.options.calibration_tokens:
-        print(f"the calibration text has {calibration.windows.size} tokens only; all are used", file=sys.stderr)
+    print(calibration.describe(), file=sys.stderr)
 
 
 def _check_weights(checkpoint: Checkpoint, processes: ProcessGroup) -> None:

@@ -8,6 +8,8 @@ ROTATIONS = "auto", "on", "off"
 LOWEST_BITS, HIGHEST_BITS = 2.31, 4.3
 """Range of --bits: the mean over the blocks' linear layers. 2.31 stands for d2q2's 2.3125."""
 MIN_CONTEXT = 8
+CPU_TOKENS, GPU_TOKENS = 65536, 262144
+"""Calibration tokens by default."""
 CHAT_CONTEXT, CHAT_TEMPERATURE = 4096, 0.7
 """Tokens of a whole conversation, and the temperature of its answers."""
 SERVER_HOST, SERVER_PORT = "127.0.0.1", 8000
@@ -20,8 +22,8 @@ class Options:
     Attributes:
         bits: 2, 3, or the mean over the blocks' linear layers of a mixture of types.
         calibrate: quantize with error feedback on calibration text; otherwise round to nearest, in seconds.
-        calibration: a text file, or "builtin".
-        calibration_tokens: how many.
+        calibration: a text file, a .jsonl file of conversations, or "builtin"; or several, as FILE or FILE:WEIGHT.
+        calibration_tokens: how many at most; None for 65,536 on a CPU, 262,144 on a GPU.
         context: tokens per calibration window.
         seed: of the choice of windows, and of the rotation.
         rotation: "on", "off", or "auto" for what pays: today the same as "off" (model/rotated_checkpoint.py).
@@ -38,8 +40,8 @@ class Options:
 
     bits: float = 2
     calibrate: bool = True
-    calibration: str = "builtin"
-    calibration_tokens: int = 65536
+    calibration: str | tuple[str, ...] = ("builtin",)
+    calibration_tokens: int | None = None
     context: int = 512
     seed: int = 0
     rotation: str = "auto"
@@ -59,10 +61,16 @@ class Options:
         if self.bits in (2, 3):
             object.__setattr__(self, "bits", int(self.bits))
 
+    def tokens_on(self, device: str) -> int:
+        """Return how many tokens are wanted for calibration on a device of a type ("cpu", "cuda", "mps")."""
+        return self.calibration_tokens or (CPU_TOKENS if device == "cpu" else GPU_TOKENS)
+
     def check(self) -> None:
         """Raise a D2QError if an option has an invalid value."""
         for name, least in (("calibration_tokens", 1), ("context", MIN_CONTEXT), ("seed", 0), ("descent_rounds", 0)):
             value = getattr(self, name)
+            if value is None and name == "calibration_tokens":
+                continue
             if type(value) is not int or not least <= value < 2**63:
                 raise D2QError(f"{name} must be a whole number from {least}, not {value!r}")
         for name in ("bits", "alpha"):
@@ -95,7 +103,7 @@ class ComparisonOptions:
     context: int = 512
     stock: tuple[str, ...] = ()
     pure: bool = False
-    calibration: str = "builtin"
+    calibration: str | tuple[str, ...] = ("builtin",)
     speed: bool = True
     threads: int | None = None
     prompt: int = 256

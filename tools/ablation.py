@@ -19,7 +19,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from d2q_edge.calibration.text import load_text
+from d2q_edge.calibration.chat_template import ChatTemplate
+from d2q_edge.calibration.mixture import load_parts
+from d2q_edge.calibration.text import load_evaluation
 from d2q_edge.calibration.windows import split_windows
 from d2q_edge.conversion import REFINE_FACTOR
 from d2q_edge.errors import D2QError
@@ -170,17 +172,18 @@ class Ablation:
         checkpoint = Checkpoint.open(model)
         family = family_for(checkpoint.config)
         checkpoint.check(family.tensor_shapes())
-        tokenizer, bos = load_original(checkpoint.directory), model_tokenizer(checkpoint, family).bos
-        calibration = load_text(arguments.calibration, "calibration")
-        windows, _ = split_windows(tokenizer, calibration, arguments.tokens, arguments.context, arguments.seed, bos)
-        tokens = REFINE_FACTOR * arguments.tokens
-        more, _ = split_windows(tokenizer, calibration, tokens, arguments.context, arguments.seed, bos)
-        self.subject = Subject(checkpoint, family, windows, more, arguments.seed, device)
+        tokenizer, own = load_original(checkpoint.directory), model_tokenizer(checkpoint, family)
+        parts, template = load_parts(arguments.calibration), ChatTemplate.of(own)
+        few, more = (
+            split_windows(tokenizer, parts, template, tokens, arguments.context, arguments.seed, own.bos).calibration
+            for tokens in (arguments.tokens, REFINE_FACTOR * arguments.tokens)
+        )
+        self.subject = Subject(checkpoint, family, few, more, arguments.seed, device)
         original = WholeModel(checkpoint, family, {}, device)
         self.references = {}
         for name, where in arguments.text:
-            text = load_text(where, "evaluation")
-            chunks = evaluation_chunks(tokenizer, text, arguments.chunks, arguments.context, bos)
+            text = load_evaluation(where)
+            chunks = evaluation_chunks(tokenizer, text, template, arguments.chunks, arguments.context, own.bos)
             self.references[name] = Reference(original, chunks)
         self.original = Line(self.name, "original", None, None, 0.0, self._measure(original))
 

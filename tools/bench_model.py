@@ -27,7 +27,7 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import save_file
 
-from d2q_edge.calibration.text import BUILTIN
+from d2q_edge.calibration.text import PROSE
 from d2q_edge.errors import D2QError
 from d2q_edge.evaluation.benchmark import PROMPT, median_speeds, run_rounds
 from d2q_edge.export.model_file import Value, export, model_tokenizer, stored_floats
@@ -123,7 +123,7 @@ def make_files(model: Path, out: Path) -> dict[str, Path]:
     """Write the model in every type; return the files by type."""
     f16, imatrix = out / "f16.gguf", out / "imatrix.gguf"
     export(model, f16, "f16", force=True)
-    INSTALLED.run("llama-imatrix", "-m", f16, "-f", BUILTIN["calibration"], "-o", imatrix, "-c", 128, "--chunks", 1)
+    INSTALLED.run("llama-imatrix", "-m", f16, "-f", PROSE, "-o", imatrix, "-c", 128, "--chunks", 1)
     files = {}
     for name in STOCK:
         files[name] = out / f"{name}.gguf"

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from d2q_edge.calibration.chat_template import ChatTemplate
 from d2q_edge.calibration.text import Text
 from d2q_edge.calibration.windows import cut_windows
 from d2q_edge.errors import D2QError
@@ -30,13 +31,14 @@ class Distance:
 
 
 def evaluation_chunks(
-    tokenizer: Any, text: Text, chunks: int | None, context: int, bos: int | None
+    tokenizer: Any, text: Text, template: ChatTemplate, chunks: int | None, context: int, bos: int | None
 ) -> npt.NDArray[np.int64]:
     """Tokenize a text and cut it into chunks.
 
     Args:
         tokenizer: of the model, from transformers.
         text: the text.
+        template: renders its conversations.
         chunks: at most so many; None for all.
         context: tokens per chunk.
         bos: replaces the first token of each chunk, if there is one.
@@ -47,7 +49,8 @@ def evaluation_chunks(
     Raises:
         D2QError: the text is shorter than one chunk.
     """
-    ids = np.array(tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+    content = text.render(template)
+    ids = np.array(tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
     windows = cut_windows(ids, context, bos)
     if not len(windows):
         raise D2QError(

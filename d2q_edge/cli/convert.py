@@ -12,7 +12,7 @@ from click.core import ParameterSource
 from d2q_edge.cli.common import PATH, Number, field_option, wait_passively
 from d2q_edge.distributed.launch import is_main, is_worker, launch
 from d2q_edge.errors import D2QError
-from d2q_edge.options import HIGHEST_BITS, LOWEST_BITS, MIN_CONTEXT, ROTATIONS, Options
+from d2q_edge.options import CPU_TOKENS, GPU_TOKENS, HIGHEST_BITS, LOWEST_BITS, MIN_CONTEXT, ROTATIONS, Options
 
 option = partial(field_option, Options)
 OF_EXPORT = frozenset({"model", "revision", "output", "stock_type", "pre_tokenizer", "no_verify", "force"})
@@ -27,8 +27,18 @@ OF_CALIBRATION = frozenset({"calibration", "calibration_tokens", "context", "dsq
 @click.option("-o", "--output", type=PATH, help="The GGUF file to write.  [default: named after the model]")
 @option("bits", type=float, help=f"2, 3, or a mean of {LOWEST_BITS} to {HIGHEST_BITS} bits per weight.")
 @click.option("--type", "stock_type", help="Write a stock type (f16, q8_0, ...) instead of quantizing.")
-@option("calibration", help="Text file to calibrate on.")
-@option("calibration_tokens", type=click.IntRange(1), metavar="N", help="Tokens to calibrate on.")
+@option(
+    "calibration",
+    multiple=True,
+    metavar="FILE[:WEIGHT]",
+    help="Text, or .jsonl of conversations, to calibrate on; several are mixed.",
+)
+@option(
+    "calibration_tokens",
+    type=click.IntRange(1),
+    metavar="N",
+    help=f"Tokens to calibrate on at most.  [default: {CPU_TOKENS:,} on a CPU, {GPU_TOKENS:,} on a GPU]",
+)
 @option("context", type=click.IntRange(MIN_CONTEXT), help="Tokens per calibration window.")
 @option("seed", type=click.IntRange(0), help="Seed of all random choices.")
 @option("rotation", type=click.Choice(ROTATIONS), help="Spread outlier channels; unties tied embeddings.")

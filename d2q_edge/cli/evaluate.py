@@ -11,7 +11,7 @@ from d2q_edge.options import MIN_CONTEXT, ComparisonOptions
 @click.command("eval")
 @click.argument("file", type=PATH)
 @click.option("--reference", type=PATH, help="GGUF of the original model; adds KL divergence and top-1 agreement.")
-@field_option(ComparisonOptions, "text", help="Text file to measure on.")
+@field_option(ComparisonOptions, "text", help="Text, or .jsonl of conversations, to measure on.")
 @click.option("--chunks", type=click.IntRange(1), help="Chunks to measure at most.  [default: all]")
 @field_option(ComparisonOptions, "context", type=click.IntRange(MIN_CONTEXT), help="Tokens per chunk.")
 @json_option

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from d2q_edge.calibration.text import BUILTIN
+from d2q_edge.calibration.text import PROSE
 from d2q_edge.errors import D2QError
 from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.options import BenchmarkOptions
@@ -170,8 +170,7 @@ def stock_file(like: Path, type_name: str, tools: Tools = INSTALLED) -> Iterator
         out, imatrix = Path(work) / "stock.gguf", Path(work) / "imatrix.gguf"
         options: tuple[object, ...] = ("--allow-requantize", "--pure", *tables)
         if type_name.upper().startswith("IQ"):  # llama-quantize refuses most of these without an importance matrix
-            text = BUILTIN["calibration"]
-            tools.run("llama-imatrix", "-m", like, "-f", text, "-o", imatrix, "-c", 128, "--chunks", 1)
+            tools.run("llama-imatrix", "-m", like, "-f", PROSE, "-o", imatrix, "-c", 128, "--chunks", 1)
             options = (*options, "--imatrix", imatrix)
         try:
             tools.run("llama-quantize", *options, like, out, type_name.upper())

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from d2q_edge.calibration.text import load_text
+from d2q_edge.calibration.text import load_evaluation
 from d2q_edge.errors import D2QError, printable
 from d2q_edge.evaluation import benchmark
 from d2q_edge.evaluation.comparison import GIVEN, REFERENCE, STOCK, Comparison, Row
@@ -53,7 +53,7 @@ def compare(
         raise D2QError("there is nothing to compare with the reference; name files, or types with --with-stock")
     if any(path.resolve() == original.resolve() for path in files):
         raise D2QError(f"{original} is the reference, and it is among the files to compare with it; leave it out there")
-    text = load_text(options.text, "evaluation")
+    text = load_evaluation(options.text)
     opened = {path: GGUFFile(path) for path in (original, *files)}
     conversions = {path: find_report(path, opened[path], reports) for path in files}
     for tool in ("llama-imatrix", "llama-quantize") if options.stock else ():

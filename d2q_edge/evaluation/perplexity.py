@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from d2q_edge.calibration.text import Text, load_text
+from d2q_edge.calibration.text import Text, load_evaluation
 from d2q_edge.calibration.windows import cut_windows
 from d2q_edge.errors import D2QError
 from d2q_edge.evaluation import token_scores
@@ -106,7 +106,7 @@ def evaluate(
     Args:
         path: the GGUF file.
         reference: the GGUF file of the original model, usually in F16.
-        text: path of a text file, or "builtin".
+        text: path of a text file, or of a .jsonl file of conversations, or "builtin".
         chunks: limit of their number; None takes the whole text.
         context: tokens per chunk.
 
@@ -116,7 +116,7 @@ def evaluate(
     if context < MIN_CONTEXT or (chunks is not None and chunks < 1):
         raise D2QError(f"context must be at least {MIN_CONTEXT} and chunks at least 1, not {context} and {chunks}")
     path, reference = Path(path), None if reference is None else Path(reference)
-    content = load_text(text, "evaluation")
+    content = load_evaluation(text)
     file = GGUFFile(path)
     file.check_blocks()
     if file.context_length is not None and context > file.context_length:
@@ -178,7 +178,12 @@ def cut(model: LlamaModel, text: Text, context: int, limit: int | None) -> Token
     Raises:
         D2QError: the text is shorter than one chunk.
     """
-    tokens = np.array(model.tokenize(text.content), dtype=np.int32)
+    template = model.chat_template
+    content = text.render(template)
+    for note in template.notes:
+        print(note, file=sys.stderr)
+    found = model.tokenize(content, add_special=not text.has_conversations, read_special=text.has_conversations)
+    tokens = np.array(found, dtype=np.int32)
     windows = cut_windows(tokens, context, model.bos)
     if not len(windows):
         raise D2QError(

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from d2q_edge.calibration.text import BUILTIN, load_text
+from d2q_edge.calibration.mixture import digest, load_parts
 from d2q_edge.errors import D2QError
 from d2q_edge.formats.gguf_reader import GGUFFile
+from d2q_edge.options import ComparisonOptions
 from d2q_edge.runtime import source
 from d2q_edge.runtime.llama_model import LlamaVocabulary
 from d2q_edge.runtime.tools import INSTALLED, Tools
@@ -51,7 +52,7 @@ class StockQuantizer:
 
     Attributes:
         original: the GGUF file to quantize, in F16, BF16 or F32.
-        calibration: path of the text for the importance matrix, or "builtin".
+        calibration: texts for the importance matrix, as in Options; it takes all of them, whatever their weights.
         pure: quantize every matrix of the blocks to the same type, embeddings and head to Q8_0; otherwise the mixtures
             of llama-quantize, which are what people publish.
         tools: where llama.cpp's tools are.
@@ -59,7 +60,7 @@ class StockQuantizer:
     """
 
     original: Path
-    calibration: str = "builtin"
+    calibration: str | tuple[str, ...] = ComparisonOptions.calibration
     pure: bool = False
     tools: Tools = INSTALLED
     threads: int | None = None
@@ -111,32 +112,36 @@ class StockQuantizer:
         target = source.cache_directory().parent / "imatrix" / f"{self.original.stem}-{self._hash()}.gguf"
         if target.is_file():
             return target
-        # llama-imatrix checks the length, too, but its message can be lost.
+        texts = [part.text for part in load_parts(self.calibration)]
         with LlamaVocabulary(self.original) as vocabulary:
-            count = len(vocabulary.tokenize(load_text(self.calibration, "calibration").content, add_special=False))
+            template = vocabulary.chat_template
+            content = "".join(text.render(template) for text in texts)
+            # llama-imatrix checks the length, too, but its message can be lost.
+            count = len(vocabulary.tokenize(content, add_special=False))
         if count < 2 * IMATRIX_CONTEXT:
             raise D2QError(
                 f"the calibration text has {count} tokens, but an importance matrix needs {2 * IMATRIX_CONTEXT}: "
                 "choose a longer text"
             )
-        path = BUILTIN["calibration"] if self.calibration == "builtin" else Path(self.calibration)
+        special = ("--parse-special",) if any(text.has_conversations for text in texts) else ()
         with scratch_directory(target.parent, "partial-", "set XDG_CACHE_HOME") as work:
-            made = work / target.name
-            options = ("-c", IMATRIX_CONTEXT, "-t", self.threads or usable_cpus())
-            arguments = ("-m", self.original, "-f", path, "-o", made, *options)
+            made, rendered = work / target.name, work / "calibration.txt"
+            rendered.write_text(content, "utf-8")
+            options = (*special, "-c", IMATRIX_CONTEXT, "-t", self.threads or usable_cpus())
+            arguments = ("-m", self.original, "-f", rendered, "-o", made, *options)
             self.tools.follow("llama-imatrix", *arguments, description="Importance matrix", unit="chunk")
             _move(made, target)
         return target
 
     def _hash(self, *others: str) -> str:
         """Hash what a file is made from."""
-        text = load_text(self.calibration, "calibration")
+        texts = digest(load_parts(self.calibration))
         try:
             status = self.original.stat()
         except OSError as error:
             raise D2QError(f"can't read {self.original}: {error.strerror or error}") from error
         original = (str(self.original.resolve()), status.st_size, status.st_mtime_ns)
-        inputs = [*original, text.sha256, IMATRIX_CONTEXT, *others]
+        inputs = [*original, texts, IMATRIX_CONTEXT, *others]
         return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
 
 

@@ -4,12 +4,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from d2q_edge.calibration.text import Text, load_text
-from d2q_edge.calibration.windows import split_windows
+from d2q_edge.calibration.chat_template import ChatTemplate
+from d2q_edge.calibration.mixture import Part, load_parts
+from d2q_edge.calibration.windows import Windows, split_windows
 from d2q_edge.distributed.process_group import ProcessGroup
 from d2q_edge.errors import D2QError
 from d2q_edge.export.model_file import model_tokenizer
@@ -81,8 +80,8 @@ def plan(model: str | Path, output: str | Path, options: Options, processes: Pro
     processes = processes or ProcessGroup.from_environment(choose_device(options.device))
     options.check()
     source = Checkpoint.open(model)
-    texts = [] if options.calibration == "builtin" else [Path(options.calibration)]
-    check_targets({"the output": output}, source.directory, texts)
+    parts = load_parts(options.calibration) if options.calibrate else ()
+    check_targets({"the output": output}, source.directory, [part.path for part in parts if part.path is not None])
     family = family_for(source.config)
     source.check(family.tensor_shapes())
     rotated = options.rotation == "on" or (options.rotation == "auto" and rotation_pays(family))
@@ -90,10 +89,12 @@ def plan(model: str | Path, output: str | Path, options: Options, processes: Pro
     family = family_for(checkpoint.config)
     _check_options(family, options)
     tokenizer = model_tokenizer(checkpoint, family, options.pre_tokenizer)
+    notes = (*checkpoint.notes, *tokenizer.notes, *family.notes)
     calibration = None
     if options.calibrate:
-        text = load_text(options.calibration, "calibration")
-        calibration = Calibration(text, *draw_windows(checkpoint, tokenizer, text, options, options.calibration_tokens))
+        tokens = options.tokens_on(processes.device.type)
+        calibration = Calibration(parts, draw_windows(checkpoint, tokenizer, parts, options, tokens))
+        notes += calibration.windows.notes
     measured = None
     if is_mixed(options.bits):
         measured = _measure_sensitivity(checkpoint, family, options, calibration, processes)
@@ -106,10 +107,10 @@ def plan(model: str | Path, output: str | Path, options: Options, processes: Pro
     file = Output(checkpoint, family, tokenizer, types, norm_biases, metadata, file_type)
     size = file.size()
     if processes.is_main:
-        _print_notes((*checkpoint.notes, *tokenizer.notes, *family.notes), types, family, options)
+        _print_notes(notes, types, family, options)
     memory = None
     if calibration is not None:
-        tokens = calibration.windows.size + calibration.validation.size
+        tokens = calibration.windows.calibration.size + calibration.windows.validation.size
         device, limit, count = processes.device, options.memory_limit, processes.world_size
         memory = plan_memory(family, tokens, BATCH_TOKENS, device, output, types.linear_bytes, limit, count)
     return Job(
@@ -118,11 +119,11 @@ def plan(model: str | Path, output: str | Path, options: Options, processes: Pro
 
 
 def draw_windows(
-    checkpoint: Checkpoint, tokenizer: Tokenizer, text: Text, options: Options, tokens: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Draw calibration windows of so many tokens, and validation windows, from a text."""
-    original = load_original(checkpoint.directory)
-    return split_windows(original, text, tokens, options.context, options.seed, tokenizer.bos)
+    checkpoint: Checkpoint, tokenizer: Tokenizer, parts: tuple[Part, ...], options: Options, tokens: int
+) -> Windows:
+    """Draw calibration windows of so many tokens, and validation windows, from texts."""
+    original, template = load_original(checkpoint.directory), ChatTemplate.of(tokenizer)
+    return split_windows(original, parts, template, tokens, options.context, options.seed, tokenizer.bos)
 
 
 def _check_options(family: Family, options: Options) -> None:
@@ -157,7 +158,7 @@ def _measure_sensitivity(
     measured = dict.fromkeys(types, 0.0)
     if processes.is_main:
         runner = BlockRunner(checkpoint, family, processes.device)
-        measured = sensitivity.measure(runner, types, sensitivity.choose_windows(calibration.windows))
+        measured = sensitivity.measure(runner, types, sensitivity.choose_windows(calibration.windows.calibration))
     shared = torch.tensor(list(measured.values()), dtype=torch.float32)
     processes.all_reduce([shared])
     return dict(zip(measured, shared.tolist(), strict=True))

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from d2q_edge import __version__
-from d2q_edge.calibration.text import Text
+from d2q_edge.calibration.mixture import Part, digest, names
+from d2q_edge.calibration.windows import Windows
 from d2q_edge.distributed.process_group import ProcessGroup
 from d2q_edge.export.model_file import Value
 from d2q_edge.formats import codebooks
@@ -24,17 +25,23 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the model is calibrated on.
+    """What the model is calibrated on: texts, and the windows drawn from them."""
 
-    Attributes:
-        text: the whole text.
-        windows: token ids, int64 [windows, context].
-        validation: other windows, on which the result is measured.
-    """
+    parts: tuple[Part, ...]
+    windows: Windows
 
-    text: Text
-    windows: npt.NDArray[np.int64]
-    validation: npt.NDArray[np.int64]
+    def describe(self) -> str:
+        """Return a sentence for people."""
+        context = self.windows.calibration.shape[1]
+        sizes = [
+            f"{count * context:,} of {part.text.source}"
+            for part, count in zip(self.parts, self.windows.counts, strict=True)
+        ]
+        which = f" ({', '.join(sizes)})" if len(sizes) > 1 else ""
+        return (
+            f"calibrating on {self.windows.calibration.size:,} of the text's {self.windows.available:,} tokens{which}, "
+            f"validating on {self.windows.validation.size:,} others"
+        )
 
 
 def d2q_metadata(types: TypePlan, options: Options, rotated: bool, calibration: Calibration | None) -> dict[str, Value]:
@@ -50,14 +57,17 @@ def d2q_metadata(types: TypePlan, options: Options, rotated: bool, calibration: 
             "dac": options.dac,
             "rounds": options.descent_rounds,
             "refine": options.refine,
-            "calibration": calibration.text.source,
-            "calibration_sha256": calibration.text.sha256,
-            "calibration_tokens": calibration.windows.size,
+            "calibration": names(calibration.parts),
+            "calibration_sha256": digest(calibration.parts),
+            "calibration_tokens": calibration.windows.calibration.size,
             "context": options.context,
             "seed": options.seed,
         }
         if is_mixed(options.bits):
-            recipe |= {"allocation": "divergence", "allocation_windows": len(choose_windows(calibration.windows))}
+            recipe |= {
+                "allocation": "divergence",
+                "allocation_windows": len(choose_windows(calibration.windows.calibration)),
+            }
     return {
         "d2q.version": FORMAT_VERSION,
         "d2q.recipe": json.dumps(recipe),

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2q_edge import runtime
+from d2q_edge.calibration.chat_template import ChatTemplate
 from d2q_edge.errors import D2QError
 from d2q_edge.utils.machine import usable_cpus
 
@@ -71,6 +72,15 @@ class LlamaVocabulary:
         if count < 0:
             raise D2QError("llama.cpp can't tokenize the text")
         return list(found[:count])
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """Return the file's chat template; one for the plain form if it has none."""
+        source = self._api.llama_model_chat_template(self._model, None)
+        roles = {"bos_token": self._api.llama_vocab_bos, "eos_token": self._api.llama_vocab_eos}
+        ids = {role: find(self._vocab) for role, find in roles.items()}
+        texts = {role: self._api.llama_vocab_get_text(self._vocab, index) for role, index in ids.items() if index >= 0}
+        return ChatTemplate(source and source.decode(), {role: text.decode() for role, text in texts.items()})
 
 
 class LlamaModel(LlamaVocabulary):

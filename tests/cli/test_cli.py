@@ -194,9 +194,9 @@ class TestCompare:
         refused(d2q("compare", *own, "-o", "r.pdf"), "r.pdf should end in .html for a report, or in .png or .svg")
         refused(d2q("compare", *own, "-o", "none/r.html"), "the output directory none doesn't exist")
         refused(d2q("compare", *own, "--report", "none.json"), "can't read none.json")
-        without_package("jinja2")
+        without_package("matplotlib")
         refused(
-            d2q("compare", *own, "-o", "r.html"), "reports and pictures need jinja2: pip install 'd2q-edge[report]'"
+            d2q("compare", *own, "-o", "r.html"), "reports and pictures need matplotlib: pip install 'd2q-edge[report]'"
         )
 
 

@@ -13,11 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from d2q_edge import __version__, conversion
-from d2q_edge.calibration.text import load_text
+from d2q_edge.calibration.chat_template import ChatTemplate
+from d2q_edge.calibration.mixture import load_parts
+from d2q_edge.calibration.text import load_calibration
 from d2q_edge.calibration.windows import split_windows
 from d2q_edge.conversion import Conversion
 from d2q_edge.errors import D2QError
-from d2q_edge.export.model_file import export
+from d2q_edge.export.model_file import export, model_tokenizer
 from d2q_edge.formats.codebooks import TABLE_SHA256
 from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.model.blocks import BlockRunner
@@ -91,8 +93,9 @@ class TestContent:
     def test_packed_weights_are_those_of_the_pipeline(self, converted: Converted, tmp_path: Path) -> None:
         family = converted.family
         bos = 4093 if family.gguf_arch == "llama" else None
-        text = load_text("builtin", "calibration")
-        windows, _ = split_windows(AutoTokenizer.from_pretrained(converted.model), text, 512, 32, 0, bos)
+        tokenizer = AutoTokenizer.from_pretrained(converted.model)
+        template = ChatTemplate.of(model_tokenizer(converted.checkpoint, family))
+        windows = split_windows(tokenizer, load_parts("builtin"), template, 512, 32, 0, bos).calibration
         assert windows.shape == (16, 32)
         work = WorkDir(tmp_path / "again", {})
         runner = BlockRunner(converted.checkpoint, family, torch.device("cpu"))
@@ -177,7 +180,7 @@ class TestContent:
             "refine": False,
             "alpha": 0.5,
             "calibration": "builtin",
-            "calibration_sha256": load_text("builtin", "calibration").sha256,
+            "calibration_sha256": load_calibration("builtin").sha256,
             "calibration_tokens": 512,
             "context": 32,
             "seed": 0,
@@ -244,7 +247,7 @@ class TestOptions:
         options = replace(QUICK, bits=2.9)
         job = conversion.plan(model, tmp_path / "out.gguf", options)
         assert job.calibration is not None
-        windows = sensitivity.choose_windows(job.calibration.windows)
+        windows = sensitivity.choose_windows(job.calibration.windows.calibration)
         types = rounding_types(job.family)
         assert (set(types.values()), windows.shape) == ({"d2q2"}, (4, 32))
         measured = sensitivity.measure(BlockRunner(job.checkpoint, job.family, torch.device("cpu")), types, windows)
@@ -318,7 +321,7 @@ class TestOptions:
         conversion.convert(make_checkpoint(**SMALL), output, options)
         recipe = json.loads(GGUFFile(output).kv["d2q.recipe"])
         assert 0 < recipe["calibration_tokens"] < 4096
-        assert f"has {recipe['calibration_tokens']} tokens only" in capsys.readouterr().err
+        assert f"calibrating on {recipe['calibration_tokens']} of the text's " in capsys.readouterr().err
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
     def test_missing_device(self, make_checkpoint: Make, tmp_path: Path) -> None:
@@ -339,8 +342,8 @@ class TestOptions:
         after = conversion.plan(model, model.parent / "out.gguf", QUICK)
         assert before.calibration is not None and after.calibration is not None
         assert (before.tokenizer.bos, after.tokenizer.bos) == (4093, None)
-        assert (before.calibration.windows[:, 0] == 4093).all()
-        assert not (after.calibration.windows == 4093).any()
+        assert (before.calibration.windows.calibration[:, 0] == 4093).all()
+        assert not (after.calibration.windows.calibration == 4093).any()
 
 
 class TestRotation:

@@ -188,8 +188,8 @@ def test_refinement(tmp_path: Path, name: str) -> None:
     # Far more than the file's distance may be off.
     assert result.after < 0.99 * result.before
     assert job.calibration is not None
-    tokens = REFINE_FACTOR * options.calibration_tokens
-    windows, _ = draw_windows(job.checkpoint, job.tokenizer, job.calibration.text, options, tokens)
+    tokens = REFINE_FACTOR * options.tokens_on("cpu")
+    windows = draw_windows(job.checkpoint, job.tokenizer, job.calibration.parts, options, tokens).calibration
     assert windows.shape == (64, 64)
     validation = windows[EARLY_STOPPING_EVERY - 1 :: EARLY_STOPPING_EVERY]
     original, refined = (

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from d2q_edge.calibration.text import load_text
+from d2q_edge.calibration.text import load_evaluation
 from d2q_edge.errors import D2QError
 from d2q_edge.evaluation.compare import compare, short_names
 from d2q_edge.evaluation.comparison import GIVEN, REFERENCE, STOCK, Comparison, Row, size_text
@@ -63,7 +63,7 @@ class TestNumbers:
 
 def test_reference_is_kept_in_half_precision(example_files: ExampleFiles, tmp_path: Path) -> None:
     require_runtime()
-    text = load_text("builtin", "evaluation")
+    text = load_evaluation("builtin")
     with reference(example_files.f16, text, 2, 64, tmp_path) as base:
         with LlamaModel(example_files.f16, 64) as model:
             expected = log_softmax(scored_logits(model, base.windows[1]))

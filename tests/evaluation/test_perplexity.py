@@ -1,5 +1,6 @@
 """Perplexity and KL divergence against llama-perplexity, and against torch on the same weights; progress; errors."""
 
+import json
 import math
 import re
 import subprocess
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from d2q_edge.calibration.text import BUILTIN, load_text
+from d2q_edge.calibration.text import EVALUATION, load_evaluation
 from d2q_edge.conversion import convert
 from d2q_edge.errors import D2QError
 from d2q_edge.evaluation.perplexity import Evaluation, cut, evaluate, measure
@@ -37,7 +38,7 @@ VARIED = """def f(x):\n\treturn x**2  # 12345.678\n\nI'll say: "it's 3,000 o'clo
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Enough for CHUNKS chunks; the tools tokenize a text whole."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(BUILTIN["evaluation"].read_text("utf-8")[:20000], "utf-8")
+    path.write_text(EVALUATION.read_text("utf-8")[:20000], "utf-8")
     return path
 
 
@@ -130,7 +131,7 @@ class TestAgainstTorch:
         """
         require_runtime()
         path: Path = getattr(example_files, file)
-        text = BUILTIN["evaluation"].read_text("utf-8")
+        text = EVALUATION.read_text("utf-8")
         content = GGUFFile(path)
         family = family_for(Checkpoint.open(EXAMPLE).config)
         model: Any = AutoModelForCausalLM.from_pretrained(EXAMPLE, dtype=torch.float32).eval()
@@ -189,7 +190,7 @@ def test_token_ids_are_those_of_transformers(example_files: ExampleFiles) -> Non
     tokenizer = AutoTokenizer.from_pretrained(EXAMPLE)
     with LlamaModel(example_files.d2q2, 64) as model:
         assert model.bos is None
-        for line in [*VARIED.split("END"), BUILTIN["evaluation"].read_text("utf-8")[:5000]]:
+        for line in [*VARIED.split("END"), EVALUATION.read_text("utf-8")[:5000]]:
             if "<|endoftext|>" not in line:
                 assert model.tokenize(line) == tokenizer(line)["input_ids"]
         assert len(model.tokenize("<|endoftext|>")) > 1, "a special token's name in a text is text"
@@ -228,13 +229,27 @@ def test_a_file_against_itself(example_files: ExampleFiles, text: Path) -> None:
     assert alone.kl_divergence_mean is alone.kl_divergence_p99 is alone.top1_agreement is None
 
 
+def test_conversations(chat_model: Path, chat_file: Path, tmp_path: Path) -> None:
+    """They are rendered by the file's chat template; special tokens are tokens, as transformers reads them."""
+    require_runtime()
+    chats = [[{"role": "user", "content": f"How many days has year {n}? "}] for n in range(1990, 2010)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    expected = [token for chat in chats for token in tokenizer.apply_chat_template(chat)["input_ids"]]
+    with LlamaModel(chat_file, 32) as model:
+        found = cut(model, load_evaluation(str(tmp_path / "chats.jsonl")), 32, None)
+    assert found.ravel().tolist() == expected[: found.size]
+    assert len(found) == len(expected) // 32
+    assert evaluate(chat_file, text=str(tmp_path / "chats.jsonl"), context=32, chunks=2).chunks == 2
+
+
 def test_every_chunk_begins_with_bos(make_checkpoint: Make, tmp_path: Path) -> None:
     require_runtime()
     export(make_checkpoint("llama"), tmp_path / "llama.gguf", "f16")
-    text = load_text("builtin", "evaluation")
+    text = load_evaluation("builtin")
     with LlamaModel(tmp_path / "llama.gguf", 64) as model:
         chunks = cut(model, text, 64, 3)
-        tokens = np.array(model.tokenize(text.content)[: 3 * 64]).reshape(3, 64)
+        tokens = np.array(model.tokenize(EVALUATION.read_text("utf-8"))[: 3 * 64]).reshape(3, 64)
     assert chunks[:, 0].tolist() == [4093] * 3
     assert tokens[0, 0] == 4093 != tokens[1, 0]
     assert np.array_equal(chunks[:, 1:], tokens[:, 1:])
@@ -242,7 +257,7 @@ def test_every_chunk_begins_with_bos(make_checkpoint: Make, tmp_path: Path) -> N
 
 def test_chunks_are_at_most_what_the_text_has(example_files: ExampleFiles, tmp_path: Path) -> None:
     require_runtime()
-    (tmp_path / "short.txt").write_text(BUILTIN["evaluation"].read_text("utf-8")[:1200])
+    (tmp_path / "short.txt").write_text(EVALUATION.read_text("utf-8")[:1200])
     tokens = len(AutoTokenizer.from_pretrained(EXAMPLE)((tmp_path / "short.txt").read_text())["input_ids"])
     assert evaluate(example_files.f16, None, str(tmp_path / "short.txt"), 99, context=64).chunks == tokens // 64
 
@@ -278,7 +293,7 @@ def test_progress_without_a_terminal(
 ) -> None:
     require_runtime()
     with LlamaModel(example_files.d2q2, 64) as model:
-        windows = cut(model, load_text("builtin", "evaluation"), 64, 3)
+        windows = cut(model, load_evaluation("builtin"), 64, 3)
         base = (lambda _: np.zeros((31, model.vocab_size), np.float32)) if reference else None
         measure(GGUFFile(example_files.d2q2), model, windows, base, interval=0)
     lines = capfd.readouterr().err.splitlines()

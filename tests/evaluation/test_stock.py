@@ -1,5 +1,6 @@
 """Stock files: the same tensors as llama.cpp's tools called by hand; what is kept and reused."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
-from d2q_edge.calibration.text import BUILTIN
+from d2q_edge.calibration.text import PROSE
 from d2q_edge.errors import D2QError
 from d2q_edge.evaluation import stock
 from d2q_edge.evaluation.stock import StockQuantizer, parse_types
+from d2q_edge.export.model_file import export
 from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.runtime.tools import Tools
 from tests.availability import require_tool
@@ -26,7 +29,7 @@ from tests.evaluation.fake_tools import FakeTools
 def text(tmp_path: Path) -> Path:
     """A short calibration text."""
     path = tmp_path / "text.txt"
-    path.write_text(BUILTIN["calibration"].read_text("utf-8")[:6000], "utf-8")
+    path.write_text(PROSE.read_text("utf-8")[:6000], "utf-8")
     return path
 
 
@@ -62,6 +65,24 @@ def test_as_by_hand(
     kinds = {info.type_name for info in found.tensors.values()}
     assert kinds == {"q2_k", "q8_0", "f32"} if pure else "q3_k" in kinds
     assert not list(tmp_path.glob(f"{stock.UNFINISHED}*"))
+
+
+@pytest.mark.slow
+def test_matrix_of_conversations(chat_model: Path, tmp_path: Path, cache: Path, tools: Tools) -> None:
+    """They are rendered by the original's chat template, and their special tokens are read as such."""
+    export(chat_model, tmp_path / "f16.gguf", "f16")
+    chats = [[{"role": "user", "content": f"How many days has year {n}?"}] for n in range(1900, 2010)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    by_hand = tmp_path / "rendered.txt"
+    by_hand.write_text("".join(tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats))
+    arguments = ("-m", tmp_path / "f16.gguf", "-f", by_hand, "-o", tmp_path / "matrix.gguf", "-c", "512", "-t", "1")
+    tools.run("llama-imatrix", *arguments, "--parse-special")
+    calibration = (str(tmp_path / "chats.jsonl"),)
+    made = StockQuantizer(tmp_path / "f16.gguf", calibration, tools=tools, threads=1).importance_matrix()
+    found, expected = GGUFFile(made), GGUFFile(tmp_path / "matrix.gguf")
+    assert found.tensors.keys() == expected.tensors.keys()
+    assert all(np.array_equal(found.raw(name), expected.raw(name)) for name in expected.tensors)
 
 
 def test_matrix_is_kept(example_files: ExampleFiles, text: Path, cache: Path, tools: Tools) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from d2q_edge.calibration.text import BUILTIN
+from d2q_edge.calibration.text import EVALUATION
 from d2q_edge.runtime.generate import generate
 from d2q_edge.runtime.installed import library_directory
 from tests.conftest import ExampleFiles
@@ -83,7 +83,7 @@ def test_model_says_the_same_as_here(
     target = arm.TARGETS[name]
     program = arm.link(patched_tree, HERE / "run_model.cpp", target, tmp_path)
     model = {2: example_files.d2q2, 3: example_files.d2q3}[bits]
-    arguments: list[str | Path] = [model, BUILTIN["evaluation"], str(chunks), str(GREEDY)]
+    arguments: list[str | Path] = [model, EVALUATION, str(chunks), str(GREEDY)]
     emulated = arm.run(program, target.cpu, arguments)
     assert emulated.returncode == 0, emulated.stderr
     there = _parse(emulated.stdout)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from d2q_edge.calibration.text import load_text
+from d2q_edge.calibration.text import PROSE
 from d2q_edge.distributed.process_group import SINGLE_PROCESS
 from d2q_edge.formats import tensor_types
 from d2q_edge.pipeline.solver import GroupSolver
@@ -21,7 +21,7 @@ from tests.pipeline.common import CPU, Setup
 def test_feedback_beats_rounding_on_the_example() -> None:
     setup = Setup(EXAMPLE)
     runner = setup.runner()
-    text = load_text("builtin", "calibration").content
+    text = PROSE.read_text("utf-8")
     tokens = torch.tensor(AutoTokenizer.from_pretrained(EXAMPLE)(text[:20000])["input_ids"][:4096]).view(-1, 512)
     block = runner.load(0)
     first = {group.linears[0]: group for group in setup.family.linear_groups}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from d2q_edge.calibration.chat_template import ChatTemplate
 from d2q_edge.calibration.text import Text
 from d2q_edge.errors import D2QError
 from d2q_edge.model.checkpoint import Checkpoint
@@ -79,6 +80,9 @@ def test_the_original_is_at_no_distance() -> None:
     assert found.kl_divergence == 0
 
 
+PLAIN = ChatTemplate(None, {})
+
+
 class Characters:
     """A tokenizer whose tokens are code points."""
 
@@ -87,11 +91,11 @@ class Characters:
 
 
 def test_chunks() -> None:
-    text = Text("abcdefghij", "file.txt", "")
-    cut = evaluation_chunks(Characters(), text, None, 3, None)
+    text = Text(("abcdefghij",), "file.txt", "")
+    cut = evaluation_chunks(Characters(), text, PLAIN, None, 3, None)
     np.testing.assert_array_equal(cut, [list(b"abc"), list(b"def"), list(b"ghi")])
-    cut = evaluation_chunks(Characters(), text, 2, 3, bos=1)
+    cut = evaluation_chunks(Characters(), text, PLAIN, 2, 3, bos=1)
     np.testing.assert_array_equal(cut, [[1, *b"bc"], [1, *b"ef"]])
     assert cut.dtype == np.int64
     with pytest.raises(D2QError, match=r"file.txt has 10 tokens, less than one chunk of 11"):
-        evaluation_chunks(Characters(), text, 2, 11, None)
+        evaluation_chunks(Characters(), text, PLAIN, 2, 11, None)

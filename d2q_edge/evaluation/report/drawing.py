@@ -50,9 +50,9 @@ class Picture:
 
 
 def require() -> None:
-    """Raise a D2QError if matplotlib or jinja2 isn't installed."""
-    if missing := [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]:
-        raise D2QError(f"reports and pictures need {' and '.join(missing)}: pip install 'd2q-edge[report]'")
+    """Raise a D2QError if matplotlib isn't installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise D2QError("reports and pictures need matplotlib: pip install 'd2q-edge[report]'")
 
 
 def variables(*, dark: bool) -> str:

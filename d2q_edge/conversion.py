@@ -188,7 +188,7 @@ def _quantize(job: Job, calibration: Calibration, *, force: bool, verify: bool) 
         work,
         options,
         validation=calibration.windows.validation,
-        place=job.memory.place if job.memory else None,
+        memory=job.memory,
         processes=processes,
     )
     refinement = None

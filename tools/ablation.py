@@ -137,7 +137,7 @@ def rotated(subject: Subject, bits: int, row: Row) -> Outcome:
     return row(replace(subject, checkpoint=checkpoint, family=family_for(checkpoint.config)), bits)
 
 
-PLAIN = Options(dsq=False, dac=False, descent_rounds=0)
+PLAIN = Options(dsq=False, dac=False, guidance=False, descent_rounds=0)
 ROWS: dict[str, Row] = {
     "RTN": partial(paper, recipe=Recipe(feedback=False)),
     "GPTQ": partial(paper, recipe=Recipe(alpha=0)),
@@ -148,9 +148,10 @@ ROWS: dict[str, Row] = {
     "D2Q-RTN": ours_rounded,
     "D2Q-GPTQ": partial(ours, options=replace(PLAIN, alpha=0.0)),
     "D2Q-GPTAQ": partial(ours, options=PLAIN),
-    "D2Q+descent": partial(ours, options=Options(dsq=False, dac=False)),
-    "D2Q+DSQ": partial(ours, options=Options(dac=False)),
-    "D2Q+DAC": partial(ours, options=Options()),
+    "D2Q+descent": partial(ours, options=Options(dsq=False, dac=False, guidance=False)),
+    "D2Q+DSQ": partial(ours, options=Options(dac=False, guidance=False)),
+    "D2Q+DAC": partial(ours, options=Options(guidance=False)),
+    "D2Q+guidance": partial(ours, options=Options()),
     "D2Q+refine": partial(ours, options=Options(), refined=True),
     "D2Q+rotation-DSQ": partial(rotated, row=partial(ours, options=Options(dsq=False))),
     "D2Q+rotation": partial(rotated, row=partial(ours, options=Options())),

@@ -17,7 +17,7 @@ from d2q_edge.options import CPU_TOKENS, GPU_TOKENS, HIGHEST_BITS, LOWEST_BITS, 
 option = partial(field_option, Options)
 OF_EXPORT = frozenset({"model", "revision", "output", "stock_type", "pre_tokenizer", "no_verify", "force"})
 """Parameters that --type heeds; it would silently ignore any other."""
-OF_CALIBRATION = frozenset({"calibration", "calibration_tokens", "context", "dsq", "dac"})
+OF_CALIBRATION = frozenset({"calibration", "calibration_tokens", "context", "dsq", "dac", "guidance"})
 """Parameters without effect under --no-calibration; the library itself refuses --refine and mixtures there."""
 
 
@@ -44,6 +44,7 @@ OF_CALIBRATION = frozenset({"calibration", "calibration_tokens", "context", "dsq
 @option("rotation", type=click.Choice(ROTATIONS), help="Spread outlier channels; unties tied embeddings.")
 @option("dsq", help="Scale columns, at no cost in size.")
 @option("dac", help="Correct the mean shift by norm biases.")
+@option("guidance", help="Weight calibration tokens by the gradients of the loss.")
 @option("refine", help="Tune scales and codes afterwards: better, and much slower.")
 @click.option("--no-calibration", is_flag=True, help="Round to nearest: fast, and worse.")
 @option("embedding_type", help="Stock type of the embeddings.  [default: by --bits]")

@@ -25,7 +25,7 @@ class BlockReader:
 
     def begin(self, index: int) -> None:
         """Start reading block `index`, if it exists and blocks are read ahead."""
-        if self._pool is not None and index < self._family.num_layers:
+        if self._pool is not None and 0 <= index < self._family.num_layers:
             self._begun = index, self._pool.submit(lambda: list(self._read(index, pin=self._pin)))
 
     def read(self, index: int) -> Iterator[tuple[str, torch.Tensor]]:

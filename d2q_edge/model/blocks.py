@@ -84,12 +84,15 @@ class BlockRunner:
             rows = nn.functional.embedding(tokens, table).to(self.device)
             yield rows.float() * self.family.embedding_scale
 
-    def load(self, index: int) -> nn.Module:
-        """Return block `index` in float32; raise D2QError if a weight is NaN or infinite, or can't be read."""
+    def load(self, index: int, following: int | None = None) -> nn.Module:
+        """Return block `index` in float32; raise D2QError if a weight is NaN or infinite, or can't be read.
+
+        `following` is the block that will be loaded next, by default the one after it.
+        """
         block: nn.Module = copy.deepcopy(self._layers[index])
         # Moved before the cast to float32: half the bytes.
         weights = {name: tensor.to(self.device).float() for name, tensor in self._reader.read(index)}
-        self._reader.begin(index + 1)
+        self._reader.begin(index + 1 if following is None else following)
         block.load_state_dict(weights, assign=True)
         return block.eval().requires_grad_(False)
 

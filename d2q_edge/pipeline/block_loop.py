@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from d2q_edge.calibration.hidden_states import DTYPE, Place, StreamPair
+from d2q_edge.calibration.hidden_states import DTYPE, StreamPair
 from d2q_edge.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from d2q_edge.formats.quantized_block import QuantizedBlock
 from d2q_edge.model.blocks import BlockRunner
@@ -25,6 +25,8 @@ from d2q_edge.options import Options
 from d2q_edge.pipeline.column_scaling import absorb_scales, scale_columns
 from d2q_edge.pipeline.context import Context
 from d2q_edge.pipeline.group_statistics import sublayer_statistics
+from d2q_edge.pipeline.guidance import measure_guidance
+from d2q_edge.pipeline.memory import GRADIENT_STATES, MemoryPlan
 from d2q_edge.pipeline.norm_correction import advance_quantized, quantize_final
 from d2q_edge.pipeline.progress import BlockProgress
 from d2q_edge.pipeline.report import Report
@@ -45,7 +47,7 @@ def quantize_blocks(
     options: Options,
     *,
     validation: npt.NDArray[np.int64] | None = None,
-    place: Place | None = None,
+    memory: MemoryPlan | None = None,
     processes: ProcessGroup = SINGLE_PROCESS,
     batch_tokens: int = BATCH_TOKENS,
     dtype: torch.dtype = DTYPE,
@@ -59,7 +61,7 @@ def quantize_blocks(
         work: keeps finished blocks; those that it has already are applied and not quantized again.
         options: alpha, descent_rounds, dsq and dac count here.
         validation: more windows, which don't influence the result; it is measured on them.
-        place: where hidden states are kept; None is the host's memory.
+        memory: where hidden states are kept, and how many; None is the host's memory, which has enough.
         processes: that share the work; all of them call this.
         batch_tokens: tokens per forward pass.
         dtype: of the hidden states between blocks.
@@ -67,7 +69,7 @@ def quantize_blocks(
     Raises:
         D2QError: a weight or an activation is NaN or infinite, or a block can't be saved.
     """
-    family, place = runner.family, place or torch.device("cpu")
+    family, place = runner.family, memory.place if memory else torch.device("cpu")
     last = family.num_layers
     # Before the first process writes anything.
     finished = [work.has_block(index) for index in range(last + 1)]
@@ -78,12 +80,17 @@ def quantize_blocks(
         torch.inference_mode(),
         matmul_precision("high"),
     ):
+        report, guidance = Report(runner.device), None
+        if options.guidance and not all(finished[:last]):
+            # Before there are other hidden states in memory.
+            with report.timed("gradients"):
+                most = memory.gradients if memory else GRADIENT_STATES
+                guidance = measure_guidance(runner, windows, batch_tokens, most, work, processes)
         streams = StreamPair(runner, windows, batch_tokens, place, processes, dtype)
         validation_streams = None
         if validation is not None and len(validation):
             validation_streams = StreamPair(runner, validation, batch_tokens, place, processes, dtype)
-        report = Report(runner.device)
-        context = Context(runner, streams, processes, report)
+        context = Context(runner, streams, processes, report, guidance)
         solver = GroupSolver(runner.device, options.alpha, options.descent_rounds, processes)
         for index in range(last):
             original = runner.load(index)

@@ -9,6 +9,7 @@ from d2q_edge.distributed.process_group import ProcessGroup
 from d2q_edge.errors import D2QError
 from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.model.families import Family
+from d2q_edge.pipeline.guidance import Guidance
 from d2q_edge.pipeline.report import Report
 
 
@@ -21,12 +22,14 @@ class Context:
         streams: hidden states in the original and in the quantized model.
         processes: that share the batches and the rows of every matrix.
         report: what is measured.
+        guidance: weights of the calibration tokens; None counts all alike.
     """
 
     runner: BlockRunner
     streams: StreamPair
     processes: ProcessGroup
     report: Report
+    guidance: Guidance | None = None
 
     @property
     def family(self) -> Family:

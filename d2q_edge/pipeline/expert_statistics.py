@@ -28,15 +28,19 @@ def has_experts(family: Family, sublayer: Sublayer) -> bool:
 
 
 def expert_statistics(
-    context: Context, sublayer: Sublayer, original: nn.Module, quantized: nn.Module
+    context: Context, index: int, sublayer: Sublayer, original: nn.Module, quantized: nn.Module
 ) -> Iterator[tuple[LinearGroup, InputStatistics]]:
     """Yield the linear groups of all experts with their statistics, see `group_statistics.sublayer_statistics`."""
     family = context.family
     tokens = _choose_tokens(context, sublayer, original)
+    prefix = family.block_prefix(index)
+    # An expert's tokens count by the gradient of what all experts together put out.
+    weights = context.guidance.weights(prefix, (sublayer.module,)) if context.guidance else {}
     for chunk in _chunks(family):
 
         def collect(columns: int, inputs_of: Callable[[Expert, torch.Tensor], torch.Tensor]) -> list[InputStatistics]:
-            return _collect(context, sublayer, original, quantized, chunk, tokens, columns, inputs_of)  # noqa: B023
+            batches = context, sublayer, original, quantized, chunk, tokens, weights  # noqa: B023
+            return _collect(*batches, columns, inputs_of)
 
         found = collect(family.hidden_size, lambda _, inputs: inputs)
         for number in chunk:
@@ -86,6 +90,7 @@ def _collect(
     quantized: nn.Module,
     chunk: list[int],
     tokens: dict[int, torch.Tensor],
+    weights: dict[int, torch.Tensor],
     columns: int,
     inputs_of: Callable[[Expert, torch.Tensor], torch.Tensor],
 ) -> list[InputStatistics]:
@@ -96,10 +101,12 @@ def _collect(
             x_original = _inputs(original, sublayer, context.streams.original[index])
             x_quantized = _inputs(quantized, sublayer, context.streams.quantized[index])
             chosen = tokens[index][:, chunk].to(context.device)
+            weight = weights[index].to(context.device) if weights else None
         with context.report.timed("statistics"):
             for statistics, number, own in zip(found, chunk, chosen.unbind(1), strict=True):
                 inputs = inputs_of(_expert(quantized, number), x_quantized[own])
-                statistics.add_batch(inputs, inputs_of(_expert(original, number), x_original[own]))
+                wanted = inputs_of(_expert(original, number), x_original[own])
+                statistics.add_batch(inputs, wanted, None if weight is None else weight[own])
     for statistics, number in zip(found, chunk, strict=True):
         context.processes.all_reduce(statistics.sums)
         check_sums(statistics.sums, f"{EXPERTS}{number}")

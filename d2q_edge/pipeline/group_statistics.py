@@ -33,7 +33,7 @@ def sublayer_statistics(
         D2QError: activations are NaN or infinite, or too large.
     """
     if has_experts(context.family, sublayer):
-        yield from expert_statistics(context, sublayer, original, quantized)
+        yield from expert_statistics(context, index, sublayer, original, quantized)
         _advance_original(context, index, sublayer, original)
         return
     groups = [group for group in context.family.linear_groups if context.family.sublayer_of(group) == sublayer]
@@ -49,6 +49,8 @@ def _dense_statistics(
     runner, streams, layer = context.runner, context.streams, group.linears[0]
     statistics = InputStatistics(context.family.linear_shape(layer)[1], context.device)
     check = FiniteCheck(context.device)
+    prefix = name.removesuffix(layer)
+    weights = context.guidance.weights(prefix, group.linears) if context.guidance else {}
     for batch in streams.own:
         hidden = streams.original[batch]
         with context.report.timed("forward"):
@@ -61,7 +63,8 @@ def _dense_statistics(
                 x_original = runner.group_input(original, group, hidden)
             x_quantized = runner.group_input(quantized, group, streams.quantized[batch])
         with context.report.timed("statistics"):
-            statistics.add_batch(x_quantized, x_original)
+            own = weights[batch].to(context.device) if weights else None
+            statistics.add_batch(x_quantized, x_original, own)
     check.require("original", name)
     context.processes.all_reduce(statistics.sums)
     check_sums(statistics.sums, name)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from d2q_edge.calibration.hidden_states import DTYPE, Place
+from d2q_edge.calibration.output_gradients import LOGITS, guided_modules, kept_bytes
 from d2q_edge.errors import D2QError
 from d2q_edge.formats import k_quants
 from d2q_edge.model.families import Family, LinearGroup
@@ -29,6 +30,11 @@ MATRICES = 8
 """Matrices [rows, columns] at once: weights, targets, units, gradients, and temporaries."""
 HIDDEN, INNER = 10, 5
 """Activations of a batch, in multiples of its hidden states and of its intermediate ones."""
+GRADIENT_HIDDEN, GRADIENT_INNER = 30, 12
+"""The same while a block runs backwards, which keeps what its layers read."""
+GRADIENT_STATES = 2 * GIB
+"""Bytes of the hidden states in front of all blocks while gradients are measured, at most, in the host's memory; on a
+GPU half of what is free."""
 SEARCH = 256 * 2**20
 """Bytes of one step of a codebook search."""
 CUDA_SEARCH = 5 * SEARCH
@@ -58,12 +64,14 @@ class MemoryPlan:
         host: memory of all processes.
         device: memory of a GPU; zero without one.
         disk: beside the output, apart from the output itself.
+        gradients: for the hidden states in front of all blocks while gradients are measured, before the others.
     """
 
     place: Place
     host: int
     device: int
     disk: int
+    gradients: int = 0
 
     def describe(self) -> str:
         """Format the plan as one line."""
@@ -85,6 +93,8 @@ def plan_memory(
     packed: int,
     limit: int | None = None,
     processes: int = 1,
+    *,
+    guidance: bool = False,
 ) -> MemoryPlan:
     """Choose where the hidden states are kept, and make sure that everything fits.
 
@@ -96,6 +106,7 @@ def plan_memory(
         packed: bytes of all finished blocks together.
         limit: bytes of memory that may be taken; None for what is free.
         processes: number of processes that share the work on this machine.
+        guidance: gradients are measured.
 
     Raises:
         D2QError: it doesn't fit in the memory (or the limit), the GPU's memory, or on the disk.
@@ -107,17 +118,20 @@ def plan_memory(
     encoding = (HOST_ENCODING if device.type == "cuda" else ENCODING) * table
     writing = (encoding + WRITING * packed // family.num_layers) // processes
     free = available_memory() // processes if limit is None else limit // processes
-    on_device = 0
+    on_device = gradients = 0
+    backward = _backward(family, batch_tokens, table) if guidance else 0
+    states = kept_bytes(family, math.ceil(tokens / processes)) if guidance else 0
     routing = routing_bytes(family, tokens)
     host = PROGRAM + routing
     place: Place = torch.device("cpu")
     if device.type == "cuda":
         on_table = ENCODING * table + CUDA_ENCODING
         host, available = CUDA_PROGRAM + routing, torch.cuda.mem_get_info(device)[0]
-        on_device = max(working, on_table)
+        gradients = min(states, max(available // 2, kept_bytes(family, batch_tokens)) if guidance else 0)
+        on_device = max(working, on_table, backward + gradients)
         # The hidden states are gone by then.
         if max(working + streams, on_table) <= available:
-            place, on_device = device, max(working + streams, on_table)
+            place, on_device = device, max(working + streams, on_table, backward + gradients)
         elif on_device > available:
             raise D2QError(
                 f"the GPU has {available / GIB:.1f} GiB of free memory, but this model needs "
@@ -126,7 +140,8 @@ def plan_memory(
         # A block is read ahead into pinned memory, in the checkpoint's dtype, rounded up to a power of two.
         peak = host + 2 * _largest_block(family) + writing
     else:
-        peak = host + max(working, writing)
+        gradients = min(states, max(GRADIENT_STATES // processes, kept_bytes(family, batch_tokens)))
+        peak = host + max(working, writing, backward + gradients)
     if isinstance(place, torch.device) and place.type == "cpu":
         if peak + streams <= free:
             peak += streams
@@ -139,7 +154,8 @@ def plan_memory(
             f"this conversion needs {_at_least(peak * processes)} GiB of memory, but {given}; use a machine with more, "
             "or --no-calibration"
         )
-    disk = packed + (streams * processes if isinstance(place, Path) else 0)
+    measured = FLOAT * tokens * family.num_layers * len(guided_modules(family)) if guidance else 0
+    disk = packed + measured + (streams * processes if isinstance(place, Path) else 0)
     # A plan may be asked for before there is a directory.
     beside = next(parent for parent in output.absolute().parents if parent.exists())
     available = shutil.disk_usage(beside).free
@@ -148,7 +164,7 @@ def plan_memory(
             f"{beside} has {available / GIB:.1f} GiB of free space, but unfinished work needs "
             f"{disk / GIB:.1f} GiB; free some, or write the output to another disk"
         )
-    return MemoryPlan(place, peak * processes, on_device, disk)
+    return MemoryPlan(place, peak * processes, on_device, disk, gradients)
 
 
 def _at_least(size: int) -> str:
@@ -166,6 +182,12 @@ def _working(family: Family, batch_tokens: int, processes: int, search: int) -> 
     batch = batch_tokens * (HIDDEN * family.hidden_size + INNER * family.intermediate_size)
     blocks = 2 * _largest_block(family)
     return blocks + FLOAT * max(solving, squares + batch) + search + statistics_bytes(family)
+
+
+def _backward(family: Family, batch_tokens: int, table: int) -> int:
+    """Return the bytes that running a block, or the lm_head, backwards takes on the computing device."""
+    batch = batch_tokens * (GRADIENT_HIDDEN * family.hidden_size + GRADIENT_INNER * family.intermediate_size)
+    return _largest_block(family) + max(FLOAT * batch, FLOAT * table + 2 * LOGITS)
 
 
 def group_rows(family: Family, group: LinearGroup) -> int:

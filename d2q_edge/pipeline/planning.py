@@ -112,7 +112,9 @@ def plan(model: str | Path, output: str | Path, options: Options, processes: Pro
     if calibration is not None:
         tokens = calibration.windows.calibration.size + calibration.windows.validation.size
         device, limit, count = processes.device, options.memory_limit, processes.world_size
-        memory = plan_memory(family, tokens, BATCH_TOKENS, device, output, types.linear_bytes, limit, count)
+        memory = plan_memory(
+            family, tokens, BATCH_TOKENS, device, output, types.linear_bytes, limit, count, guidance=options.guidance
+        )
     return Job(
         options, output, source, checkpoint, family, tokenizer, types, file, size, calibration, memory, processes
     )

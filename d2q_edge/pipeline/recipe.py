@@ -55,6 +55,7 @@ def d2q_metadata(types: TypePlan, options: Options, rotated: bool, calibration: 
             "alpha": options.alpha,
             "dsq": options.dsq,
             "dac": options.dac,
+            "guidance": options.guidance,
             "rounds": options.descent_rounds,
             "refine": options.refine,
             "calibration": names(calibration.parts),

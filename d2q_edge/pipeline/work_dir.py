@@ -21,7 +21,7 @@ from d2q_edge.utils import files
 from d2q_edge.utils.json_files import parse_json
 
 OWN_FILE = re.compile(
-    r"settings\.(json|partial)|((block|refined)-\d+|refining)\.(safetensors|partial)|complete\.gguf"
+    r"settings\.(json|partial)|((block|refined)-\d+|gradients-\d+-\d+|refining)\.(safetensors|partial)|complete\.gguf"
     r"|\.complete\.gguf\.partial"
 )
 """Names that may be in a work directory; one that holds anything else is never deleted."""
@@ -76,12 +76,12 @@ class WorkDir:
 
     def write_block(self, index: int, block: QuantizedBlock, *, refined: bool = False) -> None:
         """Keep a block, or its refined version; raise D2QError if the disk is full or not writable."""
-        self._create()
+        self.create()
         block.save(self._file(index, refined))
 
     def write_state(self, arrays: Mapping[str, Array], metadata: Mapping[str, Any]) -> None:
         """Keep the state of the refinement, in place of an earlier one; raises D2QError like `write_block`."""
-        self._create()
+        self.create()
         save_tensors(self._state, arrays, metadata)
 
     def read_state(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
@@ -91,6 +91,17 @@ class WorkDir:
     def remove_state(self) -> None:
         """Delete the state of the refinement."""
         self._state.unlink(missing_ok=True)
+
+    def write_gradients(self, rank: int, number: int, batches: list[int], squares: Mapping[str, Array]) -> None:
+        """Keep what a process measured in a pass over some batches; raises D2QError like `write_block`."""
+        save_tensors(self._gradients(rank, number), squares, {"batches": batches})
+
+    def read_gradients(self, rank: int, number: int, batches: list[int]) -> dict[str, Any] | None:
+        """Read what `write_gradients` kept of these batches, if it did; raises D2QError like `read_block`."""
+        path = self._gradients(rank, number)
+        arrays, metadata = load_tensors(path) if path.is_file() else ({}, {})
+        # With other memory, a pass has other batches.
+        return arrays if metadata.get("batches") == batches else None
 
     def publish(self) -> None:
         """Move the complete file to its place.
@@ -133,7 +144,8 @@ class WorkDir:
                 )
         self.remove()
 
-    def _create(self) -> None:
+    def create(self) -> None:
+        """Make the directory, if it isn't there; raise D2QError if it can't be written to."""
         if self._settings.exists():
             return
         try:
@@ -148,6 +160,9 @@ class WorkDir:
         partial = self._settings.with_suffix(".partial")
         partial.write_text(json.dumps({_FINGERPRINT: self._fingerprint, **more}, indent=1), encoding="utf-8")
         files.replace(partial, self._settings)
+
+    def _gradients(self, rank: int, number: int) -> Path:
+        return self.path / f"gradients-{rank}-{number}.safetensors"
 
     def _file(self, index: int, refined: bool) -> Path:
         return self.path / f"{'refined' if refined else 'block'}-{index:04d}.safetensors"

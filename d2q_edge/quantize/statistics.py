@@ -17,12 +17,14 @@ class InputStatistics:
         self._XXT = torch.zeros(columns, columns, device=device)
         self._dXXT = torch.zeros(columns, columns, device=device)
 
-    def add_batch(self, quantized: torch.Tensor, original: torch.Tensor) -> None:
-        """Add the inputs of the same tokens in both models, float32 [..., columns]."""
+    def add_batch(self, quantized: torch.Tensor, original: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Add the inputs of the same tokens in both models, float32 [..., columns], and their weights [tokens]."""
         x = quantized.reshape(-1, quantized.shape[-1])
+        difference = original.reshape(x.shape) - x
         self.tokens += len(x)
-        self._XXT += x.T @ x
-        self._dXXT += (original.reshape(x.shape) - x).T @ x
+        weighted = x if weights is None else x * weights[:, None]
+        self._XXT += weighted.T @ x
+        self._dXXT += difference.T @ weighted
 
     @property
     def sums(self) -> list[torch.Tensor]:

@@ -63,7 +63,7 @@ class Converted:
         self.checkpoint = Checkpoint.open(self.model)
         self.family: Family = family_for(self.checkpoint.config)
         self.plain = name == "mixed"
-        plain: dict[str, Any] = {"dsq": False, "dac": False} if self.plain else {}
+        plain: dict[str, Any] = {"dsq": False, "dac": False, "guidance": False} if self.plain else {}
         self.options = replace(QUICK, bits=bits, **plain)
         self.path = directory / f"{name}.gguf"
         self.result: Conversion = conversion.convert(self.model, self.path, self.options)
@@ -176,6 +176,7 @@ class TestContent:
             "rotation": False,
             "dsq": not converted.plain,
             "dac": not converted.plain,
+            "guidance": not converted.plain,
             "rounds": 2,
             "refine": False,
             "alpha": 0.5,

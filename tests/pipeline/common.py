@@ -31,8 +31,8 @@ Make = Callable[..., Path]
 CPU = torch.device("cpu")
 WINDOWS = np.random.default_rng(2).integers(0, 4096, (12, 40))
 SMALL: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3}
-DEFAULT = Options()
-PLAIN = Options(dsq=False, dac=False, descent_rounds=0)
+DEFAULT = Options(guidance=False)
+PLAIN = Options(dsq=False, dac=False, guidance=False, descent_rounds=0)
 EXACT: dict[str, Any] = {"dtype": torch.float32, "batch_tokens": 80}
 """Arguments of `quantize_blocks`: streams that can be compared with whole models, and enough batches for DAC to keep
 some for validation."""

@@ -75,7 +75,7 @@ def test_column_scales_alone_change_nothing(make_checkpoint: Make, tmp_path: Pat
     """Without a type of ours there is only the reparametrization, so that both models stay the same."""
     setup = Setup(make_checkpoint("qwen2", **SMALL), type_name="f16")
     work = WorkDir(tmp_path / "out.gguf", {})
-    setup.run(work, Options(dsq=dsq, dac=False))
+    setup.run(work, Options(dsq=dsq, dac=False, guidance=False))
     changed = setup.tensors(work)
     scales = work.read_block(0).column_scales
     assert bool(scales) == dsq

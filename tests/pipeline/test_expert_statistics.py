@@ -159,7 +159,7 @@ def test_column_scales_alone_change_nothing(make_checkpoint: Make, tmp_path: Pat
     """Without a type of ours there is only the reparametrization, of norm, router and all experts."""
     setup = Setup(make_checkpoint(family, dtype=torch.float32), type_name="f16")
     work = WorkDir(tmp_path / "out.gguf", {})
-    setup.run(work, Options(dac=False))
+    setup.run(work, Options(dac=False, guidance=False))
     changed = setup.tensors(work)
     del changed["model.norm.weight"]  # its scales are in the head, which the file's writer divides
     original = setup.checkpoint.tensor
@@ -183,7 +183,7 @@ def test_scales_follow_the_formula(make_checkpoint: Make, tmp_path: Path) -> Non
     """The shared scales weigh every expert's weights by its tokens; those of down are made of its own tokens."""
     setup = Setup(make_checkpoint("qwen3moe", **SMALL, dtype=torch.float32), type_name="f16")
     work = WorkDir(tmp_path / "out.gguf", {})
-    setup.run(work, Options(dac=False), batch_tokens=40, dtype=torch.float32)
+    setup.run(work, Options(dac=False, guidance=False), batch_tokens=40, dtype=torch.float32)
     found = {name: torch.from_numpy(array) for name, array in work.read_block(0).column_scales.items()}
     inputs, probabilities = routing(setup, {}, 0)
     routed = torch.zeros_like(probabilities, dtype=torch.bool).scatter_(1, probabilities.topk(2, 1).indices, True)
@@ -276,7 +276,7 @@ def test_an_expert_that_sees_no_token(make_checkpoint: Make, tmp_path: Path, dsq
     _, probabilities = routing(setup, {}, 0)
     assert (probabilities.argsort(1, descending=True)[:, :2] != 3).all()
     work = WorkDir(tmp_path / "out.gguf", {})
-    report = setup.run(work, Options(dsq=dsq, dac=False))
+    report = setup.run(work, Options(dsq=dsq, dac=False, guidance=False))
     errors = {name: report.layer_errors[f"model.layers.0.{name}.weight"] for name in expert_linears(3)}
     assert all(0 < error < 0.15 for error in errors.values()), errors
     tensors = setup.tensors(work)

@@ -107,7 +107,7 @@ def test_metrics_are_those_of_the_blocks(make_checkpoint: Make, tmp_path: Path) 
 @torch.inference_mode()
 def test_without_dsq_and_dac_there_is_nothing_to_report_of_them(make_checkpoint: Make, tmp_path: Path) -> None:
     setup = Setup(make_checkpoint("llama", **SMALL))
-    report = setup.run(WorkDir(tmp_path / "out.gguf", {}), Options(dsq=False, dac=False))
+    report = setup.run(WorkDir(tmp_path / "out.gguf", {}), Options(dsq=False, dac=False, guidance=False))
     assert (report.column_scales, report.norm_shifts, report.validation) == ({}, {}, None)
     assert set(report.seconds) == {"forward", "statistics", "solve"}
 

@@ -57,4 +57,4 @@ def test_alpha_counts(make_checkpoint: Make, tmp_path: Path) -> None:
     setup.run(work, PLAIN, batch_tokens=160, dtype=torch.float32)
     assert PLAIN.alpha == 0.5
     with pytest.raises(AssertionError, match=r"mlp|self_attn"):
-        collected_statistics(setup, work, Options(alpha=0.25, descent_rounds=0), 160)
+        collected_statistics(setup, work, Options(alpha=0.25, descent_rounds=0, guidance=False), 160)

@@ -1,0 +1,131 @@
+"""Measure how much the loss of the original model depends on each layer's output for each token.
+
+GuidedQuant (arXiv 2505.07004, equation 7) and OAC (arXiv 2405.15025): an error in the output z of a layer changes the
+loss to second order by about (g^T error)^2, with g = dL/dz. This computes the mean of g^2 over the output channels, for
+L the cross entropy of the next tokens, summed over the text.
+
+Memory holds one block at a time: a first pass keeps the hidden states in front of every block; then block after block
+from the last one is run again with gradients.
+"""
+
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from d2q_edge.model.blocks import BlockRunner
+from d2q_edge.model.families import Family
+from d2q_edge.model.families.experts import EXPERTS
+
+LOGITS = 2**28
+"""Bytes of logits at a time."""
+KEPT = torch.bfloat16
+"""Dtype of the hidden states that are kept."""
+
+
+def guided_modules(family: Family) -> list[str]:
+    """Return what gradients are measured of, by its name in a block: linear layers, but a mixture of experts as one."""
+    experts = EXPERTS.partition(".")[0]
+    names = [layer for layer in family.block_linears if not layer.startswith(EXPERTS)]
+    return names + ([experts] if family.num_experts else [])
+
+
+def kept_bytes(family: Family, tokens: int) -> int:
+    """Return the memory that the hidden states of so many tokens take."""
+    return (family.num_layers + 1) * tokens * family.hidden_size * KEPT.itemsize
+
+
+def squared_output_gradients(runner: BlockRunner, batches: Sequence[torch.Tensor]) -> Iterator[tuple[str, list[Any]]]:
+    """Yield the mean squares of every guided module's output gradient, block by block from the last one.
+
+    Args:
+        runner: of the original model.
+        batches: token ids, each int64 [windows, context].
+
+    Yields:
+        The full name of a module, and for every batch float32 [windows * context] on the CPU.
+    """
+    family = runner.family
+    with torch.inference_mode(False), _deterministic(runner.device):
+        states = [[hidden.to(KEPT)] for hidden in runner.embed_all(batches)]
+        for index in range(family.num_layers):
+            block = runner.load(index)
+            with torch.no_grad():
+                for kept in states:
+                    kept.append(runner.forward(block, kept[-1].float()).to(KEPT))
+        gradients = [_loss_gradient(runner, tokens, kept.pop()) for tokens, kept in zip(batches, states, strict=True)]
+        for index in reversed(range(family.num_layers)):
+            block = runner.load(index, following=index - 1)
+            squares: dict[str, list[torch.Tensor]] = defaultdict(list)
+            for number, kept in enumerate(states):
+                found, gradients[number] = _block_gradients(runner, block, kept.pop(), gradients[number])
+                for name, values in found.items():
+                    squares[name].append(values)
+            for name, parts in squares.items():
+                yield f"{family.block_prefix(index)}{name}", parts
+
+
+def _loss_gradient(runner: BlockRunner, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of the summed loss by the last block's output, float32 [windows, context, hidden]."""
+    family, norm = runner.family, runner.final_norm()
+    table = family.embedding if family.tied_embeddings else family.head
+    head = runner.checkpoint.tensor(f"{table}.weight").to(runner.device).float()
+    targets = tokens[:, 1:].to(runner.device)
+    gradient = torch.zeros_like(hidden, dtype=torch.float32)
+    step = max(1, LOGITS // (4 * 4 * len(head)))
+    # The last token of a window predicts nothing.
+    flat = hidden[:, :-1].flatten(0, 1)
+    parts = []
+    for states, wanted in zip(flat.split(step), targets.flatten().split(step), strict=True):
+        states = states.float().requires_grad_()
+        loss = nn.functional.cross_entropy(norm(states) @ head.T, wanted, reduction="sum")
+        parts += torch.autograd.grad(loss, states)
+    gradient[:, :-1] = torch.cat(parts).view(*targets.shape, -1)
+    return gradient
+
+
+def _block_gradients(
+    runner: BlockRunner, block: nn.Module, hidden: torch.Tensor, gradient: torch.Tensor
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Run a block backwards: return the squares by module, and the gradient by the block's input."""
+    squares: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, values: torch.Tensor) -> None:
+        squares[name] = values.square().mean(-1).flatten().cpu()
+
+    def hook(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        tensor = output[0] if isinstance(output, tuple) else output
+        tensor.register_hook(partial(keep, name))
+
+    handles = [
+        block.get_submodule(name).register_forward_hook(partial(hook, name)) for name in guided_modules(runner.family)
+    ]
+    try:
+        inputs = hidden.float().requires_grad_()
+        with torch.enable_grad():
+            output = runner.forward(block, inputs)
+        (before,) = torch.autograd.grad(output, inputs, gradient)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return squares, before
+
+
+@contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """Make CUDA's attention add gradients in a fixed order, so that a repeated conversion gives the same file."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings(action="ignore") as _:
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])

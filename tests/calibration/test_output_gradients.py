@@ -1,0 +1,57 @@
+"""Gradients of the loss by layers' outputs, block by block, against autograd through transformers' whole model."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from d2q_edge.calibration import output_gradients
+from d2q_edge.calibration.output_gradients import guided_modules, squared_output_gradients
+from d2q_edge.model.blocks import BlockRunner
+from d2q_edge.model.checkpoint import Checkpoint
+from d2q_edge.model.families import family_for
+from tests.family_models import write_model
+
+TOKENS = torch.randint(0, 4000, (5, 24), generator=torch.Generator().manual_seed(0))
+
+
+def expected(model: Path, names: set[str]) -> dict[str, torch.Tensor]:
+    """Return what `squared_output_gradients` should find, in float64."""
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, experts_implementation="eager").eval()
+    found: dict[str, torch.Tensor] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def watch(_module: nn.Module, _inputs: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+            tensor = output[0] if isinstance(output, tuple) else output
+            tensor.register_hook(lambda gradient: found.__setitem__(name, gradient.square().mean(-1).flatten()))
+
+        return watch
+
+    for name in names:
+        whole.get_submodule(name).register_forward_hook(hook(name))
+    embedded = whole.get_input_embeddings()(TOKENS).detach().requires_grad_()
+    logits = whole(inputs_embeds=embedded).logits[:, :-1]
+    nn.functional.cross_entropy(logits.flatten(0, 1), TOKENS[:, 1:].flatten(), reduction="sum").backward()
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen2", "gemma3", "phi4-mini", "qwen3moe"])
+def test_as_autograd(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output_gradients, "KEPT", torch.float32)
+    monkeypatch.setattr(output_gradients, "LOGITS", 2**20)
+    model = write_model(tmp_path / "tiny", name, num_hidden_layers=2)
+    checkpoint = Checkpoint.open(model)
+    family = family_for(checkpoint.config)
+    runner = BlockRunner(checkpoint, family, torch.device("cpu"))
+    with torch.inference_mode():
+        found = dict(squared_output_gradients(runner, TOKENS.split(3)))
+    names = {f"{family.block_prefix(index)}{module}" for index in range(2) for module in guided_modules(family)}
+    assert found.keys() == names
+    for module, squares in expected(model, names).items():
+        assert [len(part) for part in found[module]] == [3 * 24, 2 * 24]
+        torch.testing.assert_close(
+            torch.cat(found[module]).double(), squares, rtol=2e-3, atol=1e-4 * float(squares.max())
+        )

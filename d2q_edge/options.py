@@ -19,6 +19,7 @@ class Options:
 
     Attributes:
         bits: 2, 3, or the mean over the blocks' linear layers of a mixture of types.
+        adapter: a LoRA adapter, a directory or an id of the hub, to merge into the model first (model/lora.py).
         calibrate: quantize with error feedback on calibration text; otherwise round to nearest, in seconds.
         calibration: a text file, or "builtin".
         calibration_tokens: how many.
@@ -37,6 +38,7 @@ class Options:
     """
 
     bits: float = 2
+    adapter: str | None = None
     calibrate: bool = True
     calibration: str = "builtin"
     calibration_tokens: int = 65536

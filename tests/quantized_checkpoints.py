@@ -42,7 +42,8 @@ def _maxima(weight: Array, block: tuple[int, int]) -> Array:
     """Return the largest magnitude of every block."""
     (rows, columns), (height, width) = weight.shape, block
     padded = np.pad(np.abs(weight), ((0, -rows % height), (0, -columns % width)))
-    return padded.reshape(len(padded) // height, height, -1, width).max(axis=(1, 3))
+    maxima: Array = padded.reshape(len(padded) // height, height, -1, width).max(axis=(1, 3))
+    return maxima
 
 
 def float8(

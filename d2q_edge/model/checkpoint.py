@@ -13,7 +13,8 @@ import torch
 from d2q_edge.errors import D2QError
 from d2q_edge.model.dequantize import ordinary_weights
 from d2q_edge.model.families import family_for
-from d2q_edge.model.hub import blob_directories, locate
+from d2q_edge.model.hub import locate
+from d2q_edge.model.links import check_links
 from d2q_edge.model.multimodal import is_multimodal, text_config, text_names
 from d2q_edge.model.peft_files import refuse_adapter
 from d2q_edge.model.tensor_names import causal_architecture, standard_names
@@ -22,8 +23,6 @@ from d2q_edge.utils.json_files import read_json_object
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-READ_SUFFIXES = (".json", ".safetensors", ".model", ".jinja", ".txt", ".md")
-"""The kinds of files that are read from a model's directory, here, by the tokenizers and for the metadata."""
 
 
 class Checkpoint:
@@ -155,24 +154,11 @@ def _missing(directory: Path, name: str) -> str:
     if name != HEAD:
         return f"{directory} has no tensor {name}, which its config.json calls for"
     return (
-        f"{directory} has no {HEAD}, and by config.json it isn't tied to the embeddings, so that transformers would make "
-        "one of random numbers; get the complete checkpoint, or set tie_word_embeddings to true if the model was trained "
-        "that way"
+        f"{directory} has no {HEAD}, and config.json doesn't tie it to the embeddings: transformers would fill it with "
+        "random numbers; get the complete checkpoint, or set tie_word_embeddings to true if they were tied in training"
     )
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
     """Return whether no element is NaN or infinite; 20 times as fast as `isfinite`, because the extremes show both."""
     return tensor.numel() == 0 or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
-
-
-def check_links(directory: Path) -> None:
-    """Refuse symbolic links out of the directory; those in the hub's cache must lead to the cache's own blobs."""
-    allowed = (directory.resolve(), *blob_directories(directory))
-    for file in sorted([*directory.iterdir(), *(directory / "additional_chat_templates").glob("*")]):
-        target = file.resolve()
-        if file.suffix in READ_SUFFIXES and not any(target.is_relative_to(place) for place in allowed):
-            raise D2QError(
-                f"{file} is a symbolic link to {target}, outside of the model's directory; copy the file there if "
-                "you trust it"
-            )

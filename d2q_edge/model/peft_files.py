@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from d2q_edge.errors import D2QError
-from d2q_edge.model.weight_files import INDEX_FILE, PICKLES, SINGLE_FILE
+from d2q_edge.model.hub import fetch_files, is_id
+from d2q_edge.model.weight_files import ADAPTER_FILES, INDEX_FILE, PICKLES, SINGLE_FILE
 from d2q_edge.utils.json_files import read_json_object
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = ADAPTER_FILES
 _CHUNK = 2**20
 
 
@@ -30,10 +31,27 @@ def base_model(config: dict[str, Any]) -> str | None:
     return base if isinstance(base, str) and base else None
 
 
-def adapter_files(directory: Path) -> list[Path]:
-    """Return the two files of an adapter; raise D2QError if they aren't there, or the weights are a pickle."""
+def locate_adapter(adapter: str) -> Path:
+    """Return the directory of an adapter; one given by its Hugging Face id is fetched into the hub's cache.
+
+    Raises:
+        D2QError: it can't be fetched.
+    """
+    return fetch_files(adapter, ADAPTER_FILES) if is_id(adapter) else Path(adapter).expanduser()
+
+
+def adapter_files(adapter: str) -> list[Path]:
+    """Return the two files of an adapter, given as for `locate_adapter`.
+
+    Raises:
+        D2QError: it can't be fetched, one is missing, or the weights are a pickle.
+    """
+    directory = locate_adapter(adapter)
     if not directory.is_dir():
-        raise D2QError(f"--adapter {directory} is not a directory; give one that holds {CONFIG} and {WEIGHTS}")
+        raise D2QError(
+            f"there is no directory {directory}; give one that holds {CONFIG} and {WEIGHTS}, or an adapter's Hugging "
+            "Face id"
+        )
     if not (directory / CONFIG).is_file():
         raise D2QError(f"{directory} has no {CONFIG}, so it isn't a PEFT adapter")
     if (directory / WEIGHTS).is_file():

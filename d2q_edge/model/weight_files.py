@@ -17,6 +17,8 @@ from d2q_edge.utils.json_files import parse_json, read_json_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_FILES = "adapter_config.json", "adapter_model.safetensors"
+"""What a PEFT adapter consists of."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 DTYPES: dict[str, torch.dtype] = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """The safetensors dtype codes of ordinary weights."""

@@ -32,8 +32,8 @@ def ordinary_weights(
     if settings is None:
         if any(name.endswith(".qweight") for name in entries):
             raise D2QError(
-                "the weights are quantized (there are qweight tensors), but config.json has no quantization_config to say "
-                "how; use the unquantized checkpoint"
+                "the weights are quantized (there are qweight tensors), but config.json has no quantization_config to "
+                "say how; use the unquantized checkpoint"
             )
         return config, dict(entries), []
     if not isinstance(settings, Mapping):

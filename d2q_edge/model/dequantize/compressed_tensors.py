@@ -29,8 +29,10 @@ from d2q_edge.model.dequantize.scaling import (
 )
 
 PARTS = frozenset(
-    ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "input_scale")
-    + ("input_zero_point", "output_scale", "output_zero_point", "k_scale", "v_scale", "q_scale")
+    (
+        *("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "input_scale"),
+        *("input_zero_point", "output_scale", "output_zero_point", "k_scale", "v_scale", "q_scale"),
+    )
 )
 _FORMS = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "mixed-precision", "dense")
 _BITS = (2, 4, 8)

@@ -6,7 +6,6 @@ from d2q_edge.errors import D2QError
 from d2q_edge.model.checkpoint import Checkpoint, is_finite
 from d2q_edge.model.families import family_for
 from d2q_edge.model.lora import Adapter, read, read_adapter
-from d2q_edge.model.weight_files import TensorEntry
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -39,10 +38,8 @@ class AdaptedCheckpoint(Checkpoint):
             # First, as in checkpoints that have an lm_head: names are sorted.
             entries = {self._head: entries[self._embedding], **entries}
         super().__init__(source.directory, config, entries, [*source.notes, *self._own_notes()])
-        for name, shape in [(name, lora.shape) for name, lora in self._loras.items()] + [
-            (name, entry.shape) for name, entry in self._replacements.items()
-        ]:
-            self._check_target(name, shape)
+        for name, change in (*self._loras.items(), *self._replacements.items()):
+            self._check_target(name, change.shape)
 
     def tensor(self, name: str) -> torch.Tensor:
         """Load one tensor in its dtype, and merge the adapter into it.
@@ -63,22 +60,18 @@ class AdaptedCheckpoint(Checkpoint):
 
     def _unties(self) -> bool:
         """Return whether the adapter makes two tables of one, and forget changes of lm_head that follow the other's."""
-        head = self._changes(self._head)
-        if not head and not self._changes(self._embedding):
+        tables = self._embedding, self._head
+        changed = [name for name in tables if name in self._loras or name in self._replacements]
+        if not changed:
             return False
-        if self._adapter.tied and self._changes(self._embedding):
-            same = True
-        else:
-            first, second = (self._replacements.get(name) for name in (self._embedding, self._head))
-            changed = self._embedding in self._loras or self._head in self._loras
-            same = not changed and first is not None and second is not None and _equal(first, second)
+        same = self._adapter.tied and self._embedding in changed
+        if not same and len(changed) == 2 and not any(name in self._loras for name in tables):
+            embedding, head = (read(self._replacements[name]).float() for name in tables)
+            same = torch.equal(embedding, head)
         if same:
             self._loras.pop(self._head, None)
             self._replacements.pop(self._head, None)
         return not same
-
-    def _changes(self, name: str) -> bool:
-        return name in self._loras or name in self._replacements
 
     def _check_target(self, name: str, shape: tuple[int, ...]) -> None:
         where, base = self._adapter.directory, self._adapter.base or "another model"
@@ -93,8 +86,8 @@ class AdaptedCheckpoint(Checkpoint):
         if name in (self._embedding, self._head):
             more = "; if tokens were added in training, add them to the model and its tokenizer first"
         raise D2QError(
-            f"the adapter {where} is for a {name} of shape {list(shape)}, not {list(self.shape(name))} as in the model;"
-            f" it was trained on {base}{more}"
+            f"the adapter {where} has a {name} of shape {list(shape)}, not {list(self.shape(name))} as the model; "
+            f"it was trained on {base}{more}"
         )
 
     def _own_notes(self) -> list[str]:
@@ -123,7 +116,3 @@ def adapted(checkpoint: Checkpoint, adapter: str | None) -> Checkpoint:
         return AdaptedCheckpoint(checkpoint, read_adapter(adapter))
     except OSError as error:
         raise D2QError(f"can't read {adapter}: {error.strerror or error}") from error
-
-
-def _equal(first: TensorEntry, second: TensorEntry) -> bool:
-    return first.shape == second.shape and torch.equal(read(first), read(second))

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -52,15 +52,18 @@ def is_id(model: str | Path) -> bool:
     return _ID.fullmatch(str(model)) is not None and not Path(model).expanduser().exists()
 
 
-def fetch_files(repository: str, names: Sequence[str]) -> Path:
-    """Fetch some files, as far as a repository has them, into the hub's cache; return their directory.
+def fetch_adapter(adapter: str) -> Path:
+    """Fetch the files of a PEFT adapter by its id into the hub's cache, and return their directory.
 
     Raises:
-        D2QError: they can't be fetched.
+        D2QError: they can't be fetched, or it isn't an adapter.
     """
-    download = _Download(repository, constants.DEFAULT_REVISION)
-    with download._errors_explained(" and ".join(names)):
-        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=[*names], token=download.token))
+    download = _Download(adapter, constants.DEFAULT_REVISION)
+    with download._errors_explained("the adapter"):
+        snapshot = huggingface_hub.snapshot_download(adapter, allow_patterns=[*ADAPTER_FILES], token=download.token)
+    if not (Path(snapshot) / ADAPTER_FILES[0]).exists():
+        raise D2QError(f"{adapter} has no {ADAPTER_FILES[0]}, so it isn't a PEFT adapter")
+    return Path(snapshot)
 
 
 def repository(directory: Path) -> str | None:

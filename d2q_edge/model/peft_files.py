@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from d2q_edge.errors import D2QError
-from d2q_edge.model.hub import fetch_files, is_id
+from d2q_edge.model.hub import fetch_adapter, is_id
 from d2q_edge.model.weight_files import ADAPTER_FILES, INDEX_FILE, PICKLES, SINGLE_FILE
 from d2q_edge.utils.json_files import read_json_object
 
@@ -35,9 +35,9 @@ def locate_adapter(adapter: str) -> Path:
     """Return the directory of an adapter; one given by its Hugging Face id is fetched into the hub's cache.
 
     Raises:
-        D2QError: it can't be fetched.
+        D2QError: it can't be fetched, or isn't an adapter.
     """
-    return fetch_files(adapter, ADAPTER_FILES) if is_id(adapter) else Path(adapter).expanduser()
+    return fetch_adapter(adapter) if is_id(adapter) else Path(adapter).expanduser()
 
 
 def adapter_files(adapter: str) -> list[Path]:

@@ -100,7 +100,8 @@ def _packed(module: str, parts: Parts, schemes: list[Mapping[str, Any]]) -> Dequ
     stated = part(module, parts, "weight_shape", ("I64", "I32"), (2,))
     found = set()
     for scheme in schemes:
-        if (bits := scheme.get("num_bits")) in _BITS and scheme.get("type", "int") == "int":
+        bits = scheme.get("num_bits")
+        if type(bits) is int and bits in _BITS and scheme.get("type", "int") == "int":
             shape = rows, words * WORD // bits
             if (block := find_block(scale.shape, shape, _blocks(scheme, shape))) is not None:
                 found.add((bits, shape, block))

@@ -28,7 +28,7 @@ def weight(module: str, parts: Parts, settings: Mapping[str, Any]) -> Dequantize
     if "qweight" not in parts:
         return None
     layout = settings.get("checkpoint_format") or settings.get("format") or "gptq"
-    if layout not in _VERSION or settings.get("is_marlin_format"):
+    if not isinstance(layout, str) or layout not in _VERSION or settings.get("is_marlin_format"):
         raise D2QError(
             f"the checkpoint's GPTQ weights are in the form {layout!r:.40}, which is for one kernel only; use the "
             "unquantized checkpoint, or one in the form 'gptq'"
@@ -37,7 +37,7 @@ def weight(module: str, parts: Parts, settings: Mapping[str, Any]) -> Dequantize
     index = part(module, parts, "g_idx", ("I32", "I64")) if "g_idx" in parts else None
     # Layers may differ in their bits ("dynamic"), and then only g_idx says how many.
     bits = settings.get("bits") if index is None or not index.shape else words * WORD // max(1, index.shape[0])
-    if bits not in BITS:
+    if type(bits) is not int or bits not in BITS:
         raise contradiction(module, stored)
     inputs = words * WORD // bits
     if index is not None and index.shape != (inputs,):

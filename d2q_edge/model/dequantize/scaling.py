@@ -8,6 +8,8 @@ from d2q_edge.errors import D2QError
 
 Block = tuple[int, int]
 """Height and width."""
+_ROWS = 256
+"""Rows at a time where each has scales of its own: these are repeated for all columns."""
 
 
 def grid(shape: tuple[int, ...], block: Block) -> Block:
@@ -55,10 +57,9 @@ def dequantize(
         float32 [rows, columns], exact but for one rounding of the product.
     """
     values = codes.float()
-    pieces = [values] if height == 1 else values.split(height)
-    own_scales = [scales] if height == 1 else scales.split(1)
-    own_zeros = repeat(None) if zeros is None else [zeros] if height == 1 else zeros.split(1)
-    for piece, scale, zero in zip(pieces, own_scales, own_zeros, strict=False):
+    rows, grid_rows = (_ROWS, _ROWS) if height == 1 else (height, 1)
+    own_zeros = repeat(None) if zeros is None else zeros.split(grid_rows)
+    for piece, scale, zero in zip(values.split(rows), scales.split(grid_rows), own_zeros, strict=False):
         if zero is not None:
             piece.sub_(zero.float()[:, groups])
         piece.mul_(scale.float()[:, groups])

@@ -62,7 +62,7 @@ def write_adapter(
         rank = (ranks or {}).get(module, RANK)
         rows, columns = shapes.shape("model.embed_tokens.weight" if module == "lm_head" else f"{module}.weight")
         if module.endswith("embed_tokens"):
-            made = {"lora_embedding_A": (rank, rows), "lora_embedding_B": (columns, rank)}
+            made: dict[str, tuple[int, ...]] = {"lora_embedding_A": (rank, rows), "lora_embedding_B": (columns, rank)}
         else:
             made = {"lora_A.weight": (rank, columns), "lora_B.weight": (rows, rank)}
         if settings.get("use_dora"):

@@ -38,8 +38,10 @@ class AdaptedCheckpoint(Checkpoint):
             # First, as in checkpoints that have an lm_head: names are sorted.
             entries = {self._head: entries[self._embedding], **entries}
         super().__init__(source.directory, config, entries, [*source.notes, *self._own_notes()])
-        for name, change in (*self._loras.items(), *self._replacements.items()):
-            self._check_target(name, change.shape)
+        for name, lora in self._loras.items():
+            self._check_target(name, lora.shape)
+        for name, entry in self._replacements.items():
+            self._check_target(name, entry.shape)
 
     def tensor(self, name: str) -> torch.Tensor:
         """Load one tensor in its dtype, and merge the adapter into it.

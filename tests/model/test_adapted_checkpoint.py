@@ -39,6 +39,7 @@ def formula(model: Path, adapter: Path, module: str, scale: float) -> torch.Tens
     stored = load_file(adapter / "adapter_model.safetensors")
     checkpoint = Checkpoint.open(model)
     weight = checkpoint.tensor(f"{module if f'{module}.weight' in checkpoint.names else EMBEDDING}.weight").double()
+    parts: dict[str, torch.Tensor]
     parts = {name.partition(".lora_")[2]: value.double() for name, value in stored.items() if f".{module}.lora" in name}
     if "embedding_A" in parts:
         result = weight + scale * (parts["embedding_B"] @ parts["embedding_A"]).T

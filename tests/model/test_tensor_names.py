@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -97,7 +98,8 @@ def test_a_base_model_saved_alone(tmp_path: Path, name: str) -> None:
 
 
 def test_architectures() -> None:
-    for config in ({"architectures": ["BertModel"], "model_type": "qwen3"}, {"architectures": []}, {}):
+    configs: list[dict[str, Any]] = [{"architectures": ["BertModel"], "model_type": "qwen3"}, {"architectures": []}, {}]
+    for config in configs:
         assert causal_architecture(config) is config
 
 

@@ -136,18 +136,23 @@ def _grouped(
     weight: Array, bits: int, group: int, *, symmetric: bool, ordered: bool, least_zero: int = 1
 ) -> tuple[Array, torch.Tensor, Array, Array]:
     """Return every column's group, scales [groups, rows], zero points [groups, rows] and codes [rows, columns]."""
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     generator = np.random.default_rng(columns)
     index = np.arange(columns) // group
     if not ordered:
         index = generator.permutation(index)
-    groups = int(index.max()) + 1
-    scales = torch.from_numpy(generator.uniform(0.5, 1.5, (groups, rows)) * 0.2 / 2**bits).half()
-    zeros = np.full((groups, rows), 2 ** (bits - 1))
+    members = [weight[:, index == group] for group in range(int(index.max()) + 1)]
+    low, high = (np.stack([bound(own, axis=1) for own in members]) for bound in (np.min, np.max))
+    steps = 2**bits - 1
+    spread = np.maximum(-low, high) * 2 if symmetric else high - low
+    scales = torch.from_numpy(spread / steps).half()
+    zeros = np.full(spread.shape, 2 ** (bits - 1))
     if not symmetric:
-        zeros = generator.integers(least_zero, 2**bits, (groups, rows))
+        zeros = np.clip(np.rint(-low / scales.double().numpy()), least_zero, steps).astype(np.int64)
+        # Random weights have none at the ends of the range.
+        zeros[:, ::7] = generator.integers(least_zero, steps + 1, zeros[:, ::7].shape)
     codes = np.rint(weight / scales.double().numpy().T[:, index]) + zeros.T[:, index]
-    return index, scales, zeros, np.clip(codes, 0, 2**bits - 1).astype(np.int64)
+    return index, scales, zeros, np.clip(codes, 0, steps).astype(np.int64)
 
 
 @dataclass(frozen=True)

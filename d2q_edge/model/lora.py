@@ -26,9 +26,7 @@ from d2q_edge.model.tensor_names import standard_names
 from d2q_edge.model.weight_files import DTYPES, TensorEntry, read_header
 from d2q_edge.utils.json_files import read_json_object
 
-_PART = re.compile(
-    r"(.+)\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(?:\.default)?(?:\.weight)?", flags=re.DOTALL
-)
+_PART = re.compile(r"(.+)\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(?:\.default)?(?:\.weight)?")
 _PREFIX = "base_model.model."
 _UNSUPPORTED = (
     *("layer_replication", "lora_bias", "target_parameters", "trainable_token_indices", "alora_invocation_tokens"),
@@ -171,8 +169,7 @@ def _lora(
         raise D2QError(f"{directory}: the rank of an adapter must be a positive whole number, not {rank!r:.40}")
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= sys.float_info.max:
         raise D2QError(f"{directory}: lora_alpha must be a number, not {alpha!r:.40}")
-    width = b.shape[:1] if len(b.shape) == 2 else ()
-    if len(a.shape) != 2 or a.shape[0] != rank or b.shape != (*width, rank):
+    if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == rank:
         raise D2QError(
             f"{directory}: the adapter of {module} has matrices of the shapes {list(a.shape)} and {list(b.shape)}, but "
             f"{CONFIG} says that its rank is {rank}"

@@ -257,6 +257,7 @@ class TestRefusals:
             (f"{Q}.lora_B.weight", (4, 128), "matrices of the shapes"),
             (f"{Q}.lora_B.weight", (96, 4), r"has a .*q_proj.weight of shape \[96, 64\], not \[128, 64\] as the model"),
             (f"{Q}.lora_A.weight", (4,), "matrices of the shapes"),
+            (f"{Q}.lora_B.weight", (4,), "matrices of the shapes"),
             (f"{Q}.lora_magnitude_vector", (128,), "contradicts adapter_config.json"),
             ("model.layers.9.mlp.up_proj.lora_A.weight", (4, 64), "isn't complete"),
             ("model.layers.0.mlp.up_proj.lora_B.bias", (96,), "has no such tensor; it was trained on tiny-org/base"),

@@ -21,6 +21,7 @@ class Options:
 
     Attributes:
         bits: 2, 3, or the mean over the blocks' linear layers of a mixture of types.
+        adapter: a LoRA adapter, a directory or an id of the hub, to merge into the model first (model/lora.py).
         calibrate: quantize with error feedback on calibration text; otherwise round to nearest, in seconds.
         calibration: a text file, a .jsonl file of conversations, or "builtin"; or several, as FILE or FILE:WEIGHT.
         calibration_tokens: how many at most; None for 65,536 on a CPU, 262,144 on a GPU.
@@ -40,6 +41,7 @@ class Options:
     """
 
     bits: float = 2
+    adapter: str | None = None
     calibrate: bool = True
     calibration: str | tuple[str, ...] = ("builtin",)
     calibration_tokens: int | None = None

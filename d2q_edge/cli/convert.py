@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from d2q_edge.errors import D2QError
 from d2q_edge.options import CPU_TOKENS, GPU_TOKENS, HIGHEST_BITS, LOWEST_BITS, MIN_CONTEXT, ROTATIONS, Options
 
 option = partial(field_option, Options)
-OF_EXPORT = frozenset({"model", "revision", "output", "stock_type", "pre_tokenizer", "no_verify", "force"})
+OF_EXPORT = frozenset({"model", "revision", "adapter", "output", "stock_type", "pre_tokenizer", "no_verify", "force"})
 """Parameters that --type heeds; it would silently ignore any other."""
 OF_CALIBRATION = frozenset({"calibration", "calibration_tokens", "context", "dsq", "dac", "guidance"})
 """Parameters without effect under --no-calibration; the library itself refuses --refine and mixtures there."""
@@ -25,6 +26,7 @@ OF_CALIBRATION = frozenset({"calibration", "calibration_tokens", "context", "dsq
 @click.argument("model", type=PATH)
 @click.option("--revision", help="Branch, tag or commit of a Hugging Face id.  [default: main]")
 @click.option("-o", "--output", type=PATH, help="The GGUF file to write.  [default: named after the model]")
+@option("adapter", metavar="DIR|ID", help="LoRA adapter of PEFT to merge into the model first.")
 @option("bits", type=float, help=f"2, 3, or a mean of {LOWEST_BITS} to {HIGHEST_BITS} bits per weight.")
 @click.option("--type", "stock_type", help="Write a stock type (f16, q8_0, ...) instead of quantizing.")
 @option(
@@ -102,8 +104,11 @@ def command(
     from d2q_edge.model.checkpoint import Checkpoint
     from d2q_edge.model.families import family_for
     from d2q_edge.model.hub import locate
+    from d2q_edge.model.peft_files import locate_adapter
 
     model = locate(model, revision)
+    if options.adapter is not None:
+        options = replace(options, adapter=str(locate_adapter(options.adapter)))
     if output is None:
         checkpoint = Checkpoint.open(model)
         encoding = stock_type or f"D2Q{options.bits:g}"
@@ -112,7 +117,9 @@ def command(
     if stock_type is None:
         _quantize(model, output, options, report, model_card, dry_run=dry_run, **how)
     else:
-        size = model_file.export(model, output, stock_type.lower(), pre_tokenizer=options.pre_tokenizer, **how)
+        size = model_file.export(
+            model, output, stock_type.lower(), adapter=options.adapter, pre_tokenizer=options.pre_tokenizer, **how
+        )
         click.echo(f"{output}: {size:,} bytes")
 
 
@@ -125,11 +132,13 @@ def _quantize(
     from d2q_edge.export.model_card import NAME, check_card, write_card
     from d2q_edge.export.targets import check_targets
     from d2q_edge.formats.gguf_writer import check_output
+    from d2q_edge.model.peft_files import adapter_files
 
     card = output.parent / NAME if model_card else None
     targets = {"the output": output, "the report": report, "the model card": card}
     # All this before the work, which takes long.
-    check_targets({name: path for name, path in targets.items() if path is not None}, model)
+    read = [] if options.adapter is None else adapter_files(options.adapter)
+    check_targets({name: path for name, path in targets.items() if path is not None}, model, read)
     if report and is_main():
         check_output(report, force=how["force"])
     if card:

@@ -22,8 +22,10 @@ from d2q_edge.export.targets import check_targets
 from d2q_edge.export.tokenizer_check import verify as verify_tokenizer
 from d2q_edge.formats import gguf_writer
 from d2q_edge.formats.gguf_writer import STOCK_TYPES, AddMetadata, GGUFTensor, Load, fitting_type
+from d2q_edge.model.adapted_checkpoint import adapted
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import Family, family_for
+from d2q_edge.model.peft_files import adapter_files
 from d2q_edge.model.tokenizer import Tokenizer, read_tokenizer
 from d2q_edge.model.weight_files import IGNORED_SUFFIXES
 from d2q_edge.utils.locks import sole_writer
@@ -180,12 +182,14 @@ def export(
     type_name: str,
     *,
     force: bool = False,
+    adapter: str | None = None,
     pre_tokenizer: str | None = None,
     verify: bool = True,
 ) -> int:
     """Convert a checkpoint directory to a GGUF of a stock type, embeddings and head included; return its size in bytes.
 
-    `type_name` is one of STOCK_TYPES; `pre_tokenizer` as in `read_tokenizer`, `force` and `verify` as in `write_model`.
+    `type_name` is one of STOCK_TYPES; `adapter` as in `adapted`, `pre_tokenizer` as in `read_tokenizer`, `force` and
+    `verify` as in `write_model`.
 
     Raises:
         D2QError: anything wrong with the checkpoint, the type's name or the output.
@@ -194,9 +198,10 @@ def export(
         raise D2QError(f"{type_name!r} isn't a stock type that can be written; these are: {', '.join(STOCK_TYPES)}")
     with sole_writer(path):
         checkpoint = Checkpoint.open(model)
-        check_targets({"the output": path}, checkpoint.directory)
+        check_targets({"the output": path}, checkpoint.directory, [] if adapter is None else adapter_files(adapter))
+        checkpoint.check(family_for(checkpoint.config).tensor_shapes())
+        checkpoint = adapted(checkpoint, adapter)
         family = family_for(checkpoint.config)
-        checkpoint.check(family.tensor_shapes())
         tokenizer = model_tokenizer(checkpoint, family, pre_tokenizer)
         for note in (*checkpoint.notes, *tokenizer.notes, *family.notes):
             print(note, file=sys.stderr)

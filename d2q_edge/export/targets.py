@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from d2q_edge.errors import D2QError
-from d2q_edge.model.checkpoint import READ_SUFFIXES
+from d2q_edge.model.links import READ_SUFFIXES
 
 
 def check_targets(targets: Mapping[str, Path], model: Path, texts: Iterable[Path] = ()) -> None:

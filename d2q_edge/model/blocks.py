@@ -31,7 +31,10 @@ def model_config(checkpoint: Checkpoint) -> Any:
         return AutoConfig.for_model(**settings)
     config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True, trust_remote_code=False)
     # The config itself, unless the checkpoint is multimodal.
-    return config.get_text_config()
+    config = config.get_text_config()
+    # Weights are dequantized when they are read: transformers must not look for a quantizer.
+    vars(config).pop("quantization_config", None)
+    return config
 
 
 def empty_model(config: Any, attention: str) -> Any:

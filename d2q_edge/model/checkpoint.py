@@ -4,30 +4,34 @@ The directory is untrusted input: no symbolic link may lead out of it, because w
 that is meant to be published.
 """
 
-from collections.abc import KeysView, Mapping
+from collections.abc import KeysView, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 
 from d2q_edge.errors import D2QError
-from d2q_edge.model.hub import blob_directories, locate
+from d2q_edge.model.dequantize import ordinary_weights
+from d2q_edge.model.families import family_for
+from d2q_edge.model.hub import locate
+from d2q_edge.model.links import check_links
 from d2q_edge.model.multimodal import is_multimodal, text_config, text_names
+from d2q_edge.model.peft_files import refuse_adapter
+from d2q_edge.model.tensor_names import causal_architecture, standard_names
 from d2q_edge.model.weight_files import DTYPES, IGNORED_SUFFIXES, INDEX_FILE, SINGLE_FILE, TensorEntry, read_headers
 from d2q_edge.utils.json_files import read_json_object
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-READ_SUFFIXES = (".json", ".safetensors", ".model", ".jinja", ".txt", ".md")
-"""The kinds of files that are read from a model's directory, here, by the tokenizers and for the metadata."""
 
 
 class Checkpoint:
     """An opened checkpoint directory; create one with `Checkpoint.open`."""
 
-    def __init__(self, directory: Path, config: dict[str, Any], entries: dict[str, TensorEntry]) -> None:
-        self.directory, self.config, self._entries = directory, config, entries
+    def __init__(
+        self, directory: Path, config: dict[str, Any], entries: dict[str, TensorEntry], notes: Sequence[str] = ()
+    ) -> None:
+        self.directory, self.config, self._entries, self._notes = directory, config, entries, tuple(notes)
 
     @classmethod
     def open(cls, path: str | Path) -> "Checkpoint":
@@ -47,26 +51,34 @@ class Checkpoint:
                     f"there is no directory {directory}; give one that holds config.json, or a Hugging Face id like "
                     "Qwen/Qwen3-8B"
                 )
+            refuse_adapter(directory)
             if not (directory / "config.json").is_file():
                 raise D2QError(f"{directory} has no config.json, so it isn't a Hugging Face model directory")
-            _check_links(directory)
+            check_links(directory)
             config, entries = read_json_object(directory / "config.json", strict=True), read_headers(directory)
         except OSError as error:
             raise D2QError(f"can't read {directory}: {error.strerror or error}") from error
+        notes = []
+        if (directory / SINGLE_FILE).is_file() and (directory / INDEX_FILE).is_file():
+            notes.append(f"{directory} has {SINGLE_FILE} and {INDEX_FILE}; the former is read, as by transformers")
+        names, changes = standard_names(entries)
         if is_multimodal(config):
             config = text_config(config)
-            entries = {name: entries[stored] for name, stored in text_names(entries).items()}
-        return cls(directory, config, entries)
+            names = {name: names[full] for name, full in text_names(names).items()}
+            notes.append("the model's part for images is left out; the file is for text")
+        config = causal_architecture(config)
+        entries = {name: entries[stored] for name, stored in names.items()}
+        config, entries, more = ordinary_weights(config, entries)
+        notes += [*changes, *more]
+        if EMBEDDING not in entries and HEAD in entries and family_for(config).tied_embeddings:
+            entries = {EMBEDDING if name == HEAD else name: entry for name, entry in entries.items()}
+            notes.append(f"there is only {HEAD}; since config.json ties the embeddings to it, it serves as both")
+        return cls(directory, config, entries, notes)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Return sentences that tell the user what was ignored."""
-        notes = []
-        if (self.directory / SINGLE_FILE).is_file() and (self.directory / INDEX_FILE).is_file():
-            notes.append(f"{self.directory} has {SINGLE_FILE} and {INDEX_FILE}; the former is read, as by transformers")
-        if any(name != entry.name for name, entry in self._entries.items()):
-            notes.append("the model's part for images is left out; the file is for text")
-        return tuple(notes)
+        """Return sentences that tell the user what was changed or ignored."""
+        return self._notes
 
     @property
     def names(self) -> KeysView[str]:
@@ -95,11 +107,7 @@ class Checkpoint:
         """
         self.dtype(name)
         entry = self._entries[name]
-        try:
-            with safetensors.safe_open(entry.file, framework="pt", device="cpu") as file:
-                tensor: torch.Tensor = file.get_tensor(entry.name)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise D2QError(f"can't read tensor {name} from {entry.file}: {error}") from error
+        tensor = entry.load()
         if not is_finite(tensor):
             raise D2QError(f"tensor {name} in {entry.file} contains NaN or infinite values; the checkpoint is damaged")
         return tensor
@@ -114,7 +122,7 @@ class Checkpoint:
         """
         for name, expected in shapes.items():
             if name not in self._entries:
-                raise D2QError(f"{self.directory} has no tensor {name}, which its config.json calls for")
+                raise D2QError(_missing(self.directory, name))
             self.dtype(name)
             if (shape := self.shape(name)) != expected:
                 raise D2QError(
@@ -142,18 +150,15 @@ class Checkpoint:
         return self._entries[name]
 
 
+def _missing(directory: Path, name: str) -> str:
+    if name != HEAD:
+        return f"{directory} has no tensor {name}, which its config.json calls for"
+    return (
+        f"{directory} has no {HEAD}, and config.json doesn't tie it to the embeddings: transformers would fill it with "
+        "random numbers; get the complete checkpoint, or set tie_word_embeddings to true if they were tied in training"
+    )
+
+
 def is_finite(tensor: torch.Tensor) -> bool:
     """Return whether no element is NaN or infinite; 20 times as fast as `isfinite`, because the extremes show both."""
     return tensor.numel() == 0 or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
-
-
-def _check_links(directory: Path) -> None:
-    """Refuse symbolic links out of the directory; those in the hub's cache must lead to the cache's own blobs."""
-    allowed = (directory.resolve(), *blob_directories(directory))
-    for file in sorted([*directory.iterdir(), *(directory / "additional_chat_templates").glob("*")]):
-        target = file.resolve()
-        if file.suffix in READ_SUFFIXES and not any(target.is_relative_to(place) for place in allowed):
-            raise D2QError(
-                f"{file} is a symbolic link to {target}, outside of the model's directory; copy the file there if "
-                "you trust it"
-            )

@@ -44,7 +44,7 @@ class RotatedCheckpoint(Checkpoint):
         if self._tied:
             # First, as in checkpoints that have an lm_head: names are sorted.
             entries = {self._head: entries[self._embedding], **entries}
-        super().__init__(source.directory, config, entries)
+        super().__init__(source.directory, config, entries, source.notes)
 
         self._norm_of = {self._head: f"{family.final_norm}.weight"}
         self._writers: set[str] = set()

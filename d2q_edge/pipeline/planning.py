@@ -1,7 +1,7 @@
 """Plan a conversion: everything that can be decided and checked before the long work starts."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,9 +13,11 @@ from d2q_edge.distributed.process_group import ProcessGroup
 from d2q_edge.errors import D2QError
 from d2q_edge.export.model_file import model_tokenizer
 from d2q_edge.export.targets import check_targets
+from d2q_edge.model.adapted_checkpoint import adapted
 from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import Family, family_for
+from d2q_edge.model.peft_files import adapter_files, locate_adapter
 from d2q_edge.model.rotated_checkpoint import RotatedCheckpoint, rotation_pays
 from d2q_edge.model.tokenizer import Tokenizer
 from d2q_edge.model.tokenizer.original import load_original
@@ -40,7 +42,7 @@ class Job:
 
     Attributes:
         options, output: as given.
-        source, checkpoint: the checkpoint on disk, and the same or rotated.
+        source, checkpoint: the checkpoint, with an adapter if there is one, and the same or rotated.
         family, tokenizer: of the checkpoint.
         types: of all tensors.
         file, size: what will be written, and its size in bytes.
@@ -79,11 +81,16 @@ def plan(model: str | Path, output: str | Path, options: Options, processes: Pro
     output = Path(output)
     processes = processes or ProcessGroup.from_environment(choose_device(options.device))
     options.check()
+    if options.adapter is not None:
+        options = replace(options, adapter=str(locate_adapter(options.adapter)))
     source = Checkpoint.open(model)
     parts = load_parts(options.calibration) if options.calibrate else ()
-    check_targets({"the output": output}, source.directory, [part.path for part in parts if part.path is not None])
+    read = [part.path for part in parts if part.path is not None]
+    read += [] if options.adapter is None else adapter_files(options.adapter)
+    check_targets({"the output": output}, source.directory, read)
+    source.check(family_for(source.config).tensor_shapes())
+    source = adapted(source, options.adapter)
     family = family_for(source.config)
-    source.check(family.tensor_shapes())
     rotated = options.rotation == "on" or (options.rotation == "auto" and rotation_pays(family))
     checkpoint = RotatedCheckpoint(source, options.seed) if rotated else source
     family = family_for(checkpoint.config)

@@ -15,6 +15,7 @@ from d2q_edge.distributed.process_group import ProcessGroup
 from d2q_edge.export.model_file import Value
 from d2q_edge.formats import codebooks
 from d2q_edge.model.checkpoint import Checkpoint
+from d2q_edge.model.peft_files import adapter_files, content_hash
 from d2q_edge.options import Options
 from d2q_edge.pipeline.sensitivity import choose_windows
 from d2q_edge.pipeline.type_plan import TypePlan, is_mixed
@@ -49,6 +50,8 @@ def d2q_metadata(types: TypePlan, options: Options, rotated: bool, calibration: 
     recipe: dict[str, Any] = {"bits": options.bits, "method": "rtn", "rotation": rotated, "dsq": False, "dac": False}
     if rotated:
         recipe["seed"] = options.seed
+    if options.adapter is not None:
+        recipe["adapter_sha256"] = content_hash(adapter_files(options.adapter))
     if calibration is not None:
         recipe |= {
             "method": "gptaq",

@@ -209,7 +209,7 @@ class TestCheckpoints:
             ({"hidden_act": {"silu": True}}, "activation"),
             ({"max_position_embeddings": None}, "config.json has no max_position_embeddings"),
             ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false"),
-            ({"quantization_config": {"quant_method": "gptq"}}, "quantized already; convert the original one"),
+            ({"quantization_config": ["gptq"]}, "quantization_config must be an object"),
         ],
         ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
     )

@@ -182,7 +182,6 @@ def test_no_architecture(architectures: Any) -> None:
         ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "rope_scaling of type"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("llama", {"hidden_act": "gelu"}, "activation 'gelu'"),
-        ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantized already"),
         ("llama", {"attention_bias": "yes"}, "attention_bias must be true or false"),
         ("llama", {"is_causal": False}, "isn't causal"),
         ("qwen2", {"use_sliding_window": True}, "sliding-window"),

@@ -29,6 +29,7 @@ from d2q_edge.model import hub
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
 from d2q_edge.model.hub import locate
+from d2q_edge.model.peft_files import adapter_files, locate_adapter
 from d2q_edge.model.weight_files import INDEX_FILE
 from tests.checkpoints import write_checkpoint
 from tests.fake_hub import COMMIT, LATER, REPO, Fault, Hub, serve
@@ -294,6 +295,11 @@ class TestRefusals:
             del server.files[name]
         refused(f"{REPO} has no weights: neither model.safetensors nor")
 
+    def test_an_adapter_is_not_a_model(self, server: Hub) -> None:
+        del server.files["config.json"]
+        server.files["adapter_config.json"] = b"{}"
+        refused(f"{REPO} is a PEFT adapter, not a model; run d2q-edge convert BASE --adapter {REPO}, where BASE is")
+
     def test_no_config(self, server: Hub) -> None:
         del server.files["config.json"]
         refused(f"{REPO} has no config.json, so it isn't a model that can be converted")
@@ -426,3 +432,25 @@ def test_plain_export_names_the_models_own_base(server: Hub, tmp_path: Path) -> 
     assert kv["general.sampling.temp"] == pytest.approx(0.6)
     assert kv["general.license"] == "mit"
     assert kv["general.base_model.0.repo_url"] == "https://huggingface.co/other/parent"
+
+
+class TestAdapters:
+    def test_only_its_files_are_fetched(self, server: Hub) -> None:
+        server.files |= {
+            "adapter_config.json": b"{}",
+            "adapter_model.safetensors": b"weights",
+            "adapter_model.bin": b"x",
+        }
+        directory = locate_adapter(REPO)
+        assert {path.name for path in directory.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+        assert adapter_files(str(directory)) == adapter_files(REPO)
+
+    def test_failures(self, server: Hub) -> None:
+        with pytest.raises(D2QError, match=rf"^{REPO} has no adapter_config\.json, so it isn't a PEFT adapter"):
+            adapter_files(REPO)
+        with pytest.raises(D2QError, match="there is no directory no-org/nothing, and no model of that name"):
+            adapter_files("no-org/nothing")
+
+    def test_a_directory_wins(self, server: Hub) -> None:
+        Path(REPO).mkdir(parents=True)
+        assert locate_adapter(REPO) == Path(REPO)

@@ -151,7 +151,6 @@ def test_names() -> None:
         ({"text_config": {"num_hidden_layers": "x"}}, "text_config's num_hidden_layers makes no sense: 'x'"),
         ({"text_config": {"num_hidden_layers": 10_001}}, "text_config's num_hidden_layers makes no sense: 10001"),
         ({"text_config": {**PUBLISHED["text_config"], "hidden_size": -1}}, "hidden_size|text_config"),  # type: ignore[dict-item]
-        ({"quantization_config": {"bits": 4}}, "is quantized already"),
     ],
 )
 def test_refusals(change: dict[str, Any], message: str) -> None:

@@ -150,7 +150,7 @@ def test_links_out_of_the_directory(make_checkpoint: Make, tmp_path: Path, file:
     else:
         outside.write_text("secret")
     (directory / file).symlink_to(outside)
-    refused(directory, f"{file} is a symbolic link to .*outside, outside of the model's directory; copy the file")
+    refused(directory, f"{file} is a symbolic link to .*outside, outside of its directory; copy the file")
 
 
 def test_templates_from_elsewhere(make_checkpoint: Make, tmp_path: Path) -> None:

@@ -319,10 +319,6 @@ class Family(Settings, ABC):
                 f"config.json contradicts itself: the architecture {config['architectures'][0]} has the model_type "
                 f"{self.model_type!r}, not {config['model_type']!r}"
             )
-        if config.get("quantization_config"):
-            raise D2QError(
-                "config.json has a quantization_config: the checkpoint is quantized already; convert the original one"
-            )
         key, activation = self.activation
         if config.get(key, activation) != activation:
             raise D2QError(f"config.json: the activation {config[key]!r} isn't supported, only {activation} is")

@@ -86,7 +86,7 @@ def test_logits_are_those_of_transformers(models: dict[str, Path], tmp_path: Pat
         ({"factor": 0.5}, False),
     ],
 )
-def test_attention_factors(models: dict[str, Path], tmp_path: Path, changes: dict[str, float], written: bool) -> None:
+def test_attention_factors(models: dict[str, Path], tmp_path: Path, changes: dict[str, Any], written: bool) -> None:
     """What llama.cpp's converter writes of them, or doesn't, has no effect in llama.cpp."""
     model = rescaled(models["qwen2-yarn"], tmp_path / "model", **changes)
     export(model, tmp_path / "out.gguf", "f32")

@@ -1,5 +1,6 @@
 """Load the original tokenizer of a model in transformers."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,5 +21,29 @@ def load_original(directory: Path) -> Any:
         return kind.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         # transformers raises all kinds of exceptions for damaged files.
-        hint = "" if fast else "; with a tokenizer.model alone it needs more: pip install 'd2q-edge[sentencepiece]'"
-        raise D2QError(f"transformers can't load the tokenizer of {directory} ({error}){hint}") from error
+        hint = ""
+        if (directory / "tokenizer.model").is_file() and not fast:
+            hint = "; with a tokenizer.model alone it needs more: pip install 'd2q-edge[sentencepiece]'"
+        elif not fast:
+            hint = "; vocab.json and merges.txt need the right tokenizer_class in tokenizer_config.json"
+        reason = " ".join(str(error).split())
+        raise D2QError(f"transformers can't load the tokenizer of {directory} ({reason}){hint}") from error
+
+
+def assemble(directory: Path) -> dict[str, Any]:
+    """Return the tokenizer.json of a model that has vocab.json and merges.txt in its place, as transformers makes it.
+
+    The rest of it, such as the pre-tokenizer, comes with the class that tokenizer_config.json or config.json names.
+
+    Raises:
+        D2QError: transformers can't load it, or the class isn't one of a byte-level tokenizer.
+    """
+    tokenizer = load_original(directory)
+    content: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    # A class of another kind, such as LlamaTokenizer, doesn't read the files at all.
+    if content["model"].get("byte_fallback") is not False:
+        raise D2QError(
+            f"{directory} has vocab.json and merges.txt, which transformers' {type(tokenizer).__name__} doesn't read; "
+            "correct the tokenizer_class in tokenizer_config.json, or add a tokenizer.json"
+        )
+    return content

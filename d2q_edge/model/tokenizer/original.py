@@ -8,6 +8,8 @@ import transformers
 
 from d2q_edge.errors import D2QError
 
+_ADVICE = "add the model's tokenizer.json, or correct the tokenizer_class in tokenizer_config.json"
+
 
 def load_original(directory: Path) -> Any:
     """Return the tokenizer of a directory; raise D2QError if transformers can't load it.
@@ -25,7 +27,7 @@ def load_original(directory: Path) -> Any:
         if (directory / "tokenizer.model").is_file() and not fast:
             hint = "; with a tokenizer.model alone it needs more: pip install 'd2q-edge[sentencepiece]'"
         elif not fast:
-            hint = "; vocab.json and merges.txt need the right tokenizer_class in tokenizer_config.json"
+            hint = f"; {_ADVICE}"
         reason = " ".join(str(error).split())
         raise D2QError(f"transformers can't load the tokenizer of {directory} ({reason}){hint}") from error
 
@@ -44,6 +46,6 @@ def assemble(directory: Path) -> dict[str, Any]:
     if content["model"].get("byte_fallback") is not False:
         raise D2QError(
             f"{directory} has vocab.json and merges.txt, which transformers' {type(tokenizer).__name__} doesn't read; "
-            "correct the tokenizer_class in tokenizer_config.json, or add a tokenizer.json"
+            f"{_ADVICE}"
         )
     return content

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import pytest
 from transformers import GenerationConfig, PreTrainedConfig
 
 from d2q_edge import runtime
+from d2q_edge.export.model_file import export
 from d2q_edge.model.tokenizer import read_tokenizer
 from d2q_edge.model.tokenizer.endings import END_TEXTS
+from d2q_edge.runtime.generate import generate
 from d2q_edge.runtime.llama_model import LlamaVocabulary
 from tests.availability import require_runtime
+from tests.checkpoints import EXAMPLE
 from tests.model.tokenizer.families import FAMILIES
 from tests.model.tokenizer.vocabulary_file import convert_vocabularies, tokenizer_keys, write_vocabulary
 
@@ -115,6 +119,18 @@ def test_damaged_generation_config_is_ignored(tmp_path: Path) -> None:
     directory = FAMILIES["qwen2"].write(tmp_path / "model")
     (directory / "generation_config.json").write_text("{")
     assert read_tokenizer(directory, {}, 624).special_ids["eos"] == 602
+
+
+def test_answers_end_there(tmp_path: Path) -> None:
+    require_runtime()
+    shutil.copytree(EXAMPLE, tmp_path / "model")
+    texts = []
+    for ends in ([4093], [4093, json.loads((EXAMPLE / "tokenizer.json").read_text())["model"]["vocab"]["."]]):
+        (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        export(tmp_path / "model", tmp_path / "out.gguf", "q8_0", force=True, verify=False)
+        texts.append("".join(generate(tmp_path / "out.gguf", "Once upon a time", 60, 0.0, 0)))
+    before, found, _ = texts[0].partition(".")
+    assert found and texts[1] == before
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ def build(files: Files, pre_tokenizer: str | None = None) -> Tokenizer:
         _require_reachable(files, pre, vocab.keys() - added.keys(), merges)
     tokens, types = _token_list(files, vocab, added)
     special_ids, add_special = special_tokens(files, bos_by_default=pre.adds_bos)
-    lost_ends = add_ends(files, tokens, special_ids)
+    lost_ends = add_ends(files, tokens, types, special_ids)
     beside = [token for token in added.values() if token.gaps]
     return Tokenizer(
         model="gpt2",

@@ -53,7 +53,7 @@ def build(files: Files) -> Tokenizer:
     for role, token_id in ids.items():
         if token_id != _DEFAULT_IDS.get(role):
             special_ids.setdefault(role, token_id)
-    lost_ends = add_ends(files, tokens, special_ids, _DEFAULT_IDS["eos"])
+    lost_ends = add_ends(files, tokens, types, special_ids, _DEFAULT_IDS["eos"])
     setting, beside = files.space_prefix_setting, [token for token in added.values() if token.gaps]
     return Tokenizer(
         model="llama",

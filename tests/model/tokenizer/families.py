@@ -61,7 +61,7 @@ class Family:
             "model_type": self.model_type,
             "vocab_size": self.vocab_size,
             "bos_token_id": None,
-            "eos_token_id": 2 if self.base is None else None,
+            "eos_token_id": 2,
             "pad_token_id": None,
             "hidden_size": 64,
             "intermediate_size": 128,

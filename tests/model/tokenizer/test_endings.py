@@ -74,10 +74,8 @@ def qwen(text: str) -> int:
         ("qwen2", None, [qwen("<|im_end|>"), qwen("<tool_call>")], {"eos": qwen("<|im_end|>"), "eot": 603}),
         ("qwen2", [603, 601], qwen("<|im_end|>"), {"eos": qwen("<|im_end|>"), "eot": 603, "eom": 601}),
         ("mistral", [2], [2, 5, 6], {"eos": 2, "eot": 5, "eom": 6}),
-        # A single one in config.json counts only where generation_config.json names none.
-        ("qwen2", 7, qwen("<|im_end|>"), {"eos": qwen("<|im_end|>")}),
-        ("qwen2", 7, None, {"eos": qwen("<|im_end|>"), "eot": 7}),
-        ("qwen2", [True, "x", None, -1, 10**6, 2.0], {"a": 1}, {"eos": qwen("<|im_end|>")}),
+        ("qwen2", qwen("<tool_call>"), None, {"eos": qwen("<|im_end|>"), "eot": 603}),
+        ("qwen2", [True, "x", None, -1, 10**6, 2.0], {}, {"eos": qwen("<|im_end|>")}),
     ],
 )
 def test_every_end_ends(tmp_path: Path, name: str, config: Any, generation: Any, keys: dict[str, int]) -> None:
@@ -86,10 +84,19 @@ def test_every_end_ends(tmp_path: Path, name: str, config: Any, generation: Any,
     assert model.tokenizer.lost_ends == () and model.tokenizer.notes == ()
     found = model.llama_ends()
     assert found >= set(keys.values())
-    if not isinstance(generation, dict):
+    if generation != {}:
         assert found >= model.transformers_ends()
     by_text = {i for i, text in enumerate(model.tokenizer.tokens) if text in END_TEXTS}
     assert found == by_text | set(keys.values())
+
+
+@pytest.mark.parametrize(("config", "generation"), [(7, None), (7, 602), (None, 7)])
+def test_a_single_ordinary_token_is_a_forgotten_default(tmp_path: Path, config: Any, generation: Any) -> None:
+    """Configs have their class's default, such as 2, beside tokenizers in which that is a character."""
+    model = Model(tmp_path / "model", "qwen2", config, generation)
+    assert model.keys == {"eos": qwen("<|im_end|>")}
+    alone = Model(tmp_path / "alone", "qwen2", config, generation, eos_token=None)
+    assert 7 in alone.llama_ends()
 
 
 def test_more_than_a_file_can_say(tmp_path: Path) -> None:

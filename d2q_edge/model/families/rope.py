@@ -68,7 +68,7 @@ class RotaryEmbedding(Settings):
         original = self.rope_scaling.get(_ORIGINAL)
         if self.rope_type != "yarn" or original is None:
             return ()
-        scaled = self.rope_scaling["factor"] * original
+        scaled = float(self.rope_scaling["factor"]) * original
         if scaled <= self.context_length:
             return ()
         return (

@@ -41,11 +41,12 @@ def assemble(directory: Path) -> dict[str, Any]:
         D2QError: transformers can't load it, or the class isn't one of a byte-level tokenizer.
     """
     tokenizer = load_original(directory)
-    content: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # some classes are written in Python only
+    content: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else {"model": {}}
     # A class of another kind, such as LlamaTokenizer, doesn't read the files at all.
     if content["model"].get("byte_fallback") is not False:
         raise D2QError(
-            f"{directory} has vocab.json and merges.txt, which transformers' {type(tokenizer).__name__} doesn't read; "
-            f"{_ADVICE}"
+            f"{directory} has vocab.json and merges.txt, of which transformers' {type(tokenizer).__name__} makes no "
+            f"byte-level tokenizer; {_ADVICE}"
         )
     return content

@@ -105,7 +105,8 @@ def test_no_code_of_the_model_is_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "pattern"),
     [
-        ("llama3", {"tokenizer_class": "LlamaTokenizer"}, "transformers' LlamaTokenizer doesn't read; add the model's"),
+        ("llama3", {"tokenizer_class": "LlamaTokenizer"}, "transformers' LlamaTokenizer makes no byte-level tokeni"),
+        ("llama3", {"tokenizer_class": "CTRLTokenizer"}, "transformers' CTRLTokenizer makes no .*; add the model's"),
         ("llama3", {"tokenizer_class": None}, "can't load the tokenizer of .* correct the tokenizer_class"),
         (
             "qwen2",

@@ -97,10 +97,25 @@ EXPERT_MODELS: dict[str, dict[str, Any]] = {
 }
 """Mixture-of-Experts variants; the slightest numerical difference may route a token to another expert."""
 
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 64}
+LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
+ROPE_MODELS: dict[str, dict[str, Any]] = {
+    "llama-linear": {**MODELS["llama2"], "rope_parameters": LINEAR},
+    "llama-yarn": {**MODELS["llama2"], "rope_parameters": {**YARN, "beta_fast": 32.0, "beta_slow": 1.0}},
+    "mistral-yarn": {**MODELS["mistral"], "rope_parameters": {**YARN, "attention_factor": 1.138629436111989}},
+    "qwen2-yarn": {**MODELS["qwen2"], "rope_parameters": YARN},
+    "qwen3-yarn": {**MODELS["qwen3"], "rope_parameters": YARN},
+    "smollm3-linear": {**MODELS["smollm3"], "rope_parameters": LINEAR},
+    "smollm3-yarn": {**MODELS["smollm3"], "rope_parameters": YARN},
+    "qwen3moe-yarn": {**EXPERT_MODELS["qwen3moe"], "rope_parameters": YARN},
+    "olmoe-yarn": {**EXPERT_MODELS["olmoe"], "rope_parameters": YARN},
+}
+"""Variants with scaled rotary embeddings."""
+
 
 def write_model(directory: Path, name: str, *, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
     """Save a variant with a tokenizer and seeded random weights, large enough for attention to be concentrated."""
-    settings = {**SIZES, **(MODELS | EXPERT_MODELS)[name], **changes}
+    settings = {**SIZES, **(MODELS | EXPERT_MODELS | ROPE_MODELS)[name], **changes}
     config = AutoConfig.for_model(**settings)
     model = AutoModelForCausalLM.from_config(config)
     gemma = config.model_type == "gemma3_text"

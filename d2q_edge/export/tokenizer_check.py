@@ -34,6 +34,7 @@ _GAPS = {
     "camel": "words with letters beyond ASCII that have upper case inside",
     "leading": "text that starts with a space",
     "special": "white space around special tokens",
+    "word": "special tokens within words",
 }
 
 
@@ -102,11 +103,11 @@ def text_gaps(text: str) -> frozenset[str]:
 
 
 def _load_reference(directory: Path) -> _Reference | None:
-    """Load tokenizer.json in transformers, or else tokenizer.model in SentencePiece; None where that isn't installed.
+    """Load the tokenizer in transformers, a tokenizer.model alone in SentencePiece; None where that isn't installed.
 
     transformers would guess at what a tokenizer.model alone leaves open.
     """
-    if (directory / "tokenizer.json").is_file():
+    if (directory / "tokenizer.json").is_file() or not (directory / "tokenizer.model").is_file():
         # Importing transformers takes seconds, which a conversion without verification saves.
         from d2q_edge.model.tokenizer.original import load_original
 
@@ -148,7 +149,7 @@ def _probes(tokenizer: Tokenizer, reference: _Reference) -> Iterator[tuple[str, 
     for token in dict.fromkeys([*named, *special[:: len(special) // _SPECIAL_SAMPLES + 1]]):
         yield token, frozenset()
         for text in (f"one {token} two", f"three{token}four", f"\n{token}\n{token}"):
-            yield text, tokenizer.gaps & {"special"}
+            yield text, tokenizer.gaps & {"special", "word"}
 
 
 def _vocabulary(tokenizer: Tokenizer, reference: _Reference) -> Iterator[str]:

@@ -11,6 +11,7 @@ from d2q_edge.errors import D2QError
 from d2q_edge.model.families import FAMILIES, Family, family_for
 from tests.checkpoints import BASE_CONFIG, FAMILY_CONFIG
 
+YARN = {"type": "yarn", "factor": 4.0}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 32.0,
@@ -177,7 +178,23 @@ def test_no_architecture(architectures: Any) -> None:
         ("llama", {"rms_norm_eps": 0}, "rms_norm_eps must be a positive number"),
         ("llama", {"rope_theta": float("nan")}, "rope_theta must be a positive number"),
         ("llama", {"rope_theta": 10**400}, "rope_theta must be a positive number"),
-        ("llama", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "type 'yarn' isn't supported for llama"),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "'dynamic' isn't .* up to max_position_embedd"),
+        ("qwen2", {"rope_scaling": {"type": "linear"}}, "rope_scaling's factor must be a positive number, not None"),
+        ("qwen3", {"rope_scaling": {**YARN, "factor": "4"}}, "rope_scaling's factor must be a positive number"),
+        ("qwen3", {"rope_scaling": {**YARN, "beta_fast": 16}}, "beta_fast is 16, but llama.cpp's qwen3 always .* 32;"),
+        ("llama", {"rope_scaling": {**YARN, "beta_slow": 2.0}}, "beta_slow is 2, but llama.cpp's llama always .* 1;"),
+        ("llama", {"rope_scaling": {**YARN, "mscale": "1"}}, "rope_scaling's mscale must be a positive number"),
+        ("llama", {"rope_scaling": {**YARN, "truncate": False}}, "truncate is off, but llama.cpp always rounds"),
+        (
+            "llama",
+            {"rope_scaling": {**YARN, "original_max_position_embeddings": 64.0}},
+            "original_max_position_embeddings must be a whole number, not 64.0",
+        ),
+        (
+            "llama",
+            {"rope_scaling": YARN, "original_max_position_embeddings": 64},
+            "original_max_position_embeddings is 64, but the rotary embeddings are scaled for 512",
+        ),
         ("llama", {"rope_scaling": [1]}, "rope_scaling must be an object"),
         ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "rope_scaling of type"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
@@ -186,7 +203,7 @@ def test_no_architecture(architectures: Any) -> None:
         ("llama", {"is_causal": False}, "isn't causal"),
         ("qwen2", {"use_sliding_window": True}, "sliding-window"),
         ("qwen2", {"head_dim": 32}, "num_attention_heads"),
-        ("qwen2", {"rope_scaling": LLAMA3_ROPE}, "isn't supported for qwen2"),
+        ("qwen2", {"rope_scaling": LLAMA3_ROPE}, "isn't supported for qwen2 .*: llama.cpp's qwen2 has no"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
         ("qwen3", {"attention_bias": True}, "attention_bias is set, which llama.cpp's qwen3 doesn't support"),
     ],

@@ -15,24 +15,23 @@ import torch
 
 from d2q_edge.errors import D2QError
 from d2q_edge.model.families.layout import LinearGroup, Sublayer
-from d2q_edge.model.families.settings import Settings, positive_float
+from d2q_edge.model.families.rope import RotaryEmbedding
 
 MAX_LAYERS = 10_000  # more than any model has: a config.json must not make us build names forever
 Values = npt.NDArray[Any] | torch.Tensor
 
 
-class Family(Settings, ABC):
+class Family(RotaryEmbedding, ABC):
     """A decoder family, bound to one model's config; create one with `families.family_for`.
 
     The config sets num_layers, hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, vocab_size,
-    context_length, norm_eps, rope_type, rope_theta, rope_scaling (a mapping) and tied_embeddings.
+    context_length, norm_eps, tied_embeddings, and what RotaryEmbedding has.
     """
 
     architectures: ClassVar[tuple[str, ...]]  # the entries of config.json's `architectures` that this family handles
     # config.json's `model_type`, by which transformers chooses the code; empty where it isn't checked.
     model_type: ClassVar[str] = ""
     gguf_arch: ClassVar[str]  # llama.cpp's name of the architecture, the prefix of its GGUF keys
-    rope_types: ClassVar[tuple[str, ...]] = ("default",)  # the rope scaling types that the GGUF can express
     # Whether llama.cpp's converter records the tokenizer's add_prefix_space for this architecture.
     records_space_prefix: ClassVar[bool] = False
     # Whether llama.cpp's converter writes the head size even if config.json has no head_dim.
@@ -50,7 +49,6 @@ class Family(Settings, ABC):
 
     # transformers' defaults for settings that config.json omits.
     default_norm_eps: ClassVar[float] = 1e-6
-    default_rope_theta: ClassVar[float] = 10000.0
     default_kv_heads: ClassVar[int | None] = None  # None: as many as query heads
     default_head_dim: ClassVar[int | None] = None  # None: hidden_size / query heads
     tied_by_default: ClassVar[bool] = False
@@ -121,8 +119,9 @@ class Family(Settings, ABC):
         """Return sentences that tell the user where llama.cpp deviates from the original model."""
         window = self.ignored_window
         if window is None or window >= self.context_length:
-            return ()
+            return self._rope_notes
         return (
+            *self._rope_notes,
             f"the model attends to the last {window} tokens, llama.cpp's {self.gguf_arch} to all of them: in texts of "
             f"more than {window} tokens it isn't the same model",
         )
@@ -275,42 +274,10 @@ class Family(Settings, ABC):
             writer.add_value_length(self.head_dim)
         writer.add_file_type(file_type)
 
-    def _add_rope(self, writer: gguf.GGUFWriter) -> None:
-        writer.add_rope_freq_base(self.rope_theta)
-
     @cached_property
     def _gguf_names(self) -> Any:
         arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.gguf_arch)
         return gguf.get_tensor_name_map(arch, self.num_layers)
-
-    def _rope_settings(self) -> Mapping[str, Any]:
-        """Return `rope_parameters` (transformers 5), or else `rope_scaling`, which lacks rope_theta."""
-        new, old = self.config.get("rope_parameters"), self.config.get("rope_scaling")
-        if new and old and new != old:
-            raise D2QError("config.json has both rope_parameters and rope_scaling, and they differ; remove one of them")
-        settings = new or old or {}
-        if not isinstance(settings, Mapping):
-            raise D2QError("config.json: rope_scaling must be an object")
-        return settings
-
-    def _read_rope(self) -> None:
-        settings = self._rope_settings()
-        kind = settings.get("rope_type") or settings.get("type") or "default"
-        if kind not in self.rope_types or any(isinstance(value, Mapping) for value in settings.values()):
-            raise D2QError(
-                f"config.json: rope_scaling of type {kind!r} isn't supported for {self.gguf_arch} "
-                f"(supported: {', '.join(self.rope_types)})"
-            )
-        self.rope_type: str = kind
-        self.rope_scaling: Mapping[str, Any] = settings
-        theta = settings.get("rope_theta", self.config.get("rope_theta"))
-        self.rope_theta = positive_float("rope_theta", self.default_rope_theta if theta is None else theta)
-        self._read_rotary_share(settings)
-
-    def _read_rotary_share(self, settings: Mapping[str, Any]) -> None:
-        for place in (self.config, settings):
-            if place.get("partial_rotary_factor", 1.0) not in (1, None):
-                raise D2QError("config.json: a partial_rotary_factor other than 1 isn't supported")
 
     def _refuse_unsupported(self) -> None:
         config = self.config

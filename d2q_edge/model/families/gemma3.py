@@ -59,10 +59,7 @@ class Gemma3(Family):
         writer.add_sliding_window(self.window)
 
     def _add_rope(self, writer: gguf.GGUFWriter) -> None:
-        if self.rope_type == "linear":
-            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-            writer.add_rope_scaling_factor(self.rope_scaling["factor"])
-        writer.add_rope_freq_base(self.rope_theta)
+        super()._add_rope(writer)
         writer.add_rope_freq_base_swa(self.sliding_rope_theta)
 
     def _rope_settings(self) -> Mapping[str, Any]:
@@ -80,11 +77,6 @@ class Gemma3(Family):
         theta = sliding.get("rope_theta", self.config.get("rope_local_base_freq"))
         self.sliding_rope_theta = positive_float("rope_local_base_freq", 10000.0 if theta is None else theta)
         return {**full, **scaling}
-
-    def _read_rope(self) -> None:
-        super()._read_rope()
-        if self.rope_type == "linear":
-            positive_float("rope_scaling's factor", self.rope_scaling.get("factor"))
 
     def _check_attention(self) -> None:
         config = self.config

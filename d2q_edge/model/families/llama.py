@@ -24,7 +24,7 @@ class Llama(Family):
     architectures = ("LlamaForCausalLM",)
     model_type = "llama"
     gguf_arch = "llama"
-    rope_types: ClassVar[tuple[str, ...]] = ("default", "llama3")
+    rope_types: ClassVar[tuple[str, ...]] = ("default", "linear", "yarn", "llama3")
     records_space_prefix = True
 
     def biased_linears(self) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ class SmolLM3(Llama):
     architectures = ("SmolLM3ForCausalLM",)
     model_type = "smollm3"
     gguf_arch = "smollm3"
-    rope_types = ("default",)
+    rope_types = ("default", "linear", "yarn")
     records_default_head_dim = False
     refused_flags = ("attention_bias", "mlp_bias")
     default_rope_theta = 2000000.0

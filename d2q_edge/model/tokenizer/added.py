@@ -1,13 +1,15 @@
 """Collect added tokens, special and others: those that are found in a text before it is tokenized."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gguf
 
 from d2q_edge.errors import D2QError
 from d2q_edge.model.tokenizer.files import Files
+
+_GAPS = {"lstrip": "special", "rstrip": "special", "single_word": "word"}
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,9 @@ class AddedToken:
     text: str
     id: int
     special: bool  # whether it is marked as special
-    strips: bool = False  # whether it absorbs white space beside it, which llama.cpp can't do
+    # Tags of export/tokenizer_check.py for what llama.cpp can't do: "special" if it absorbs white space beside it
+    # (lstrip, rstrip), "word" if it is found between words only (single_word).
+    gaps: frozenset[str] = frozenset()
     # Whether tokenizer_config.json or added_tokens.json has it; for SentencePiece, the converter reads only these.
     listed: bool = False
 
@@ -47,25 +51,30 @@ def read_vocabulary(files: Files) -> tuple[dict[str, int], dict[str, AddedToken]
     vocab: dict[str, int] = files.content["model"]["vocab"] if files.content else {}
     added: dict[str, AddedToken] = {}
 
-    def add(entry: dict[str, Any], token_id: Any, source: str) -> None:
-        text, strips = entry["content"], bool(entry.get("lstrip") or entry.get("rstrip"))
-        known = added[text].id if text in added else vocab.get(text, token_id)
-        if known != token_id:
-            raise D2QError(f"{files.json} gives token {text!r} the id {known}, but {source} gives it {token_id}")
-        if type(token_id) is not int or token_id < 0:
-            raise D2QError(f"{files.directory / source} gives token {text!r} the id {token_id!r}")
-        added[text] = AddedToken(text, token_id, bool(entry.get("special")), strips, listed=source != "added_tokens")
+    def add(token: AddedToken, source: str) -> None:
+        text = token.text
+        known = added[text].id if text in added else vocab.get(text, token.id)
+        if known != token.id:
+            raise D2QError(f"{files.json} gives token {text!r} the id {known}, but {source} gives it {token.id}")
+        if type(token.id) is not int or token.id < 0:
+            raise D2QError(f"{files.directory / source} gives token {text!r} the id {token.id!r}")
+        added[text] = replace(token, listed=source != "added_tokens")
 
     for entry in files.content.get("added_tokens") or []:
-        add(entry, entry["id"], "added_tokens")
+        add(_token(entry, entry["id"]), "added_tokens")
     for text, token_id in files.added.items():
         old = added.get(text, AddedToken(text, token_id, special=False))
-        add({"content": text, "special": old.special, "lstrip": old.strips}, token_id, "added_tokens.json")
+        add(replace(old, id=token_id), "added_tokens.json")
     for key, entry in (files.settings.get("added_tokens_decoder") or {}).items():
-        add(entry, int(key), "tokenizer_config.json")
+        add(_token(entry, int(key)), "tokenizer_config.json")
     left_out = frozenset(text for text, token in added.items() if token.id >= files.vocab_size)
     vocab = {text: token_id for text, token_id in vocab.items() if text not in left_out}
     return vocab, {text: token for text, token in added.items() if text not in left_out}, left_out
+
+
+def _token(entry: dict[str, Any], token_id: int) -> AddedToken:
+    gaps = frozenset(gap for flag, gap in _GAPS.items() if entry.get(flag))
+    return AddedToken(entry["content"], token_id, bool(entry.get("special")), gaps)
 
 
 def check_distinct(files: Files, tokens: Iterable[str]) -> None:

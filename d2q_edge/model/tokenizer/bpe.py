@@ -13,6 +13,7 @@ from d2q_edge.errors import D2QError
 from d2q_edge.model.tokenizer import pre_tokenizers
 from d2q_edge.model.tokenizer.added import AddedToken, check_distinct, read_vocabulary
 from d2q_edge.model.tokenizer.content import Tokenizer
+from d2q_edge.model.tokenizer.endings import add_ends
 from d2q_edge.model.tokenizer.files import Files
 from d2q_edge.model.tokenizer.pre_tokenizers import PreTokenizer
 from d2q_edge.model.tokenizer.special import special_tokens
@@ -36,7 +37,8 @@ def build(files: Files, pre_tokenizer: str | None = None) -> Tokenizer:
         _require_reachable(files, pre, vocab.keys() - added.keys(), merges)
     tokens, types = _token_list(files, vocab, added)
     special_ids, add_special = special_tokens(files, bos_by_default=pre.adds_bos)
-    stripping = any(token.strips for token in added.values())
+    lost_ends = add_ends(files, tokens, types, special_ids)
+    beside = [token for token in added.values() if token.gaps]
     return Tokenizer(
         model="gpt2",
         pre=pre.name,
@@ -48,8 +50,10 @@ def build(files: Files, pre_tokenizer: str | None = None) -> Tokenizer:
         add_special=add_special,
         chat_template=files.chat_template(),
         space_prefix_setting=files.space_prefix_setting,
-        gaps=pre.gaps | ({"decomposed"} if normalized else set()) | ({"special"} if stripping else set()),
+        gaps=pre.gaps.union({"decomposed"} if normalized else (), *(token.gaps for token in beside)),
         left_out=left_out,
+        beside=tuple(token.text for token in beside),
+        lost_ends=lost_ends,
     )
 
 

@@ -1,5 +1,6 @@
 """Write a tokenizer's GGUF keys, in the order of llama.cpp's converter."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import gguf
@@ -27,15 +28,36 @@ class Tokenizer:
     adds_space_prefix: bool = False  # whether text is tokenized as if a space came before it
     gaps: frozenset[str] = frozenset()  # tags of export/tokenizer_check.py: text that llama.cpp tokenizes differently
     left_out: frozenset[str] = frozenset()  # added tokens for which the model has no row
+    beside: tuple[str, ...] = ()  # added tokens for which it matters to the original, what stands beside them
+    lost_ends: tuple[str, ...] = ()  # tokens that end generation in the original, but not in llama.cpp
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Return sentences on what the user wouldn't expect."""
-        if not self.left_out:
-            return ()
-        first, count = min(self.left_out), len(self.left_out)
-        what = f"the token {first!r} is" if count == 1 else f"{first!r} and {count - 1} more tokens are"
-        return (f"{what} left out: the tokenizer has more than the model's {len(self.tokens)}",)
+        notes = []
+        if self.left_out:
+            first, count = min(self.left_out), len(self.left_out)
+            what = f"the token {first!r} is" if count == 1 else f"{first!r} and {count - 1} more tokens are"
+            notes.append(f"{what} left out: the tokenizer has more than the model's {len(self.tokens)}")
+        if self.beside:
+            notes.append(
+                f"{_names(self.beside)}: the original tokenizer takes white space beside such tokens in, or finds them "
+                "between words only (lstrip, rstrip, single_word), but llama.cpp may not; text beside them can differ"
+            )
+        if self.lost_ends:
+            notes.append(
+                f"{_names(self.lost_ends)} end the original's answers, but a GGUF file has no more keys for it"
+            )
+        if (template := self.default_template) is not None:
+            notes.append(f"none of the chat templates is the default one; the file has {template['name']!r} as such")
+        return tuple(notes)
+
+    @property
+    def default_template(self) -> dict[str, str] | None:
+        """Return the chat template that becomes the default where none of several is: that for tools, or the first."""
+        templates = self.chat_template if isinstance(self.chat_template, list) else []
+        by_name = {template["name"]: template for template in templates}
+        return None if "default" in by_name or not templates else by_name.get("tool_use", templates[0])
 
     @property
     def adds_bos(self) -> bool:
@@ -73,8 +95,23 @@ class Tokenizer:
             if hasattr(writer, f"add_add_{role}_token"):
                 getattr(writer, f"add_add_{role}_token")(value)
         if self.chat_template is not None:
-            writer.add_chat_template(self.chat_template)
+            self._add_chat_templates(writer)
         if space_prefix and len(self.tokens) == GRANITE_VOCAB_SIZE and "bos" not in self.add_special:
             writer.add_add_bos_token(False)
         if self.model == "llama" and not recorded and not self.adds_space_prefix:
             writer.add_add_space_prefix(False)
+
+    def _add_chat_templates(self, writer: gguf.GGUFWriter) -> None:
+        templates = self.chat_template
+        if (default := self.default_template) is not None:
+            templates = [*(templates or []), {**default, "name": "default"}]
+        writer.add_chat_template(templates)
+        # gguf-py takes the names from a set, whose order changes from run to run.
+        if (names := writer.kv_data[0].get(gguf.Keys.Tokenizer.CHAT_TEMPLATES)) is not None:
+            names.value.sort()
+
+
+def _names(tokens: Sequence[str]) -> str:
+    """Return up to five of the tokens, and how many more there are."""
+    shown = ", ".join(map(repr, tokens[:5]))
+    return shown if len(tokens) <= 5 else f"{shown} and {len(tokens) - 5} more"

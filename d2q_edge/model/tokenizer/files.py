@@ -1,6 +1,7 @@
 """Read the tokenizer files of a model directory."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +12,43 @@ from d2q_edge.utils.json_files import read_json_object
 class Files:
     """The content of the files that a tokenizer is built from.
 
-    `content` is tokenizer.json's, `settings` tokenizer_config.json's, `added` added_tokens.json's ({text: id}); each is
-    empty where there is no such file. `json` and `sentencepiece` are the paths of tokenizer.json and tokenizer.model,
-    `config` is config.json's content, and `vocab_size` the number of rows of the embedding matrix.
+    `content` is tokenizer.json's, or what transformers makes of vocab.json and merges.txt; `settings` is
+    tokenizer_config.json's, `added` added_tokens.json's ({text: id}), `generation` generation_config.json's; each is
+    empty where there is no such file. `json` and `sentencepiece` are the paths of tokenizer.json (or vocab.json) and
+    tokenizer.model, `config` is config.json's content, and `vocab_size` the number of rows of the embedding matrix.
     """
 
     def __init__(self, directory: Path, config: Mapping[str, Any], vocab_size: int) -> None:
         """Read the JSON files.
 
         Raises:
-            D2QError: there is neither tokenizer.json nor tokenizer.model, or a file can't be read.
+            D2QError: there is no tokenizer, or a file can't be read; a damaged generation_config.json is ignored.
         """
         self.directory, self.config, self.vocab_size = directory, config, vocab_size
         self.json, self.sentencepiece = directory / "tokenizer.json", directory / "tokenizer.model"
-        if not (self.json.is_file() or self.sentencepiece.is_file()):
+        parts = directory / "vocab.json", directory / "merges.txt"
+        in_parts = not (self.json.is_file() or self.sentencepiece.is_file())
+        if in_parts and not all(part.is_file() for part in parts):
             if (directory / "tekken.json").is_file():
                 raise D2QError(
                     f"{directory} has its tokenizer in Mistral's tekken.json only; add the tokenizer.json of the same "
                     "model in Hugging Face's format"
                 )
-            raise D2QError(f"{directory} has no tokenizer.json or tokenizer.model; download the tokenizer files too")
+            raise D2QError(
+                f"{directory} has no tokenizer.json or tokenizer.model, nor a vocab.json with merges.txt; download the "
+                "tokenizer files too"
+            )
         names = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
         self.content, self.settings, self.added = (
             read_json_object(directory / name) if (directory / name).is_file() else {} for name in names
         )
+        if in_parts:
+            from d2q_edge.model.tokenizer.original import assemble
+
+            self.json, self.content = parts[0], assemble(directory)
+        self.generation: dict[str, Any] = {}
+        with suppress(D2QError):  # if it is damaged, export/metadata.py says so
+            self.generation = read_json_object(directory / "generation_config.json")
 
     @property
     def space_prefix_setting(self) -> bool | None:

@@ -15,6 +15,7 @@ from d2q_edge.errors import D2QError
 from d2q_edge.model.tokenizer.added import AddedToken, check_distinct, read_vocabulary
 from d2q_edge.model.tokenizer.bpe import read_merges
 from d2q_edge.model.tokenizer.content import Tokenizer
+from d2q_edge.model.tokenizer.endings import add_ends
 from d2q_edge.model.tokenizer.files import Files
 from d2q_edge.model.tokenizer.sentencepiece_model import Piece, read_model
 from d2q_edge.model.tokenizer.special import special_tokens
@@ -52,7 +53,8 @@ def build(files: Files) -> Tokenizer:
     for role, token_id in ids.items():
         if token_id != _DEFAULT_IDS.get(role):
             special_ids.setdefault(role, token_id)
-    setting = files.space_prefix_setting
+    lost_ends = add_ends(files, tokens, types, special_ids, _DEFAULT_IDS["eos"])
+    setting, beside = files.space_prefix_setting, [token for token in added.values() if token.gaps]
     return Tokenizer(
         model="llama",
         pre="default",
@@ -65,8 +67,10 @@ def build(files: Files) -> Tokenizer:
         space_prefix_setting=setting,
         scores=scores,
         adds_space_prefix=prefix if setting is None else setting,
-        gaps=frozenset(gaps | ({"special"} if any(token.strips for token in added.values()) else set())),
+        gaps=frozenset(gaps).union(*(token.gaps for token in beside)),
         left_out=left_out,
+        beside=tuple(token.text for token in beside),
+        lost_ends=lost_ends,
     )
 
 

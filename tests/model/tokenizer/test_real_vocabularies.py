@@ -95,6 +95,24 @@ def test_byte_level(pristine_tree: Path, tmp_path: Path, name: str, family: str,
     assert tokenizer.merges == list(published.kv["tokenizer.ggml.merges"])
 
 
+def test_vocab_and_merges(pristine_tree: Path, tmp_path: Path) -> None:
+    """Qwen2's vocabulary as the files of its Python tokenizer."""
+    published = Published(pristine_tree, "qwen2")
+    content = published.content({})
+    added = {token["content"] for token in content["added_tokens"]}
+    vocab = {text: i for text, i in content["model"]["vocab"].items() if text not in added}
+    directory = write(tmp_path / "model", CONFIG, {"tokenizer_class": "Qwen2Tokenizer"}, content)
+    (directory / "tokenizer.json").unlink()
+    (directory / "vocab.json").write_text(json.dumps(vocab), "utf-8")
+    merges = [" ".join(merge) for merge in published.merges()]
+    (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), "utf-8")
+    tokenizer = read_tokenizer(directory, CONFIG, len(published.tokens))
+    assert (tokenizer.pre, tokenizer.tokens) == ("qwen2", published.tokens)
+    assert tokenizer.merges == list(published.kv["tokenizer.ggml.merges"])
+    require_runtime()
+    verify(write_vocabulary(directory / "ours.gguf", tokenizer), directory, tokenizer)
+
+
 @pytest.mark.parametrize("name", ["llama-spm", "phi-3"])
 def test_scores_from_merges(pristine_tree: Path, tmp_path: Path, name: str) -> None:
     """The scores from transformers' merges have the order of the scores in Llama 2's tokenizer.model."""

@@ -3,8 +3,8 @@
 The package ships the model as Q4_1, and what that lost stays lost: the original here is F16 with Q4_1's values. It is
 converted at several widths, and llama-quantize makes stock files with an importance matrix of the same calibration
 text. SmolLM2's widths are 576 and 1536; where 256 doesn't divide a width, llama-quantize takes a larger type, so that
-even its smallest files have 4.9 bits per weight, and Q3_K_S is Q2_K once more. Prints a Markdown table of sizes and KL divergences and the
-files' answers to a few questions, and draws a picture.
+even its smallest files have 4.9 bits per weight, and Q3_K_S is Q2_K once more. Prints a Markdown table of sizes and KL
+divergences and the files' answers to a few questions, and draws a picture.
 
 Everything is kept in one directory: what is there isn't made or measured again, so that the same command resumes.
 """

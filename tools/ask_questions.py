@@ -57,7 +57,7 @@ def line(name: str, right: set[str], first: set[str], count: int) -> str:
     """Format a file's line from the questions that it and the first file answer right, and the number of all."""
     kept = len(right & first)
     share = f" {kept / len(first):5.0%}" if first else ""
-    return f"{name:24} {len(right):3} of {count}   {kept:3} of the first file's {len(first)}{share}"
+    return f"{name} {len(right):3} of {count}   {kept:3} of the first file's {len(first)}{share}"
 
 
 @click.command()
@@ -70,12 +70,14 @@ def main(files: tuple[Path, ...], questions: Path, max_tokens: int, target: Path
     asked = {entry["question"]: entry["answers"] for entry in json.loads(questions.read_text("utf-8"))}
     first: set[str] | None = None
     results: list[dict[str, Any]] = []
+    names = short_names(files)
+    width = max(map(len, names.values()))
     try:
-        for path, name in short_names(files).items():
+        for path, name in names.items():
             replies = ask(path, list(asked), max_tokens)
             right = {question for question, reply in replies.items() if is_right(reply, asked[question])}
             first = right if first is None else first
-            click.echo(line(name, right, first, len(asked)))
+            click.echo(line(name.ljust(width), right, first, len(asked)))
             rows = [{"question": q, "reply": reply, "right": q in right} for q, reply in replies.items()]
             results.append({"file": str(path), "right": len(right), "kept": len(right & first), "replies": rows})
             if target is not None:  # after every file: a later one may fail

@@ -45,6 +45,7 @@ class RotatedCheckpoint(Checkpoint):
             # First, as in checkpoints that have an lm_head: names are sorted.
             entries = {self._head: entries[self._embedding], **entries}
         super().__init__(source.directory, config, entries)
+        self.gguf = source.gguf
 
         self._norm_of = {self._head: f"{family.final_norm}.weight"}
         self._writers: set[str] = set()
@@ -54,6 +55,10 @@ class RotatedCheckpoint(Checkpoint):
                 self._norm_of[f"{prefix}{linear}.weight"] = f"{prefix}{norm}.weight"
             self._writers.update(f"{prefix}{linear}" for linear in family.residual_writers)
         self._folded = set(self._norm_of.values())
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self._source.notes
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of every tensor; raise D2QError as `Checkpoint.dtype`."""

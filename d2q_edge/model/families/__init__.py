@@ -16,9 +16,21 @@ from d2q_edge.model.families.qwen3 import Qwen3
 from d2q_edge.model.families.qwen3_moe import Qwen3Moe
 from d2q_edge.model.families.smollm3 import SmolLM3
 
-__all__ = ["FAMILIES", "Family", "LinearGroup", "Sublayer", "family_for"]
+__all__ = ["FAMILIES", "Family", "LinearGroup", "Sublayer", "family_for", "family_of_file"]
 
 FAMILIES: tuple[type[Family], ...] = (Llama, Mistral, Qwen2, Qwen3, SmolLM3, Gemma3, Phi3, Qwen3Moe, Olmoe)
+
+
+def family_of_file(arch: object) -> type[Family]:
+    """Return the family for a GGUF file's architecture; raise D2QError if it isn't supported.
+
+    Several have the same: Mistral's files are Llama's.
+    """
+    for family in FAMILIES:
+        if family.gguf_arch == arch:
+            return family
+    supported = ", ".join(sorted({family.gguf_arch for family in FAMILIES}))
+    raise D2QError(f"the architecture {arch!r:.40} isn't supported; these are: {supported}")
 
 
 def family_for(config: Mapping[str, Any]) -> Family:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from d2q_edge.errors import D2QError
+from d2q_edge.model.families.gguf_keys import GGUFKeys
 from d2q_edge.model.families.layout import LinearGroup, Sublayer
 from d2q_edge.model.families.settings import Settings, positive_float
 
@@ -249,9 +250,16 @@ class Family(Settings, ABC):
 
     def export_values(self, hf_name: str, array: Values) -> Values:
         """Convert a float tensor's values for the file, whose norm weights (float32) include `norm_offset`."""
-        index, inner = self.split_name(hf_name.removesuffix(".weight"))
-        is_norm = inner == self.final_norm if index is None else inner in self.block_norms()
-        return array + self.norm_offset if self.norm_offset and is_norm else array
+        return array + self.norm_offset if self._has_offset(hf_name) else array
+
+    def import_rows(self, hf_name: str, array: Values) -> Values:
+        """Undo `export_rows`."""
+        order = np.asarray(self.export_rows(hf_name, np.arange(array.shape[0])))
+        return array if (np.diff(order) == 1).all() else array[np.argsort(order)]
+
+    def import_values(self, hf_name: str, array: Values) -> Values:
+        """Undo `export_values`."""
+        return array - self.norm_offset if self._has_offset(hf_name) else array
 
     def extra_tensors(self) -> dict[str, npt.NDArray[np.float32]]:
         """Return the tensors that the file needs and the checkpoint doesn't have, by GGUF name."""
@@ -277,6 +285,45 @@ class Family(Settings, ABC):
 
     def _add_rope(self, writer: gguf.GGUFWriter) -> None:
         writer.add_rope_freq_base(self.rope_theta)
+
+    @classmethod
+    def import_config(cls, keys: GGUFKeys) -> dict[str, Any]:
+        """Undo `add_metadata`: return a config.json that has all that decides what the model in a GGUF file computes.
+
+        Raises:
+            D2QError: a key is missing or invalid. `family_for` refuses what else can't be converted.
+        """
+        heads, head_dim = keys.whole("attention.head_count"), keys.head_dim
+        config: dict[str, Any] = {
+            "architectures": [cls.architectures[0]],
+            "model_type": cls.model_type,
+            "vocab_size": keys.rows("token_embd.weight"),
+            "hidden_size": keys.whole("embedding_length"),
+            "intermediate_size": keys.whole("feed_forward_length"),
+            "num_hidden_layers": keys.whole("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": keys.whole("attention.head_count_kv", heads),
+            "max_position_embeddings": keys.whole("context_length"),
+            "rms_norm_eps": keys.decimal("attention.layer_norm_rms_epsilon"),
+            "tie_word_embeddings": "output.weight" not in keys.file.tensors,
+            cls.activation[0]: cls.activation[1],
+            # transformers' defaults may lie beyond the vocabulary.
+            **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+        }
+        if keys.whole("attention.value_length", head_dim) != head_dim:
+            raise D2QError(f"{keys.file.path} can't be converted: its keys and values differ in width")
+        if cls.records_default_head_dim or "attention.key_length" in keys:
+            config["head_dim"] = head_dim
+        rope = {"rope_theta": keys.decimal("rope.freq_base", 10000.0), **keys.rope_scaling()}
+        if (rotary_dim := keys.whole("rope.dimension_count", head_dim)) != head_dim:
+            rope["partial_rotary_factor"] = rotary_dim / head_dim
+        config["rope_parameters"] = rope
+        return config
+
+    def _has_offset(self, hf_name: str) -> bool:
+        index, inner = self.split_name(hf_name.removesuffix(".weight"))
+        is_norm = inner == self.final_norm if index is None else inner in self.block_norms()
+        return bool(self.norm_offset) and is_norm
 
     @cached_property
     def _gguf_names(self) -> Any:

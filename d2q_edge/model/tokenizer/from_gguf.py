@@ -1,0 +1,45 @@
+"""Take a tokenizer over from a GGUF file: all its tokenizer.* keys are written again as they are."""
+
+from typing import Any
+
+import gguf
+
+from d2q_edge.errors import D2QError
+from d2q_edge.formats.gguf_reader import GGUFFile
+from d2q_edge.model.tokenizer.content import Tokenizer
+from d2q_edge.model.tokenizer.pre_tokenizers import BY_NAME
+
+PREFIX = "tokenizer."
+MODELS = ("gpt2", "llama")
+"""llama.cpp's names of byte-level BPE and of SentencePiece's BPE."""
+
+
+def tokenizer_of(file: GGUFFile, vocab_size: int) -> Tokenizer:
+    """Return a file's tokenizer; raise D2QError if it has none for `vocab_size` tokens, or one of another kind."""
+    path, kv = file.path, file.kv
+    model, pre = kv.get("tokenizer.ggml.model"), kv.get("tokenizer.ggml.pre", "default")
+    if model not in MODELS:
+        what = "no tokenizer" if model is None else f"a tokenizer of the kind {model!r:.40}"
+        raise D2QError(f"{path} has {what}; only files with BPE ({' or '.join(MODELS)}) can be converted")
+    if model == "gpt2" and pre not in BY_NAME:
+        raise D2QError(f"{path} has the pre-tokenizer {pre!r:.40}, which the llama.cpp of d2q-edge doesn't know")
+    tokens: Any = kv.get("tokenizer.ggml.tokens")
+    types: Any = kv.get("tokenizer.ggml.token_type", [int(gguf.TokenType.NORMAL)] * vocab_size)
+    for what, values, kind in (("tokens", tokens, str), ("token types", types, int)):
+        if not isinstance(values, list) or len(values) != vocab_size or not all(type(one) is kind for one in values):
+            raise D2QError(f"{path} is malformed: its tokenizer's {what} aren't {vocab_size}, one for each embedding")
+    special, adds_bos = kv.get("tokenizer.ggml.bos_token_id"), kv.get("tokenizer.ggml.add_bos_token")
+    known = type(special) is int and special < vocab_size
+    template = kv.get("tokenizer.chat_template")
+    return Tokenizer(
+        model=str(model),
+        pre=str(pre),
+        tokens=tokens,
+        types=types,
+        merges=[],
+        special_ids={"bos": special} if known else {},
+        add_special={"bos": adds_bos} if isinstance(adds_bos, bool) else {},
+        chat_template=template if isinstance(template, str) else None,
+        space_prefix_setting=None,
+        packed={key: packed for key, packed in file.packed.items() if key.startswith(PREFIX)},
+    )

@@ -5,6 +5,7 @@ Unlike gguf-py's reader, this one takes unknown type numbers and trusts no file:
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ TYPES: dict[int, tuple[str, int, int]] = {
 """Number of a tensor type to its name, weights per block and bytes per block."""
 
 
+@functools.cache
 def can_decode(type_id: int) -> bool:
     """Return whether `GGUFFile.dequantize` knows a type, which takes more than its block size."""
     if type_id in tensor_types.BY_ID:
@@ -158,7 +160,8 @@ class GGUFFile:
             raise D2QError(f"tensor {name} of {self.path} has the type {info.type_name}, which can't be decoded")
         # As rows: gguf-py takes a few at a time, so that its intermediate results stay small.
         rows = raw.reshape(math.prod(shape[:-1]), -1)
-        values = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(info.type_id))
+        with np.errstate(all="ignore"):  # a damaged scale gives NaN, which is the caller's to judge
+            values = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(info.type_id))
         return np.asarray(values, dtype=np.float32).reshape(shape)
 
     def _parse(self) -> None:

@@ -53,13 +53,18 @@ class GGUFCheckpoint(Checkpoint):
         _refuse_unsuitable(file)
         try:
             kind = family_of_file(file.kv.get("general.architecture"))
-            config = kind.import_config(GGUFKeys(file, kind.gguf_arch))
+            keys = GGUFKeys(file, kind.gguf_arch)
+            config = kind.import_config(keys)
             family = family_for(config)
         except D2QError as error:
             message = str(error)
             if message.startswith(str(path)):
                 raise
             raise D2QError(f"{path} can't be converted (its keys are read as a config.json): {message}") from error
+        if (experts := keys.whole("expert_count", 0)) != family.num_experts:
+            raise D2QError(
+                f"{path} has {experts} experts in every block, which isn't supported for the architecture {keys.arch}"
+            )
         return cls(file, config, family)
 
     @property
@@ -106,7 +111,7 @@ def _refuse_unsuitable(file: GGUFFile) -> None:
         )
     kind, arch = kv.get("general.type", "model"), kv.get("general.architecture")
     if kind != "model" or arch == "clip":
-        what = "the part for images or sound of a model" if "mmproj" in (kind, arch) or arch == "clip" else f"a {kind}"
+        what = "a model's part for images or sound" if arch == "clip" else f"of the type {kind!r:.40}"
         raise D2QError(f"{path} is {what}, not a language model; give the GGUF file of the model itself")
     pooling, causal = kv.get(f"{arch}.pooling_type", 0), kv.get(f"{arch}.attention.causal", True)
     if pooling != 0 or causal is not True:

@@ -48,7 +48,8 @@ class GGUFKeys:
     def decimal(self, key: str, default: float | None = None) -> float:
         """Return a float32 key as the shortest decimal number that it can be: 1e-05, not 9.99999974e-06."""
         value = self.value(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        limit = float(np.finfo(np.float32).max)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not -limit <= value <= limit:
             raise D2QError(f"{self.file.path} is malformed: its key {self.arch}.{key} is {value!r:.40}, not a number")
         return float(str(np.float32(value)))
 

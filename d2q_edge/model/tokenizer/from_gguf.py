@@ -21,7 +21,7 @@ def tokenizer_of(file: GGUFFile, vocab_size: int) -> Tokenizer:
     if model not in MODELS:
         what = "no tokenizer" if model is None else f"a tokenizer of the kind {model!r:.40}"
         raise D2QError(f"{path} has {what}; only files with BPE ({' or '.join(MODELS)}) can be converted")
-    if model == "gpt2" and pre not in BY_NAME:
+    if model == "gpt2" and not (isinstance(pre, str) and pre in BY_NAME):
         raise D2QError(f"{path} has the pre-tokenizer {pre!r:.40}, which the llama.cpp of d2q-edge doesn't know")
     tokens: Any = kv.get("tokenizer.ggml.tokens")
     types: Any = kv.get("tokenizer.ggml.token_type", [int(gguf.TokenType.NORMAL)] * vocab_size)

@@ -1,0 +1,69 @@
+"""The tokenizer of a GGUF source in llama.cpp against that of the checkpoint in transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from d2q_edge.errors import D2QError
+from d2q_edge.export.model_file import export
+from d2q_edge.model.checkpoint import Checkpoint
+from d2q_edge.runtime.source_tokenizer import FileTokenizer, source_tokenizer
+from tests.availability import require_runtime
+from tests.gguf_files import changed
+
+MESSAGES = [{"role": "user", "content": " Hello "}, {"role": "assistant", "content": "Hi."}]
+
+
+@pytest.fixture(scope="module")
+def file(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("source") / "chat.gguf"
+    export(chat_model, path, "f16", verify=False)
+    return path
+
+
+def test_like_transformers(chat_model: Path, file: Path) -> None:
+    require_runtime()
+    original, found = (source_tokenizer(Checkpoint.open(path)) for path in (chat_model, file))
+    assert isinstance(found, FileTokenizer)
+    assert found.chat_template == original.chat_template
+    text = found.apply_chat_template(MESSAGES)
+    assert text == original.apply_chat_template(MESSAGES, tokenize=False)
+    assert text.startswith("<|im_start|>USER: Hello<|im_end|>")
+    more = found.apply_chat_template(MESSAGES[:1], tokenize=False, add_generation_prompt=True)
+    assert more.endswith("<|im_start|>MODEL: ")
+    for text in (text, "Two words, 1234 and\n\n  some <|im_end|> more."):
+        expected = original(text, add_special_tokens=False, verbose=False)["input_ids"]
+        assert found(text, add_special_tokens=False, verbose=False)["input_ids"] == expected
+    assert found("a")["input_ids"] == original("a")["input_ids"]
+
+
+def test_templates_see_the_special_tokens(file: Path, tmp_path: Path) -> None:
+    require_runtime()
+    keys = {"tokenizer.chat_template": "{{ bos_token }}{{ eos_token }}", "tokenizer.ggml.bos_token_id": 5}
+    found = source_tokenizer(Checkpoint.open(changed(file, tmp_path / "x.gguf", keys)))
+    assert found.apply_chat_template(MESSAGES) == "&<|im_end|>"
+
+
+def test_without_a_template(file: Path, tmp_path: Path) -> None:
+    require_runtime()
+    path = changed(file, tmp_path / "x.gguf", {"tokenizer.chat_template": None})
+    found = source_tokenizer(Checkpoint.open(path))
+    assert found.chat_template is None
+    with pytest.raises(ValueError, match="no chat template"):
+        found.apply_chat_template(MESSAGES)
+
+
+def test_without_the_runtime(file: Path, no_runtime: None) -> None:
+    with pytest.raises(D2QError, match=r"only llama.cpp has the tokenizer of .*chat.gguf, but the runtime .* isn't?"):
+        source_tokenizer(Checkpoint.open(file))
+
+
+def test_a_vocabulary_on_which_llama_cpp_aborts(file: Path, tmp_path: Path) -> None:
+    """It would end this process, if it weren't loaded in another one first."""
+    require_runtime()
+    tokens = ["same"] * 4096
+    path = changed(file, tmp_path / "x.gguf", {"tokenizer.ggml.tokens": tokens})
+    with pytest.raises(D2QError, match=r"llama.cpp can't load .*x.gguf: llama.cpp crashes"):
+        source_tokenizer(Checkpoint.open(path))

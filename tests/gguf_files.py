@@ -36,8 +36,11 @@ def changed(
     for key, value in ({**file.kv, **keys}).items():
         if key == "general.architecture" or value is None:
             continue
-        kind = gguf.GGUFValueType(file.packed[key][0]) if key in file.packed else gguf.GGUFValueType.get_type(value)
-        kind = kind if key not in keys else gguf.GGUFValueType.get_type(value)
+        kind = gguf.GGUFValueType.get_type(value)
+        if key not in keys:
+            kind = gguf.GGUFValueType(file.packed[key][0])
+        elif kind == gguf.GGUFValueType.INT32:  # as llama.cpp's numbers are
+            kind = gguf.GGUFValueType.UINT32
         writer.add_key_value(key, value, kind)
     for name in file.tensors.keys() | tensors.keys():
         data = tensors[name] if name in tensors else (file.tensors[name].type_id, _rows(file, name))

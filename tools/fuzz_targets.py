@@ -386,9 +386,7 @@ def _gguf() -> bytes:
         GGUFTensor(f"blk.{i}.{kind}", (2, 256), kind, lambda: floats) for i, kind in enumerate(("f16", "q8_0", "q4_k"))
     ]
     for own in tensor_types.ALL:
-        tensors.append(
-            GGUFTensor(own.name, (2, 256), own.name, partial(np.zeros, (2, own.row_bytes(256)), np.uint8))
-        )
+        tensors.append(GGUFTensor(own.name, (2, 256), own.name, partial(np.zeros, (2, own.row_bytes(256)), np.uint8)))
 
     def add_metadata(writer: gguf.GGUFWriter) -> None:
         writer.add_string("general.name", "A file")

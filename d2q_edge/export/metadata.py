@@ -40,7 +40,11 @@ def general_metadata(
     notes: list[str] = []
     logging.getLogger("metadata").setLevel(logging.CRITICAL)  # gguf-py's own messages about what the notes say
     try:
-        metadata = _load_from_file(checkpoint.gguf) if checkpoint.gguf else _load(directory, parameters[0], quantized=quantized)
+        metadata = (
+            _load_from_file(checkpoint.gguf)
+            if checkpoint.gguf
+            else _load(directory, parameters[0], quantized=quantized)
+        )
     except Exception as error:  # whatever parsing free text as YAML raises
         notes.append(
             f"README.md (the model card), generation_config.json or the name in config.json of {directory} can't be "
@@ -75,8 +79,7 @@ def _load_from_file(file: GGUFFile) -> gguf.Metadata:
     """Return the general.* keys of a GGUF file, without who quantized it."""
     metadata = gguf.Metadata()
     for field in dataclasses.fields(metadata):
-        key = getattr(gguf.Keys.General, field.name.upper(), None)
-        setattr(metadata, field.name, file.kv.get(key))
+        setattr(metadata, field.name, file.kv.get(getattr(gguf.Keys.General, field.name.upper(), "")))
     metadata.quantized_by = None
     for kind in ("base_model", "dataset"):
         found: dict[str, dict[str, Any]] = {}

@@ -101,7 +101,9 @@ def model_tokenizer(checkpoint: Checkpoint, family: Family, pre_tokenizer: str |
     """Return the checkpoint's tokenizer as the file will have it; raises as `read_tokenizer` and `tokenizer_of` do."""
     if checkpoint.gguf is not None:
         if pre_tokenizer is not None:
-            raise D2QError(f"--pre-tokenizer has no meaning for {checkpoint.directory}, which names its own; leave it out")
+            raise D2QError(
+                f"--pre-tokenizer has no meaning for {checkpoint.directory}, which names its own; leave it out"
+            )
         return tokenizer_of(checkpoint.gguf, family.vocab_size)
     return read_tokenizer(checkpoint.directory, checkpoint.config, family.vocab_size, pre_tokenizer)
 

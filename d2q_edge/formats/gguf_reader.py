@@ -70,8 +70,8 @@ class TensorInfo:
 class GGUFFile:
     """A GGUF whose header has been parsed; tensor data stays on disk until it is asked for.
 
-    `kv` has the metadata by key, arrays as lists; `packed` has the same as (number of the value's type, its bytes in the
-    file); `tensors` is in the order of the file; `size` is the file's in bytes.
+    `kv` has the metadata by key, arrays as lists; `packed` has by key the number of the value's type and its bytes;
+    `tensors` is in the order of the file; `size` is the file's in bytes.
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -35,7 +35,8 @@ _SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)", re.ASCII)
 def locate(model: str | Path, revision: str | None = None) -> Path:
     """Return the directory of a model; one given by its Hugging Face id is fetched into the hub's cache.
 
-    A directory wins over an id of the same spelling; what ends in .gguf is a file. The revision of an id is a branch, tag or commit; None is main.
+    A directory wins over an id of the same spelling; what ends in .gguf is a file. The revision of an id is a branch,
+    tag or commit; None is main.
 
     Raises:
         D2QError: the model can't be fetched, has no safetensors weights, or a revision is given for a directory.

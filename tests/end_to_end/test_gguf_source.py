@@ -27,7 +27,9 @@ from tests.family_models import EXPERT_MODELS, MODELS, write_model
 from tests.gguf_files import changed
 
 ALL = (*MODELS, *EXPERT_MODELS)
-CARD = "---\nlicense: mit\nbase_model: a/Some-Base-7B\ndatasets: [c/d]\ntags: [x, y]\nlanguage: [en, de]\n---\n# A model\n"
+CARD = (
+    "---\nlicense: mit\nbase_model: a/Some-Base-7B\ndatasets: [c/d]\ntags: [x, y]\nlanguage: [en, de]\n---\n# A model\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,7 @@ def test_without_calibration_and_in_a_stock_type(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [("llama3", {}), ("gemma3", {"bits": 3}), ("phi4-mini", {"bits": 2.6}), ("smollm2", {"rotation": "on"})],
+    [("llama3", {}), ("phi4-mini", {"bits": 3}), ("smollm2", {"rotation": "on"})],
 )
 def test_with_calibration(
     models: dict[str, Path], files: dict[str, Path], tmp_path: Path, name: str, changes: dict[str, Any]
@@ -72,9 +74,15 @@ def test_with_calibration(
     """The windows are cut with llama.cpp's tokens from the file, with transformers' from the checkpoint."""
     require_runtime()
     options = Options(**{"calibration_tokens": 1024, "context": 64, **changes})
-    for source, out in ((models[name], "expected.gguf"), (files[name], "found.gguf")):
-        convert(source, tmp_path / out, options)
-    assert (tmp_path / "found.gguf").read_bytes() == (tmp_path / "expected.gguf").read_bytes()
+    written = []
+    for source in (models[name], files[name]):
+        convert(source, tmp_path / "out.gguf", options, force=True)
+        written.append(GGUFFile(tmp_path / "out.gguf"))
+    expected, found = written
+    # A checkpoint's label counts the biases of norms; a file's is taken over.
+    assert {key for key in expected.packed if found.packed[key] != expected.packed[key]} <= {"general.size_label"}
+    assert list(found.kv) == list(expected.kv) and list(found.tensors) == list(expected.tensors)
+    assert all(np.array_equal(found.raw(tensor), expected.raw(tensor)) for tensor in expected.tensors)
 
 
 @pytest.mark.slow
@@ -122,13 +130,16 @@ def test_what_the_file_says_about_itself_stays(models: dict[str, Path], tmp_path
     assert found["general.base_model.0.repo_url"].endswith("a/Some-Base-7B")
     assert found["general.sampling.top_k"] == 20
     names = [
-        file_name(checkpoint, family_for(checkpoint.config), "D2Q2") for checkpoint in map(Checkpoint.open, (model, source))
+        file_name(checkpoint, family_for(checkpoint.config), "D2Q2")
+        for checkpoint in map(Checkpoint.open, (model, source))
     ]
     assert names[0] == names[1] and "chat" in names[0].lower()
 
 
 def test_a_file_without_a_name(files: dict[str, Path], tmp_path: Path) -> None:
-    keys = {key: None for key in GGUFFile(files["qwen2"]).kv if key.startswith("general.")}
+    keys = {
+        key: None for key in GGUFFile(files["qwen2"]).kv if key.startswith("general.") and key != "general.architecture"
+    }
     path = changed(files["qwen2"], tmp_path / "mine.gguf", keys)
     checkpoint = Checkpoint.open(path)
     assert file_name(checkpoint, family_for(checkpoint.config), "D2Q2").startswith("mine-")

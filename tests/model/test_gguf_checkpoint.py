@@ -128,7 +128,9 @@ def test_quantized_types(models: dict[str, Path], tmp_path: Path, type_name: str
     ):
         values = gguf.quants.dequantize(raw[stored].data, raw[stored].tensor_type)
         if "q_proj" in name:  # 4 heads of 16: pairs of rows become halves of a head
-            values = np.concatenate([values[16 * head + half : 16 * head + 16 : 2] for head in range(4) for half in (0, 1)])
+            values = np.concatenate(
+                [values[16 * head + half : 16 * head + 16 : 2] for head in range(4) for half in (0, 1)]
+            )
         np.testing.assert_array_equal(found.tensor(name).numpy(), values)
     lossy = {kind.name.lower() for kind in {tensor.tensor_type for tensor in raw.values()}} - {"f32", "q8_0"}
     assert len(found.notes) == bool(lossy)
@@ -197,7 +199,9 @@ def test_rope_scaling_keys(
 def test_a_head_of_the_default_width(files: dict[str, Path], tmp_path: Path) -> None:
     """Without a key for it, llama.cpp divides, where transformers has a default of 128."""
     keys = {"qwen3.attention.key_length": None, "qwen3.attention.value_length": None}
-    refused(changed(files["qwen3"], tmp_path / "x.gguf", keys), r"shape \[128, 64\], but the file's keys imply \[64, 64\]")
+    refused(
+        changed(files["qwen3"], tmp_path / "x.gguf", keys), r"shape \[128, 64\], but the file's keys imply \[64, 64\]"
+    )
 
 
 def test_a_rotated_file(models: dict[str, Path], files: dict[str, Path]) -> None:
@@ -244,7 +248,10 @@ def cut(file: Path, target: Path) -> Path:
         (key("llama.attention.value_length", 8), "its keys and values differ in width"),
         (key("llama.rope.dimension_count", 8), "config.json: a partial_rotary_factor other than 1 isn't supported"),
         (key("llama.rope.scaling.factor", 2.0), "its rope_freqs.weight doesn't suit its settings"),
-        (key("llama.expert_count", 8), "has 8 experts in every block, which isn't supported for the architecture llama"),
+        (
+            key("llama.expert_count", 8),
+            "has 8 experts in every block, which isn't supported for the architecture llama",
+        ),
         (tensor("rope_freqs.weight", np.ones(4, np.float32)), "its rope_freqs.weight doesn't suit its settings"),
         (tensor("rope_freqs.weight", np.full(8, -1, np.float32)), "short_factor must be a positive number"),
         (tensor("output_norm.weight", None), "has no tensor output_norm.weight"),

@@ -288,36 +288,16 @@ class Family(Settings, ABC):
 
     @classmethod
     def import_config(cls, keys: GGUFKeys) -> dict[str, Any]:
-        """Undo `add_metadata`: return a config.json that has all that decides what the model in a GGUF file computes.
+        """Undo `add_metadata`: return the entries of config.json that decide what the model in a GGUF file computes.
 
         Raises:
             D2QError: a key is missing or invalid. `family_for` refuses what else can't be converted.
         """
-        heads, head_dim = keys.whole("attention.head_count"), keys.head_dim
-        config: dict[str, Any] = {
-            "architectures": [cls.architectures[0]],
-            "model_type": cls.model_type,
-            "vocab_size": keys.rows("token_embd.weight"),
-            "hidden_size": keys.whole("embedding_length"),
-            "intermediate_size": keys.whole("feed_forward_length"),
-            "num_hidden_layers": keys.whole("block_count"),
-            "num_attention_heads": heads,
-            "num_key_value_heads": keys.whole("attention.head_count_kv", heads),
-            "max_position_embeddings": keys.whole("context_length"),
-            "rms_norm_eps": keys.decimal("attention.layer_norm_rms_epsilon"),
-            "tie_word_embeddings": "output.weight" not in keys.file.tensors,
-            cls.activation[0]: cls.activation[1],
-            # transformers' defaults may lie beyond the vocabulary.
-            **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
-        }
-        if keys.whole("attention.value_length", head_dim) != head_dim:
-            raise D2QError(f"{keys.file.path} can't be converted: its keys and values differ in width")
+        config = keys.common_config()
+        config |= {"architectures": [cls.architectures[0]], "model_type": cls.model_type}
+        config[cls.activation[0]] = cls.activation[1]
         if cls.records_default_head_dim or "attention.key_length" in keys:
-            config["head_dim"] = head_dim
-        rope = {"rope_theta": keys.decimal("rope.freq_base", 10000.0), **keys.rope_scaling()}
-        if (rotary_dim := keys.whole("rope.dimension_count", head_dim)) != head_dim:
-            rope["partial_rotary_factor"] = rotary_dim / head_dim
-        config["rope_parameters"] = rope
+            config["head_dim"] = keys.head_dim
         return config
 
     def _has_offset(self, hf_name: str) -> bool:

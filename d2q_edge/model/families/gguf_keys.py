@@ -1,7 +1,7 @@
 """Read a model's settings back from the keys of a GGUF file, the inverse of what families write.
 
-Which keys llama.cpp reads, and its defaults: src/llama-model.cpp, load_hparams, and src/models/ARCH.cpp. What it doesn't
-read has no meaning in the file and is ignored.
+Which keys llama.cpp reads, and its defaults: src/llama-model.cpp, load_hparams, and src/models/ARCH.cpp. What it
+doesn't read has no meaning in the file and is ignored.
 """
 
 import math
@@ -12,9 +12,11 @@ import numpy as np
 from d2q_edge.errors import D2QError
 from d2q_edge.formats.gguf_reader import GGUFFile
 
+EMBEDDING = "token_embd.weight"
+
 
 class GGUFKeys:
-    """The `ARCH.*` keys of a GGUF file, which is untrusted; all methods raise D2QError for an invalid or missing value."""
+    """The `ARCH.*` keys of an untrusted GGUF file; all methods raise D2QError for an invalid or missing value."""
 
     def __init__(self, file: GGUFFile, arch: str) -> None:
         self.file, self.arch = file, arch
@@ -60,12 +62,6 @@ class GGUFKeys:
             raise D2QError(f"{self.file.path} is malformed: its key {self.arch}.{key} is {value!r:.40}, not a text")
         return value
 
-    def rows(self, tensor: str) -> int:
-        """Return the number of rows of a tensor."""
-        if tensor not in self.file.tensors:
-            raise D2QError(f"{self.file.path} has no tensor {tensor}; if it is only a vocabulary, give the whole model")
-        return self.file.tensors[tensor].shape[0]
-
     def factors(self, tensor: str) -> list[float] | None:
         """Return the rotary factors in a one-dimensional tensor, if the file has it."""
         if tensor not in self.file.tensors:
@@ -74,6 +70,31 @@ class GGUFKeys:
             raise D2QError(f"{self.file.path} is malformed: its tensor {tensor} isn't a list of factors")
         values: list[float] = self.file.dequantize(tensor).tolist()
         return values
+
+    def common_config(self) -> dict[str, Any]:
+        """Return the entries of config.json that do not depend on the family."""
+        tensors, heads, head_dim = self.file.tensors, self.whole("attention.head_count"), self.head_dim
+        if EMBEDDING not in tensors:
+            raise D2QError(f"{self.file.path} has no tensor {EMBEDDING}, without which it isn't a complete model")
+        if self.whole("attention.value_length", head_dim) != head_dim:
+            raise D2QError(f"{self.file.path} can't be converted: its keys and values differ in width")
+        rope = {"rope_theta": self.decimal("rope.freq_base", 10000.0), **self.rope_scaling()}
+        if (rotary_dim := self.whole("rope.dimension_count", head_dim)) != head_dim:
+            rope["partial_rotary_factor"] = rotary_dim / head_dim
+        return {
+            "vocab_size": tensors[EMBEDDING].shape[0],
+            "hidden_size": self.whole("embedding_length"),
+            "intermediate_size": self.whole("feed_forward_length"),
+            "num_hidden_layers": self.whole("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self.whole("attention.head_count_kv", heads),
+            "max_position_embeddings": self.whole("context_length"),
+            "rms_norm_eps": self.decimal("attention.layer_norm_rms_epsilon"),
+            "tie_word_embeddings": "output.weight" not in tensors,
+            "rope_parameters": rope,
+            # transformers' defaults may lie beyond the vocabulary.
+            **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+        }
 
     def rope_scaling(self) -> dict[str, Any]:
         """Return config.json's rope_parameters without rope_theta, for the scalings that need no tensor."""

@@ -100,8 +100,8 @@ def llama3_factors(
 ) -> npt.NDArray[np.float32]:
     """Return the divisors of the rotary frequencies by Llama 3.1's rule, float32 [head_dim / 2].
 
-    They are 1 for wavelengths below `context / high`, `factor` for those above `context / low`, interpolated in between.
-    Computed in the converter's order of operations in torch, so that the tensor equals its own bit by bit.
+    They are 1 for wavelengths below `context / high`, `factor` above `context / low`, interpolated in between. Computed
+    in the converter's order of operations in torch, so that the tensor equals its own bit by bit.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     wavelengths = 2 * math.pi / (1.0 / (theta**exponents))
@@ -116,7 +116,9 @@ def import_factors(factors: list[float], theta: float) -> dict[str, Any]:
     """Return the rope_parameters that give the factors of a file's rope_freqs.weight exactly."""
     factor, low, high = max(factors), 1.0, 4.0  # low and high as in all published models
     for context in (2**exponent for exponent in range(4, 21)):
-        if np.array_equal(llama3_factors(2 * len(factors), theta, factor, low, high, context), np.float32(factors)):
+        if np.array_equal(
+            llama3_factors(2 * len(factors), theta, factor, low, high, context), np.array(factors, np.float32)
+        ):
             found = {"factor": factor, "low_freq_factor": low, "high_freq_factor": high, ORIGINAL: context}
             return {"rope_type": "llama3", **found}
     same = {"short_factor": factors, "long_factor": factors}

@@ -117,7 +117,10 @@ class Phi3(Family):
         self.extra_tensors()
         # transformers takes these factors from the config, but the file can't express them.
         scale = self.context_length / self.original_context
-        for key, computed in (("factor", scale), ("attention_factor", _attention_factor(self.context_length, self.original_context))):
+        for key, computed in (
+            ("factor", scale),
+            ("attention_factor", _attention_factor(self.context_length, self.original_context)),
+        ):
             given = self.rope_scaling.get(key)
             if given is not None and not math.isclose(positive_float(f"rope_scaling's {key}", given), computed):
                 raise D2QError(

@@ -29,7 +29,6 @@ def tokenizer_of(file: GGUFFile, vocab_size: int) -> Tokenizer:
         if not isinstance(values, list) or len(values) != vocab_size or not all(type(one) is kind for one in values):
             raise D2QError(f"{path} is malformed: its tokenizer's {what} aren't {vocab_size}, one for each embedding")
     special, adds_bos = kv.get("tokenizer.ggml.bos_token_id"), kv.get("tokenizer.ggml.add_bos_token")
-    known = type(special) is int and special < vocab_size
     template = kv.get("tokenizer.chat_template")
     return Tokenizer(
         model=str(model),
@@ -37,7 +36,7 @@ def tokenizer_of(file: GGUFFile, vocab_size: int) -> Tokenizer:
         tokens=tokens,
         types=types,
         merges=[],
-        special_ids={"bos": special} if known else {},
+        special_ids={"bos": special} if isinstance(special, int) and 0 <= special < vocab_size else {},
         add_special={"bos": adds_bos} if isinstance(adds_bos, bool) else {},
         chat_template=template if isinstance(template, str) else None,
         space_prefix_setting=None,

@@ -66,14 +66,12 @@ def test_every_kind_of_value(tmp_path: Path) -> None:
     array = np.arange(6, dtype=np.float32).reshape(2, 3)
     write_gguf(tmp_path / "x.gguf", "llama", [GGUFTensor("a", (2, 3), "f32", lambda: array)], metadata)
     file = GGUFFile(tmp_path / "x.gguf")
-    write_gguf(
-        tmp_path / "copy.gguf",
-        "llama",
-        [],
-        lambda writer: [
-            writer.add_key_value(key, data, gguf.GGUFValueType(kind)) for key, (kind, data) in file.packed.items()
-        ],
-    )
+
+    def repeat(writer: gguf.GGUFWriter) -> None:
+        for key, (kind, data) in file.packed.items():
+            writer.kv_data[0][key] = gguf.gguf_writer.GGUFValue(data, gguf.GGUFValueType(kind))
+
+    write_gguf(tmp_path / "copy.gguf", "llama", [], repeat)
     assert GGUFFile(tmp_path / "copy.gguf").packed == file.packed
     expected: dict[str, Any] = {
         "general.architecture": "llama",

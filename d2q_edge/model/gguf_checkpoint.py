@@ -51,16 +51,13 @@ class GGUFCheckpoint(Checkpoint):
         """
         file = GGUFFile(path)
         _refuse_unsuitable(file)
+        kind = family_of_file(file)
+        keys = GGUFKeys(file, kind.gguf_arch)
+        config = kind.import_config(keys)
         try:
-            kind = family_of_file(file.kv.get("general.architecture"))
-            keys = GGUFKeys(file, kind.gguf_arch)
-            config = kind.import_config(keys)
             family = family_for(config)
         except D2QError as error:
-            message = str(error)
-            if message.startswith(str(path)):
-                raise
-            raise D2QError(f"{path} can't be converted (its keys are read as a config.json): {message}") from error
+            raise D2QError(f"{path} can't be converted (its keys are read as a config.json): {error}") from error
         if (experts := keys.whole("expert_count", 0)) != family.num_experts:
             raise D2QError(
                 f"{path} has {experts} experts in every block, which isn't supported for the architecture {keys.arch}"

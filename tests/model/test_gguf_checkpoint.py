@@ -238,7 +238,10 @@ def cut(file: Path, target: Path) -> Path:
         (key("general.architecture", "clip"), "is a model's part for images or sound, not a language model"),
         (key("llama.pooling_type", 1), "is a model for embeddings or ranking"),
         (key("llama.attention.causal", False), "is a model for embeddings or ranking"),
-        (key("general.architecture", "bert"), "architecture 'bert' isn't supported; these are: gemma3, llama, olmoe"),
+        (
+            key("general.architecture", "bert"),
+            "architecture 'bert', which isn't supported; these are: gemma3, llama, olmoe",
+        ),
         (key("d2q.version", 1), "is a file that d2q-edge has quantized; convert the model that it was made from"),
         (key("llama.block_count", None), "has no key llama.block_count"),
         (key("llama.block_count", 3), r"has no tensor blk.2.attn_q.weight, which its keys call for .*3 blocks"),
@@ -274,6 +277,11 @@ def test_refusals(file: Path, tmp_path: Path, change: Change, pattern: str) -> N
         for name in checkpoint.names:
             checkpoint.tensor(name)
     assert "\n" not in str(caught.value) and "x.gguf" in str(caught.value)
+
+
+def test_a_vocabulary_alone(file: Path, tmp_path: Path) -> None:
+    none = dict.fromkeys(GGUFFile(file).tensors)
+    refused(changed(file, tmp_path / "x.gguf", tensors=none), "x.gguf has keys but no tensors: it is only a vocabulary")
 
 
 def test_our_own_types_are_refused(models: dict[str, Path], tmp_path: Path) -> None:

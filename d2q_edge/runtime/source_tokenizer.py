@@ -1,8 +1,7 @@
 """Tokenize as the model that is converted does: with transformers, or a GGUF file's own tokenizer with llama.cpp."""
 
 import weakref
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from d2q_edge import runtime
 from d2q_edge.errors import D2QError
@@ -12,9 +11,6 @@ from d2q_edge.model.tokenizer.original import load_original
 from d2q_edge.runtime.llama_model import LlamaVocabulary
 from d2q_edge.runtime.trial_load import why_not
 
-_ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-"""Variables of chat templates, with the names that GGUF keys have for them."""
-
 
 def source_tokenizer(checkpoint: Checkpoint) -> Any:
     """Return a checkpoint's tokenizer in transformers, or a FileTokenizer; raise D2QError if it can't be loaded."""
@@ -22,11 +18,7 @@ def source_tokenizer(checkpoint: Checkpoint) -> Any:
 
 
 class FileTokenizer:
-    """A GGUF file's tokenizer in llama.cpp; what it has is as in a transformers tokenizer.
-
-    Attributes:
-        chat_template: the file's, or None.
-    """
+    """A GGUF file's tokenizer in llama.cpp, to be called like one of transformers."""
 
     def __init__(self, file: GGUFFile) -> None:
         """Load the vocabulary; raise D2QError if the runtime isn't installed or llama.cpp can't load the file."""
@@ -39,25 +31,8 @@ class FileTokenizer:
             raise D2QError(f"llama.cpp can't load {file.path}: {reason}")
         self._vocabulary = LlamaVocabulary(file.path)
         weakref.finalize(self, self._vocabulary.close)
-        self.chat_template: str | None = file.kv.get("tokenizer.chat_template")
-        tokens = file.kv["tokenizer.ggml.tokens"]
-        ids = {name: file.kv.get(f"tokenizer.ggml.{role}_token_id") for name, role in _ROLES.items()}
-        self._special = {name: tokens[token] for name, token in ids.items() if token in range(len(tokens))}
 
     def __call__(self, text: str, *, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[int]]:
         """Return {"input_ids": token ids}; the names of special tokens in the text become these tokens."""
         ids = self._vocabulary.tokenize(text, add_special=add_special_tokens, read_special=True)
         return {"input_ids": ids}
-
-    def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], *, tokenize: Literal[False] = False, **variables: Any
-    ) -> str:
-        """Return a conversation as text; the template, which is untrusted, raises whatever it wants."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        if self.chat_template is None:
-            raise ValueError("the file has no chat template")
-        rendered, _ = render_jinja_template(
-            conversations=[list(messages)], chat_template=self.chat_template, **self._special, **variables
-        )
-        return str(rendered[0])

@@ -1,5 +1,6 @@
 """Take a tokenizer over from a GGUF file: all its tokenizer.* keys are written again as they are."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import gguf
@@ -8,8 +9,9 @@ from d2q_edge.errors import D2QError
 from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.model.tokenizer.content import Tokenizer
 from d2q_edge.model.tokenizer.pre_tokenizers import BY_NAME
+from d2q_edge.model.tokenizer.special import ROLES
 
-PREFIX = "tokenizer."
+PREFIX, TEMPLATE = "tokenizer.", "tokenizer.chat_template"
 MODELS = ("gpt2", "llama")
 """llama.cpp's names of byte-level BPE and of SentencePiece's BPE."""
 
@@ -28,17 +30,27 @@ def tokenizer_of(file: GGUFFile, vocab_size: int) -> Tokenizer:
     for what, values, kind in (("tokens", tokens, str), ("token types", types, int)):
         if not isinstance(values, list) or len(values) != vocab_size or not all(type(one) is kind for one in values):
             raise D2QError(f"{path} is malformed: its tokenizer's {what} aren't {vocab_size}, one for each embedding")
-    special, adds_bos = kv.get("tokenizer.ggml.bos_token_id"), kv.get("tokenizer.ggml.add_bos_token")
-    template = kv.get("tokenizer.chat_template")
+    ids = {role: kv.get(getattr(gguf.Keys.Tokenizer, f"{role.upper()}_ID", "")) for role in (*ROLES, "eot")}
+    adds = {role: kv.get(f"tokenizer.ggml.add_{role}_token") for role in ROLES}
     return Tokenizer(
         model=str(model),
         pre=str(pre),
         tokens=tokens,
         types=types,
         merges=[],
-        special_ids={"bos": special} if isinstance(special, int) and 0 <= special < vocab_size else {},
-        add_special={"bos": adds_bos} if isinstance(adds_bos, bool) else {},
-        chat_template=template if isinstance(template, str) else None,
+        special_ids={role: token for role, token in ids.items() if type(token) is int and 0 <= token < vocab_size},
+        add_special={role: value for role, value in adds.items() if isinstance(value, bool)},
+        chat_template=_chat_template(kv),
         space_prefix_setting=None,
         packed={key: packed for key, packed in file.packed.items() if key.startswith(PREFIX)},
     )
+
+
+def _chat_template(kv: Mapping[str, Any]) -> str | list[dict[str, str]] | None:
+    """Return the chat template, or several with their names."""
+    templates = {key.removeprefix(f"{TEMPLATE}."): text for key, text in kv.items() if key.startswith(f"{TEMPLATE}.")}
+    templates = {"default": kv.get(TEMPLATE), **templates}
+    found = [{"name": name, "template": text} for name, text in templates.items() if isinstance(text, str)]
+    if [entry["name"] for entry in found] == ["default"]:
+        return found[0]["template"]
+    return found or None

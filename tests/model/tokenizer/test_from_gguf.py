@@ -24,7 +24,9 @@ def test_every_familys_tokenizer(tmp_path: Path, name: str) -> None:
     file = GGUFFile(write_vocabulary(tmp_path / "in.gguf", original))
     found = tokenizer_of(file, size)
     assert (found.bos, found.adds_bos, found.notes) == (original.bos, original.adds_bos, ())
-    assert (found.tokens, found.types) == (original.tokens, original.types)
+    assert (found.tokens, found.types, found.chat_template) == (original.tokens, original.types, original.chat_template)
+    assert {role: found.special_ids.get(role) for role in original.special_ids} == original.special_ids
+    assert found.add_special.items() <= original.add_special.items()
     write_gguf(tmp_path / "out.gguf", "llama", [], found.add_to)
     assert list(GGUFFile(tmp_path / "out.gguf").packed.items()) == list(file.packed.items())
 
@@ -42,7 +44,8 @@ def test_keys_that_nobody_knows_stay(tmp_path: Path) -> None:
     finish(source)
     file = GGUFFile(tmp_path / "in.gguf")
     tokenizer = tokenizer_of(file, 3)
-    assert (tokenizer.bos, tokenizer.chat_template) == (None, "x")
+    assert tokenizer.bos is None
+    assert tokenizer.chat_template == [{"name": "default", "template": "x"}, {"name": "tool_use", "template": "y"}]
     write_gguf(tmp_path / "out.gguf", "llama", [], tokenizer.add_to)
     written = GGUFFile(tmp_path / "out.gguf").packed
     assert written == {key: value for key, value in file.packed.items() if key != "other.key"}

@@ -31,7 +31,6 @@ from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import Family, family_for
 from d2q_edge.model.rotated_checkpoint import RotatedCheckpoint
-from d2q_edge.model.tokenizer.original import load_original
 from d2q_edge.model.whole_model import Weights, WholeModel
 from d2q_edge.options import Options
 from d2q_edge.pipeline.block_loop import quantize_blocks
@@ -41,6 +40,7 @@ from d2q_edge.pipeline.type_plan import plan_types
 from d2q_edge.pipeline.work_dir import WorkDir
 from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.rtn import round_layer
+from d2q_edge.runtime.source_tokenizer import source_tokenizer
 from tools.paper_recipe.pipeline import Recipe, quantize_model
 from tools.torch_evaluation import Distance, Reference, evaluation_chunks
 
@@ -173,7 +173,7 @@ class Ablation:
         checkpoint = Checkpoint.open(model)
         family = family_for(checkpoint.config)
         checkpoint.check(family.tensor_shapes())
-        tokenizer, own = load_original(checkpoint.directory), model_tokenizer(checkpoint, family)
+        tokenizer, own = source_tokenizer(checkpoint), model_tokenizer(checkpoint, family)
         parts, template = load_parts(arguments.calibration), ChatTemplate.of(own)
         few, more = (
             split_windows(tokenizer, parts, template, tokens, arguments.context, arguments.seed, own.bos).calibration

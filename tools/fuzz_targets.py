@@ -14,6 +14,7 @@ import random
 import struct
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from safetensors.torch import save
 
 from d2q_edge.conversion import convert
 from d2q_edge.export import inspection
-from d2q_edge.export.model_file import file_name, model_tokenizer
+from d2q_edge.export.model_file import export, file_name, model_tokenizer
 from d2q_edge.formats import tensor_types
 from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.formats.gguf_writer import GGUFTensor, write_gguf
@@ -177,6 +178,63 @@ def damage_gguf(seed: int, directory: Path) -> None:
         file.dequantize(name)
 
 
+def change_gguf(rng: random.Random, path: Path) -> None:
+    """Rewrite a GGUF file, with odd values of some keys and sometimes with other tensors."""
+    file = GGUFFile(path)
+    keys = {key: (gguf.GGUFValueType(kind), bytes(data)) for key, (kind, data) in file.packed.items()}
+    del keys["general.architecture"]
+    changed = rng.sample(sorted(keys), rng.choice((0, 1, 1, 2)))
+    tensors = [
+        GGUFTensor(name, info.shape, info.type_name, partial(np.array, file.raw(name)))
+        for name, info in file.tensors.items()
+    ]
+    if not changed or rng.random() < 0.1:
+        index = rng.randrange(len(tensors))
+        old = tensors.pop(index)
+        if rng.random() < 0.7:
+            shape = rng.choice((old.shape[::-1], (1, *old.shape), (math.prod(old.shape),)))
+            name = rng.choice((old.name, "rope_freqs.weight", "blk.2.attn_k.bias", old.name + "x"))
+            tensors.insert(index, GGUFTensor(name, shape, rng.choice((old.type, "f32")), partial(np.zeros, shape)))
+
+    def add_metadata(writer: gguf.GGUFWriter) -> None:
+        for key, (kind, data) in keys.items():
+            writer.add_key_value(key, memoryview(data), kind)
+        for key in changed:
+            del writer.kv_data[0][key]
+            match rng.randrange(6):
+                case 0:
+                    writer.add_uint64(key, rng.choice(NUMBERS))
+                case 1:
+                    writer.add_int64(key, -rng.choice(NUMBERS[:30]) % 2**31)
+                case 2:
+                    writer.add_float64(key, rng.choice((0.0, -1.0, 1e-320, 1e300, math.inf, math.nan)))
+                case 3:
+                    writer.add_string(key, rng.choice(("", "a", "yarn", "\x1b[2J", "x" * 5000)))
+                case 4:
+                    writer.add_array(key, rng.choice(([1], [2] * TOKENS, ["a"], ["a"] * TOKENS, [0.5, math.nan])))
+
+    write_gguf(path, "qwen3", tensors, add_metadata, force=True)
+
+
+def damage_gguf_model(seed: int, directory: Path) -> None:
+    """Damage the keys or tensors of a GGUF that is to be converted; plan that, read all tensors and load one block."""
+    rng = random.Random(f"gguf model {seed}")
+    path = directory / "model.gguf"
+    path.write_bytes(_gguf_model())
+    if rng.random() < 0.1:
+        path.write_bytes(damage_bytes(rng, _gguf_model()))
+    else:
+        change_gguf(rng, path)
+    _plan(path, directory)
+    checkpoint = Checkpoint.open(path)
+    family = family_for(checkpoint.config)
+    file_name(checkpoint, family, "D2Q2")
+    model_tokenizer(checkpoint, family).bos  # noqa: B018
+    for name in checkpoint.names:
+        checkpoint.tensor(name)
+    BlockRunner(checkpoint, family, torch.device("cpu")).load(0)
+
+
 def damage_weights(seed: int, directory: Path) -> None:
     """Damage the one weight file of a model, mostly its header."""
     rng = random.Random(f"weights {seed}")
@@ -249,6 +307,7 @@ def damage_tokenizer(seed: int, directory: Path) -> None:
 
 TARGETS: dict[str, Callable[[int, Path], None]] = {
     "gguf": damage_gguf,
+    "gguf-model": damage_gguf_model,
     "weights": damage_weights,
     "index": damage_index,
     "config": damage_config,
@@ -327,9 +386,7 @@ def _gguf() -> bytes:
         GGUFTensor(f"blk.{i}.{kind}", (2, 256), kind, lambda: floats) for i, kind in enumerate(("f16", "q8_0", "q4_k"))
     ]
     for own in tensor_types.ALL:
-        tensors.append(
-            GGUFTensor(own.name, (2, 256), own.name, functools.partial(np.zeros, (2, own.row_bytes(256)), np.uint8))
-        )
+        tensors.append(GGUFTensor(own.name, (2, 256), own.name, partial(np.zeros, (2, own.row_bytes(256)), np.uint8)))
 
     def add_metadata(writer: gguf.GGUFWriter) -> None:
         writer.add_string("general.name", "A file")
@@ -341,3 +398,12 @@ def _gguf() -> bytes:
     with tempfile.TemporaryDirectory() as directory:
         write_gguf(Path(directory) / "x.gguf", "llama", tensors, add_metadata)
         return (Path(directory) / "x.gguf").read_bytes()
+
+
+@functools.cache
+def _gguf_model() -> bytes:
+    """Return the bytes of an undamaged GGUF of a whole model."""
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory) / "out.gguf"
+        export(_model(Path(directory), shards=1), out, "q8_0", verify=False)
+        return out.read_bytes()

@@ -37,7 +37,12 @@ class ChatTemplate:
     def of(cls, tokenizer: Tokenizer) -> "ChatTemplate":
         """Return the chat template of a model's tokenizer."""
         special = {f"{role}_token": tokenizer.tokens[index] for role, index in tokenizer.special_ids.items()}
-        return cls(choose_template(tokenizer.chat_template), special)
+        templates = tokenizer.chat_template
+        if isinstance(templates, list):
+            templates = {entry["name"]: entry["template"] for entry in templates}.get("default")
+            if tokenizer.default_template is not None:
+                templates = tokenizer.default_template["template"]
+        return cls(templates, special)
 
     def render(self, conversation: Mapping[str, Any]) -> str:
         """Return a conversation as text.
@@ -124,10 +129,3 @@ class _Generation(Extension):
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def choose_template(template: str | list[dict[str, str]] | None) -> str | None:
-    """Return the template for conversations without tools: of several the one called "default", else the first."""
-    if template is None or isinstance(template, str):
-        return template
-    return next((entry["template"] for entry in sorted(template, key=lambda entry: entry["name"] != "default")), None)

@@ -76,8 +76,8 @@ def command(
 ) -> None:
     """Quantize a Hugging Face checkpoint into a GGUF file.
 
-    MODEL is a directory, or an id like Qwen/Qwen3-8B, which is downloaded into the Hugging Face cache. For gated and
-    private models, set HF_TOKEN.
+    MODEL is a directory, a GGUF file of a stock type, or an id like Qwen/Qwen3-8B, which is downloaded into the Hugging
+    Face cache. For gated and private models, set HF_TOKEN.
     """
     wait_passively()
     ctx = click.get_current_context()

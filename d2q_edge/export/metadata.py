@@ -1,4 +1,5 @@
 """Collect a file's general.* metadata from the model card, the configs and the directory name, and make it writable.
+That of a GGUF file is taken over.
 
 gguf-py collects it by the rules of llama.cpp's converter. But a card is untrusted free text (a version may be a number,
 an author a list, "no" a boolean): values are converted to what their keys hold, or left out.
@@ -9,6 +10,7 @@ import datetime
 import json
 import logging
 import math
+import re
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 import gguf
 
 from d2q_edge.errors import D2QError
+from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.hub import repository
 from d2q_edge.utils.json_files import read_json_object
@@ -37,7 +40,11 @@ def general_metadata(
     notes: list[str] = []
     logging.getLogger("metadata").setLevel(logging.CRITICAL)  # gguf-py's own messages about what the notes say
     try:
-        metadata = _load(directory, parameters[0], quantized=quantized)
+        metadata = (
+            _load_from_file(checkpoint.gguf)
+            if checkpoint.gguf
+            else _load(directory, parameters[0], quantized=quantized)
+        )
     except Exception as error:  # whatever parsing free text as YAML raises
         notes.append(
             f"README.md (the model card), generation_config.json or the name in config.json of {directory} can't be "
@@ -50,7 +57,8 @@ def general_metadata(
         if converted is None and value is not None:
             notes.append(f"the file goes without the model's {field.name}, which isn't what it should be: {value!r}")
         setattr(metadata, field.name, converted)
-    metadata.name = directory.name if metadata.name is None else metadata.name
+    name = directory.stem if checkpoint.gguf else directory.name
+    metadata.name = name if metadata.name is None else metadata.name
     metadata.size_label = gguf.size_label(*parameters) if metadata.size_label is None else metadata.size_label
     return metadata, notes
 
@@ -64,6 +72,21 @@ def _load(directory: Path, parameters: int, *, quantized: bool) -> gguf.Metadata
         metadata.sampling_penalty_repeat = generation.get("repetition_penalty")
     if (source := repository(directory)) is not None:
         _name_after(metadata, source, directory, parameters, quantized=quantized)
+    return metadata
+
+
+def _load_from_file(file: GGUFFile) -> gguf.Metadata:
+    """Return the general.* keys of a GGUF file, without who quantized it."""
+    metadata = gguf.Metadata()
+    for field in dataclasses.fields(metadata):
+        setattr(metadata, field.name, file.kv.get(getattr(gguf.Keys.General, field.name.upper(), "")))
+    metadata.quantized_by = None
+    for kind in ("base_model", "dataset"):
+        found: dict[str, dict[str, Any]] = {}
+        for key, value in file.kv.items():
+            if match := re.fullmatch(rf"general\.{kind}\.(\d+)\.(\w+)", key, re.ASCII):
+                found.setdefault(match[1], {})[match[2]] = value
+        setattr(metadata, f"{kind}s", [found[number] for number in sorted(found, key=int)] or None)
     return metadata
 
 

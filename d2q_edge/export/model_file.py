@@ -26,7 +26,7 @@ from d2q_edge.model.adapted_checkpoint import adapted
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import Family, family_for
 from d2q_edge.model.peft_files import adapter_files
-from d2q_edge.model.tokenizer import Tokenizer, read_tokenizer
+from d2q_edge.model.tokenizer import Tokenizer, read_tokenizer, tokenizer_of
 from d2q_edge.model.weight_files import IGNORED_SUFFIXES
 from d2q_edge.utils.locks import sole_writer
 
@@ -100,7 +100,13 @@ def _stack(family: Family, tensors: Mapping[str, GGUFTensor]) -> list[GGUFTensor
 
 
 def model_tokenizer(checkpoint: Checkpoint, family: Family, pre_tokenizer: str | None = None) -> Tokenizer:
-    """Return the checkpoint's tokenizer as the file will have it; raises as `read_tokenizer` does."""
+    """Return the checkpoint's tokenizer as the file will have it; raises as `read_tokenizer` and `tokenizer_of` do."""
+    if checkpoint.gguf is not None:
+        if pre_tokenizer is not None:
+            raise D2QError(
+                f"--pre-tokenizer has no meaning for {checkpoint.directory}, which names its own; leave it out"
+            )
+        return tokenizer_of(checkpoint.gguf, family.vocab_size)
     return read_tokenizer(checkpoint.directory, checkpoint.config, family.vocab_size, pre_tokenizer)
 
 
@@ -130,7 +136,9 @@ def write_model(
         D2QError: the tokenizer differs in llama.cpp, or the file can't be written.
     """
     add_metadata = metadata_writer(checkpoint, family, tokenizer, file_type, extra, quiet=False)
-    check = partial(verify_tokenizer, directory=checkpoint.directory, tokenizer=tokenizer) if verify else None
+    check = None
+    if verify and checkpoint.gguf is None:  # whose tokenizer's keys are written as they are
+        check = partial(verify_tokenizer, directory=checkpoint.directory, tokenizer=tokenizer)
     return gguf_writer.write_gguf(path, family.gguf_arch, tensors, add_metadata, force=force, check=check)
 
 
@@ -140,6 +148,8 @@ def check_tokenizer(checkpoint: Checkpoint, family: Family, tokenizer: Tokenizer
     Raises:
         D2QError: the tokenizer differs in llama.cpp.
     """
+    if checkpoint.gguf is not None:
+        return
     add_metadata = metadata_writer(checkpoint, family, tokenizer, 0, None)
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "vocabulary.gguf"
@@ -186,7 +196,7 @@ def export(
     pre_tokenizer: str | None = None,
     verify: bool = True,
 ) -> int:
-    """Convert a checkpoint directory to a GGUF of a stock type, embeddings and head included; return its size in bytes.
+    """Convert a checkpoint to a GGUF of a stock type, embeddings and head included; return its size in bytes.
 
     `type_name` is one of STOCK_TYPES; `adapter` as in `adapted`, `pre_tokenizer` as in `read_tokenizer`, `force` and
     `verify` as in `write_model`.

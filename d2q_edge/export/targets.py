@@ -10,7 +10,7 @@ from d2q_edge.model.links import READ_SUFFIXES
 def check_targets(targets: Mapping[str, Path], model: Path, texts: Iterable[Path] = ()) -> None:
     """Compare the files to be written, by what they are ("the output"), with each other and with what is read.
 
-    That is `texts`, and the checkpoint in the directory `model`, to which GGUF files don't belong.
+    That is `texts`, and the GGUF file `model`, or the checkpoint in this directory, to which GGUF files don't belong.
 
     Raises:
         D2QError: two targets are the same file, or one is read.
@@ -21,6 +21,7 @@ def check_targets(targets: Mapping[str, Path], model: Path, texts: Iterable[Path
             raise D2QError(f"{other} and {name} are the same file, {path}; give them different names")
     files = model.iterdir() if model.is_dir() else ()
     inputs = {file.resolve(): "the model" for file in files if file.suffix in READ_SUFFIXES}
+    inputs |= {model.resolve(): "the model"} if model.is_file() else {}
     inputs |= {text.resolve(): "what is read" for text in texts}
     for path, name in seen.items():
         if path in inputs:

@@ -5,6 +5,7 @@ Unlike gguf-py's reader, this one takes unknown type numbers and trusts no file:
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 from dataclasses import dataclass
@@ -32,6 +33,19 @@ TYPES: dict[int, tuple[str, int, int]] = {
 """Number of a tensor type to its name, weights per block and bytes per block."""
 
 
+@functools.cache
+def can_decode(type_id: int) -> bool:
+    """Return whether `GGUFFile.dequantize` knows a type, which takes more than its block size."""
+    if type_id in tensor_types.BY_ID:
+        return True
+    try:
+        block = np.zeros((1, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(type_id)][1]), np.uint8)
+        gguf.quants.dequantize(block, gguf.GGMLQuantizationType(type_id))
+    except (ValueError, KeyError, NotImplementedError):
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """One tensor of a file. `shape` is in numpy's order; `offset` counts bytes from the start of the file.
@@ -56,7 +70,8 @@ class TensorInfo:
 class GGUFFile:
     """A GGUF whose header has been parsed; tensor data stays on disk until it is asked for.
 
-    `kv` has the metadata by key, arrays as lists; `tensors` is in the order of the file; `size` is the file's in bytes.
+    `kv` has the metadata by key, arrays as lists; `packed` has by key the number of the value's type and its bytes;
+    `tensors` is in the order of the file; `size` is the file's in bytes.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -77,6 +92,7 @@ class GGUFFile:
             raise D2QError(f"can't read {self.path}: {error.strerror or error}") from error
         self._bytes, self._position = self._data.data, 0  # a memoryview: small reads are several times as fast
         self.kv: dict[str, Any] = {}
+        self.packed: dict[str, tuple[int, memoryview]] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self._parse()
 
@@ -117,8 +133,8 @@ class GGUFFile:
                         "is NaN or infinite; convert or download it again"
                     )
 
-    def raw(self, name: str) -> npt.NDArray[np.uint8]:
-        """Return a tensor's bytes, uint8 [nbytes], mapped from the file.
+    def raw(self, name: str, part: int | None = None) -> npt.NDArray[np.uint8]:
+        """Return the bytes of a tensor, or of one `part` of it along the first axis, uint8 [n], mapped from the file.
 
         Raises:
             D2QError: there is no such tensor.
@@ -126,24 +142,27 @@ class GGUFFile:
         if name not in self.tensors:
             raise D2QError(f"{self.path} has no tensor {name}")
         info = self.tensors[name]
-        return self._data[info.offset : info.offset + info.nbytes]
+        data = self._data[info.offset : info.offset + info.nbytes]
+        return data if part is None else data.reshape(info.shape[0], -1)[part]
 
-    def dequantize(self, name: str) -> npt.NDArray[np.float32]:
-        """Return a tensor's values, float32 of its shape; ours exactly as `tensor_types.dequantize` defines them.
+    def dequantize(self, name: str, part: int | None = None) -> npt.NDArray[np.float32]:
+        """Return the values of what `raw` returns, float32; ours exactly as `tensor_types.dequantize` defines them.
 
         Raises:
             D2QError: there is no such tensor, or its type can't be decoded.
         """
-        raw, info = self.raw(name), self.tensors[name]
+        raw, info = self.raw(name, part), self.tensors[name]
+        shape = info.shape if part is None else info.shape[1:]
         own = tensor_types.BY_ID.get(info.type_id)
         if own is not None:
-            return tensor_types.dequantize(own, raw.reshape(-1, own.row_bytes(info.shape[-1]))).reshape(info.shape)
-        try:
-            values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(info.type_id))
-        except (ValueError, NotImplementedError):
-            what = f"tensor {name} of {self.path} has the type {info.type_name}, which can't be decoded"
-            raise D2QError(what) from None
-        return np.asarray(values, dtype=np.float32).reshape(info.shape)
+            return tensor_types.dequantize(own, raw.reshape(-1, own.row_bytes(info.shape[-1]))).reshape(shape)
+        if not can_decode(info.type_id):
+            raise D2QError(f"tensor {name} of {self.path} has the type {info.type_name}, which can't be decoded")
+        # As rows: gguf-py takes a few at a time, so that its intermediate results stay small.
+        rows = raw.reshape(math.prod(shape[:-1]), -1)
+        with np.errstate(all="ignore"):  # a damaged scale gives NaN, which is the caller's to judge
+            values = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(info.type_id))
+        return np.asarray(values, dtype=np.float32).reshape(shape)
 
     def _parse(self) -> None:
         magic, version = self._take("4sI")
@@ -160,7 +179,10 @@ class GGUFFile:
             key = self._name()
             if key in self.kv:
                 raise self._malformed(f"the key {key} comes twice")
-            self.kv[key] = self._value(*self._take("I"))
+            (value_type,) = self._take("I")
+            start = self._position
+            self.kv[key] = self._value(value_type)
+            self.packed[key] = value_type, self._bytes[start : self._position]
         alignment = self.kv.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
         if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
             raise self._malformed("general.alignment isn't a power of two")

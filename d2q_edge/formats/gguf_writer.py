@@ -253,7 +253,12 @@ def _header(arch: str, tensors: Sequence[GGUFTensor], add_metadata: AddMetadata)
 
 
 def _pack_value(value: Any, kind: gguf.GGUFValueType, item_kind: gguf.GGUFValueType | None = None) -> bytes:
-    """Pack a key's value, without the number of its type; raise what `_header` catches if it isn't of that type."""
+    """Pack a key's value, without the number of its type; raise what `_header` catches if it isn't of that type.
+
+    A memoryview has the bytes of a value that is packed already, from another file.
+    """
+    if isinstance(value, memoryview):
+        return bytes(value)
     if kind in SCALAR_FORMATS:
         return struct.pack(f"<{SCALAR_FORMATS[kind]}", value)
     if kind == gguf.GGUFValueType.STRING:

@@ -38,6 +38,7 @@ class AdaptedCheckpoint(Checkpoint):
             # First, as in checkpoints that have an lm_head: names are sorted.
             entries = {self._head: entries[self._embedding], **entries}
         super().__init__(source.directory, config, entries, [*source.notes, *self._own_notes()])
+        self.gguf = source.gguf
         for name, lora in self._loras.items():
             self._check_target(name, lora.shape)
         for name, entry in self._replacements.items():

@@ -29,6 +29,8 @@ def model_config(checkpoint: Checkpoint) -> Any:
         # The first Phi-3 configs call longrope "su", which transformers doesn't know.
         settings = {**checkpoint.config, "rope_scaling": {**rope, "type": "longrope"}}
         return AutoConfig.for_model(**settings)
+    if checkpoint.gguf is not None:
+        return AutoConfig.for_model(**checkpoint.config)
     config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True, trust_remote_code=False)
     # The config itself, unless the checkpoint is multimodal.
     config = config.get_text_config()

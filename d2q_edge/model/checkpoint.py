@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from d2q_edge.errors import D2QError
+from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.model.dequantize import ordinary_weights
 from d2q_edge.model.families import family_for
 from d2q_edge.model.hub import locate
@@ -23,10 +24,19 @@ from d2q_edge.utils.json_files import read_json_object
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+GGUF_SUFFIX = ".gguf"
 
 
 class Checkpoint:
-    """An opened checkpoint directory; create one with `Checkpoint.open`."""
+    """An opened checkpoint directory, or a GGUF file that takes its place; create one with `Checkpoint.open`.
+
+    Attributes:
+        directory: the model's, or the GGUF file.
+        config: config.json's content, or what it would be.
+        gguf: the GGUF file; None for a directory.
+    """
+
+    gguf: GGUFFile | None = None
 
     def __init__(
         self, directory: Path, config: dict[str, Any], entries: dict[str, TensorEntry], notes: Sequence[str] = ()
@@ -37,23 +47,33 @@ class Checkpoint:
     def open(cls, path: str | Path) -> "Checkpoint":
         """Read config.json and all weight files' headers of a directory, or of a Hugging Face id (`hub.locate`).
 
+        A GGUF file is opened as a GGUFCheckpoint.
+
         Raises:
             D2QError: the directory doesn't exist or the id can't be fetched; config.json or weights are missing or
                 unreadable; there are only pickles; a shard is missing or damaged, or disagrees with the index; a
-                symbolic link leads out of the directory.
+                symbolic link leads out of the directory; see also `GGUFCheckpoint.open`.
         """
         directory = locate(path)
         try:
+            if directory.suffix == GGUF_SUFFIX and not directory.is_dir():
+                from d2q_edge.model.gguf_checkpoint import GGUFCheckpoint  # which imports this module
+
+                return GGUFCheckpoint.open(directory)
             if not directory.is_dir():
                 if directory.exists():
-                    raise D2QError(f"{directory} is not a directory; give the directory that holds config.json")
+                    raise D2QError(
+                        f"{directory} is not a directory; give the directory that holds config.json, or a .gguf file"
+                    )
                 raise D2QError(
                     f"there is no directory {directory}; give one that holds config.json, or a Hugging Face id like "
                     "Qwen/Qwen3-8B"
                 )
             refuse_adapter(directory)
             if not (directory / "config.json").is_file():
-                raise D2QError(f"{directory} has no config.json, so it isn't a Hugging Face model directory")
+                files = sorted(directory.glob(f"*{GGUF_SUFFIX}"))
+                hint = f"; it holds {files[0].name}: give that file to convert it" if files else ""
+                raise D2QError(f"{directory} has no config.json, so it isn't a Hugging Face model directory{hint}")
             check_links(directory)
             config, entries = read_json_object(directory / "config.json", strict=True), read_headers(directory)
         except OSError as error:
@@ -79,6 +99,11 @@ class Checkpoint:
     def notes(self) -> tuple[str, ...]:
         """Return sentences that tell the user what was changed or ignored."""
         return self._notes
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """Return the files that hold the tensors."""
+        return [self.gguf.path] if self.gguf is not None else sorted(self.directory.glob("*.safetensors"))
 
     @property
     def names(self) -> KeysView[str]:

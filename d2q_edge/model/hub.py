@@ -35,7 +35,8 @@ _SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)", re.ASCII)
 def locate(model: str | Path, revision: str | None = None) -> Path:
     """Return the directory of a model; one given by its Hugging Face id is fetched into the hub's cache.
 
-    A directory wins over an id of the same spelling. The revision of an id is a branch, tag or commit; None is main.
+    A directory wins over an id of the same spelling; what ends in .gguf is a file. The revision of an id is a branch,
+    tag or commit; None is main.
 
     Raises:
         D2QError: the model can't be fetched, has no safetensors weights, or a revision is given for a directory.
@@ -49,7 +50,8 @@ def locate(model: str | Path, revision: str | None = None) -> Path:
 
 def is_id(model: str | Path) -> bool:
     """Return whether this names a repository of the hub: a directory or file of the same spelling wins."""
-    return _ID.fullmatch(str(model)) is not None and not Path(model).expanduser().exists()
+    path = Path(model).expanduser()
+    return _ID.fullmatch(str(model)) is not None and not path.exists() and path.suffix != ".gguf"
 
 
 def fetch_adapter(adapter: str) -> Path:

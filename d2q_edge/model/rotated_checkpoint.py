@@ -45,6 +45,7 @@ class RotatedCheckpoint(Checkpoint):
             # First, as in checkpoints that have an lm_head: names are sorted.
             entries = {self._head: entries[self._embedding], **entries}
         super().__init__(source.directory, config, entries, source.notes)
+        self.gguf = source.gguf
 
         self._norm_of = {self._head: f"{family.final_norm}.weight"}
         self._writers: set[str] = set()

@@ -20,7 +20,6 @@ from d2q_edge.model.families import Family, family_for
 from d2q_edge.model.peft_files import adapter_files, locate_adapter
 from d2q_edge.model.rotated_checkpoint import RotatedCheckpoint, rotation_pays
 from d2q_edge.model.tokenizer import Tokenizer
-from d2q_edge.model.tokenizer.original import load_original
 from d2q_edge.options import Options
 from d2q_edge.pipeline import sensitivity
 from d2q_edge.pipeline.block_loop import BATCH_TOKENS
@@ -31,6 +30,7 @@ from d2q_edge.pipeline.output import Output
 from d2q_edge.pipeline.recipe import Calibration, d2q_metadata
 from d2q_edge.pipeline.refinement import refined_norms
 from d2q_edge.pipeline.type_plan import TypePlan, check_request, is_mixed, plan_types, rounding_types
+from d2q_edge.runtime.source_tokenizer import source_tokenizer
 
 FILE_TYPES = {2: 80, 3: 81}
 """general.file_type by bits, of a mixture the nearest; the patched llama.cpp calls them D2Q2 and D2Q3."""
@@ -131,7 +131,7 @@ def draw_windows(
     checkpoint: Checkpoint, tokenizer: Tokenizer, parts: tuple[Part, ...], options: Options, tokens: int
 ) -> Windows:
     """Draw calibration windows of so many tokens, and validation windows, from texts."""
-    original, template = load_original(checkpoint.directory), ChatTemplate.of(tokenizer)
+    original, template = source_tokenizer(checkpoint), ChatTemplate.of(tokenizer)
     return split_windows(original, parts, template, tokens, options.context, options.seed, tokenizer.bos)
 
 

@@ -88,12 +88,11 @@ def fingerprint(
     processes: ProcessGroup,
 ) -> dict[str, Any]:
     """Return everything that decides the content of the quantized blocks, as JSON values."""
-    weights = sorted(checkpoint.directory.glob("*.safetensors"))
     return {
         "d2q-edge": __version__,
         "model": str(checkpoint.directory.resolve()),
         "config.json": checkpoint.config,
-        "weight files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weights],
+        "weight files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in checkpoint.weight_files],
         "recipe": metadata,
         "types": dict(types.linears),
         "calibration tokens": hashlib.sha256(windows.tobytes()).hexdigest(),

@@ -1,5 +1,6 @@
 """Conversations as text, against transformers' own rendering."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,7 +8,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from d2q_edge.calibration.chat_template import ChatTemplate, choose_template
+from d2q_edge.calibration.chat_template import ChatTemplate
+from d2q_edge.model.tokenizer import Tokenizer, read_tokenizer
+from tests.checkpoints import EXAMPLE
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 CHATML = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -98,14 +101,20 @@ def test_the_date_is_always_the_same() -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "expected"),
+    ("templates", "expected"),
     [
-        (None, None),
+        (None, "User: Is"),
         ("a", "a"),
-        ([], None),
-        ([{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}], "d"),
-        ([{"name": "tool_use", "template": "t"}, {"name": "rag", "template": "r"}], "t"),
+        ([], "User: Is"),
+        ([{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}], "d"),
+        ([{"name": "rag", "template": "r"}, {"name": "tool_use", "template": "t"}], "t"),
+        ([{"name": "rag", "template": "r"}], "r"),
     ],
 )
-def test_choice(template: Any, expected: str | None) -> None:
-    assert choose_template(template) == expected
+def test_choice(templates: Any, expected: str) -> None:
+    tokenizer = replace(read_example_tokenizer(), chat_template=templates)
+    assert ChatTemplate.of(tokenizer).render(QUESTION).startswith(expected)
+
+
+def read_example_tokenizer() -> Tokenizer:
+    return read_tokenizer(EXAMPLE, {}, 4096)

@@ -13,7 +13,7 @@ import pytest
 
 from d2q_edge.errors import D2QError
 from d2q_edge.formats import tensor_types
-from d2q_edge.formats.gguf_reader import GGUFFile
+from d2q_edge.formats.gguf_reader import GGUFFile, can_decode
 from d2q_edge.formats.gguf_writer import GGUFTensor, write_gguf
 
 
@@ -66,6 +66,13 @@ def test_every_kind_of_value(tmp_path: Path) -> None:
     array = np.arange(6, dtype=np.float32).reshape(2, 3)
     write_gguf(tmp_path / "x.gguf", "llama", [GGUFTensor("a", (2, 3), "f32", lambda: array)], metadata)
     file = GGUFFile(tmp_path / "x.gguf")
+
+    def repeat(writer: gguf.GGUFWriter) -> None:
+        for key, (kind, data) in file.packed.items():
+            writer.kv_data[0][key] = gguf.gguf_writer.GGUFValue(data, gguf.GGUFValueType(kind))
+
+    write_gguf(tmp_path / "copy.gguf", "llama", [], repeat)
+    assert GGUFFile(tmp_path / "copy.gguf").packed == file.packed
     expected: dict[str, Any] = {
         "general.architecture": "llama",
         **{"u8": 200, "i8": -5, "u16": 60000, "i16": -300, "u32": 4_000_000_000, "i32": -70000},
@@ -244,3 +251,27 @@ def test_mutated_files_never_crash(tmp_path: Path) -> None:
         except D2QError:
             pass
     assert 0 < opened < 1500
+
+
+@pytest.mark.parametrize("kind", ["f32", "q8_0", "d2q2_64"])
+def test_a_part_of_a_tensor(tmp_path: Path, kind: str) -> None:
+    generator = np.random.default_rng(0)
+    own = tensor_types.BY_NAME.get(kind)
+    array = generator.standard_normal((3, 2, 64)).astype(np.float32)
+    packed = np.zeros((3, 2, own.row_bytes(64)), np.uint8) if own else array
+    packed[1] = 1
+    write_gguf(tmp_path / "x.gguf", "llama", [GGUFTensor("a", (3, 2, 64), kind, lambda: packed)], lambda _: None)
+    file = GGUFFile(tmp_path / "x.gguf")
+    whole, raw = file.dequantize("a"), file.raw("a")
+    for part in range(3):
+        np.testing.assert_array_equal(file.dequantize("a", part), whole[part])
+        np.testing.assert_array_equal(file.raw("a", part), raw[len(raw) // 3 * part :][: len(raw) // 3])
+    assert whole[1].any()
+
+
+def test_types_that_can_be_decoded() -> None:
+    known = {kind.name for kind in gguf.GGML_QUANT_SIZES if can_decode(int(kind))}
+    assert {"F32", "F16", "BF16", "Q8_0", "Q4_1", "Q4_K", "Q6_K", "IQ2_XXS", "IQ4_XS", "MXFP4"} < known
+    assert not known & {"Q8_1", "Q8_K", "I32", "F64"}
+    assert all(can_decode(own.id) for own in tensor_types.ALL)
+    assert not can_decode(99)

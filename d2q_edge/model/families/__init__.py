@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from d2q_edge.errors import D2QError
+from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.model.families.base import Family
 from d2q_edge.model.families.gemma3 import Gemma3
 from d2q_edge.model.families.layout import LinearGroup, Sublayer
@@ -16,9 +17,23 @@ from d2q_edge.model.families.qwen3 import Qwen3
 from d2q_edge.model.families.qwen3_moe import Qwen3Moe
 from d2q_edge.model.families.smollm3 import SmolLM3
 
-__all__ = ["FAMILIES", "Family", "LinearGroup", "Sublayer", "family_for"]
+__all__ = ["FAMILIES", "Family", "LinearGroup", "Sublayer", "family_for", "family_of_file"]
 
 FAMILIES: tuple[type[Family], ...] = (Llama, Mistral, Qwen2, Qwen3, SmolLM3, Gemma3, Phi3, Qwen3Moe, Olmoe)
+
+
+def family_of_file(file: GGUFFile) -> type[Family]:
+    """Return the family of a GGUF file's model, by its architecture: Mistral's files are Llama's.
+
+    Raises:
+        D2QError: the architecture isn't supported.
+    """
+    arch = file.kv.get("general.architecture")
+    for family in FAMILIES:
+        if family.gguf_arch == arch:
+            return family
+    supported = ", ".join(sorted({family.gguf_arch for family in FAMILIES}))
+    raise D2QError(f"{file.path} has the architecture {arch!r:.40}, which isn't supported; these are: {supported}")
 
 
 def family_for(config: Mapping[str, Any]) -> Family:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from d2q_edge.errors import D2QError
+from d2q_edge.model.families.gguf_keys import GGUFKeys
 from d2q_edge.model.families.layout import LinearGroup, Sublayer
 from d2q_edge.model.families.rope import RotaryEmbedding
 
@@ -248,9 +249,16 @@ class Family(RotaryEmbedding, ABC):
 
     def export_values(self, hf_name: str, array: Values) -> Values:
         """Convert a float tensor's values for the file, whose norm weights (float32) include `norm_offset`."""
-        index, inner = self.split_name(hf_name.removesuffix(".weight"))
-        is_norm = inner == self.final_norm if index is None else inner in self.block_norms()
-        return array + self.norm_offset if self.norm_offset and is_norm else array
+        return array + self.norm_offset if self._has_offset(hf_name) else array
+
+    def import_rows(self, hf_name: str, array: Values) -> Values:
+        """Undo `export_rows`."""
+        order = np.asarray(self.export_rows(hf_name, np.arange(array.shape[0])))
+        return array if (np.diff(order) == 1).all() else array[np.argsort(order)]
+
+    def import_values(self, hf_name: str, array: Values) -> Values:
+        """Undo `export_values`."""
+        return array - self.norm_offset if self._has_offset(hf_name) else array
 
     def extra_tensors(self) -> dict[str, npt.NDArray[np.float32]]:
         """Return the tensors that the file needs and the checkpoint doesn't have, by GGUF name."""
@@ -273,6 +281,25 @@ class Family(RotaryEmbedding, ABC):
             writer.add_key_length(self.head_dim)
             writer.add_value_length(self.head_dim)
         writer.add_file_type(file_type)
+
+    @classmethod
+    def import_config(cls, keys: GGUFKeys) -> dict[str, Any]:
+        """Undo `add_metadata`: return the entries of config.json that decide what the model in a GGUF file computes.
+
+        Raises:
+            D2QError: a key is missing or invalid. `family_for` refuses what else can't be converted.
+        """
+        config = keys.common_config()
+        config |= {"architectures": [cls.architectures[0]], "model_type": cls.model_type}
+        config[cls.activation[0]] = cls.activation[1]
+        if cls.records_default_head_dim or "attention.key_length" in keys:
+            config["head_dim"] = keys.head_dim
+        return config
+
+    def _has_offset(self, hf_name: str) -> bool:
+        index, inner = self.split_name(hf_name.removesuffix(".weight"))
+        is_norm = inner == self.final_norm if index is None else inner in self.block_norms()
+        return bool(self.norm_offset) and is_norm
 
     @cached_property
     def _gguf_names(self) -> Any:

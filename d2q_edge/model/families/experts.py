@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from d2q_edge.errors import D2QError
 from d2q_edge.model.families.base import Family
+from d2q_edge.model.families.gguf_keys import GGUFKeys
 from d2q_edge.model.families.layout import LinearGroup
 
 ROUTER = "mlp.gate"  # the router's name relative to its block
@@ -65,6 +66,14 @@ class MixtureOfExperts(Family):
     def gguf_name(self, hf_name: str) -> str:
         """Return the GGUF name of a tensor; for an expert's weight, that of its stack."""
         return super().gguf_name(re.sub(r"\.experts\.\d+\.", ".experts.", hf_name, count=1))
+
+    @classmethod
+    def import_config(cls, keys: GGUFKeys) -> dict[str, Any]:
+        config = super().import_config(keys)
+        config["num_experts"] = keys.whole("expert_count")
+        config["num_experts_per_tok"] = keys.whole("expert_used_count")
+        config["norm_topk_prob"] = cls.normalizes_top_k
+        return config
 
     def _refuse_unsupported(self) -> None:
         super()._refuse_unsupported()

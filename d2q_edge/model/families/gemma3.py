@@ -16,6 +16,7 @@ import gguf
 
 from d2q_edge.errors import D2QError
 from d2q_edge.model.families.base import Family
+from d2q_edge.model.families.gguf_keys import GGUFKeys
 from d2q_edge.model.families.layout import LinearGroup, Sublayer
 from d2q_edge.model.families.settings import positive_float
 
@@ -57,6 +58,22 @@ class Gemma3(Family):
     def add_metadata(self, writer: gguf.GGUFWriter, file_type: int) -> None:
         super().add_metadata(writer, file_type)
         writer.add_sliding_window(self.window)
+
+    @classmethod
+    def import_config(cls, keys: GGUFKeys) -> dict[str, Any]:
+        config = super().import_config(keys)
+        sliding = {"rope_type": "default", "rope_theta": keys.decimal("rope.freq_base_swa", 10000.0)}
+        config["rope_parameters"] = {"full_attention": config["rope_parameters"], "sliding_attention": sliding}
+        config["sliding_window"] = keys.whole("attention.sliding_window")
+        if isinstance(pattern := keys.value("attention.sliding_window_pattern", FULL_INTERVAL), list):
+            config["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in pattern]
+        elif pattern != FULL_INTERVAL:
+            config["sliding_window_pattern"] = pattern
+        wide = config["num_hidden_layers"] == WIDE_LAYERS
+        heads = max(config["num_attention_heads"], 1)
+        config["query_pre_attn_scalar"] = config["hidden_size"] // heads if wide else config["head_dim"]
+        config["final_logit_softcapping"] = keys.decimal("final_logit_softcapping", 0.0) or None
+        return config
 
     def _add_rope(self, writer: gguf.GGUFWriter) -> None:
         super()._add_rope(writer)

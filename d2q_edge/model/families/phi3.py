@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from d2q_edge.errors import D2QError
 from d2q_edge.model.families.base import Family
+from d2q_edge.model.families.gguf_keys import GGUFKeys
 from d2q_edge.model.families.layout import LinearGroup
 from d2q_edge.model.families.settings import positive_float
 
@@ -69,7 +70,24 @@ class Phi3(Family):
         writer.add_file_type(file_type)
         writer.add_sliding_window(self.ignored_window or 0)
         if self.rope_type != "default":
-            writer.add_rope_scaling_attn_factors(self._attention_factor())
+            writer.add_rope_scaling_attn_factors(_attention_factor(self.context_length, self.original_context))
+
+    @classmethod
+    def import_config(cls, keys: GGUFKeys) -> dict[str, Any]:
+        config = super().import_config(keys)
+        original = keys.whole("rope.scaling.original_context_length", config["max_position_embeddings"])
+        config["original_max_position_embeddings"] = original
+        config["sliding_window"] = keys.whole("attention.sliding_window", 0) or None
+        rope, short = config["rope_parameters"], keys.factors("rope_factors_short.weight")
+        if short is not None and rope["rope_type"] in ("default", "longrope"):
+            rope |= {"rope_type": "longrope", "short_factor": short, "original_max_position_embeddings": original}
+            rope["long_factor"] = keys.factors("rope_factors_long.weight")
+            rope.pop("factor", None)
+            given = keys.decimal("rope.scaling.attn_factor", 1.0)
+            own = _attention_factor(config["max_position_embeddings"], original)
+            if not math.isclose(given, own, rel_tol=1e-6):
+                rope["attention_factor"] = given
+        return config
 
     def _read_rope(self) -> None:
         super()._read_rope()
@@ -99,7 +117,10 @@ class Phi3(Family):
         self.extra_tensors()
         # transformers takes these factors from the config, but the file can't express them.
         scale = self.context_length / self.original_context
-        for key, computed in (("factor", scale), ("attention_factor", self._attention_factor())):
+        for key, computed in (
+            ("factor", scale),
+            ("attention_factor", _attention_factor(self.context_length, self.original_context)),
+        ):
             given = self.rope_scaling.get(key)
             if given is not None and not math.isclose(positive_float(f"rope_scaling's {key}", given), computed):
                 raise D2QError(
@@ -121,7 +142,8 @@ class Phi3(Family):
             )
         return np.array([positive_float(f"rope_scaling's {kind}_factor", value) for value in values], np.float32)
 
-    def _attention_factor(self) -> float:
-        """Return what llama.cpp's converter writes (LongRoPE, arXiv 2402.13753, section 4.2)."""
-        scale = self.context_length / self.original_context
-        return math.sqrt(1 + math.log(scale) / math.log(self.original_context)) if scale > 1 else 1.0
+
+def _attention_factor(context: int, original: int) -> float:
+    """Return what llama.cpp's converter writes (LongRoPE, arXiv 2402.13753, section 4.2)."""
+    scale = context / max(original, 1)
+    return math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 and original > 1 else 1.0

@@ -3,10 +3,13 @@
 llama.cpp: src/models/qwen3moe.cpp; conversion/qwen.py, Qwen3MoeModel.
 """
 
+from typing import Any
+
 import gguf
 
 from d2q_edge.errors import D2QError
 from d2q_edge.model.families.experts import MixtureOfExperts
+from d2q_edge.model.families.gguf_keys import GGUFKeys
 
 
 class Qwen3Moe(MixtureOfExperts):
@@ -24,6 +27,10 @@ class Qwen3Moe(MixtureOfExperts):
     def add_metadata(self, writer: gguf.GGUFWriter, file_type: int) -> None:
         super().add_metadata(writer, file_type)
         writer.add_expert_feed_forward_length(self.expert_width)
+
+    @classmethod
+    def import_config(cls, keys: GGUFKeys) -> dict[str, Any]:
+        return super().import_config(keys) | {cls.expert_width_key: keys.whole("expert_feed_forward_length")}
 
     def _refuse_unsupported(self) -> None:
         super()._refuse_unsupported()

@@ -8,8 +8,9 @@ from d2q_edge.errors import D2QError
 from d2q_edge.model.tokenizer import bpe, sentencepiece
 from d2q_edge.model.tokenizer.content import Tokenizer
 from d2q_edge.model.tokenizer.files import Files
+from d2q_edge.model.tokenizer.from_gguf import tokenizer_of
 
-__all__ = ["Tokenizer", "read_tokenizer"]
+__all__ = ["Tokenizer", "read_tokenizer", "tokenizer_of"]
 
 
 def read_tokenizer(

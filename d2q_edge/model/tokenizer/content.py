@@ -1,7 +1,7 @@
 """Write a tokenizer's GGUF keys, in the order of llama.cpp's converter."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import gguf
 
@@ -30,6 +30,8 @@ class Tokenizer:
     left_out: frozenset[str] = frozenset()  # added tokens for which the model has no row
     beside: tuple[str, ...] = ()  # added tokens for which it matters to the original, what stands beside them
     lost_ends: tuple[str, ...] = ()  # tokens that end generation in the original, but not in llama.cpp
+    # The keys of a GGUF file, as GGUFFile.packed has them, that are written in place of all this.
+    packed: Mapping[str, tuple[int, memoryview]] = field(default_factory=dict)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -76,6 +78,10 @@ class Tokenizer:
         `space_prefix` says whether the architecture ("llama" and what derives from it) records tokenizer_config.json's
         add_prefix_space. Others have the key only where llama.cpp's default is wrong.
         """
+        if self.packed:
+            for key, (kind, data) in self.packed.items():
+                writer.add_key_value(key, data, gguf.GGUFValueType(kind))
+            return
         recorded = space_prefix and self.space_prefix_setting is not None
         if recorded:
             writer.add_add_space_prefix(bool(self.space_prefix_setting))

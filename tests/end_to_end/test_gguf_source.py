@@ -23,10 +23,10 @@ from d2q_edge.runtime.llama_model import LlamaModel
 from tests import stock
 from tests.availability import require_runtime
 from tests.command_line import Result
-from tests.family_models import EXPERT_MODELS, MODELS, write_model
+from tests.family_models import EXPERT_MODELS, MODELS, ROPE_MODELS, write_model
 from tests.gguf_files import changed
 
-ALL = (*MODELS, *EXPERT_MODELS)
+ALL = (*MODELS, *EXPERT_MODELS, *ROPE_MODELS)
 CARD = (
     "---\nlicense: mit\nbase_model: a/Some-Base-7B\ndatasets: [c/d]\ntags: [x, y]\nlanguage: [en, de]\n---\n# A model\n"
 )

@@ -21,12 +21,12 @@ from d2q_edge.model.families import family_for
 from d2q_edge.model.families.gguf_keys import GGUFKeys
 from d2q_edge.model.rotated_checkpoint import RotatedCheckpoint
 from d2q_edge.options import Options
-from tests.family_models import EXPERT_MODELS, MODELS, write_model
+from tests.family_models import EXPERT_MODELS, MODELS, ROPE_MODELS, write_model
 from tests.gguf_files import changed
 from tests.opening import refused
 
 CPU = torch.device("cpu")
-ALL = (*MODELS, *EXPERT_MODELS)
+ALL = (*MODELS, *EXPERT_MODELS, *ROPE_MODELS)
 
 
 @pytest.fixture(scope="module")

@@ -57,6 +57,15 @@ class ChatTemplate:
             return plain(conversation)
 
     @property
+    def syntax_error(self) -> str | None:
+        """Return why the template can't be parsed; None if it can."""
+        try:
+            _ = self._template
+        except Exception as error:  # whatever Jinja makes of untrusted text
+            return " ".join(str(error).split()) or type(error).__name__
+        return None
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """Return a sentence on the refused conversations, if there were any."""
         if not self.refusals:

@@ -19,8 +19,8 @@ from tests.conftest import ExampleFiles
 Make = Callable[..., Path]
 QUICK = ("--calibration-tokens", "512", "--context", "32")
 COMMANDS = (
-    "convert", "inspect", "eval", "compare", "bench", "run", "chat", "serve", "runtime", "runtime install",
-    "runtime info",
+    "convert", "inspect", "metadata", "eval", "compare", "bench", "run", "chat", "serve", "runtime",
+    "runtime install", "runtime info",
 )  # fmt: skip
 
 
@@ -271,6 +271,8 @@ class TestHelp:
             assert option in said["eval"]
         for option in ("--with-stock", "--output", "--calibration", "--text", "--chunks", "--report", "--json"):
             assert option in said["compare"]
+        for option in ("--set", "--remove", "--chat-template", "--output"):
+            assert option in said["metadata"]
         assert "--json" in said["inspect"]
         assert "--json" in said["runtime info"]
         assert "--tools" in said["runtime install"]

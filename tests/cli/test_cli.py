@@ -269,6 +269,15 @@ class TestHelp:
             assert option in said["convert"]
         for option in ("--reference", "--text", "--chunks", "--context", "--json"):
             assert option in said["eval"]
+        assert "--lora" in said["eval"]
+        for command in ("run", "chat"):
+            for option in (
+                "--context", "--top-p", "--top-k", "--min-p", "--repeat-penalty", "--lora", "--cache-type-k",
+                "--cache-type-v", "--no-repack",
+            ):  # fmt: skip
+                assert option in said[command]
+        for command in ("eval", "bench"):
+            assert "--no-repack" in said[command]
         for option in ("--with-stock", "--output", "--calibration", "--text", "--chunks", "--report", "--json"):
             assert option in said["compare"]
         for option in ("--set", "--remove", "--chat-template", "--output"):

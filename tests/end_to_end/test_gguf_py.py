@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ print(json.dumps(found))
 def test_the_snippet_reads_our_types(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     rows = {own.name: rng.integers(0, 256, (3, own.row_bytes(512)), np.uint8) for own in tensor_types.ALL}
-    tensors = [GGUFTensor(f"{name}.weight", (3, 512), name, lambda data=data: data) for name, data in rows.items()]
+    tensors = [GGUFTensor(f"{name}.weight", (3, 512), name, partial(np.asarray, data)) for name, data in rows.items()]
     tensors.append(GGUFTensor("norm.weight", (8,), "f32", lambda: torch.ones(8)))
     path = tmp_path / "ours.gguf"
     write_gguf(path, "llama", tensors, lambda _: None)

@@ -53,7 +53,7 @@ def describe(file: GGUFFile) -> str:
 
 def type_name(file: GGUFFile, key: str) -> str:
     """Return the type of a key's value ("uint32"), of an array with its length ("string[3]")."""
-    kind, items = _types(file, key)
+    kind, items = value_types(file, key)
     return kind.name.lower() if items is None else f"{items.name.lower()}[{len(file.kv[key])}]"
 
 
@@ -115,7 +115,7 @@ def edit(
     return (output or path).stat().st_size
 
 
-def _types(file: GGUFFile, key: str) -> tuple[gguf.GGUFValueType, gguf.GGUFValueType | None]:
+def value_types(file: GGUFFile, key: str) -> tuple[gguf.GGUFValueType, gguf.GGUFValueType | None]:
     """Return the type of a key's value, and that of its items if it is an array."""
     kind, items = struct.unpack("<2I", bytes(file.raw_values[key][:8]).ljust(8, b"\0"))
     is_array = kind == gguf.GGUFValueType.ARRAY
@@ -132,7 +132,7 @@ def _target(
     if wanted and wanted not in TYPES:
         raise D2QError(f"there is no type {wanted!r}; these are: {', '.join(TYPES)}")
     if key in kept:
-        kind, items = _types(file, key)
+        kind, items = value_types(file, key)
         if wanted and TYPES[wanted] != kind:
             raise D2QError(
                 f"{key} is of the type {type_name(file, key)}, not {wanted}; to change that, remove the key in the "

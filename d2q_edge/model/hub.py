@@ -19,7 +19,7 @@ from huggingface_hub import constants, errors
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from d2q_edge.errors import D2QError
-from d2q_edge.model.weight_files import INDEX_FILE, PICKLES, SINGLE_FILE, indexed_files
+from d2q_edge.model.weight_files import ADAPTER_FILES, INDEX_FILE, PICKLES, SINGLE_FILE, indexed_files
 
 SMALL_FILES = (
     *("config.json", "generation_config.json", "README.md", "tokenizer.json", "tokenizer.model", "vocab.json"),
@@ -40,14 +40,30 @@ def locate(model: str | Path, revision: str | None = None) -> Path:
     Raises:
         D2QError: the model can't be fetched, has no safetensors weights, or a revision is given for a directory.
     """
-    directory = Path(model).expanduser()
-    if not _ID.fullmatch(str(model)) or directory.exists():
+    if not is_id(model):
         if revision is not None:
             raise D2QError(f"{model} is not a Hugging Face id, so --revision has no meaning; leave it out")
-        return directory
-    if not sys.stderr.isatty():
-        disable_progress_bars()
+        return Path(model).expanduser()
     return _Download(str(model), revision or constants.DEFAULT_REVISION).run()
+
+
+def is_id(model: str | Path) -> bool:
+    """Return whether this names a repository of the hub: a directory or file of the same spelling wins."""
+    return _ID.fullmatch(str(model)) is not None and not Path(model).expanduser().exists()
+
+
+def fetch_adapter(adapter: str) -> Path:
+    """Fetch the files of a PEFT adapter by its id into the hub's cache, and return their directory.
+
+    Raises:
+        D2QError: they can't be fetched, or it isn't an adapter.
+    """
+    download = _Download(adapter, constants.DEFAULT_REVISION)
+    with download._errors_explained("the adapter"):
+        snapshot = huggingface_hub.snapshot_download(adapter, allow_patterns=[*ADAPTER_FILES], token=download.token)
+    if not (Path(snapshot) / ADAPTER_FILES[0]).exists():
+        raise D2QError(f"{adapter} has no {ADAPTER_FILES[0]}, so it isn't a PEFT adapter")
+    return Path(snapshot)
 
 
 def repository(directory: Path) -> str | None:
@@ -68,6 +84,8 @@ class _Download:
 
     def __init__(self, model: str, revision: str) -> None:
         self.model, self.revision = model, revision
+        if not sys.stderr.isatty():
+            disable_progress_bars()
         # False, unlike None, also rules out the token that `hf auth login` has stored.
         self.token: str | bool = os.environ.get("HF_TOKEN") or False
 
@@ -119,6 +137,11 @@ class _Download:
         return directory
 
     def _check_files(self, names: dict[str, int]) -> None:
+        if ADAPTER_FILES[0] in names and "config.json" not in names:
+            raise D2QError(
+                f"{self.model} is a PEFT adapter, not a model; run d2q-edge convert BASE --adapter {self.model}, where "
+                "BASE is the model that it was trained on"
+            )
         if SINGLE_FILE not in names and INDEX_FILE not in names:
             if any(name.endswith(PICKLES) for name in names):
                 raise D2QError(

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors
 import torch
 
 from d2q_edge.errors import D2QError
@@ -16,9 +17,17 @@ from d2q_edge.utils.json_files import parse_json, read_json_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_FILES = "adapter_config.json", "adapter_model.safetensors"
+"""What a PEFT adapter consists of."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 DTYPES: dict[str, torch.dtype] = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-"""The safetensors dtype codes that can be converted."""
+"""The safetensors dtype codes of ordinary weights."""
+ITEM_SIZES: dict[str, int] = {
+    **{code: dtype.itemsize for code, dtype in DTYPES.items()},
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **{"I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8, "F64": 8},
+}
+"""Bytes of an element, of these and of the dtypes that quantized checkpoints have."""
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 """Tensors of older checkpoints that can be computed from config.json."""
 # The limit of the safetensors format for its JSON header.
@@ -34,6 +43,15 @@ class TensorEntry:
     name: str  # in the file
     dtype: str  # "BF16", ...
     shape: tuple[int, ...]
+
+    def load(self) -> torch.Tensor:
+        """Read the tensor in its stored dtype; raise D2QError if that fails."""
+        try:
+            with safetensors.safe_open(self.file, framework="pt", device="cpu") as file:
+                tensor: torch.Tensor = file.get_tensor(self.name)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise D2QError(f"can't read tensor {self.name} from {self.file}: {error}") from error
+        return tensor
 
 
 def indexed_files(index: Path) -> list[str]:
@@ -51,7 +69,7 @@ def read_headers(directory: Path) -> dict[str, TensorEntry]:
         OSError: the directory can't be read.
     """
     if (directory / SINGLE_FILE).is_file():
-        return _read_header(directory / SINGLE_FILE)
+        return read_header(directory / SINGLE_FILE)
     if (directory / INDEX_FILE).is_file():
         return _read_shards(directory)
     if any(directory.glob("model-*-of-*.safetensors")):
@@ -87,7 +105,7 @@ def _read_shards(directory: Path) -> dict[str, TensorEntry]:
         raise D2QError(f"{directory} lacks {missing[0]}{more}; complete the download")
     entries: dict[str, TensorEntry] = {}
     for file in sorted(planned):
-        found = _read_header(directory / file)
+        found = read_header(directory / file)
         if absent := _required(planned[file] - found.keys()):
             raise D2QError(f"{index} says that {file} holds tensor {absent[0]}, but it doesn't; download both again")
         if extra := _required(found.keys() - planned[file]):
@@ -100,8 +118,11 @@ def _required(names: set[str]) -> list[str]:
     return sorted(name for name in names if not name.endswith(IGNORED_SUFFIXES))
 
 
-def _read_header(file: Path) -> dict[str, TensorEntry]:
-    """Parse one header: u64 length, then JSON {name: {dtype, shape, data_offsets}}; the data follows."""
+def read_header(file: Path) -> dict[str, TensorEntry]:
+    """Return the entries of one file by tensor name, sorted; raise D2QError if it can't be read or is damaged.
+
+    A file is a u64 length, then that many bytes of JSON {name: {dtype, shape, data_offsets}}, then the data.
+    """
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -132,10 +153,10 @@ def _parse_entry(file: Path, name: str, value: object) -> tuple[TensorEntry, int
     """Return one tensor's entry, and where its bytes begin and end in the data."""
     match value:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]}:
-            whole = all(type(size) is int and size >= 0 for size in (*shape, begin, end))
+            whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
             if whole and dtype.isidentifier() and len(shape) <= MAX_DIMS and begin <= end:
-                known = DTYPES.get(dtype)
-                if known is None or end - begin == math.prod(shape) * known.itemsize:
+                size = ITEM_SIZES.get(dtype)
+                if size is None or end - begin == math.prod(shape) * size:
                     return TensorEntry(file, name, dtype, tuple(shape)), begin, end
     raise D2QError(f"{file} describes tensor {name} in a way that makes no sense; download it again")
 

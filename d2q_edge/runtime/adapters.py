@@ -1,14 +1,16 @@
 """Parse which LoRA adapters a model is to be used with, and check their files before llama.cpp reads them."""
 
 import math
+import shlex
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from d2q_edge.errors import D2QError
+from d2q_edge.formats.column_scales import FIT, scales_hash
 from d2q_edge.formats.gguf_reader import GGUFFile
 
 TYPES = "f32", "f16", "bf16", "q8_0"
@@ -17,10 +19,21 @@ TYPES = "f32", "f16", "bf16", "q8_0"
 
 @dataclass(frozen=True)
 class Adapter:
-    """A GGUF file of an adapter, and the factor of its effect."""
+    """A GGUF file of an adapter, the factor of its effect, and the scales that it was rewritten for (FIT), if any."""
 
     path: Path
     scale: float = 1.0
+    fit: str | None = None
+
+    def misfit(self, model: GGUFFile) -> str | None:
+        """Return a sentence if the adapter wasn't made for the column scales of a model's file."""
+        if self.fit == scales_hash(model):
+            return None
+        made = "the original model" if self.fit is None else "another file"
+        return (
+            f"the adapter {self.path} is made for {made}, and {model.path} has scaled columns; to make one that fits: "
+            f"d2q-edge adapter IN OUT --for {shlex.quote(str(model.path))}"
+        )
 
 
 def parse_adapters(entries: Iterable[str]) -> tuple[Adapter, ...]:
@@ -42,8 +55,9 @@ def _parse(entry: str) -> Adapter:
         raise D2QError(f"the scale of the adapter {name} must be a finite number, not {number}")
     if adapter.path.is_dir():
         raise D2QError(f"{adapter.path} is a directory; `d2q-edge adapter` makes a GGUF file of an adapter in it")
-    check_adapter(GGUFFile(adapter.path))
-    return adapter
+    file = GGUFFile(adapter.path)
+    check_adapter(file)
+    return replace(adapter, fit=file.kv.get(FIT))
 
 
 def check_adapter(file: GGUFFile) -> None:

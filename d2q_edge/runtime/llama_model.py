@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from d2q_edge import runtime
 from d2q_edge.calibration.chat_template import ChatTemplate
 from d2q_edge.errors import D2QError
+from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.options import LOADING, LoadOptions
 from d2q_edge.runtime.adapters import Adapter, parse_adapters
 from d2q_edge.utils.machine import usable_cpus
@@ -134,7 +136,10 @@ class LlamaModel(LlamaVocabulary):
 
     def _add(self, adapters: tuple[Adapter, ...], path: Path) -> None:
         """Load adapters, which are freed with the model, and use them all in the context."""
-        api = self._api
+        api, file = self._api, GGUFFile(path) if adapters else None
+        for adapter in adapters:
+            if file is not None and (note := adapter.misfit(file)) is not None:
+                print(note, file=sys.stderr)
         handles = (api.llama_adapter_lora_p_ctypes * len(adapters))()
         for index, adapter in enumerate(adapters):
             handles[index] = api.llama_adapter_lora_init(self._model, os.fsencode(adapter.path))

@@ -95,7 +95,7 @@ def read_scales(file: GGUFFile) -> ColumnScales:
                 scales.rows[match[3]] = rows
         if start != len(values):
             raise ValueError("another length")
-    except (TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
+    except (TypeError, ValueError, KeyError, IndexError, ArithmeticError) as error:
         raise D2QError(f"{file.path} is malformed: {CODES} doesn't fit its tensors ({error})") from error
     return scales
 

@@ -19,7 +19,7 @@ from tests.conftest import ExampleFiles
 Make = Callable[..., Path]
 QUICK = ("--calibration-tokens", "512", "--context", "32")
 COMMANDS = (
-    "convert", "inspect", "metadata", "eval", "compare", "bench", "run", "chat", "serve", "runtime",
+    "convert", "inspect", "metadata", "adapter", "eval", "compare", "bench", "run", "chat", "serve", "runtime",
     "runtime install", "runtime info",
 )  # fmt: skip
 

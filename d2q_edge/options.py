@@ -10,6 +10,8 @@ LOWEST_BITS, HIGHEST_BITS = 2.31, 4.3
 MIN_CONTEXT = 8
 CPU_TOKENS, GPU_TOKENS = 65536, 262144
 """Calibration tokens by default."""
+CACHE_TYPES = "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"
+"""llama.cpp's types for the keys and values of a context."""
 CHAT_CONTEXT, CHAT_TEMPERATURE = 4096, 0.7
 """Tokens of a whole conversation, and the temperature of its answers."""
 SERVER_HOST, SERVER_PORT = "127.0.0.1", 8000
@@ -86,13 +88,54 @@ class Options:
 
 
 @dataclass(frozen=True)
+class LoadOptions:
+    """How llama.cpp loads a file; the defaults are its own.
+
+    Attributes:
+        lora: GGUF files of adapters, each as FILE or FILE:SCALE.
+        cache_type_k, cache_type_v: of CACHE_TYPES, for the context's keys and values.
+        repack: let it rearrange weights in memory for speed, where it can.
+    """
+
+    lora: tuple[str, ...] = ()
+    cache_type_k: str = "f16"
+    cache_type_v: str = "f16"
+    repack: bool = True
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Which tokens are candidates for the next one; the defaults are llama.cpp's (common/common.h).
+
+    Attributes:
+        top_k: the most likely ones, so many; 0 for all.
+        top_p: the most likely ones that have this probability together; 1 for all.
+        min_p: those that have this share of the most likely one's probability; 0 for all.
+        repeat_penalty: divisor of the logits of the last 64 tokens; 1 for none.
+    """
+
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+
+
+LOADING, SAMPLING = LoadOptions(), SamplingOptions()
+"""The defaults."""
+
+
+@dataclass(frozen=True)
 class BenchmarkOptions:
-    """What is measured: tokens of the prompt, tokens to generate, each number of threads to use, number of rounds."""
+    """What is measured: tokens of the prompt, tokens to generate, each number of threads to use, number of rounds.
+
+    Without `repack`, llama.cpp uses weights as they are in the file.
+    """
 
     prompt: int = 512
     generation: int = 64
     threads: tuple[int, ...] = (1, 2)
     rounds: int = 5
+    repack: bool = True
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ https://huggingface.co/docs/transformers/chat_templating for what templates expe
 
 import datetime
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, NoReturn
 
@@ -62,6 +62,15 @@ class ChatTemplate:
             return plain(conversation)
 
     @property
+    def syntax_error(self) -> str | None:
+        """Return why the template can't be parsed; None if it can."""
+        try:
+            _ = self._template
+        except Exception as error:  # whatever Jinja makes of untrusted text
+            return " ".join(str(error).split()) or type(error).__name__
+        return None
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """Return a sentence on the refused conversations, if there were any."""
         if not self.refusals:
@@ -72,9 +81,14 @@ class ChatTemplate:
             "are used in a simpler form",
         )
 
-    def _render(self, conversation: Mapping[str, Any]) -> str:
+    def prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Return what a model is given that is to answer now; raise whatever the template raises."""
+        today = datetime.datetime.now().strftime
+        return self._render({"messages": messages, "strftime_now": today}, add_generation_prompt=True)
+
+    def _render(self, conversation: Mapping[str, Any], add_generation_prompt: bool = False) -> str:
         variables = {"tools": None, "documents": None, **self._special, **conversation}
-        return self._template.render(**variables, add_generation_prompt=False)
+        return self._template.render(**variables, add_generation_prompt=add_generation_prompt)
 
     @cached_property
     def _template(self) -> Template:

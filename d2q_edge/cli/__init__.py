@@ -13,7 +13,7 @@ from typing import NoReturn
 import click
 
 from d2q_edge import __version__
-from d2q_edge.cli import bench, chat, compare, convert, evaluate, inspect, run, runtime, serve
+from d2q_edge.cli import adapter, bench, chat, compare, convert, evaluate, inspect, metadata, run, runtime, serve
 from d2q_edge.distributed.launch import die_with_launcher, is_launched, is_worker, report_failure
 from d2q_edge.errors import D2QError, sentence
 
@@ -33,7 +33,7 @@ def cli() -> None:
     """
 
 
-for module in (convert, inspect, evaluate, compare, bench, run, chat, serve, runtime):
+for module in (convert, inspect, metadata, adapter, evaluate, compare, bench, run, chat, serve, runtime):
     cli.add_command(module.command)
 
 

@@ -4,6 +4,7 @@ import json
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -32,9 +33,10 @@ option = partial(field_option, BenchmarkOptions)
 @option("prompt", type=click.IntRange(1), help="Tokens in the prompt.")
 @option("generation", type=click.IntRange(1), help="Tokens to generate.")
 @option("rounds", type=click.IntRange(1), help="Results are their median.")
+@option("repack", help="Let llama.cpp rearrange weights for speed.")
 @json_option
 def command(
-    files: tuple[Path, ...], threads: tuple[int, ...] | None, stock: str | None, as_json: bool, **numbers: int
+    files: tuple[Path, ...], threads: tuple[int, ...] | None, stock: str | None, as_json: bool, **numbers: Any
 ) -> None:
     """Measure how fast GGUF FILEs process a prompt and generate text here.
 

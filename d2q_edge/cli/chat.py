@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from d2q_edge.cli.common import PATH, Number, threads_option
+from d2q_edge.cli.common import PATH, Number, loading_options, sampling_options, take, threads_option
 from d2q_edge.errors import D2QError
-from d2q_edge.options import CHAT_CONTEXT, CHAT_TEMPERATURE
+from d2q_edge.options import CHAT_CONTEXT, CHAT_TEMPERATURE, LoadOptions, SamplingOptions
 
 if TYPE_CHECKING:
     from d2q_edge.runtime.chat import Conversation
@@ -28,7 +28,9 @@ Ctrl-C stops an answer."""
 @click.option("--context", type=click.IntRange(64), default=CHAT_CONTEXT, help="Tokens of the whole conversation.")
 @click.option("-n", "--tokens", type=click.IntRange(1), help="Tokens per answer at most.  [default: all that fit]")
 @click.option("--temperature", type=Number(0), default=CHAT_TEMPERATURE, help="0 picks the most likely token.")
+@sampling_options
 @click.option("--seed", type=click.IntRange(0), help="Seed of the sampling.  [default: a random one]")
+@loading_options
 @threads_option
 def command(file: Path, tokens: int | None, **options: Any) -> None:
     """Talk to a GGUF FILE that has a chat template.
@@ -38,7 +40,8 @@ def command(file: Path, tokens: int | None, **options: Any) -> None:
     """
     from d2q_edge.runtime.chat import Conversation
 
-    with Conversation(file, max_tokens=tokens, **options) as conversation:
+    sampling, loading = take(SamplingOptions, options), take(LoadOptions, options)
+    with Conversation(file, max_tokens=tokens, sampling=sampling, loading=loading, **options) as conversation:
         click.echo(f"{file}, a context of {conversation.context} tokens. /help lists the commands.", err=True)
         _talk(conversation, sys.stdin.isatty())
 

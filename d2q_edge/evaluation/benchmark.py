@@ -21,7 +21,8 @@ from d2q_edge.runtime.tools import INSTALLED, Tools
 from d2q_edge.utils.progress import Progress
 
 PROMPT, GENERATION = "prompt", "generation"
-STOCK_FORMS = {"repacked": ("--repack", 1), "as it is": ("--repack", 0)}
+AS_IT_IS = "as it is"
+STOCK_FORMS: dict[str, tuple[object, ...]] = {"repacked": ("--repack", 1), AS_IT_IS: ("--repack", 0)}
 """llama.cpp can repack a stock type's weights when it loads them, which is faster in one phase and slower in the other;
 both are measured, and the better one counts."""
 
@@ -127,22 +128,24 @@ def benchmark(
     """
     for path in (*files.values(), *([stock] if stock else ())):
         GGUFFile(path).check_blocks()
-    runs: dict[tuple[str, str], Sequence[object]] = {(name, ""): ("-m", path) for name, path in files.items()}
+    plain = () if options.repack else STOCK_FORMS[AS_IT_IS]
+    forms = STOCK_FORMS if options.repack else {AS_IT_IS: plain}
+    runs: dict[tuple[str, str], Sequence[object]] = {(name, ""): ("-m", path, *plain) for name, path in files.items()}
     if stock:
-        runs |= {("", form): ("-m", stock, *flags) for form, flags in STOCK_FORMS.items()}
+        runs |= {("", form): ("-m", stock, *flags) for form, flags in forms.items()}
     times = run_rounds(runs, options, tools)
     speeds = {name: median_speeds(options, times, (name, "")) for name in files}
     if stock is None:
         return Benchmark(options, speeds, None, None)
-    forms = [median_speeds(options, times, ("", form)) for form in STOCK_FORMS]
+    stock_speeds = [median_speeds(options, times, ("", form)) for form in forms]
     ratios = {
         name: {
-            phase: min(statistics.median(seen["", form] / seen[name, ""] for seen in rounds) for form in STOCK_FORMS)
+            phase: min(statistics.median(seen["", form] / seen[name, ""] for seen in rounds) for form in forms)
             for phase, rounds in times.items()
         }
         for name in files
     }
-    return Benchmark(options, speeds, {phase: max(form[phase] for form in forms) for phase in times}, ratios)
+    return Benchmark(options, speeds, {phase: max(each[phase] for each in stock_speeds) for phase in times}, ratios)
 
 
 @contextmanager

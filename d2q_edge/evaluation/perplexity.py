@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from d2q_edge.errors import D2QError
 from d2q_edge.evaluation import token_scores
 from d2q_edge.evaluation.token_scores import Floats, Logits, Tokens, stderr
 from d2q_edge.formats.gguf_reader import GGUFFile
-from d2q_edge.options import MIN_CONTEXT, ComparisonOptions
+from d2q_edge.options import LOADING, MIN_CONTEXT, ComparisonOptions, LoadOptions
 from d2q_edge.runtime.llama_model import LlamaModel
 from d2q_edge.utils.progress import INTERVAL, Progress
 
@@ -100,6 +100,9 @@ def evaluate(
     text: str = ComparisonOptions.text,
     chunks: int | None = None,
     context: int = ComparisonOptions.context,
+    *,
+    loading: LoadOptions = LOADING,
+    reference_lora: tuple[str, ...] = (),
 ) -> Evaluation:
     """Measure one file, and its distance from a reference.
 
@@ -109,6 +112,8 @@ def evaluate(
         text: path of a text file, or of a .jsonl file of conversations, or "builtin".
         chunks: limit of their number; None takes the whole text.
         context: tokens per chunk.
+        loading: adapters of the file, types of the KV cache, repacking.
+        reference_lora: adapters of the reference.
 
     Raises:
         D2QError: a file can't be read or loaded, the text is too short, or the two files' tokens differ.
@@ -124,11 +129,11 @@ def evaluate(
     if reference is not None:
         GGUFFile(reference).check_blocks()
     with ExitStack() as stack:
-        model = stack.enter_context(LlamaModel(path, context))
+        model = stack.enter_context(LlamaModel(path, context, options=loading))
         windows = cut(model, content, context, chunks)
         if reference is None:
             return measure(file, model, windows)
-        base = stack.enter_context(LlamaModel(reference, context))
+        base = stack.enter_context(LlamaModel(reference, context, options=replace(loading, lora=reference_lora)))
         check_same_tokens(path, model, windows, reference, base.vocab_size, cut(base, content, context, chunks))
         return measure(file, model, windows, lambda index: scored_logits(base, windows[index]))
 

@@ -35,7 +35,7 @@ FILE_TYPES: dict[str, int] = {
     name: int(gguf.LlamaFileType[_MIXTURES.get(name, f"MOSTLY_{name.upper()}")]) for name in STOCK_TYPES
 }
 """general.file_type by the stock type of a file's matrices; for q4_k and q5_k, that of llama.cpp's small mixtures."""
-Value = str | int | float | bool | Sequence[str] | Sequence[int] | Sequence[float]
+Value = str | int | float | bool | bytes | Sequence[str] | Sequence[int] | Sequence[float]
 
 
 def stored_floats(checkpoint: Checkpoint, name: str, device: torch.device | str = "cpu") -> torch.Tensor:

@@ -70,8 +70,9 @@ class TensorInfo:
 class GGUFFile:
     """A GGUF whose header has been parsed; tensor data stays on disk until it is asked for.
 
-    `kv` has the metadata by key, arrays as lists; `packed` has by key the number of the value's type and its bytes;
-    `tensors` is in the order of the file; `size` is the file's in bytes.
+    `kv` has the metadata by key, arrays as lists; `tensors` is in the order of the file; `size` is the file's in bytes.
+    `raw_values` are the bytes of every key's value with its type in front, `raw_infos` those that describe the tensors,
+    and `raw_data` all that comes after the header, which is padded to `alignment`.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -92,9 +93,14 @@ class GGUFFile:
             raise D2QError(f"can't read {self.path}: {error.strerror or error}") from error
         self._bytes, self._position = self._data.data, 0  # a memoryview: small reads are several times as fast
         self.kv: dict[str, Any] = {}
-        self.packed: dict[str, tuple[int, memoryview]] = {}
+        self.raw_values: dict[str, memoryview] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self._parse()
+
+    @property
+    def packed(self) -> dict[str, tuple[int, memoryview]]:
+        """The number of every value's type, and its bytes without that number, by key."""
+        return {key: (int.from_bytes(raw[:4], "little"), raw[4:]) for key, raw in self.raw_values.items()}
 
     @property
     def bits_per_weight(self) -> float:
@@ -179,14 +185,14 @@ class GGUFFile:
             key = self._name()
             if key in self.kv:
                 raise self._malformed(f"the key {key} comes twice")
-            (value_type,) = self._take("I")
             start = self._position
-            self.kv[key] = self._value(value_type)
-            self.packed[key] = value_type, self._bytes[start : self._position]
+            self.kv[key] = self._value(*self._take("I"))
+            self.raw_values[key] = self._bytes[start : self._position]
         alignment = self.kv.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
         if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
             raise self._malformed("general.alignment isn't a power of two")
         found: dict[str, tuple[tuple[int, ...], int, int]] = {}
+        start = self._position
         for _ in range(tensor_count):
             name = self._name()
             if name in found:
@@ -199,14 +205,17 @@ class GGUFFile:
                 raise self._malformed(f"the tensor {name} is empty")
             type_id, offset = self._take("IQ")
             found[name] = shape, type_id, offset
-        self._place(found, alignment)
-
-    def _place(self, found: dict[str, tuple[tuple[int, ...], int, int]], alignment: int) -> None:
-        """Fill `tensors` from (shape, type, offset after the header) by name, and check sizes against the file."""
+        self.raw_infos = self._bytes[start : self._position]
+        self.alignment: int = alignment
         start = -(-self._position // alignment) * alignment
+        self.raw_data = self._bytes[start:]
+        self._place(found, start)
+
+    def _place(self, found: dict[str, tuple[tuple[int, ...], int, int]], start: int) -> None:
+        """Fill `tensors` from (shape, type, offset from `start`) by name, and check sizes against the file."""
         following = dict(pairwise(sorted({offset for _, _, offset in found.values()} | {self.size - start})))
         for name, (shape, type_id, offset) in found.items():
-            if offset % alignment:
+            if offset % self.alignment:
                 raise self._malformed(f"the tensor {name} isn't aligned")
             if type_id in TYPES:
                 type_name, block, size = TYPES[type_id]

@@ -156,11 +156,11 @@ def check_output(path: Path, *, force: bool, size: int = 0) -> None:
             raise D2QError(f"the output directory {path.parent} doesn't exist; create it first")
         if path.exists() and not force:
             raise D2QError(f"{path} exists already; use --force to replace it")
-        with _partial_file(path):
+        with partial_file(path):
             pass
         free = shutil.disk_usage(path.parent).free
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     if free < size:
         raise D2QError(
             f"{path.parent} has {free / 2**20:.0f} MiB of free space, but the output needs {size / 2**20:.0f} MiB"
@@ -198,7 +198,7 @@ def write_gguf(
     check_output(path, force=force, size=size)
     header = _header(arch, tensors, add_metadata)
     try:
-        with _partial_file(path) as partial:
+        with partial_file(path) as partial:
             with partial.open("wb") as file, Progress("Writing", size, "B", unit_scale=True) as progress:
                 file.write(header)
                 for tensor in tensors:
@@ -210,7 +210,7 @@ def write_gguf(
             files.replace(partial, path)
         return path.stat().st_size
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
 
 
 def _write_data(file: BinaryIO, tensor: GGUFTensor) -> int:
@@ -233,13 +233,13 @@ def _header(arch: str, tensors: Sequence[GGUFTensor], add_metadata: AddMetadata)
         # For its count of parameters; a float dtype keeps it from computing shapes by a type that it doesn't know.
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, type_id)
         info = struct.pack(f"<I{dims}QIQ", dims, *tensor.shape[::-1], type_id, offset)
-        infos.append(_pack_string(tensor.name) + info)
+        infos.append(pack_string(tensor.name) + info)
         offset += tensor.nbytes + _padding(tensor.nbytes)
     try:
         add_metadata(writer)
         (keys,) = writer.kv_data
         packed = [
-            _pack_string(key) + struct.pack("<I", entry.type) + _pack_value(entry.value, entry.type, entry.sub_type)
+            pack_string(key) + struct.pack("<I", entry.type) + pack_value(entry.value, entry.type, entry.sub_type)
             for key, entry in keys.items()
         ]
     except (TypeError, ValueError, AttributeError, KeyError, IndexError, OverflowError, struct.error) as error:
@@ -252,7 +252,7 @@ def _header(arch: str, tensors: Sequence[GGUFTensor], add_metadata: AddMetadata)
     return header + bytes(_padding(len(header)))
 
 
-def _pack_value(value: Any, kind: gguf.GGUFValueType, item_kind: gguf.GGUFValueType | None = None) -> bytes:
+def pack_value(value: Any, kind: gguf.GGUFValueType, item_kind: gguf.GGUFValueType | None = None) -> bytes:
     """Pack a key's value, without the number of its type; raise what `_header` catches if it isn't of that type.
 
     A memoryview has the bytes of a value that is packed already, from another file.
@@ -262,7 +262,7 @@ def _pack_value(value: Any, kind: gguf.GGUFValueType, item_kind: gguf.GGUFValueT
     if kind in SCALAR_FORMATS:
         return struct.pack(f"<{SCALAR_FORMATS[kind]}", value)
     if kind == gguf.GGUFValueType.STRING:
-        return _pack_string(value)
+        return pack_string(value)
     if not isinstance(value, Sequence) or not value:
         raise ValueError("an array must be a sequence that isn't empty")
     if item_kind is None and isinstance(value, bytes):
@@ -276,17 +276,17 @@ def _pack_value(value: Any, kind: gguf.GGUFValueType, item_kind: gguf.GGUFValueT
     if item_kind in SCALAR_FORMATS:
         return head + struct.pack(f"<{len(value)}{SCALAR_FORMATS[item_kind]}", *value)
     if item_kind == gguf.GGUFValueType.STRING:
-        return head + b"".join(map(_pack_string, value))
-    return head + b"".join([_pack_value(item, item_kind) for item in value])
+        return head + b"".join(map(pack_string, value))
+    return head + b"".join([pack_value(item, item_kind) for item in value])
 
 
-def _pack_string(value: str | bytes) -> bytes:
+def pack_string(value: str | bytes) -> bytes:
     encoded = value.encode() if isinstance(value, str) else memoryview(value)
     return struct.pack("<Q", len(encoded)) + encoded
 
 
 @contextmanager
-def _partial_file(path: Path) -> Iterator[Path]:
+def partial_file(path: Path) -> Iterator[Path]:
     """Create or take over a temporary file beside `path`, lock it, and remove it if it is still there at the end."""
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -300,7 +300,7 @@ def _partial_file(path: Path) -> Iterator[Path]:
         os.close(handle)
 
 
-def _cannot_write(path: Path, error: OSError) -> D2QError:
+def cannot_write(path: Path, error: OSError) -> D2QError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return D2QError(f"the disk is full: {path} could not be written; free some space and run the same command")
     return D2QError(f"can't write {path}: {error.strerror or error}")

@@ -1,6 +1,7 @@
 """Describe the GGUF file that a conversion writes: its tensors as planned, and where the data of each comes from."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import NoReturn, Protocol
 import torch
 
 from d2q_edge.export import model_file
+from d2q_edge.export.scale_keys import scale_keys
 from d2q_edge.formats import tensor_types
 from d2q_edge.formats.gguf_writer import GGUFTensor, file_size
 from d2q_edge.formats.quantized_block import QuantizedBlock
-from d2q_edge.formats.tensor_types import U8
+from d2q_edge.formats.tensor_types import F32, U8
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import Family
 from d2q_edge.model.tokenizer import Tokenizer
@@ -30,6 +32,10 @@ class Content(Protocol):
 
     def floats(self, name: str) -> torch.Tensor:
         """Return any other tensor as `float_tensor` wants it: a matrix on the device that is to encode it."""
+
+    def column_scales(self, index: int) -> Mapping[str, F32]:
+        """Return QuantizedBlock.column_scales of a block, or of what follows the last one; none if not overridden."""
+        return {}
 
 
 class RoundedContent(Content):
@@ -85,6 +91,9 @@ class QuantizedContent(Content):
             values = values.to(torch.float32, copy=True).div_(scales)
         return values
 
+    def column_scales(self, index: int) -> Mapping[str, F32]:
+        return self._block(index).column_scales
+
     def _norm_bias(self, index: int, norm: str) -> torch.Tensor:
         if index not in self._norm_biases:
             self._block(index)
@@ -114,8 +123,9 @@ class Output:
     Attributes:
         checkpoint, family, tokenizer, types: of the model.
         norm_biases: full names of the norms that have a bias in the file.
-        metadata: the d2q.* keys.
+        metadata: the d2q.* keys but for those of the column scales.
         file_type: general.file_type.
+        scaled: whether columns are scaled.
     """
 
     checkpoint: Checkpoint
@@ -125,11 +135,12 @@ class Output:
     norm_biases: list[str]
     metadata: dict[str, model_file.Value]
     file_type: int
+    scaled: bool = False
 
     def size(self) -> int:
         """Return the size of the finished file in bytes."""
         model = self.checkpoint, self.family, self.tokenizer
-        add_metadata = model_file.metadata_writer(*model, self.file_type, self.metadata)
+        add_metadata = model_file.metadata_writer(*model, self.file_type, self._keys(None))
         return file_size(self.family.gguf_arch, self._tensors(None), add_metadata)
 
     @property
@@ -144,8 +155,14 @@ class Output:
         Raises:
             D2QError: the file can't be written, or (with `verify`) its tokenizer differs in llama.cpp.
         """
-        model = self.checkpoint, self.family, self.tokenizer, self._tensors(content)
-        model_file.write_model(path, *model, file_type=self.file_type, extra=self.metadata, force=force, verify=verify)
+        model, extra = (self.checkpoint, self.family, self.tokenizer, self._tensors(content)), self._keys(content)
+        model_file.write_model(path, *model, file_type=self.file_type, extra=extra, force=force, verify=verify)
+
+    def _keys(self, content: Content | None) -> dict[str, model_file.Value]:
+        """Return all d2q.* keys; without content, those of the column scales only have the right size."""
+        if not self.scaled:
+            return self.metadata
+        return {**self.metadata, **scale_keys(self.family, content.column_scales if content else None)}
 
     def _tensors(self, content: Content | None) -> list[GGUFTensor]:
         """List the file's tensors; without content they can't be loaded."""

@@ -111,7 +111,8 @@ def plan(model: str | Path, output: str | Path, options: Options, processes: Pro
         norm_biases = refined_norms(family) if options.refine else corrected_norms(family, options)
     file_type = FILE_TYPES[types.nearest_bits if is_mixed(options.bits) else int(options.bits)]
     metadata = d2q_metadata(types, options, rotated, calibration)
-    file = Output(checkpoint, family, tokenizer, types, norm_biases, metadata, file_type)
+    scaled = calibration is not None and options.dsq
+    file = Output(checkpoint, family, tokenizer, types, norm_biases, metadata, file_type, scaled)
     size = file.size()
     if processes.is_main:
         _print_notes(notes, types, family, options)

@@ -1,17 +1,13 @@
-"""Talk to a GGUF file through its own chat template.
-
-llama-cpp-python applies the template, and keeps the KV cache of what the model has read already.
-"""
+"""Talk to a GGUF file through its own chat template."""
 
 from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 from d2q_edge.errors import D2QError
 from d2q_edge.formats.gguf_reader import GGUFFile
-from d2q_edge.options import CHAT_CONTEXT, CHAT_TEMPERATURE
-from d2q_edge.runtime.generate import load
+from d2q_edge.options import CHAT_CONTEXT, CHAT_TEMPERATURE, LOADING, SAMPLING, LoadOptions, SamplingOptions
+from d2q_edge.runtime.text_model import TextModel
 
 TEMPLATE_KEY = "tokenizer.chat_template"
 
@@ -34,6 +30,8 @@ class Conversation:
         temperature: float = CHAT_TEMPERATURE,
         seed: int | None = None,
         threads: int | None = None,
+        sampling: SamplingOptions = SAMPLING,
+        loading: LoadOptions = LOADING,
     ) -> None:
         """Load a file.
 
@@ -45,18 +43,24 @@ class Conversation:
             temperature: of the sampling; 0 always takes the most likely token.
             seed: of the sampling; None takes a random one.
             threads: number of CPU threads; None takes all CPUs that this process may use.
+            sampling: which tokens are candidates.
+            loading: adapters, types of the KV cache, repacking.
 
         Raises:
-            D2QError: the file has no chat template or can't be loaded, or the runtime is not installed.
+            D2QError: the file has no valid chat template or can't be loaded, or the runtime is not installed.
         """
         if not GGUFFile(path).kv.get(TEMPLATE_KEY):
             raise D2QError(
                 f'{path} has no chat template, so it can only continue text: use `d2q-edge run {path} -p "..."`'
             )
         self._start = [{"role": "system", "content": system}] if system else []
-        self._options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
-        self._model = load(path, context, seed, threads)
-        self.context: int = self._model.n_ctx()
+        self._options = max_tokens, temperature, seed, sampling
+        self._model = TextModel(path, context, threads, loading)
+        self.context = self._model.context
+        self._template = self._model.chat_template
+        if (reason := self._template.syntax_error) is not None:
+            self.close()
+            raise D2QError(f"the chat template of {path} isn't valid ({reason}); `d2q-edge metadata` can replace it")
         self.messages: list[dict[str, str]] = list(self._start)
 
     def __enter__(self) -> "Conversation":
@@ -85,20 +89,22 @@ class Conversation:
         asked = [*self.messages, {"role": "user", "content": question}]
         said: list[str] = []
         try:
-            pieces = self._model.create_chat_completion(messages=asked, stream=True, **self._options)
-            with closing(pieces):
-                for piece in pieces:
-                    if text := piece["choices"][0]["delta"].get("content"):
-                        said.append(text)
-                        yield text
-        except Exception as error:
             # The template is an untrusted program that can raise anything.
-            if "exceed context window" in str(error):
-                raise D2QError(
-                    f"the conversation no longer fits into {self.context} tokens: start again with /reset, or "
-                    "with a larger --context"
-                ) from error
-            raise D2QError(f"the chat template, or llama.cpp, refuses the conversation: {error}") from error
+            tokens = self._model.tokenize(self._template.prompt(asked), add_special=False, read_special=True)
+        except Exception as error:
+            raise D2QError(f"the chat template refuses the conversation: {error}") from error
+        if not tokens:
+            raise D2QError("the chat template makes nothing of the conversation; `d2q-edge metadata` can replace it")
+        if len(tokens) >= self.context:
+            raise D2QError(
+                f"the conversation no longer fits into {self.context} tokens: start again with /reset, or with a "
+                "larger --context"
+            )
+        try:
+            with closing(self._model.continuation(tokens, *self._options)) as pieces:
+                for piece in pieces:
+                    said.append(piece)
+                    yield piece
         finally:
             if said:
                 self.messages = [*asked, {"role": "assistant", "content": "".join(said)}]

@@ -1,13 +1,13 @@
-"""Load a GGUF file with llama-cpp-python's high-level API, and continue a prompt."""
+"""Load a GGUF file, and continue a prompt; no chat template is read."""
 
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from d2q_edge import runtime
 from d2q_edge.errors import D2QError
 from d2q_edge.formats.gguf_reader import GGUFFile
+from d2q_edge.options import LOADING, SAMPLING, LoadOptions, SamplingOptions
+from d2q_edge.runtime.text_model import TextModel
 from d2q_edge.utils.machine import usable_cpus
 
 SPARE_TOKENS = 8
@@ -20,31 +20,17 @@ def llama_options(file: GGUFFile, context: int, threads: int | None) -> dict[str
     return {"n_ctx": n_ctx, "n_threads": count, "n_threads_batch": count, "verbose": False}
 
 
-def load(path: Path, context: int, seed: int | None = None, threads: int | None = None) -> Any:
-    """Open a file as a llama_cpp.Llama, which the caller closes.
-
-    Args:
-        path: the GGUF file.
-        context: n_ctx, tokens of prompt and answer together; limited to the model's own context.
-        seed: of the sampling; None takes a random one.
-        threads: number of CPU threads; None takes all CPUs that this process may use.
-
-    Raises:
-        D2QError: the runtime is not installed, or the file can't be loaded.
-    """
-    api: Any = runtime.require()
-    file = GGUFFile(path)
-    file.check_blocks()
-    try:
-        seed = api.LLAMA_DEFAULT_SEED if seed is None else seed
-        return api.Llama(str(path), seed=seed, **llama_options(file, context, threads))
-    except Exception as error:
-        # llama.cpp's ValueError, or whatever jinja2 raises for an untrusted chat template.
-        raise D2QError(f"llama.cpp can't load {path}: {error}") from error
-
-
 def generate(
-    path: Path, prompt: str, max_tokens: int, temperature: float, seed: int, threads: int | None = None
+    path: Path,
+    prompt: str,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    threads: int | None = None,
+    *,
+    context: int | None = None,
+    sampling: SamplingOptions = SAMPLING,
+    loading: LoadOptions = LOADING,
 ) -> Iterator[str]:
     """Load a model, and return an iterator over pieces of the text that continues a prompt.
 
@@ -55,6 +41,9 @@ def generate(
         temperature: of the sampling; 0 always takes the most likely token.
         seed: of the sampling.
         threads: number of CPU threads; None takes all CPUs that this process may use.
+        context: tokens of prompt and continuation; None is what they need. The model's own context is the limit.
+        sampling: which tokens are candidates.
+        loading: adapters, types of the KV cache, repacking.
 
     Raises:
         D2QError: the runtime is not installed, the file can't be loaded, or the prompt is empty, not UTF-8, or longer
@@ -65,17 +54,15 @@ def generate(
     except UnicodeEncodeError as error:
         raise D2QError("the prompt isn't valid UTF-8; give it in that encoding") from error
     # A token is at least a byte long. The model's own context can need a KV cache that doesn't fit in memory.
-    model = load(path, length + max_tokens + SPARE_TOKENS, seed, threads)
-    return _pieces(model, prompt, max_tokens, temperature)
+    model = TextModel(path, context or length + max_tokens + SPARE_TOKENS, threads, loading)
+    return _pieces(model, prompt, max_tokens, temperature, seed, sampling)
 
 
-def _pieces(model: Any, prompt: str, max_tokens: int, temperature: float) -> Iterator[str]:
-    with closing(model):
-        try:
-            for piece in model(prompt, max_tokens=max_tokens, temperature=temperature, stream=True):
-                yield piece["choices"][0]["text"]
-        except ValueError as error:
-            raise D2QError(f"llama.cpp can't continue the prompt: {error}") from error
-        except AssertionError as error:  # llama-cpp-python asserts that there is a token to begin with
-            reason = "the prompt is empty, and the model has no token that begins a text; give some text"
-            raise D2QError(reason) from error
+def _pieces(
+    model: TextModel, prompt: str, max_tokens: int, temperature: float, seed: int, sampling: SamplingOptions
+) -> Iterator[str]:
+    with model:
+        tokens = model.tokenize(prompt, read_special=True)
+        if not tokens:
+            raise D2QError("the prompt is empty, and the model has no token that begins a text; give some text")
+        yield from model.continuation(tokens, max_tokens, temperature, seed, sampling)

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,11 +12,14 @@ import numpy.typing as npt
 from d2q_edge import runtime
 from d2q_edge.calibration.chat_template import ChatTemplate
 from d2q_edge.errors import D2QError
+from d2q_edge.formats.gguf_reader import GGUFFile
+from d2q_edge.options import LOADING, LoadOptions
+from d2q_edge.runtime.adapters import Adapter, parse_adapters
 from d2q_edge.utils.machine import usable_cpus
 
 _LOG_ERROR, _LOG_CONTINUE = 4, 5
-_REASON = "error loading model: "
-"""What llama.cpp prints before the reason; messages that say only that it failed come later."""
+_REASONS = "error loading model: ", "failed to apply lora adapter: "
+"""What llama.cpp prints before a reason; messages that say only that it failed come later."""
 
 Loaded = TypeVar("Loaded", bound="LlamaVocabulary")
 
@@ -25,8 +29,8 @@ class LlamaVocabulary:
 
     vocab_only = True
 
-    def __init__(self, path: Path) -> None:
-        """Load a GGUF file.
+    def __init__(self, path: Path, *, repack: bool = True) -> None:
+        """Load a GGUF file; `repack` lets llama.cpp rearrange weights in memory.
 
         Raises:
             D2QError: the runtime is not installed, there is no such file, or llama.cpp refuses it.
@@ -38,6 +42,7 @@ class LlamaVocabulary:
         self._api.llama_backend_init()
         parameters = self._api.llama_model_default_params()
         parameters.vocab_only = self.vocab_only
+        parameters.use_extra_bufts = repack
         self._model: Any = self._api.llama_model_load_from_file(os.fsencode(path), parameters)
         if not self._model:
             raise D2QError(f"llama.cpp can't load {path}: {self._log.cause}")
@@ -93,26 +98,32 @@ class LlamaModel(LlamaVocabulary):
 
     vocab_only = False
 
-    def __init__(self, path: Path, context: int, threads: int | None = None) -> None:
+    def __init__(self, path: Path, context: int, threads: int | None = None, options: LoadOptions = LOADING) -> None:
         """Load a GGUF file.
 
         Args:
             path: the file.
             context: n_ctx, tokens per sequence.
             threads: number of CPU threads; None takes all CPUs that this process may use.
+            options: adapters, types of the KV cache, repacking.
 
         Raises:
-            D2QError: see LlamaVocabulary.
+            D2QError: see LlamaVocabulary; an adapter can't be read, or is for another model.
         """
-        super().__init__(path)
+        adapters = parse_adapters(options.lora)
+        super().__init__(path, repack=options.repack)
         api = self._api
         parameters = api.llama_context_default_params()
         parameters.n_ctx = parameters.n_batch = context
         parameters.n_threads = parameters.n_threads_batch = threads or usable_cpus()
+        parameters.type_k, parameters.type_v = (
+            getattr(api, f"GGML_TYPE_{kind.upper()}") for kind in (options.cache_type_k, options.cache_type_v)
+        )
         self._context: Any = api.llama_init_from_model(self._model, parameters)
         if not self._context:
             self.close()
             raise D2QError(f"llama.cpp can't make a context of {context} tokens for {path}: {self._log.cause}")
+        self._add(adapters, path)
         self.vocab_size: int = api.llama_vocab_n_tokens(self._vocab)
         self.bos: int | None = api.llama_vocab_bos(self._vocab) if api.llama_vocab_get_add_bos(self._vocab) else None
 
@@ -122,6 +133,23 @@ class LlamaModel(LlamaVocabulary):
             self._api.llama_free(self._context)
         self._context = None
         super().close()
+
+    def _add(self, adapters: tuple[Adapter, ...], path: Path) -> None:
+        """Load adapters, which are freed with the model, and use them all in the context."""
+        api, file = self._api, GGUFFile(path) if adapters else None
+        for adapter in adapters:
+            if file is not None and (note := adapter.misfit(file)) is not None:
+                print(note, file=sys.stderr)
+        handles = (api.llama_adapter_lora_p_ctypes * len(adapters))()
+        for index, adapter in enumerate(adapters):
+            handles[index] = api.llama_adapter_lora_init(self._model, os.fsencode(adapter.path))
+            if not handles[index]:
+                self.close()
+                raise D2QError(f"llama.cpp can't use the adapter {adapter.path} with {path}: {self._log.cause}")
+        scales = (ctypes.c_float * len(adapters))(*(adapter.scale for adapter in adapters))
+        if adapters and api.llama_set_adapters_lora(self._context, handles, len(adapters), scales):
+            self.close()
+            raise D2QError(f"llama.cpp can't use the adapters with {path}: {self._log.cause}")
 
     def logits(self, tokens: npt.NDArray[np.int32], first: int) -> npt.NDArray[np.float32]:
         """Run one sequence of at most n_ctx tokens, int32, and return the logits at the positions from `first` on.
@@ -172,5 +200,5 @@ class Log:
     @property
     def cause(self) -> str:
         """Why the last call failed."""
-        reasons = [error.partition(_REASON)[2] for error in self._errors if _REASON in error]
+        reasons = [error.partition(mark)[2] for mark in _REASONS for error in self._errors if mark in error]
         return [*reasons, *self._errors[-1:], "no reason given"][0]

@@ -19,8 +19,8 @@ from tests.conftest import ExampleFiles
 Make = Callable[..., Path]
 QUICK = ("--calibration-tokens", "512", "--context", "32")
 COMMANDS = (
-    "convert", "inspect", "eval", "compare", "bench", "run", "chat", "serve", "runtime", "runtime install",
-    "runtime info",
+    "convert", "inspect", "metadata", "adapter", "eval", "compare", "bench", "run", "chat", "serve", "runtime",
+    "runtime install", "runtime info",
 )  # fmt: skip
 
 
@@ -269,8 +269,19 @@ class TestHelp:
             assert option in said["convert"]
         for option in ("--reference", "--text", "--chunks", "--context", "--json"):
             assert option in said["eval"]
+        assert "--lora" in said["eval"]
+        for command in ("run", "chat"):
+            for option in (
+                "--context", "--top-p", "--top-k", "--min-p", "--repeat-penalty", "--lora", "--cache-type-k",
+                "--cache-type-v", "--no-repack",
+            ):  # fmt: skip
+                assert option in said[command]
+        for command in ("eval", "bench"):
+            assert "--no-repack" in said[command]
         for option in ("--with-stock", "--output", "--calibration", "--text", "--chunks", "--report", "--json"):
             assert option in said["compare"]
+        for option in ("--set", "--remove", "--chat-template", "--output"):
+            assert option in said["metadata"]
         assert "--json" in said["inspect"]
         assert "--json" in said["runtime info"]
         assert "--tools" in said["runtime install"]

@@ -24,6 +24,19 @@ BANNER = "a context of 2048 tokens. /help lists the commands."
 
 @pytest.mark.slow
 class TestRun:
+    def test_options_reach_the_model(self, d2q: Call, example_files: ExampleFiles) -> None:
+        require_runtime()
+        options = ("-p", "The old man", "-n", "16", "--threads", "1")
+        best = d2q("run", example_files.d2q3, *options, "--temperature", "0")
+        assert best.code == 0
+        for one in (("--top-k", "1"), ("--top-p", "0"), ("--min-p", "1")):
+            assert d2q("run", example_files.d2q3, *options, "--temperature", "1", *one) == best
+        more = "--repeat-penalty", "2", "--cache-type-k", "q8_0", "--cache-type-v", "q4_0", "--no-repack"
+        other = d2q("run", example_files.d2q3, *options, "--temperature", "0", *more)
+        assert (other.code, other.err) == (0, "")
+        assert other.out != best.out
+        refused(d2q("run", example_files.d2q3, *options, "--lora", "none.gguf"), "there is no file none.gguf")
+
     def test_ends_where_the_text_ends(self, d2q: Call, example_files: ExampleFiles, tmp_path: Path) -> None:
         """The same file but for one key: a token that it writes is now the one that ends a text."""
         require_runtime()
@@ -85,7 +98,7 @@ class TestChat:
         os.write(terminal, b"\x03")
         screen.wait_for("[stopped]\r\n> ")
         os.write(terminal, b"refuse\n")
-        screen.wait_for("Error: the chat template, or llama.cpp, refuses the conversation: such words\r\n> ")
+        screen.wait_for("Error: the chat template refuses the conversation: such words\r\n> ")
         # Python's readline misses a signal that comes before it waits for keys; a person presses again.
         screen.wait_for("Ctrl-D or /exit ends.\r\n> ", press=b"\x03")
         os.write(terminal, b"\x04")

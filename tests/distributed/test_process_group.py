@@ -178,7 +178,7 @@ import torch.distributed
 from d2q_edge.cli import main
 from d2q_edge.formats import gguf_writer
 
-trial = gguf_writer._partial_file
+trial = gguf_writer.partial_file
 
 @contextmanager
 def slow(path):
@@ -191,7 +191,7 @@ def leave(farewell=torch.distributed.destroy_process_group):
     time.sleep(2)
     farewell()
 
-gguf_writer._partial_file = slow
+gguf_writer.partial_file = slow
 torch.distributed.destroy_process_group = leave
 main()
 """

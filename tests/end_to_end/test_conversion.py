@@ -21,6 +21,7 @@ from d2q_edge.conversion import Conversion
 from d2q_edge.errors import D2QError
 from d2q_edge.export.model_file import export, model_tokenizer
 from d2q_edge.formats.codebooks import TABLE_SHA256
+from d2q_edge.formats.column_scales import CODES, USERS
 from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.model.checkpoint import Checkpoint
@@ -167,6 +168,7 @@ class TestContent:
         kv, types = converted.file.kv, converted.result.types
         assert {key for key in kv if key.startswith("d2q.")} == {
             "d2q.version", "d2q.recipe", "d2q.table_sha256", "d2q.bits_per_weight",
+            *(() if converted.plain else (CODES, USERS)),
         }  # fmt: skip
         assert kv["d2q.version"] == 1
         assert kv["d2q.table_sha256"] == TABLE_SHA256

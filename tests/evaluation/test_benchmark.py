@@ -86,11 +86,21 @@ def test_without_a_stock_file(tmp_path: Path) -> None:
         "generation": 10,
         "threads": (4,),
         "rounds": 1,
+        "repack": True,
         "tokens_per_second": {"ours": {"prompt-4": 100, "generation-4": 20}},
         "stock_tokens_per_second": None,
         "speed_ratios": None,
     }
     assert len(result.describe().splitlines()) == 2
+
+
+def test_weights_as_they_are_in_the_file(tmp_path: Path) -> None:
+    options = BenchmarkOptions(prompt=100, generation=10, threads=(4,), rounds=1, repack=False)
+    ours, stock = files_without_tensors(tmp_path, "s.gguf", "s2.gguf")
+    tools = FakeTools()
+    result = benchmark.benchmark({"ours": ours}, options, stock, tools)
+    assert [(Path(run["-m"]).name, run["--repack"]) for run in tools.benched] == [("s.gguf", "0"), ("s2.gguf", "0")]
+    assert result.stock == {"prompt-4": 100, "generation-4": 10}
 
 
 @pytest.fixture

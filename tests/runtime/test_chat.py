@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -24,13 +23,14 @@ def conversation(chat_file: Path) -> Iterator[Conversation]:
 def read(conversation: Conversation, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The texts that the model is given, special tokens as they are written."""
     texts: list[str] = []
-    original = conversation._model.create_completion
+    original = conversation._model.tokenize
 
-    def create_completion(prompt: list[int], **options: Any) -> Any:
-        texts.append(conversation._model.detokenize(prompt, special=True).decode())
-        return original(prompt=prompt, **options)
+    def tokenize(text: str, *, add_special: bool, read_special: bool) -> list[int]:
+        assert read_special and not add_special
+        texts.append(text)
+        return original(text, add_special=add_special, read_special=read_special)
 
-    monkeypatch.setattr(conversation._model, "create_completion", create_completion)
+    monkeypatch.setattr(conversation._model, "tokenize", tokenize)
     return texts
 
 
@@ -93,7 +93,7 @@ def test_files_that_cannot_chat(example_files: ExampleFiles, chat_file: Path, tm
         Conversation(tmp_path / "none.gguf")
     broken = chat_file.read_bytes().replace(b"{% endfor %}", b"{% endfoo %}")
     (tmp_path / "broken.gguf").write_bytes(broken)
-    with pytest.raises(D2QError, match=r"can't load .*broken.gguf: .*endfoo"):
+    with pytest.raises(D2QError, match=r"the chat template of .*broken.gguf isn't valid .*endfoo"):
         Conversation(tmp_path / "broken.gguf")
 
 

@@ -28,8 +28,23 @@ def test_text(example_files: ExampleFiles) -> None:
 
 def test_prompt_longer_than_the_context(example_files: ExampleFiles) -> None:
     require_runtime()
-    with pytest.raises(D2QError, match=r"llama.cpp can't continue the prompt: .*exceed context window of 2048"):
+    with pytest.raises(D2QError, match=r"a text of \d{4} tokens exceeds the context of 2048"):
         list(generate(example_files.f16, "word " * 3000, 8, 0, 0))
+
+
+def test_no_chat_template_is_read(chat_file: Path, tmp_path: Path) -> None:
+    require_runtime()
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(chat_file.read_bytes().replace(b"{% endfor %}", b"{% endfoo %}"))
+    expected = list(generate(chat_file, PROMPT, 8, 0, 0))
+    assert list(generate(broken, PROMPT, 8, 0, 0)) == expected != []
+
+
+def test_the_context_can_be_set(example_files: ExampleFiles) -> None:
+    require_runtime()
+    assert len(list(generate(example_files.d2q3, PROMPT, 100, 1, 1, context=64))) < 64
+    with pytest.raises(D2QError, match="exceeds the context of 64"):
+        list(generate(example_files.d2q3, "word " * 100, 8, 0, 0, context=64))
 
 
 def test_files_are_checked_at_once(tmp_path: Path, example_files: ExampleFiles) -> None:

@@ -22,6 +22,12 @@ from d2q_edge.model.families.settings import positive_float
 ORIGINAL = "original_max_position_embeddings"
 
 
+def interleave_halves(array: Values, heads: int) -> Values:
+    """Interleave the two halves of every head's rows (first axis)."""
+    split = array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:])
+    return split.swapaxes(1, 2).reshape(array.shape)
+
+
 class Llama(Family):
     """LlamaForCausalLM; attention and MLP may have biases."""
 
@@ -42,8 +48,7 @@ class Llama(Family):
         heads = {"q_proj": self.num_heads, "k_proj": self.num_kv_heads}.get(module.rpartition(".")[2])
         if heads is None:
             return array
-        split = array.reshape(heads, 2, self.head_dim // 2, *array.shape[1:])
-        return split.swapaxes(1, 2).reshape(array.shape)
+        return interleave_halves(array, heads)
 
     def extra_tensors(self) -> dict[str, npt.NDArray[np.float32]]:
         if self.rope_type not in ("llama3", "longrope"):

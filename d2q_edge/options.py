@@ -88,6 +88,40 @@ class Options:
 
 
 @dataclass(frozen=True)
+class BenchmarkOptions:
+    """What is measured: tokens of the prompt, tokens to generate, each number of threads to use, number of rounds.
+
+    Without `repack`, llama.cpp uses weights as they are in the file.
+    """
+
+    prompt: int = 512
+    generation: int = 64
+    threads: tuple[int, ...] = (1, 2)
+    rounds: int = 5
+    repack: bool = True
+
+
+@dataclass(frozen=True)
+class ComparisonOptions:
+    """What is measured: accuracy as by perplexity.evaluate; speed, with None for all CPUs, as by benchmark.
+
+    Types in `stock` are compared with; `pure` and `calibration` are stock.StockQuantizer's.
+    """
+
+    text: str = "builtin"
+    chunks: int | None = 50
+    context: int = 512
+    stock: tuple[str, ...] = ()
+    pure: bool = False
+    calibration: str | tuple[str, ...] = ("builtin",)
+    speed: bool = True
+    threads: int | None = None
+    prompt: int = 256
+    generation: int = 64
+    rounds: int = 3
+
+
+@dataclass(frozen=True)
 class LoadOptions:
     """How llama.cpp loads a file; the defaults are its own.
 
@@ -122,37 +156,3 @@ class SamplingOptions:
 
 LOADING, SAMPLING = LoadOptions(), SamplingOptions()
 """The defaults."""
-
-
-@dataclass(frozen=True)
-class BenchmarkOptions:
-    """What is measured: tokens of the prompt, tokens to generate, each number of threads to use, number of rounds.
-
-    Without `repack`, llama.cpp uses weights as they are in the file.
-    """
-
-    prompt: int = 512
-    generation: int = 64
-    threads: tuple[int, ...] = (1, 2)
-    rounds: int = 5
-    repack: bool = True
-
-
-@dataclass(frozen=True)
-class ComparisonOptions:
-    """What is measured: accuracy as by perplexity.evaluate; speed, with None for all CPUs, as by benchmark.
-
-    Types in `stock` are compared with; `pure` and `calibration` are stock.StockQuantizer's.
-    """
-
-    text: str = "builtin"
-    chunks: int | None = 50
-    context: int = 512
-    stock: tuple[str, ...] = ()
-    pure: bool = False
-    calibration: str | tuple[str, ...] = ("builtin",)
-    speed: bool = True
-    threads: int | None = None
-    prompt: int = 256
-    generation: int = 64
-    rounds: int = 3

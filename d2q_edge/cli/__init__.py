@@ -25,8 +25,8 @@ RESUMABLE = " A conversion goes on where it stopped when the command is repeated
 def cli() -> None:
     """Make 2- and 3-bit GGUF files for llama.cpp on laptops and phones, measure them and run them.
 
-    Convert a model; inspect, eval, compare and bench the file; run, chat or serve. The commands that run a file need
-    the patched llama.cpp, built once per machine by `d2q-edge runtime install`.
+    Convert a model; inspect, eval, compare, bench and edit the file; run, chat or serve. The commands that run a file
+    need the patched llama.cpp, built once per machine by `d2q-edge runtime install`.
 
     Results go to stdout, messages and progress to stderr. Exit codes: 0 success, 1 the request can't be carried out
     (stderr says why in one sentence), 2 wrong usage, 130 interrupted.

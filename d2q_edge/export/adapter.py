@@ -19,6 +19,7 @@ import numpy as np
 
 from d2q_edge.errors import D2QError
 from d2q_edge.export.metadata_edit import value_types
+from d2q_edge.export.targets import check_targets
 from d2q_edge.formats.column_scales import FIT, ColumnScales, read_scales, scales_hash
 from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.formats.gguf_writer import GGUFTensor, write_gguf
@@ -53,6 +54,7 @@ def rewrite_adapter(source: str, file: str | Path, output: Path, *, force: bool 
         D2QError: the adapter can't be read, isn't for this model, or changes what llama.cpp's adapters can't; or the
             file doesn't say how its columns were scaled.
     """
+    check_targets({"the output": output}, Path(source), [Path(source), Path(file)])
     model = GGUFFile(file)
     architecture = model.kv.get("general.architecture")
     if not isinstance(architecture, str) or model.kv.get("general.type", "model") != "model":
@@ -126,7 +128,8 @@ def _read_peft(source: str, model: GGUFFile) -> _Adapter:
     if found.replacements:
         raise _unsupported(next(iter(found.replacements)))
     alphas = {name: each.scale * each.a.shape[0] for name, each in found.loras.items()}
-    alpha = next(iter(alphas.values()))
+    # llama.cpp has one alpha for all, and takes 0 for none.
+    alpha = next((value for value in alphas.values() if value), 1.0)
     kinds = gguf.GGUFValueType
     adapter = _Adapter()
     adapter.keys = {
@@ -141,9 +144,7 @@ def _read_peft(source: str, model: GGUFFile) -> _Adapter:
         if each.is_embedding or each.magnitude is not None or known is None:
             raise _unsupported(name)
         a, b = (lora.read(entry).float().numpy() for entry in (each.a, each.b))
-        # llama.cpp has one alpha for all.
-        b = _ordered(model, name, b * np.float32(alphas[name] / alpha) if alpha else b)
-        adapter.pairs[str(known)] = a, b
+        adapter.pairs[str(known)] = a, _ordered(model, name, b * np.float32(alphas[name] / alpha))
     return adapter
 
 

@@ -228,15 +228,21 @@ def _write(file: GGUFFile, values: Mapping[str, bytes | memoryview], target: Pat
     """Write a header with these values and the file's tensors."""
     head = struct.pack("<4sIQQ", b"GGUF", gguf.GGUF_VERSION, len(file.tensors), len(values))
     header = b"".join([head, *(pack_string(key) + bytes(value) for key, value in values.items()), file.raw_infos])
-    data, start = file.raw_data, -(-len(header) // file.alignment) * file.alignment
-    check_output(target, force=force, size=start + len(data))
+    size, start = max(file.size - file.data_start, 0), -(-len(header) // file.alignment) * file.alignment
+    check_output(target, force=force, size=start + size)
     try:
         with partial_file(target) as partial:
-            with partial.open("wb") as out, Progress("Writing", len(data), "B", unit_scale=True) as progress:
+            # Read, not mapped: mapped pages count as the process's memory.
+            with (
+                file.path.open("rb") as source,
+                partial.open("wb") as out,
+                Progress("Writing", size, "B", unit_scale=True) as progress,
+            ):
                 out.write(header)
+                source.seek(file.data_start)
                 out.seek(start)
-                for position in range(0, len(data), CHUNK):
-                    progress.update(out.write(data[position : position + CHUNK]))
+                while chunk := source.read(CHUNK):
+                    progress.update(out.write(chunk))
             if target.exists():
                 shutil.copymode(target, partial)
             _check_loads(partial, file)

@@ -1,8 +1,8 @@
 """Record in a GGUF file what its columns were divided by (quantize/dsq.py), for adapters made for the original.
 
 A scale is one byte, its logarithm in eighths of an octave: 4.4 % off at most. An adapter's effect is changed by so
-little that rounding the weights hides it by far, and a byte for each of a layer's inputs adds a few hundredths of a
-percent to the file.
+little that rounding the weights hides it by far. A byte for each of a layer's inputs is 0.2 % of the file of a model of
+34 million weights, and 0.03 % with 8 billion.
 
 d2q.column_scales holds the bytes of one array after the other. d2q.column_scales.of has a string for each array: its
 length, the tensors (joined by commas) whose columns were divided by it, and, if it isn't a norm, the tensor whose last

@@ -72,7 +72,7 @@ class GGUFFile:
 
     `kv` has the metadata by key, arrays as lists; `tensors` is in the order of the file; `size` is the file's in bytes.
     `raw_values` are the bytes of every key's value with its type in front, `raw_infos` those that describe the tensors,
-    and `raw_data` all that comes after the header, which is padded to `alignment`.
+    and `data_start` the end of the header, which is padded to `alignment`.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -207,9 +207,8 @@ class GGUFFile:
             found[name] = shape, type_id, offset
         self.raw_infos = self._bytes[start : self._position]
         self.alignment: int = alignment
-        start = -(-self._position // alignment) * alignment
-        self.raw_data = self._bytes[start:]
-        self._place(found, start)
+        self.data_start = -(-self._position // alignment) * alignment
+        self._place(found, self.data_start)
 
     def _place(self, found: dict[str, tuple[tuple[int, ...], int, int]], start: int) -> None:
         """Fill `tensors` from (shape, type, offset from `start`) by name, and check sizes against the file."""

@@ -69,8 +69,10 @@ def check_adapter(file: GGUFFile) -> None:
     kind, alpha = file.kv.get("general.type"), file.kv.get("adapter.lora.alpha", 0.0)
     if kind != "adapter" or file.kv.get("adapter.type") != "lora":
         raise D2QError(f"{file.path} isn't a LoRA adapter: its general.type is {kind!r:.40}")
-    if not isinstance(file.kv.get("general.architecture"), str) or not isinstance(alpha, float):
-        raise D2QError(f"{file.path} is malformed: general.architecture or adapter.lora.alpha has the wrong type")
+    if not isinstance(file.kv.get("general.architecture"), str):
+        raise D2QError(f"{file.path} is malformed: its general.architecture isn't text")
+    if not isinstance(alpha, float) or not math.isfinite(alpha):
+        raise D2QError(f"{file.path} is malformed: its adapter.lora.alpha isn't a finite float")
     for name, info in file.tensors.items():
         if info.type_name not in TYPES or len(info.shape) > 3:
             raise D2QError(f"{file.path} has a {info.type_name} tensor, {name}; adapters have {', '.join(TYPES)}")

@@ -135,7 +135,7 @@ class WorkDir:
             found = _read_settings(self._settings)[_FINGERPRINT]
             if found == self._fingerprint:
                 return
-            if not force:
+            if not force and self.finished:
                 wanted = self._fingerprint
                 changed = ", ".join(sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key)))
                 raise D2QError(

@@ -77,7 +77,7 @@ def test_wheel(distributions: tuple[Path, Path]) -> None:
         metadata = HeaderParser().parsestr(archive.read(f"{info}/METADATA").decode())
         assert archive.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
         assert archive.read(f"{info}/entry_points.txt").decode().split("\n")[1] == "d2q-edge = d2q_edge.cli:main"
-    assert {"d2q_edge/py.typed", "d2q_edge/formats/codebooks.txt", "d2q_edge/data/calibration.txt"} <= names
+    assert {"d2q_edge/py.typed", "d2q_edge/formats/codebooks.txt", "d2q_edge/data/calibration/prose.txt"} <= names
     content = {name for name in names if not name.startswith(info)}
     package = _tracked("d2q_edge") | {f"d2q_edge/{name}" for name in _tracked("cpp_patch")}
     if package:

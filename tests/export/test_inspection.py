@@ -168,7 +168,7 @@ class TestRuntime:
         require_runtime()
         content = example_files.d2q2.read_bytes()
         missing = tmp_path / "missing.gguf"
-        missing.write_bytes(content.replace(b"blk.3.attn_q.weight", b"blk.3.attn_x.weight", 1))
+        missing.write_bytes(content.replace(b"blk.3.attn_q.weight", b"blk.3.attn_x.weight"))
         other = tmp_path / "tables.gguf"
         other.write_bytes(content.replace(TABLE_SHA256.encode(), b"0" * 64, 1))
         unknown = write(tmp_path / "unknown.gguf", architecture="nosuch")

@@ -155,4 +155,11 @@ def test_layer_errors_of_the_example(example_files: ExampleFiles) -> None:
     for name in two:
         assert 0 < three[name] < two[name] < 0.2, name
     assert np.mean(list(three.values())) < 0.45 * np.mean(list(two.values()))
-    assert set(example_files.reports[2].seconds) == {"forward", "statistics", "solve", "validation", "writing"}
+    assert set(example_files.reports[2].seconds) == {
+        "gradients",
+        "forward",
+        "statistics",
+        "solve",
+        "validation",
+        "writing",
+    }

@@ -140,13 +140,16 @@ def plan_memory(
         # A block is read ahead into pinned memory, in the checkpoint's dtype, rounded up to a power of two.
         peak = host + 2 * _largest_block(family) + writing
     else:
-        gradients = min(states, max(GRADIENT_STATES // processes, kept_bytes(family, batch_tokens)))
-        peak = host + max(working, writing, backward + gradients)
+        spare = min(GRADIENT_STATES // processes, free - host - backward)
+        gradients = min(states, max(spare, kept_bytes(family, batch_tokens)))
+        peak = host + max(working, writing)
     if isinstance(place, torch.device) and place.type == "cpu":
         if peak + streams <= free:
             peak += streams
         else:
             place = output.absolute().parent
+    if device.type != "cuda" and guidance:
+        peak = max(peak, host + backward + gradients)  # there are no streams yet
     if peak > free:
         given = f"{free * processes / GIB:.1f} GiB are free"
         given = given if limit is None else f"--memory-limit allows {limit / GIB:.1f}"

@@ -25,7 +25,7 @@ from typing import Any
 
 import click
 
-from d2q_edge.errors import D2QError
+from d2q_edge.errors import D2QError, sentence
 from tools.served import Server, serve
 
 TIME_LIMIT = 60.0
@@ -92,12 +92,9 @@ SCHEMAS: list[Any] = [
 ]  # fmt: skip
 
 
-def nested(depth: int, kind: str) -> Any:
-    """JSON arrays or schemas within each other."""
-    value: Any = {}
-    for _ in range(depth):
-        value = [value] if kind == "list" else {"type": "array", "items": value}
-    return value
+NESTED = "@nested"
+"""Stands for schemas within each other, deeper than Python's json can write."""
+DEPTHS = 50, 5000
 
 
 @dataclass(frozen=True)
@@ -128,7 +125,7 @@ def request(seed: int) -> Request:
         if rng.random() < 0.3:
             path, good = "/v1/chat/completions", {**CHAT, "grammar": good["grammar"]}
     elif kind == "schema":
-        schema = rng.choice([*SCHEMAS, nested(rng.choice([50, 5000]), "schema")])
+        schema = rng.choice([*SCHEMAS, NESTED])
         path, good = rng.choice([
             ("/completion", {"prompt": "Once", "n_predict": 4, "json_schema": schema}),
             ("/v1/chat/completions", {**CHAT, "response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}),
@@ -142,7 +139,9 @@ def request(seed: int) -> Request:
             ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}], "stream": rng.random() < 0.5}),
             ("/tokenize", {"content": text}), ("/infill", {"input_prefix": text, "input_suffix": "x"}),
         ])  # fmt: skip
-    body = json.dumps(good).encode()
+    depth = rng.choice(DEPTHS)
+    deep = '{"type":"array","items":' * depth + "{}" + "}" * depth
+    body = json.dumps(good).replace(f'"{NESTED}"', deep).encode()
     if kind == "text":
         body = _break(rng, body)
     elif kind == "transport":
@@ -165,7 +164,7 @@ def _replace(rng: random.Random, root: dict[str, Any]) -> str:
     if isinstance(node, dict) and key in node and rng.random() < 0.15:
         del node[key]
     else:
-        node[key] = copy.deepcopy(rng.choice([*VALUES, nested(200, "list")]))
+        node[key] = copy.deepcopy(rng.choice([*VALUES, NESTED]))
     return str(key)
 
 
@@ -205,7 +204,7 @@ def fault(server: Server, sent: Request) -> tuple[str, int, str]:
         return "no sentence", status, text
     if any(code >= 500 and code != NOT_STARTED_FOR for code in errors):
         return f"status {max(errors)}", status, text
-    if errors and not all(message.strip() for message in messages):
+    if errors and sent.method != "HEAD" and not all(message.strip() for message in messages):
         return "no sentence", status, text
     if errors and any(MACHINE.search(message) for message in messages):
         return "names a file of this machine", status, text
@@ -231,19 +230,24 @@ def run(server: Server, seeds: range) -> Iterator[tuple[int, Request, str, int, 
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--requests", type=click.IntRange(1), default=200, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the first request.")
+@click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[-- OPTIONS]")
 @click.option("--verbose", is_flag=True, help="Print every request and its answer.")
-def main(file: Path, requests: int, seed: int, verbose: bool) -> None:
-    """Serve a GGUF FILE with two slots and a context of 256 tokens, and send hostile requests."""
+def main(file: Path, options: tuple[str, ...], requests: int, seed: int, verbose: bool) -> None:
+    """Serve a GGUF FILE with two slots and a context of 256 tokens, and OPTIONS, and send hostile requests."""
     counts: Counter[int] = Counter()
     findings = 0
-    with serve(file, "--context", 256, "--parallel", 2) as server:
-        memory = server.memory
-        for number, sent, wrong, status, text in run(server, range(seed, seed + requests)):
-            counts[status] += 1
-            findings += bool(wrong)
-            if wrong or verbose:
-                click.echo(f"seed {number} ({sent.damage}) {sent.method} {sent.path} {sent.body[:300]!r}\n  {wrong or status}: {text[:400]}")
-        grown = server.memory - memory
+    try:
+        with serve(file, "--context", 256, "--parallel", 2, *options) as server:
+            memory = server.memory
+            for number, sent, wrong, status, text in run(server, range(seed, seed + requests)):
+                counts[status] += 1
+                findings += bool(wrong)
+                if wrong or verbose:
+                    click.echo(f"seed {number} ({sent.damage}) {sent.method} {sent.path} {sent.body[:300]!r}")
+                    click.echo(f"  {wrong or status}: {text[:400]}")
+            grown = server.memory - memory
+    except D2QError as error:
+        raise click.ClickException(sentence(error)) from error
     statuses = ", ".join(f"{status}: {count}" for status, count in sorted(counts.items()))
     click.echo(f"{requests} requests, {findings} findings; by status {statuses}; memory grew by {grown >> 20} MiB")
     raise SystemExit(bool(findings))

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,6 +32,8 @@ READY = re.compile(r"listening on (\S+)$")
 LOG_LINE = re.compile(r"^(?:[\d.]+ )?([IWED]) (.*)$")
 """Level and message, with or without a time before them."""
 CAUSE = "error loading model: "
+LAST = 20
+"""Errors that are kept."""
 GRACE = 20.0
 """Seconds that the server has to end after a signal."""
 _PR_SET_PDEATHSIG = 1
@@ -81,62 +82,81 @@ def arguments(file: GGUFFile, options: ServerOptions, page: Path) -> list[str]:
 
 
 class _Process:
-    """A running llama-server. A signal to this process is passed on once, and everything but its chatter is printed."""
+    """A running llama-server. Signals to this process are passed on to it; its log is printed without the chatter."""
 
     def __init__(self, path: Path, command: list[str], api_key: str | None) -> None:
-        self._path = path
-        self._errors: deque[str] = deque(maxlen=20)
+        self._path, self._command = path, command
+        # Not among the arguments, which every user of the machine can see.
+        self._variables = {**environment(), **({"LLAMA_API_KEY": api_key} if api_key else {})}
+        self._errors: list[str] = []
         self._signal: int | None = None
         self._ready = False
-        # Not among the arguments, which every user of the machine can see.
-        variables = {**environment(), **({"LLAMA_API_KEY": api_key} if api_key else {})}
-        # In a session of its own, so that Ctrl-C at the terminal doesn't reach it twice: the second one cuts it off.
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=variables,
-            start_new_session=True,
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
-            text=True,
-            errors="replace",
-        )
+        self._process: subprocess.Popen[str] | None = None
+        self._killer: threading.Timer | None = None
 
     def run(self) -> None:
-        """Follow the server to its end; raise a D2QError unless a signal of ours has ended it in order."""
+        """Start the server and follow it to its end; raise a D2QError unless it ends in order after a signal."""
         ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         # nohup and shells in the background have signals ignored.
         before = {number: signal.getsignal(number) for number in ending if signal.getsignal(number) != signal.SIG_IGN}
+        for number in before:
+            signal.signal(number, self._end)
         try:
-            for number in before:
-                signal.signal(number, self._end)
-            assert self._process.stdout is not None
-            for line in self._process.stdout:
-                self._read(line.rstrip())
-            code = self._process.wait()
+            code = self._follow()
         finally:
-            self._process.kill()
             for number, handler in before.items():
                 signal.signal(number, handler)
+        # One that is still loading has no handler of its own.
         if self._signal is None or code not in (0, -self._signal):
             how = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
             did = f"{SERVER} ended" if self._ready or self._signal else f"llama.cpp can't serve {self._path}"
             raise D2QError(f"{did} ({how}): {self._reason()}")
 
+    def _follow(self) -> int:
+        try:
+            # In a session of its own, so that Ctrl-C at the terminal doesn't reach it twice, which would cut it off.
+            with subprocess.Popen(
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=self._variables,
+                start_new_session=True,
+                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+                text=True,
+                errors="replace",
+            ) as self._process:
+                try:
+                    if self._signal is not None:
+                        self._pass_on(self._process)
+                    assert self._process.stdout is not None
+                    for line in self._process.stdout:
+                        self._read(line.rstrip())
+                except BaseException:
+                    self._process.kill()
+                    raise
+            return self._process.returncode
+        except OSError as error:
+            raise D2QError(f"{self._command[0]} can't be started ({error.strerror})") from error
+
     def _end(self, number: int, _: object) -> None:
-        if self._signal is None:
-            self._signal = number
-            killer = threading.Timer(GRACE, self._process.kill)
-            killer.daemon = True
-            killer.start()
-        self._process.send_signal(number)
+        self._signal = number
+        if self._process is not None:
+            self._pass_on(self._process)
+
+    def _pass_on(self, process: subprocess.Popen[str]) -> None:
+        """Send the last signal; have the server killed if it doesn't end then."""
+        if self._killer is None:
+            self._killer = threading.Timer(GRACE, process.kill)
+            self._killer.daemon = True
+            self._killer.start()
+        process.send_signal(self._signal or signal.SIGTERM)
 
     def _read(self, line: str) -> None:
         found = LOG_LINE.match(line)
         level, message = (found[1], found[2]) if found else ("", line)
         if level == "E" or message.startswith("error"):
-            self._errors.append(message)
+            self._errors = [*self._errors, message][-LAST:]
         if match := READY.search(message):
             self._ready = True
             say(f"{self._path} is served at {match[1]}/v1 (Ctrl-C ends)")

@@ -160,7 +160,7 @@ class _Process:
         if match := READY.search(message):
             self._ready = True
             say(f"{self._path} is served at {match[1]}/v1 (Ctrl-C ends)")
-        elif self._ready and level in ("W", "E", "D"):
+        elif level in ("W", "E", "D") and self._ready and not self._signal:
             say(message)
 
     def _reason(self) -> str:

@@ -31,13 +31,16 @@ from tools.served import Server, serve
 TIME_LIMIT = 60.0
 """Seconds for an answer."""
 NOT_STARTED_FOR = 501
-MACHINE = re.compile(r"(?:^|[\s\"'(=:])(?:/(?:home|root|tmp|usr|etc|work|var|opt|proc)\b|[A-Z]:\\)|\.(?:cpp|h|hpp|gguf)\b")
+MACHINE = re.compile(r"(?:^|[\s\"'(=:])/(?:home|root|tmp|usr|etc|work|var|opt|proc)\b|\.(?:cpp|h|hpp|gguf)\b")
 """A path of the machine, or a source file's name."""
 JSON = {"Content-Type": "application/json"}
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
-CHAT = {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "Hi"}], "max_tokens": 4}
+CHAT: dict[str, Any] = {
+    "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "Hi"}],
+    "max_tokens": 4,
+}
 GOOD: list[tuple[str, dict[str, Any]]] = [
     ("/v1/chat/completions", CHAT),
     ("/v1/chat/completions", {**CHAT, "stream": True, "stream_options": {"include_usage": True}}),
@@ -66,7 +69,7 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
 ]
 VALUES: list[Any] = [
     None, True, False, 0, -1, 1, 3, 2**31, 2**63, -(2**63), 2**70, 1e308, -1e308, 0.5, "", "x", "é\u0000\ufffd", "none",
-    "9" * 400, [], [[]], {}, [None], [{}], {"a": None}, {"type": "text"}, [1, -1, 10**9], [["x", 1]], "{{ x", "{% if %}",
+    "9" * 400, [], [[]], {}, [None], [{}], {"a": None}, {"type": "text"}, [1, -1, 10**9], [["x", 1]], "{{ x", "{% if",
 ]  # fmt: skip
 MESSAGES: list[Any] = [
     {"role": "assistant", "content": None}, {"role": "developer", "content": "d"}, {"role": "user"}, {"content": "x"},
@@ -74,8 +77,8 @@ MESSAGES: list[Any] = [
     {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]},
     {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]},
     {"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}]},
-    {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, {"role": "user", "content": "refuse"},
-    {"role": "assistant", "content": "", "tool_calls": [{}]}, {"role": "user", "content": {"text": "x"}}, "x", None, [],
+    {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]},
+    {"role": "user", "content": "refuse"}, {"role": "assistant", "content": "", "tool_calls": [{}]}, {"role": "user", "content": {"text": "x"}}, "x", None, [],
 ]  # fmt: skip
 GRAMMARS = [
     "root ::= ", "root ::= (", "x ::= x", "root ::= root", 'root ::= "a', "root ::= [a", 'root ::= "a"{9999999}', "::=",
@@ -83,12 +86,13 @@ GRAMMARS = [
     "root ::= " + "(" * 20_000, "root ::= " + '"a" | ' * 5000, 'root ::= "\\xZZ"', 'root ::= "a"{3,1}', "root",
 ]  # fmt: skip
 SCHEMAS: list[Any] = [
-    {"type": "x"}, {"type": 3}, {"$ref": "#/a/b"}, {"$ref": "#"}, {"$ref": "https://x.invalid/s"}, {"$ref": "file:///etc/x"},
-    {"type": "string", "pattern": "("}, {"type": "string", "pattern": "^[a-$"}, {"type": "string", "pattern": "a{9999999}"},
+    {"type": "x"}, {"type": 3}, {"$ref": "#/a/b"}, {"$ref": "#"}, {"$ref": "https://x.invalid/s"},
+    {"$ref": "file:///etc/x"}, {"type": "string", "pattern": "("}, {"type": "string", "pattern": "^[a-$"},
+    {"type": "string", "pattern": "a{9999999}"},
     {"type": "array", "minItems": 10**9}, {"type": "array", "items": 3}, {"enum": []}, {"enum": 3}, {"const": None},
     {"type": "string", "minLength": -1, "maxLength": -5}, {"properties": 3}, {"type": "object", "properties": {"a": 3}},
-    {"anyOf": 3}, {"allOf": [3]}, {"type": ["integer", 3]}, {"type": "integer", "minimum": "x"}, {"format": "x"}, [], "x",
-    {"type": "integer", "minimum": 10, "maximum": -10}, {"definitions": {"a": {"$ref": "#/definitions/a"}}, "$ref": "#/definitions/a"},
+    {"anyOf": 3}, {"allOf": [3]}, {"type": ["integer", 3]}, {"type": "integer", "minimum": "x"}, {"format": "x"}, [],
+    {"type": "integer", "minimum": 10, "maximum": -10}, "x", {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
 ]  # fmt: skip
 
 
@@ -112,6 +116,7 @@ def request(seed: int) -> Request:
     """Make a hostile request."""
     rng = random.Random(seed)
     path, good = copy.deepcopy(rng.choice(GOOD))
+    chat = "/v1/chat/completions"
     kind = rng.choice(["value", "value", "value", "message", "grammar", "schema", "prompt", "text", "transport"])
     method, headers, damage = "POST", dict(JSON), kind
     if kind == "value":
@@ -123,20 +128,22 @@ def request(seed: int) -> Request:
     elif kind == "grammar":
         path, good = "/completion", {"prompt": "Once", "n_predict": 4, "grammar": rng.choice(GRAMMARS)}
         if rng.random() < 0.3:
-            path, good = "/v1/chat/completions", {**CHAT, "grammar": good["grammar"]}
+            path, good = chat, {**CHAT, "grammar": good["grammar"]}
     elif kind == "schema":
         schema = rng.choice([*SCHEMAS, NESTED])
         path, good = rng.choice([
             ("/completion", {"prompt": "Once", "n_predict": 4, "json_schema": schema}),
-            ("/v1/chat/completions", {**CHAT, "response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}),
-            ("/v1/chat/completions", {**CHAT, "response_format": {"type": "json_object", "schema": schema}}),
-            ("/v1/chat/completions", {**CHAT, "tools": [{**TOOL, "function": {"name": "f", "parameters": schema}}]}),
+            (chat, {**CHAT, "response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}),
+            (chat, {**CHAT, "response_format": {"type": "json_object", "schema": schema}}),
+            (chat, {**CHAT, "tools": [{**TOOL, "function": {"name": "f", "parameters": schema}}]}),
         ])  # fmt: skip
     elif kind == "prompt":
-        text: Any = rng.choice(["word " * rng.choice([300, 200_000]), [3] * 5000, [10**9], [-5], ["a"] * 300, [[]], "\x00", ""])
+        text: Any = rng.choice([
+            "word " * rng.choice([300, 200_000]), [3] * 5000, [10**9], [-5], ["a"] * 300, [[]], "\x00", "",
+        ])  # fmt: skip
         path, good = rng.choice([
             ("/completion", {"prompt": text, "n_predict": 4}), ("/v1/completions", {"prompt": text, "stream": True}),
-            ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}], "stream": rng.random() < 0.5}),
+            (chat, {"messages": [{"role": "user", "content": text}], "stream": rng.random() < 0.5}),
             ("/tokenize", {"content": text}), ("/infill", {"input_prefix": text, "input_suffix": "x"}),
         ])  # fmt: skip
     depth = rng.choice(DEPTHS)
@@ -146,14 +153,20 @@ def request(seed: int) -> Request:
         body = _break(rng, body)
     elif kind == "transport":
         method = rng.choice(["GET", "PUT", "DELETE", "OPTIONS", "POST", "HEAD"])
-        path = rng.choice([path, "/", "/../../etc/passwd", "/v1/", "/slots/99", "/slots/x?action=erase", "/slots/0?action=x", path + "?x=%zz"])
-        headers["Content-Type"] = rng.choice(["text/plain", "multipart/form-data; boundary=x", "application/x-www-form-urlencoded", "x"])
+        path = rng.choice([
+            path, "/", "/../../etc/passwd", "/v1/", "/slots/99", "/slots/x?action=erase", "/slots/0?action=x",
+            path + "?x=%zz",
+        ])  # fmt: skip
+        headers["Content-Type"] = rng.choice([
+            "text/plain", "multipart/form-data; boundary=x", "application/x-www-form-urlencoded", "x",
+        ])  # fmt: skip
     return Request(method, path, body, headers, damage)
 
 
 def _replace(rng: random.Random, root: dict[str, Any]) -> str:
     """Replace or remove a part of a JSON object, or add one; return where."""
-    places: list[tuple[Any, Any]] = [(root, "unknown_field"), (root, rng.choice(["n", "n_probs", "stop", "logit_bias"]))]
+    new = rng.choice(["unknown_field", "n", "n_probs", "stop", "logit_bias", "grammar_triggers"])
+    places: list[tuple[Any, Any]] = [(root, new)]
     stack: list[Any] = [root]
     while stack:
         node = stack.pop()
@@ -172,9 +185,9 @@ def _break(rng: random.Random, body: bytes) -> bytes:
     """Make JSON malformed."""
     at = rng.randrange(len(body))
     return rng.choice([
-        body[:at], body[:at] + bytes(rng.randrange(256) for _ in range(3)) + body[at + 1 :], b"", b"null", b"[]", b"3", b'"x"',
-        body + b"}", b"\xff\xfe" + body, b"[" * 100_000, b'{"a":' * 20_000, body.replace(b'"', b"'"), body.replace(b":", b": NaN,", 1),
-        body.replace(b"e", b"\xc3", 1),
+        body[:at], body[:at] + bytes(rng.randrange(256) for _ in range(3)) + body[at + 1 :], b"", b"null", b"[]", b"3",
+        b'"x"', body + b"}", b"\xff\xfe" + body, b"[" * 100_000, b'{"a":' * 20_000, body.replace(b'"', b"'"),
+        body.replace(b":", b": NaN,", 1), body.replace(b"e", b"\xc3", 1),
     ])  # fmt: skip
 
 
@@ -223,7 +236,9 @@ def run(server: Server, seeds: range) -> Iterator[tuple[int, Request, str, int, 
         yield (seed, sent, *fault(server, sent))
         wrong, status, text = fault(server, good)
         if wrong or status != 200:
-            raise D2QError(f"after the request of seed {seed} ({sent.damage}), a good one gets: {wrong or status} {text}")
+            raise D2QError(
+                f"after the request of seed {seed} ({sent.damage}), a good one gets {wrong or status}: {text}"
+            )
 
 
 @click.command()

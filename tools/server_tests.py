@@ -54,9 +54,9 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
     reasons: dict[str, list[str]] = json.loads(DROPPED.read_text("utf-8"))
     kept, counts = [], Counter[str]()
     for item in items:
-        found = [reason for reason, patterns in reasons.items() if any(fnmatch.fnmatchcase(item.nodeid, p) for p in patterns)]
-        if found:
-            counts[found[0]] += 1
+        matches = [reason for reason in reasons if any(fnmatch.fnmatchcase(item.nodeid, p) for p in reasons[reason])]
+        if matches:
+            counts[matches[0]] += 1
         else:
             kept.append(item)
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])

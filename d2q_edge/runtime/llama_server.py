@@ -49,7 +49,7 @@ def serve(path: Path, options: ServerOptions, rest: Sequence[str] = (), program:
         program: llama-server; None takes the cache's, and builds it if it is missing.
 
     Raises:
-        D2QError: a file is missing or can't be loaded, the address can't be used, or the server can't be built or fails.
+        D2QError: a file is missing or can't be loaded, the address can't be used, the server can't be built, or fails.
     """
     file = GGUFFile(path)
     file.check_blocks()
@@ -69,7 +69,7 @@ def serve(path: Path, options: ServerOptions, rest: Sequence[str] = (), program:
 
 
 def arguments(file: GGUFFile, options: ServerOptions, page: Path) -> list[str]:
-    """Return llama-server's arguments for a file; `page` is the folder that stands in for its web page, if it exists."""
+    """Return llama-server's arguments for a file; the folder `page`, if it exists, stands in for its web page."""
     context = min(options.context, file.context_length or options.context)
     threads = str(options.threads or usable_cpus())
     found = ["--model", str(file.path), "--alias", file.path.stem, "--host", options.host, "--port", str(options.port)]

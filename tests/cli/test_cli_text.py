@@ -125,8 +125,19 @@ def test_serve_passes_its_options_on(
     monkeypatch.setattr(llama_server, "serve", lambda *arguments: calls.append(arguments))
     environment(D2Q_API_KEY="from the environment")
     assert d2q("serve", "file.gguf").code == 0
-    options = ("--host", "::1", "--port", "0", "--context", "64", "--parallel", "3", "--api-key", "key", "--threads", "4")
-    cache = ("--cache-type-k", "q8_0", "--cache-type-v", "q4_0", "--lora", "a.gguf", "--lora", "b.gguf")
+    options = ("--host", "::1", "--port", "0", "--context", "64", "--parallel", "3", "--api-key", "key")
+    cache = (
+        "--threads",
+        "4",
+        "--cache-type-k",
+        "q8_0",
+        "--cache-type-v",
+        "q4_0",
+        "--lora",
+        "a.gguf",
+        "--lora",
+        "b.gguf",
+    )
     assert d2q("serve", "file.gguf", *options, *cache, "--", "--mlock", "-np", "1").code == 0
     file, adapters = Path("file.gguf"), (Path("a.gguf"), Path("b.gguf"))
     assert calls == [

@@ -19,6 +19,7 @@ from d2q_edge.options import ServerOptions
 from d2q_edge.runtime import llama_server
 from d2q_edge.runtime.generate import generate
 from d2q_edge.runtime.llama_server import arguments, serve
+from d2q_edge.runtime.tools import server_directory
 from tests.availability import require_server
 from tests.command_line import python
 from tests.conftest import ExampleFiles
@@ -116,13 +117,13 @@ class TestBeforeTheStart:
 
         def install(server: bool) -> None:
             assert server
-            llama_server.server_directory().mkdir(parents=True)
-            (llama_server.server_directory() / "llama-server").touch()
+            server_directory().mkdir(parents=True)
+            (server_directory() / "llama-server").touch()
 
         monkeypatch.setattr(llama_server, "install", install)
         serve(chat_file, ServerOptions(port=0))
         assert capsys.readouterr().err == "llama-server isn't built yet; this is needed once.\n"
-        assert started[0][0] == str(llama_server.server_directory() / "llama-server")
+        assert started[0][0] == str(server_directory() / "llama-server")
         serve(chat_file, ServerOptions(port=0))
         assert capsys.readouterr().err == ""
 
@@ -172,7 +173,7 @@ class TestRunning:
 
     def test_a_crash_is_said(self, chat_file: Path, tmp_path: Path) -> None:
         program = tmp_path / "llama-server"
-        program.write_text("#!/bin/sh\necho '0.1 I srv: listening on http://h:1'\necho '0.2 E f: no luck'\nkill -9 $$\n")
+        program.write_text("#!/bin/sh\necho '0.1 I s: listening on http://h:1'\necho '0.2 E f: no luck'\nkill -9 $$\n")
         program.chmod(0o755)
         with pytest.raises(D2QError, match=r"llama-server ended \(killed by SIGKILL\): no luck"):
             serve(chat_file, ServerOptions(port=0), program=program)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.availability import require_server, unavailable
+from tests.availability import require_server
 from tools.served import Server, serve
 
 openai = pytest.importorskip("openai")

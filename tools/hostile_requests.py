@@ -78,7 +78,8 @@ MESSAGES: list[Any] = [
     {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]},
     {"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}]},
     {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]},
-    {"role": "user", "content": "refuse"}, {"role": "assistant", "content": "", "tool_calls": [{}]}, {"role": "user", "content": {"text": "x"}}, "x", None, [],
+    {"role": "user", "content": "refuse"}, {"role": "assistant", "content": "", "tool_calls": [{}]},
+    {"role": "user", "content": {"text": "x"}}, "x", None, [],
 ]  # fmt: skip
 GRAMMARS = [
     "root ::= ", "root ::= (", "x ::= x", "root ::= root", 'root ::= "a', "root ::= [a", 'root ::= "a"{9999999}', "::=",
@@ -92,7 +93,8 @@ SCHEMAS: list[Any] = [
     {"type": "array", "minItems": 10**9}, {"type": "array", "items": 3}, {"enum": []}, {"enum": 3}, {"const": None},
     {"type": "string", "minLength": -1, "maxLength": -5}, {"properties": 3}, {"type": "object", "properties": {"a": 3}},
     {"anyOf": 3}, {"allOf": [3]}, {"type": ["integer", 3]}, {"type": "integer", "minimum": "x"}, {"format": "x"}, [],
-    {"type": "integer", "minimum": 10, "maximum": -10}, "x", {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
+    {"type": "integer", "minimum": 10, "maximum": -10}, "x",
+    {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
 ]  # fmt: skip
 
 

@@ -166,7 +166,8 @@ def main(file: Path, seconds: float, clients: int, slots: int, alone: bool, seed
         click.echo(finding)
     sizes = [size >> 20 for _, size in load.memory]
     click.echo(f"finished: {dict(load.finished)}; findings: {len(load.findings)}")
-    click.echo(f"memory in MiB: {sizes[0]} at first, {max(sizes)} at most, {sizes[-1]} at the end")
+    grown = f"{load.growth / 2**20:.1f} more than after a quarter of the time"
+    click.echo(f"memory in MiB: {sizes[0]} at first, {max(sizes)} at most, {sizes[-1]} at the end, {grown}")
     raise SystemExit(bool(load.findings) or load.growth > MEMORY_GROWTH)
 
 

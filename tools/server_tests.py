@@ -4,13 +4,12 @@
     python -m tools.server_tests model.gguf unit/test_basic.py       # some
 
 The tests come from the source distribution (tools/server/tests). This module is also the pytest plugin that prepares
-them: it makes the presets of text models use the local file, and drops what can't pass with it, for one of the REASONS
-of `dropped.json`, each of which is counted.
+them: it makes the presets of text models use the local file, and drops what can't pass with it, for one of the reasons
+of `server_tests.json`. They are counted.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import os
 import subprocess
@@ -18,7 +17,7 @@ import sys
 import tempfile
 import types
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,8 @@ from d2q_edge.runtime.tools import SERVER, Tools, environment, server_directory
 ROOT = Path(__file__).parents[1]
 TESTS = Path("vendor/llama.cpp/tools/server/tests")
 DROPPED = Path(__file__).with_name("server_tests.json")
-"""Reason to patterns of test ids."""
+"""By reason, how the ids of tests begin."""
+SLOW = "is marked as slow: downloads models of gigabytes"
 TEXT_PRESETS = "tinyllama2", "tinyllama_infill", "stories15m_moe"
 MODEL = "D2Q_SERVER_TESTS_MODEL"
 
@@ -54,7 +54,9 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
     reasons: dict[str, list[str]] = json.loads(DROPPED.read_text("utf-8"))
     kept, counts = [], Counter[str]()
     for item in items:
-        matches = [reason for reason in reasons if any(fnmatch.fnmatchcase(item.nodeid, p) for p in reasons[reason])]
+        matches = [reason for reason, tests in reasons.items() if item.nodeid.startswith(tuple(tests))]
+        if item.get_closest_marker("slow"):
+            matches.append(SLOW)
         if matches:
             counts[matches[0]] += 1
         else:
@@ -82,14 +84,19 @@ def _local(preset: Callable[[], Any], model: str) -> Callable[[], Any]:
     return make
 
 
-def run(tree: Path, model: Path, arguments: tuple[str, ...], port: int = 8080) -> subprocess.CompletedProcess[str]:
+def run(tree: Path, model: Path, arguments: Sequence[str], port: int = 8080) -> subprocess.CompletedProcess[str]:
     """Run the tests of an unpacked source distribution; `arguments` are pytest's.
 
     Raises:
         D2QError: llama-server isn't built.
     """
     server = Tools(server_directory()).find(SERVER)
-    variables = {"LLAMA_SERVER_BIN_PATH": str(server), MODEL: str(model.resolve()), "PORT": str(port)}
+    variables = {
+        "LLAMA_SERVER_BIN_PATH": str(server),
+        MODEL: str(model.resolve()),
+        "PORT": str(port),
+        "LLAMA_ARG_THREADS": "1",
+    }
     command = [sys.executable, "-m", "pytest", "-p", "tools.server_tests", "-q", "--tb=short", *arguments]
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     variables |= {**environment(), **variables, "PYTHONPATH": paths}

@@ -202,7 +202,7 @@ class TestInstall:
         assert fake.install(server=True, page=False).server
         assert fake.steps == ["prepare", "wheel", "install x.whl", "prepare", "patch", "server"]
         said = capsys.readouterr().err
-        assert "Building llama-server on" in said and "which takes up to" in said
+        assert "Building llama-server on" in said and "which takes about" in said
         assert "comes without its web page" in said
 
     def test_page_is_built_where_npm_is(

@@ -24,6 +24,7 @@ def test_nothing_installed(cache: Path, no_runtime: None) -> None:
         "types": [],
         "library": described["library"],
         "tools": dict.fromkeys(TOOLS),
+        "server": None,
     }
     with pytest.raises(D2QError, match="is not installed: run `d2q-edge runtime install`"):
         installed.require()

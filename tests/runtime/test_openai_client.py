@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
 from tests.availability import require_server
 from tools.served import Server, serve
 
-openai = pytest.importorskip("openai")
 pytestmark = pytest.mark.slow
 KEY = "secret"
 QUESTION = [{"role": "user", "content": "Who is there?"}]

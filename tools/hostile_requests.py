@@ -144,7 +144,8 @@ def request(seed: int) -> Request:
             "word " * rng.choice([300, 200_000]), [3] * 5000, [10**9], [-5], ["a"] * 300, [[]], "\x00", "",
         ])  # fmt: skip
         path, good = rng.choice([
-            ("/completion", {"prompt": text, "n_predict": 4}), ("/v1/completions", {"prompt": text, "stream": True}),
+            ("/completion", {"prompt": text, "n_predict": 4}),
+            ("/v1/completions", {"prompt": text, "stream": True, "max_tokens": 4}),
             (chat, {"messages": [{"role": "user", "content": text}], "stream": rng.random() < 0.5}),
             ("/tokenize", {"content": text}), ("/infill", {"input_prefix": text, "input_suffix": "x"}),
         ])  # fmt: skip

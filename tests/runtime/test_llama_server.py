@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from d2q_edge.errors import D2QError
+from d2q_edge.export.model_file import export
 from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.options import ServerOptions
 from d2q_edge.runtime import llama_server
@@ -21,8 +22,8 @@ from d2q_edge.runtime.generate import generate
 from d2q_edge.runtime.llama_server import arguments, serve
 from d2q_edge.runtime.tools import server_directory
 from tests.availability import require_server
+from tests.checkpoints import EXAMPLE
 from tests.command_line import python
-from tests.conftest import ExampleFiles
 from tools import served
 
 
@@ -69,10 +70,12 @@ class TestBeforeTheStart:
         assert line[-2:] == ["--path", str(tmp_path)], "the page that stands in for the web page"
 
     def test_says_what_to_know(
-        self, example_files: ExampleFiles, started: list[list[str]], capsys: pytest.CaptureFixture[str]
+        self, started: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         program = Path("/llama/llama-server")
-        serve(example_files.d2q2, ServerOptions("0.0.0.0", 0), ("--x",), program)
+        export(EXAMPLE, tmp_path / "f16.gguf", "f16")
+        capsys.readouterr()
+        serve(tmp_path / "f16.gguf", ServerOptions("0.0.0.0", 0), ("--x",), program)
         lines = capsys.readouterr().err.splitlines()
         assert "no chat template: use /v1/completions" in lines[0]
         assert "Everybody who can reach this address" in lines[1]

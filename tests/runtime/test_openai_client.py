@@ -73,6 +73,12 @@ def test_streamed_answer_is_the_answer(client: Any) -> None:
     assert events[-1].usage.completion_tokens == 8
 
 
+def test_two_answers_in_one_stream(client: Any) -> None:
+    events = list(ask(client, stream=True, n=2, temperature=1))
+    ends = {choice.index: choice.finish_reason for event in events for choice in event.choices}
+    assert ends == {0: "length", 1: "length"}
+
+
 def test_roles_and_empty_messages(client: Any) -> None:
     history = [{"role": "developer", "content": "Be short."}, {"role": "assistant", "content": None}, *QUESTION]
     assert ask(client, history).choices[0].message.content

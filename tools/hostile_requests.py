@@ -214,7 +214,7 @@ def fault(server: Server, sent: Request) -> tuple[str, int, str]:
             refusals = [event["error"] for event in events if "error" in event]
             errors += [refusal["code"] for refusal in refusals]
             messages = [refusal["message"] for refusal in refusals]
-        elif errors and sent.method != "HEAD":
+        elif errors and sent.method != "HEAD" and not kind.startswith("text/"):
             messages = [json.loads(text)["error"]["message"]]
     except (ValueError, KeyError, TypeError):
         return "no sentence", status, text

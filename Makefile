@@ -12,6 +12,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 demo: runtime
 	$(BIN)/python tools/demo.py
 
+test: RUNTIME += --server --no-page
 test: lint runtime
 	$(PYTEST)
 
@@ -25,9 +26,11 @@ lint: $(VENV)/installed
 	$(BIN)/lint-imports
 	$(BIN)/python tools/generate_tables.py --check
 
-# Builds the patched llama-cpp-python and llama.cpp's tools once per machine; later runs take them from the cache.
+# Builds the patched llama-cpp-python and llama.cpp's tools once per machine, and its server for `make test`; later runs
+# take them from the cache.
+RUNTIME := --tools
 runtime: $(VENV)/installed
-	$(BIN)/d2q-edge runtime install --tools
+	$(BIN)/d2q-edge runtime install $(RUNTIME)
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,6 +1,7 @@
 """State every option of conversion, measurement and serving, and its default, once."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from d2q_edge.errors import D2QError
 
@@ -14,7 +15,6 @@ CACHE_TYPES = "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4
 """llama.cpp's types for the keys and values of a context."""
 CHAT_CONTEXT, CHAT_TEMPERATURE = 4096, 0.7
 """Tokens of a whole conversation, and the temperature of its answers."""
-SERVER_HOST, SERVER_PORT = "127.0.0.1", 8000
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,32 @@ class Options:
                 raise D2QError(f"{name} must be a number, not {value!r}")
         if self.rotation not in ROTATIONS:
             raise D2QError(f"rotation must be one of {', '.join(ROTATIONS)}, not {self.rotation!r}")
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """How a file is served.
+
+    Attributes:
+        host: address to listen on; any but a loopback address lets other machines in.
+        port: to listen on; 0 takes a free one.
+        context: tokens of one conversation; limited to the model's own context.
+        parallel: conversations that are answered at the same time; each has memory for its context.
+        api_key: bearer token that clients must send, if any.
+        threads: number of CPU threads; None takes all CPUs that this process may use.
+        cache_type_k, cache_type_v: types that llama.cpp stores the context's keys and values in.
+        lora: GGUF files of adapters.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    context: int = CHAT_CONTEXT
+    parallel: int = 2
+    api_key: str | None = None
+    threads: int | None = None
+    cache_type_k: str = "f16"
+    cache_type_v: str = "f16"
+    lora: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import pytest
 from d2q_edge import runtime
 from d2q_edge.errors import D2QError
 from d2q_edge.runtime import source
+from d2q_edge.runtime.tools import SERVER, server_directory
 
 
 def unavailable(reason: str) -> NoReturn:
@@ -30,6 +31,14 @@ def require_tool(name: str) -> Path:
     """The path of one of llama.cpp's tools, built from the patched tree."""
     try:
         return runtime.Tools().find(name)
+    except D2QError as error:
+        unavailable(str(error))
+
+
+def require_server() -> Path:
+    """The path of llama-server, built with this checkout's patches."""
+    try:
+        return runtime.Tools(server_directory()).find(SERVER)
     except D2QError as error:
         unavailable(str(error))
 

@@ -20,7 +20,7 @@ from d2q_edge.conversion import convert
 from d2q_edge.export.model_file import export
 from d2q_edge.options import Options
 from d2q_edge.pipeline.report import Report
-from d2q_edge.runtime import generate, installed, llama_model, source
+from d2q_edge.runtime import installed, llama_model, source
 from d2q_edge.utils import files
 from tests import stock
 from tests.availability import fetch_sdist
@@ -36,7 +36,6 @@ def one_thread() -> Iterator[None]:
     """The models are tiny: a second thread gains nothing here, and costs a lot where other programs are running."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")  # for the programs that tests start
-        patch.setattr(generate, "usable_cpus", lambda: 1)
         patch.setattr(llama_model, "usable_cpus", lambda: 1)
         torch.set_num_threads(1)
         yield

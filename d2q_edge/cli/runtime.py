@@ -14,11 +14,13 @@ def command() -> None:
 
 @command.command()
 @click.option("--tools", is_flag=True, help="Also build llama-quantize, llama-imatrix, llama-perplexity, llama-bench.")
-def install(tools: bool) -> None:
+@click.option("--server", is_flag=True, help="Also build llama-server, which `d2q-edge serve` runs.")
+@click.option("--page/--no-page", default=True, help="With its web page, where npm is there to build it.")
+def install(tools: bool, server: bool, page: bool) -> None:
     """Build the patched llama-cpp-python (once per machine) and install it."""
     from d2q_edge import runtime
 
-    runtime.install(tools=tools)
+    runtime.install(tools, server, page=page)
     click.echo(runtime.info().version)
 
 

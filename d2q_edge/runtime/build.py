@@ -1,8 +1,9 @@
-"""Build the patched llama-cpp-python and llama.cpp's tools into the cache, and install the wheel.
+"""Build the patched llama-cpp-python, llama.cpp's tools and its server into the cache, and install the wheel.
 
-A wheel or a folder of tools appears in the cache complete or not at all: it is built beside its place and renamed.
+A wheel or a folder of programs appears in the cache complete or not at all: it is built beside its place and renamed.
 """
 
+import math
 import os
 import re
 import shlex
@@ -18,7 +19,7 @@ from d2q_edge.errors import D2QError
 from d2q_edge.runtime import source
 from d2q_edge.runtime.installed import RuntimeInfo, info, installed_version, library_directory
 from d2q_edge.runtime.process import run_logged, say
-from d2q_edge.runtime.tools import TOOLS, Tools, installed_key
+from d2q_edge.runtime.tools import SERVER, TOOLS, Tools, installed_key
 from d2q_edge.utils.machine import cache_key, usable_cpus
 
 WHEEL_OPTIONS = ("-DLLAVA_BUILD=OFF", "-DLLAMA_BUILD_COMMON=OFF", "-DGGML_NATIVE=ON")
@@ -27,6 +28,16 @@ TOOL_OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release", "-DLLAVA_BUILD=OFF", "-DGGML_NATIVE=ON", "-DLLAMA_BUILD_COMMON=ON",
     "-DLLAMA_BUILD_TOOLS=ON", "-DLLAMA_BUILD_SERVER=OFF", "-DLLAMA_OPENSSL=OFF", "-DCMAKE_BUILD_RPATH_USE_ORIGIN=ON",
 )  # fmt: skip
+SERVER_OPTIONS = (*TOOL_OPTIONS, "-DLLAMA_BUILD_SERVER=ON", "-DLLAMA_USE_PREBUILT_UI=OFF", "-DMTMD_VIDEO=OFF")
+"""The last one of several settings of an option counts."""
+SERVER_CPU_MINUTES = 8
+"""What building llama-server took alone; the tools, built in the same run, are most of it."""
+PAGE = Path("vendor/llama.cpp/tools/ui/dist/index.html")
+"""Where CMake leaves the web page in the build folder, if npm could build it."""
+NO_PAGE = """<!doctype html><meta charset="utf-8"><title>d2q-edge serve</title>
+<p>The server is running, and its API is at <code>/v1</code>. The web page has not been built: install npm, and run
+<code>d2q-edge runtime install --server</code>.
+"""
 NEEDED = {
     "a C compiler": ("cc", "gcc", "clang"),
     "a C++ compiler": ("c++", "g++", "clang++"),
@@ -80,13 +91,29 @@ def prepare(tree: Path, log: Path) -> None:
     source.prepare(tree, log)
 
 
-def install(tools: bool = False, *, run: Run = run_logged, prepare_tree: PrepareTree = prepare) -> RuntimeInfo:
+def prepare_server(tree: Path, log: Path) -> None:
+    """Apply the patches of llama-server to the patched tree; errors as in source.apply."""
+    source.apply_server(source.patch_directory(), tree, log)
+
+
+def install(
+    tools: bool = False,
+    server: bool = False,
+    *,
+    page: bool = True,
+    run: Run = run_logged,
+    prepare_tree: PrepareTree = prepare,
+    patch_server: PrepareTree = prepare_server,
+) -> RuntimeInfo:
     """Install the patched llama-cpp-python into this environment, build what the cache lacks, and return `info`.
 
     Args:
         tools: also build llama.cpp's command-line tools (TOOLS) from the same tree.
+        server: also build llama-server.
+        page: with its web page, where npm is there; npm downloads what that needs.
         run: runs a command as run_logged does.
         prepare_tree: makes the patched tree as `prepare` does.
+        patch_server: patches it for llama-server as `prepare_server` does.
 
     Raises:
         D2QError: a program is missing, there is no network, CMAKE_ARGS has an open quote, or a build step failed; the
@@ -103,16 +130,26 @@ def install(tools: bool = False, *, run: Run = run_logged, prepare_tree: Prepare
     log = place / "build.log"
     wheels = list((place / "wheel").glob("*.whl"))
     missing_tools = tools and not all(Tools(place / "tools").path(name) for name in TOOLS)
-    if not wheels or missing_tools:
+    page = page and shutil.which("npm") is not None
+    server_place = place / f"server-{source.server_hash()}"
+    pageless = page and (server_place / "page").exists()
+    missing_server = server and (pageless or not Tools(server_place).path(SERVER))
+    if not wheels or missing_tools or missing_server:
         log.unlink(missing_ok=True)
         with tempfile.TemporaryDirectory(dir=place, prefix="work-", ignore_cleanup_errors=True) as directory:
             work = Path(directory)
             prepare_tree(work / "source", log)
-            # Wheel and tools share a build folder, so that common objects are compiled once.
+            # All share a build folder, so that common objects are compiled once.
             if not wheels:
                 _build_wheel(work, place / "wheel", log, run)
             if missing_tools:
-                _build_tools(work, place / "tools", log, run, user_options)
+                say(f"Building {', '.join(TOOLS)} (log: {log})")
+                _build_programs(work, TOOLS, log, run, [*TOOL_OPTIONS, *user_options])
+                _publish(work / "programs", place / "tools")
+            if missing_server:
+                patch_server(work / "source", log)
+                _build_server(work, log, run, page, user_options)
+                _publish(work / "programs", server_place)
         wheels = list((place / "wheel").glob("*.whl"))
     if _up_to_date(key):
         say(f"llama-cpp-python {version} is already installed")
@@ -158,24 +195,39 @@ def _build_wheel(work: Path, target: Path, log: Path, run: Run) -> None:
     wheels[0].replace(target / wheels[0].name)
 
 
-def _build_tools(work: Path, target: Path, log: Path, run: Run, user_options: Sequence[str]) -> None:
-    """Build the tools of work/source, and move them with their libraries to a folder; the user's options win."""
-    say(f"Building {', '.join(TOOLS)} (log: {log})")
-    build, env = work / "build", _environment(())
+def _build_server(work: Path, log: Path, run: Run, page: bool, user_options: Sequence[str]) -> None:
+    """Build llama-server of work/source into work/programs, with a page that says so where there is no web page."""
+    minutes = math.ceil(SERVER_CPU_MINUTES / usable_cpus()) + 3 * page
+    with_page = " with its web page" if page else ""
+    say(f"Building {SERVER}{with_page} on {usable_cpus()} cores, which takes about {minutes} minutes (log: {log})")
+    options = [*SERVER_OPTIONS, f"-DLLAMA_BUILD_UI={'ON' if page else 'OFF'}", *user_options]
+    _build_programs(work, (SERVER,), log, run, options)
+    if not (work / "build" / PAGE).is_file():
+        say(f"{SERVER} comes without its web page: {'npm failed, see the log' if page else 'npm has to build that'}")
+        (work / "programs" / "page").mkdir()
+        (work / "programs" / "page" / "index.html").write_text(NO_PAGE, "utf-8")
+
+
+def _build_programs(work: Path, names: Sequence[str], log: Path, run: Run, options: Sequence[str]) -> None:
+    """Build programs of work/source, and copy them with their libraries to work/programs."""
+    build, env, what = work / "build", _environment(()), names[0] if len(names) == 1 else "llama.cpp's tools"
     # A folder configured for the wheel keeps its settings; these are added.
-    configure = ["cmake", "-S", work / "source", "-B", build, *TOOL_OPTIONS, *user_options]
-    run(configure, log, "configuring llama.cpp's tools failed", env=env)
-    command = ["cmake", "--build", build, "--parallel", str(usable_cpus()), "--target", *TOOLS]
-    run(command, log, "building llama.cpp's tools failed", description="Building the tools", env=env)
-    out = work / "tools"
+    run(["cmake", "-S", work / "source", "-B", build, *options], log, f"configuring {what} failed", env=env)
+    command = ["cmake", "--build", build, "--parallel", str(usable_cpus()), "--target", *names]
+    run(command, log, f"building {what} failed", description=f"Building {what}", env=env)
+    out = work / "programs"
     out.mkdir()
     for path in (build / "bin").iterdir():
-        if path.stem in TOOLS or ".so" in path.name or path.suffix in (".dylib", ".dll"):
+        if path.stem in names or ".so" in path.name or path.suffix in (".dylib", ".dll"):
             shutil.copy2(path, out / path.name, follow_symlinks=False)
+
+
+def _publish(programs: Path, target: Path) -> None:
+    """Move a complete folder to its place."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists():
         shutil.rmtree(target)
-    out.rename(target)
+    programs.rename(target)
 
 
 def _up_to_date(key: str) -> bool:

@@ -2,22 +2,13 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from d2q_edge.errors import D2QError
-from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.options import LOADING, SAMPLING, LoadOptions, SamplingOptions
 from d2q_edge.runtime.text_model import TextModel
-from d2q_edge.utils.machine import usable_cpus
 
 SPARE_TOKENS = 8
 """Room for the special tokens around a prompt."""
-
-
-def llama_options(file: GGUFFile, context: int, threads: int | None) -> dict[str, Any]:
-    """Return options of llama_cpp.Llama: a context within the model's own, and threads; None takes all usable CPUs."""
-    n_ctx, count = min(context, file.context_length or context), threads or usable_cpus()
-    return {"n_ctx": n_ctx, "n_threads": count, "n_threads_batch": count, "verbose": False}
 
 
 def generate(

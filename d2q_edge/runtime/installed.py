@@ -15,7 +15,7 @@ from d2q_edge.errors import D2QError
 from d2q_edge.formats.codebooks import TABLE_SHA256
 from d2q_edge.formats.tensor_types import ALL
 from d2q_edge.runtime.source import PACKAGE, VERSION
-from d2q_edge.runtime.tools import INSTALLED, TOOLS
+from d2q_edge.runtime.tools import INSTALLED, SERVER, TOOLS, Tools, server_directory
 
 INSTALL = "run `d2q-edge runtime install`"
 PATCHED = re.compile(re.escape(VERSION) + r"\+d2q\.([0-9a-f]+)")
@@ -31,6 +31,7 @@ class RuntimeInfo:
         types: our tensor types that it has.
         library: path of libllama.
         tools: path of each of llama.cpp's tools.
+        server: path of llama-server.
     """
 
     version: str | None
@@ -38,6 +39,7 @@ class RuntimeInfo:
     types: list[str]
     library: str | None
     tools: dict[str, str | None]
+    server: str | None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for json.dump."""
@@ -51,7 +53,9 @@ def info() -> RuntimeInfo:
     base = _base_library() if patched else None
     types = [name.decode() for tensor_type in ALL if base and (name := base.ggml_type_name(tensor_type.id))]
     tools = {name: str(path) if (path := INSTALLED.path(name)) else None for name in TOOLS}
-    return RuntimeInfo(version, patched and patched[1], types, str(library) if library else None, tools)
+    server = Tools(server_directory()).path(SERVER)
+    paths = [str(path) if path else None for path in (library, server)]
+    return RuntimeInfo(version, patched and patched[1], types, paths[0], tools, paths[1])
 
 
 def require() -> ModuleType:

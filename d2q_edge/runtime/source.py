@@ -45,8 +45,23 @@ def _inputs(directory: Path) -> list[Path]:
 def patch_hash(directory: Path | None = None) -> str:
     """Return twelve hex digits of a hash over the distribution's checksum, all patches and our own sources."""
     directory = directory or patch_directory()
+    return _hash(directory, _inputs(directory))
+
+
+def server_hash(directory: Path | None = None) -> str:
+    """Return the same over the distribution's checksum and the patches of llama-server alone."""
+    directory = directory or patch_directory()
+    return _hash(directory, _server_patches(directory))
+
+
+def _server_patches(directory: Path) -> list[Path]:
+    """List the patches that only llama-server's build needs: no change of them rebuilds the wheel and the tools."""
+    return sorted(directory.glob("server/*.patch"))
+
+
+def _hash(directory: Path, paths: list[Path]) -> str:
     digest = hashlib.sha256(SDIST_SHA256.encode())
-    for path in _inputs(directory):
+    for path in paths:
         content = path.read_bytes()
         digest.update(f"{path.relative_to(directory).as_posix()} {len(content)}\n".encode() + content)
     text = digest.hexdigest()
@@ -121,8 +136,7 @@ def apply(directory: Path, tree: Path, log: Path) -> None:
     own.mkdir()
     for path in _inputs(directory):
         if path.suffix == ".patch":
-            command = ["patch", "-p1", "--batch", "--forward", "--fuzz=0", "-i", path.resolve()]
-            run_logged(command, log, f"the patch {path.name} does not apply to {PACKAGE} {VERSION}", cwd=tree)
+            _apply_patch(path, tree, log)
         else:
             shutil.copyfile(path, own / path.name)
     module = tree / "llama_cpp" / "__init__.py"
@@ -131,3 +145,14 @@ def apply(directory: Path, tree: Path, log: Path) -> None:
     if count != 1:
         raise D2QError(f"{module} has no line with version {VERSION}")
     module.write_text(text)
+
+
+def apply_server(directory: Path, tree: Path, log: Path) -> None:
+    """Apply the patches of llama-server to a tree that `apply` has patched; errors as there."""
+    for path in _server_patches(directory):
+        _apply_patch(path, tree, log)
+
+
+def _apply_patch(path: Path, tree: Path, log: Path) -> None:
+    command = ["patch", "-p1", "--batch", "--forward", "--fuzz=0", "-i", path.resolve()]
+    run_logged(command, log, f"the patch {path.name} does not apply to {PACKAGE} {VERSION}", cwd=tree)

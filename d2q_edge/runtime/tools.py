@@ -1,4 +1,4 @@
-"""Find and run llama.cpp's command-line tools, which `d2q-edge runtime install --tools` builds."""
+"""Find and run llama.cpp's programs, which `d2q-edge runtime install --tools --server` builds."""
 
 import importlib.metadata
 import json
@@ -12,11 +12,12 @@ from pathlib import Path
 
 from d2q_edge.errors import D2QError
 from d2q_edge.runtime.process import follow
-from d2q_edge.runtime.source import PACKAGE, cache_directory, patch_hash
+from d2q_edge.runtime.source import PACKAGE, cache_directory, patch_hash, server_hash
 from d2q_edge.utils.machine import cache_key
 from d2q_edge.utils.progress import INTERVAL
 
 TOOLS = ("llama-quantize", "llama-imatrix", "llama-perplexity", "llama-bench")
+SERVER = "llama-server"
 CACHED_WHEEL = re.compile(r"/([0-9a-f]+-[0-9a-f]{8})/wheel/[^/]+\.whl$")
 """End of the URL of a wheel in our cache; the group is machine.cache_key."""
 
@@ -43,6 +44,11 @@ def tools_directory() -> Path:
     return cache_directory() / (key if key and key.startswith(f"{patch}-") else cache_key(patch)) / "tools"
 
 
+def server_directory() -> Path:
+    """Return the directory for llama-server, its libraries and its page, beside that of the tools."""
+    return tools_directory().with_name(f"server-{server_hash()}")
+
+
 @dataclass(frozen=True)
 class Tools:
     """llama.cpp's tools in one directory; None is that of `runtime install --tools`."""
@@ -67,7 +73,7 @@ class Tools:
             D2QError: it has not been built or fails; the message ends with what it printed on stderr.
         """
         command = [str(self.find(name)), *map(str, arguments)]
-        result = subprocess.run(command, capture_output=True, text=True, env=_environment())
+        result = subprocess.run(command, capture_output=True, text=True, env=environment())
         if result.returncode:
             raise D2QError(f"{name} failed: {' '.join(command)}\n{result.stderr[-2000:]}")
         return result.stdout
@@ -79,7 +85,7 @@ class Tools:
             D2QError: it has not been built or fails; the message ends with the last lines it printed.
         """
         command = [str(self.find(name)), *map(str, arguments)]
-        code, tail = follow(command, description, unit, env=_environment(), interval=interval)
+        code, tail = follow(command, description, unit, env=environment(), interval=interval)
         if code:
             lines = [line.strip() for line in tail.splitlines() if line.strip()]
             # llama.cpp doesn't wait at the end for the thread that prints: the last lines can be missing.
@@ -91,6 +97,6 @@ class Tools:
 INSTALLED = Tools()
 
 
-def _environment() -> dict[str, str]:
-    """The environment without OMP_WAIT_POLICY: PASSIVE, which torch wants, makes every ggml barrier a sleep."""
+def environment() -> dict[str, str]:
+    """Return the environment without OMP_WAIT_POLICY: PASSIVE, which torch wants, makes every ggml barrier a sleep."""
     return {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}

@@ -231,17 +231,18 @@ class TestOtherCommands:
 
     def test_runtime_info(self, d2q: Call) -> None:
         facts = json.loads(d2q("runtime", "info", "--json").out)
-        assert list(facts) == ["version", "patch_hash", "types", "library", "tools"]
+        assert list(facts) == ["version", "patch_hash", "types", "library", "tools", "server"]
         assert {"llama-quantize", "llama-imatrix", "llama-perplexity", "llama-bench"} <= facts["tools"].keys()
         assert [line.split()[0] for line in d2q("runtime", "info").out.splitlines()] == list(facts)
 
     def test_runtime_install(self, d2q: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-        asked: list[bool] = []
-        monkeypatch.setattr(runtime, "install", lambda tools: asked.append(tools))
-        assert d2q("runtime", "install").code == d2q("runtime", "install", "--tools").code == 0
-        assert asked == [False, True]
+        asked: list[tuple[bool, ...]] = []
+        monkeypatch.setattr(runtime, "install", lambda tools, server, page: asked.append((tools, server, page)))
+        for options in ((), ("--tools",), ("--server",), ("--tools", "--server", "--no-page")):
+            assert d2q("runtime", "install", *options).code == 0
+        assert asked == [(False, False, True), (True, False, True), (False, True, True), (True, True, False)]
 
-        def fail(tools: bool) -> None:
+        def fail(*_: bool, **__: bool) -> None:
             raise D2QError("no compiler:\n  install one")
 
         monkeypatch.setattr(runtime, "install", fail)
@@ -284,7 +285,13 @@ class TestHelp:
             assert option in said["metadata"]
         assert "--json" in said["inspect"]
         assert "--json" in said["runtime info"]
-        assert "--tools" in said["runtime install"]
+        for option in ("--tools", "--server", "--no-page"):
+            assert option in said["runtime install"]
+        for option in (
+            "--host", "--port", "--context", "--parallel", "--api-key", "--threads", "--cache-type-k", "--cache-type-v",
+            "--lora",
+        ):  # fmt: skip
+            assert option in said["serve"]
 
     def test_version(self, d2q: Call) -> None:
         assert d2q("--version").out == f"d2q-edge, version {__version__}\n"

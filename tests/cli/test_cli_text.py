@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from d2q_edge.errors import D2QError
-from d2q_edge.runtime import server
+from d2q_edge.options import ServerOptions
+from d2q_edge.runtime import llama_server
 from d2q_edge.runtime.chat import Conversation
 from tests.availability import require_runtime, require_tool
 from tests.command_line import Call, refused
@@ -134,27 +135,36 @@ def test_serve_passes_its_options_on(
     d2q: Call, environment: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[object, ...]] = []
-
-    def serve(*arguments: object, **options: object) -> None:
-        calls.append((*arguments, options))
-
-    monkeypatch.setattr(server, "serve", serve)
+    monkeypatch.setattr(llama_server, "serve", lambda *arguments: calls.append(arguments))
     environment(D2Q_API_KEY="from the environment")
     assert d2q("serve", "file.gguf").code == 0
-    options = ("--host", "::1", "--port", "0", "--context", "64", "--api-key", "key", "--threads", "3")
-    assert d2q("serve", "file.gguf", *options).code == 0
-    file = Path("file.gguf")
+    options = ("--host", "::1", "--port", "0", "--context", "64", "--parallel", "3", "--api-key", "key")
+    cache = (
+        "--threads",
+        "4",
+        "--cache-type-k",
+        "q8_0",
+        "--cache-type-v",
+        "q4_0",
+        "--lora",
+        "a.gguf",
+        "--lora",
+        "b.gguf",
+    )
+    assert d2q("serve", "file.gguf", *options, *cache, "--", "--mlock", "-np", "1").code == 0
+    file, adapters = Path("file.gguf"), (Path("a.gguf"), Path("b.gguf"))
     assert calls == [
-        (file, "127.0.0.1", 8000, {"context": 4096, "api_key": "from the environment", "threads": None}),
-        (file, "::1", 0, {"context": 64, "api_key": "key", "threads": 3}),
+        (file, ServerOptions(api_key="from the environment"), ()),
+        (file, ServerOptions("::1", 0, 64, 3, "key", 4, "q8_0", "q4_0", adapters), ("--mlock", "-np", "1")),
     ]
 
-    def fail(*_: object, **__: object) -> None:
-        raise D2QError("the server's packages are missing:\n pip install them")
+    def fail(*_: object) -> None:
+        raise D2QError("no compiler:\n install one")
 
-    monkeypatch.setattr(server, "serve", fail)
-    refused(d2q("serve", "file.gguf"), "the server's packages are missing: pip install them")
+    monkeypatch.setattr(llama_server, "serve", fail)
+    refused(d2q("serve", "file.gguf"), "no compiler: install one")
     assert d2q("serve", "file.gguf", "--port", "70000").code == 2
+    assert "One file is served, and b.gguf is another." in d2q("serve", "file.gguf", "b.gguf").err
 
 
 @pytest.mark.slow

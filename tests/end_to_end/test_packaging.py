@@ -84,7 +84,7 @@ def test_wheel(distributions: tuple[Path, Path]) -> None:
         assert content == package
     assert (metadata["Name"], metadata["License-Expression"]) == ("d2q-edge", "MIT")
     assert metadata["Requires-Python"] == ">=3.10"
-    assert set(metadata.get_all("Provides-Extra", ())) >= {"serve", "dev"}
+    assert set(metadata.get_all("Provides-Extra", ())) >= {"report", "dev"}
     assert str(metadata.get_payload()).startswith("# d2q-edge")
 
 

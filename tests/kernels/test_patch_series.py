@@ -2,6 +2,7 @@
 
 import filecmp
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,15 @@ from d2q_edge.errors import D2QError
 from d2q_edge.runtime import source
 
 PATCHES = sorted((source.patch_directory() / "patches").glob("*.patch"))
+SERVER_PATCHES = sorted((source.patch_directory() / "server").glob("*.patch"))
 
 
 def _files(directory: Path) -> set[str]:
     return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
 
 
-def _listed() -> set[str]:
-    return {name for patch in PATCHES for name in re.findall(r"^\+\+\+ b/(\S+)$", patch.read_text(), re.MULTILINE)}
+def _listed(patches: list[Path]) -> set[str]:
+    return {name for patch in patches for name in re.findall(r"^\+\+\+ b/(\S+)$", patch.read_text(), re.MULTILINE)}
 
 
 def test_only_listed_files_change(pristine_tree: Path, patched_tree: Path) -> None:
@@ -26,13 +28,21 @@ def test_only_listed_files_change(pristine_tree: Path, patched_tree: Path) -> No
     assert before - after == set()
     assert after - before == own
     changed = {name for name in before if not filecmp.cmp(pristine_tree / name, patched_tree / name, shallow=False)}
-    assert changed == _listed() | {"llama_cpp/__init__.py"}
+    assert changed == _listed(PATCHES) | {"llama_cpp/__init__.py"}
+
+
+def test_server_patches_apply_after_the_others(patched_tree: Path, tmp_path: Path) -> None:
+    for name in _listed(SERVER_PATCHES):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(patched_tree / name, tmp_path / name)
+    source.apply_server(source.patch_directory(), tmp_path, tmp_path / "log")
+    assert all(not filecmp.cmp(patched_tree / name, tmp_path / name, shallow=False) for name in _listed(SERVER_PATCHES))
 
 
 def test_patches_are_small_and_say_what_they_are_for() -> None:
     assert len(PATCHES) >= 5
     readme = (source.patch_directory() / "README.md").read_text()
-    for number, patch in enumerate(PATCHES, 1):
+    for number, patch in [*enumerate(PATCHES, 1), *enumerate(SERVER_PATCHES, 1)]:
         purpose, empty, first, *_ = patch.read_text().splitlines()
         assert patch.name.startswith(f"{number:04}-")
         assert purpose.endswith(".")

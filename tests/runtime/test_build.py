@@ -11,7 +11,7 @@ import pytest
 
 from d2q_edge.errors import D2QError
 from d2q_edge.runtime import build, installed, source
-from d2q_edge.runtime.tools import TOOLS, tools_directory
+from d2q_edge.runtime.tools import SERVER, TOOLS, server_directory, tools_directory
 from d2q_edge.utils import machine
 from tests.runtime.conftest import put, wheel_url
 
@@ -57,10 +57,16 @@ class FakeBuild:
     def __init__(self, site: Path) -> None:
         self.steps: list[str] = []
         self.configured: list[str] = []
-        self.site, self.fails = site, ""
+        self.site, self.fails, self.npm_works = site, "", True
 
-    def install(self, tools: bool = False) -> installed.RuntimeInfo:
-        return build.install(tools, run=self.run, prepare_tree=self.prepare)
+    def install(self, tools: bool = False, server: bool = False, page: bool = True) -> installed.RuntimeInfo:
+        hooks = {"run": self.run, "prepare_tree": self.prepare, "patch_server": self.patch}
+        return build.install(tools, server, page=page, **hooks)  # type: ignore[arg-type]
+
+    def patch(self, tree: Path, log: Path) -> None:
+        del log
+        assert tree.is_dir()
+        self.steps.append("patch")
 
     def prepare(self, tree: Path, log: Path) -> None:
         del log
@@ -78,11 +84,14 @@ class FakeBuild:
             out.mkdir()
             (out / "x.whl").touch()
         elif "--build" in words:
-            self.steps.append("tools")
-            binaries = Path(words[words.index("--build") + 1]) / "bin"
-            binaries.mkdir(parents=True)
-            for name in (*TOOLS, "libllama.so.0", "unrelated"):
-                (binaries / name).touch()
+            self.steps.append("server" if SERVER in words else "tools")
+            folder = Path(words[words.index("--build") + 1])
+            (folder / "bin").mkdir(parents=True, exist_ok=True)
+            for name in (*words[words.index("--target") + 1 :], "libllama.so.0", "unrelated"):
+                (folder / "bin" / name).touch()
+            if "-DLLAMA_BUILD_UI=ON" in self.configured and self.npm_works:
+                (folder / build.PAGE).parent.mkdir(parents=True)
+                (folder / build.PAGE).touch()
         elif "--force-reinstall" in words:
             wheel = Path(words[-1])
             self.steps.append(f"install {wheel.name}")
@@ -177,6 +186,43 @@ class TestInstall:
             fake.install(tools=True)
         files = [p.name for p in cache.rglob("*") if p.is_file()]
         assert sorted(files) == ["build.log"] + ["x.whl"] * ("wheel" in steps), "and what is complete"
+        assert fake.steps == steps
+
+    def test_server_is_patched_after_the_tools(self, fake: FakeBuild) -> None:
+        described = fake.install(tools=True, server=True, page=False)
+        assert fake.steps == ["prepare", "wheel", "tools", "patch", "server", "install x.whl"]
+        assert described.server == str(server_directory() / SERVER)
+        assert "-DLLAMA_BUILD_UI=OFF" in fake.configured
+        assert sorted(p.name for p in server_directory().iterdir()) == sorted([SERVER, "libllama.so.0", "page"])
+        fake.install(tools=True, server=True, page=False)
+        assert len(fake.steps) == 6
+
+    def test_server_can_come_later(self, fake: FakeBuild, capsys: pytest.CaptureFixture[str]) -> None:
+        assert fake.install().server is None
+        assert fake.install(server=True, page=False).server
+        assert fake.steps == ["prepare", "wheel", "install x.whl", "prepare", "patch", "server"]
+        said = capsys.readouterr().err
+        assert "Building llama-server on" in said and "which takes about" in said
+        assert "comes without its web page" in said
+
+    def test_page_is_built_where_npm_is(
+        self, fake: FakeBuild, tmp_path: Path, environment: Environment, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        environment(PATH=str(tmp_path / "bin"))
+        fake.install(server=True)
+        assert "-DLLAMA_BUILD_UI=OFF" in fake.configured
+        page = server_directory() / "page" / "index.html"
+        assert "The web page has not been built: install npm" in page.read_text()
+        _program(tmp_path / "bin", "npm")
+        fake.npm_works = False
+        fake.install(server=True)
+        assert "-DLLAMA_BUILD_UI=ON" in fake.configured
+        assert "its web page: npm failed, see the log" in capsys.readouterr().err
+        fake.npm_works = True
+        fake.install(server=True)
+        assert not page.exists()
+        steps = list(fake.steps)
+        fake.install(server=True)
         assert fake.steps == steps
 
     def test_installed_version_is_left_alone(self, fake: FakeBuild, site: Path) -> None:

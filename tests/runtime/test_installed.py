@@ -17,13 +17,14 @@ from tests.runtime.conftest import put
 
 def test_nothing_installed(cache: Path, no_runtime: None) -> None:
     described = installed.info().to_json()
-    assert list(described) == ["version", "patch_hash", "types", "library", "tools"]
+    assert list(described) == ["version", "patch_hash", "types", "library", "tools", "server"]
     assert json.loads(json.dumps(described)) == {
         "version": None,
         "patch_hash": None,
         "types": [],
         "library": described["library"],
         "tools": dict.fromkeys(TOOLS),
+        "server": None,
     }
     with pytest.raises(D2QError, match="is not installed: run `d2q-edge runtime install`"):
         installed.require()

@@ -35,6 +35,14 @@ class TestSource:
         (changed[2] / "src/x.c").rename(changed[2] / "src/y.c")
         assert len({first, *map(source.patch_hash, changed)}) == 4
 
+    def test_patches_of_the_server_have_a_hash_of_their_own(self, tmp_path: Path) -> None:
+        directory = make_patch(tmp_path / "a")
+        runtime, before = source.patch_hash(directory), source.server_hash(directory)
+        (directory / "server").mkdir()
+        (directory / "server/0001-x.patch").write_text("x")
+        assert source.patch_hash(directory) == runtime, "the wheel and the tools don't have to be built again"
+        assert source.server_hash(directory) != before
+
     def test_hash_is_never_only_digits(self, tmp_path: Path) -> None:
         hashes = [source.patch_hash(make_patch(tmp_path / "a", code=str(i))) for i in range(1000)]
         assert not any(text.isdigit() for text in hashes)

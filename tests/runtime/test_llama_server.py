@@ -134,8 +134,7 @@ class TestBeforeTheStart:
 @pytest.mark.slow
 class TestRunning:
     def test_completion_is_what_run_prints(self, llama: Path, chat_file: Path) -> None:
-        # llama-cpp-python doesn't use flash attention, which rounds otherwise.
-        with served.serve(chat_file, "--threads", 1, "--context", 256, "--", "--flash-attn", "off") as server:
+        with served.serve(chat_file, "--threads", 1, "--context", 256) as server:
             body = {"prompt": "The old man", "max_tokens": 24, "temperature": 0}
             said = ask(server.url, "/v1/completions", body)["choices"][0]["text"]
         assert said == "".join(generate(chat_file, "The old man", 24, temperature=0, seed=0))

@@ -58,7 +58,7 @@ def squared_output_gradients(runner: BlockRunner, batches: Sequence[torch.Tensor
             with torch.no_grad():
                 for kept in states:
                     kept.append(runner.forward(block, kept[-1].float()).to(KEPT))
-        gradients = [_loss_gradient(runner, tokens, kept.pop()) for tokens, kept in zip(batches, states, strict=True)]
+        gradients = _loss_gradients(runner, batches, [kept.pop() for kept in states])
         for index in reversed(range(family.num_layers)):
             block = runner.load(index, following=index - 1)
             squares: dict[str, list[torch.Tensor]] = defaultdict(list)
@@ -70,12 +70,20 @@ def squared_output_gradients(runner: BlockRunner, batches: Sequence[torch.Tensor
                 yield f"{family.block_prefix(index)}{name}", parts
 
 
-def _loss_gradient(runner: BlockRunner, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """Return the gradient of the summed loss by the last block's output, float32 [windows, context, hidden]."""
+def _loss_gradients(
+    runner: BlockRunner, batches: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Return for every batch the gradient of the summed loss by the last block's output: float32, of its shape."""
     family, norm = runner.family, runner.final_norm()
     table = family.embedding if family.tied_embeddings else family.head
     head = runner.checkpoint.tensor(f"{table}.weight").to(runner.device).float()
-    targets = tokens[:, 1:].to(runner.device)
+    return [
+        _loss_gradient(norm, head, tokens[:, 1:].to(runner.device), hidden)
+        for tokens, hidden in zip(batches, outputs, strict=True)
+    ]
+
+
+def _loss_gradient(norm: nn.Module, head: torch.Tensor, targets: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     gradient = torch.zeros_like(hidden, dtype=torch.float32)
     step = max(1, LOGITS // (4 * 4 * len(head)))
     # The last token of a window predicts nothing.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from d2q_edge.calibration.text import BUILTIN, Text, load_calibration
 from d2q_edge.errors import D2QError
+from d2q_edge.utils.files import split_number
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,7 @@ def share_out(total: int, weights: Sequence[float], limits: Sequence[int]) -> li
 
 def _parse(entry: str) -> tuple[str, float]:
     """Split FILE:WEIGHT; a file that exists under the whole name wins."""
-    name, colon, number = entry.rpartition(":")
-    if entry == BUILTIN or not colon or not name or Path(entry).exists():
-        return entry, 1.0
-    try:
-        weight = float(number)
-    except ValueError:
-        return entry, 1.0
-    if not 0 < weight < math.inf:
-        raise D2QError(f"the weight of the calibration text {name} must be a positive number, not {number}")
-    return name, weight
+    name, weight = split_number(entry)
+    if weight is not None and not 0 < weight < math.inf:
+        raise D2QError(f"the weight of the calibration text {name} must be a positive number, not {weight:g}")
+    return name, 1.0 if weight is None else weight

@@ -3,7 +3,6 @@
 import math
 import shlex
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 from d2q_edge.errors import D2QError
 from d2q_edge.formats.column_scales import FIT, scales_hash
 from d2q_edge.formats.gguf_reader import GGUFFile
+from d2q_edge.utils.files import split_number
 
 TYPES = "f32", "f16", "bf16", "q8_0"
 """What llama.cpp's convert_lora_to_gguf.py writes."""
@@ -46,13 +46,10 @@ def parse_adapters(entries: Iterable[str]) -> tuple[Adapter, ...]:
 
 
 def _parse(entry: str) -> Adapter:
-    name, colon, number = entry.rpartition(":")
-    adapter = Adapter(Path(entry))
-    if colon and name and not adapter.path.exists():
-        with suppress(ValueError):  # not a number: the name of a file that doesn't exist
-            adapter = Adapter(Path(name), float(number))
+    name, scale = split_number(entry)
+    adapter = Adapter(Path(name), 1.0 if scale is None else scale)
     if not math.isfinite(adapter.scale):
-        raise D2QError(f"the scale of the adapter {name} must be a finite number, not {number}")
+        raise D2QError(f"the scale of the adapter {name} must be a finite number, not {adapter.scale:g}")
     if adapter.path.is_dir():
         raise D2QError(f"{adapter.path} is a directory; `d2q-edge adapter` makes a GGUF file of an adapter in it")
     file = GGUFFile(adapter.path)

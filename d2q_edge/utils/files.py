@@ -91,3 +91,14 @@ def _remove_abandoned(base: Path, prefix: str) -> None:
             if locked:
                 shutil.rmtree(path, ignore_errors=True)
             os.close(handle)
+
+
+def split_number(entry: str) -> tuple[str, float | None]:
+    """Split FILE:NUMBER; a file that exists under the whole name wins, and what is no number belongs to the name."""
+    name, colon, number = entry.rpartition(":")
+    if not colon or not name or Path(entry).exists():
+        return entry, None
+    try:
+        return name, float(number)
+    except ValueError:
+        return entry, None

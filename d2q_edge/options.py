@@ -88,6 +88,22 @@ class Options:
 
 
 @dataclass(frozen=True)
+class LoadOptions:
+    """How llama.cpp loads a file; the defaults are its own.
+
+    Attributes:
+        lora: GGUF files of adapters, each as FILE or FILE:SCALE.
+        cache_type_k, cache_type_v: of CACHE_TYPES, for the context's keys and values.
+        repack: let it rearrange weights in memory for speed, where it can.
+    """
+
+    lora: tuple[str, ...] = ()
+    cache_type_k: str = "f16"
+    cache_type_v: str = "f16"
+    repack: bool = True
+
+
+@dataclass(frozen=True)
 class ServerOptions:
     """How a file is served.
 
@@ -108,8 +124,8 @@ class ServerOptions:
     parallel: int = 2
     api_key: str | None = None
     threads: int | None = None
-    cache_type_k: str = "f16"
-    cache_type_v: str = "f16"
+    cache_type_k: str = LoadOptions.cache_type_k
+    cache_type_v: str = LoadOptions.cache_type_v
     lora: tuple[Path, ...] = ()
 
 
@@ -145,22 +161,6 @@ class ComparisonOptions:
     prompt: int = 256
     generation: int = 64
     rounds: int = 3
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """How llama.cpp loads a file; the defaults are its own.
-
-    Attributes:
-        lora: GGUF files of adapters, each as FILE or FILE:SCALE.
-        cache_type_k, cache_type_v: of CACHE_TYPES, for the context's keys and values.
-        repack: let it rearrange weights in memory for speed, where it can.
-    """
-
-    lora: tuple[str, ...] = ()
-    cache_type_k: str = "f16"
-    cache_type_v: str = "f16"
-    repack: bool = True
 
 
 @dataclass(frozen=True)

@@ -51,11 +51,12 @@ def command(
     """
     from d2q_edge.export import metadata_edit
     from d2q_edge.formats.gguf_reader import GGUFFile
+    from d2q_edge.runtime.chat import TEMPLATE_KEY
 
     if chat_template is not None:
-        if metadata_edit.CHAT_TEMPLATE in changes:
-            raise click.UsageError(f"--chat-template and --set {metadata_edit.CHAT_TEMPLATE} exclude each other")
-        changes[metadata_edit.CHAT_TEMPLATE] = metadata_edit.read_template(chat_template)
+        if TEMPLATE_KEY in changes:
+            raise click.UsageError(f"--chat-template and --set {TEMPLATE_KEY} exclude each other")
+        changes[TEMPLATE_KEY] = metadata_edit.read_template(chat_template)
     if changes or removals:
         if as_json:
             raise click.UsageError("--json is for showing keys; it can't be used with changes")

@@ -20,12 +20,12 @@ from d2q_edge.calibration.chat_template import ChatTemplate
 from d2q_edge.errors import D2QError, printable
 from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.formats.gguf_writer import cannot_write, check_output, pack_string, pack_value, partial_file
+from d2q_edge.runtime.chat import TEMPLATE_KEY
 from d2q_edge.runtime.trial_load import why_not
 from d2q_edge.utils import files
 from d2q_edge.utils.json_files import parse_json
 from d2q_edge.utils.progress import Progress
 
-CHAT_TEMPLATE = "tokenizer.chat_template"
 TYPES: dict[str, gguf.GGUFValueType] = {
     kind.name.lower(): kind for kind in gguf.GGUFValueType if kind != gguf.GGUFValueType.ARRAY
 }
@@ -146,7 +146,7 @@ def _target(
 
 def _inferred(key: str, text: str) -> tuple[gguf.GGUFValueType, gguf.GGUFValueType | None]:
     """Choose the type of a new key's value. llama.cpp reads whole numbers as uint32, and names and the like as text."""
-    is_text = key.startswith((CHAT_TEMPLATE, "general.")) and not key.startswith("general.sampling.")
+    is_text = key.startswith((TEMPLATE_KEY, "general.")) and not key.startswith("general.sampling.")
     try:
         value = parse_json(text.encode())
     except ValueError:
@@ -217,7 +217,7 @@ def _refuse_fixed(file: GGUFFile, key: str) -> None:
 
 def _check_value(file: GGUFFile, key: str, value: Any) -> None:
     """Refuse a chat template that isn't one, and a token that doesn't exist."""
-    if key.startswith(CHAT_TEMPLATE) and isinstance(value, str) and (reason := ChatTemplate(value, {}).syntax_error):
+    if key.startswith(TEMPLATE_KEY) and isinstance(value, str) and (reason := ChatTemplate(value, {}).syntax_error):
         raise D2QError(f"the new {key} isn't a valid template: {reason}")
     tokens = file.kv.get("tokenizer.ggml.tokens")
     if key.endswith("_token_id") and isinstance(tokens, list) and not 0 <= value < len(tokens):

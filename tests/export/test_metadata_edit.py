@@ -11,8 +11,9 @@ import pytest
 
 from d2q_edge.errors import D2QError
 from d2q_edge.export import metadata_edit
-from d2q_edge.export.metadata_edit import CHAT_TEMPLATE, describe, edit, read_template, type_name
+from d2q_edge.export.metadata_edit import describe, edit, read_template, type_name
 from d2q_edge.formats.gguf_reader import GGUFFile
+from d2q_edge.runtime.chat import TEMPLATE_KEY
 from d2q_edge.runtime.llama_model import LlamaVocabulary
 from d2q_edge.utils import files
 from tests.availability import require_runtime
@@ -60,7 +61,7 @@ def test_values_keep_their_types(stock: Path, tmp_path: Path) -> None:
         "x.float64": "1e-3",
         "x.bool": "True",
         "x.string": "[1] new\nline",
-        CHAT_TEMPLATE: TEMPLATE,
+        TEMPLATE_KEY: TEMPLATE,
     }
     changes |= {"x.words": '["c"]', "x.numbers": "[4, 5, 6]", "tokenizer.ggml.eos_token_id": "2"}
     assert edit(stock, changes, output=out) == out.stat().st_size
@@ -68,10 +69,10 @@ def test_values_keep_their_types(stock: Path, tmp_path: Path) -> None:
     after, reader = GGUFFile(out), gguf.GGUFReader(out)
     assert reader.alignment == 128
     expected = {**before.kv, **dict.fromkeys(list(changes)[:8], 9), "x.float32": 2.0, "x.float64": 1e-3, "x.bool": True}
-    expected |= {"x.string": "[1] new\nline", "x.words": ["c"], "x.numbers": [4, 5, 6], CHAT_TEMPLATE: TEMPLATE}
+    expected |= {"x.string": "[1] new\nline", "x.words": ["c"], "x.numbers": [4, 5, 6], TEMPLATE_KEY: TEMPLATE}
     expected["tokenizer.ggml.eos_token_id"] = 2
     assert after.kv == expected
-    assert list(after.kv) == [*before.kv, CHAT_TEMPLATE]
+    assert list(after.kv) == [*before.kv, TEMPLATE_KEY]
     # Read by somebody else: values, types, tensors.
     for key in changes:
         assert reader.fields[key].contents() == expected[key]
@@ -102,7 +103,7 @@ def test_values_keep_their_types(stock: Path, tmp_path: Path) -> None:
         ("general.tags", '["a", "b"]', "string[2]", ["a", "b"]),
         ("general.sampling.temp", "0.5", "float32", 0.5),
         ("general.base_model.count", "2", "uint32", 2),
-        (CHAT_TEMPLATE, "true", "string", "true"),
+        (TEMPLATE_KEY, "true", "string", "true"),
     ],
 )
 def test_new_keys(stock: Path, key: str, text: str, type_: str, value: object) -> None:
@@ -155,8 +156,8 @@ def test_removed_keys_may_come_back_with_another_type(stock: Path) -> None:
         ({}, ["general.alignment"], "can't be changed in a finished file"),
         ({}, ["x.none"], "has no key x.none"),
         ({"tokenizer.ggml.eos_token_id": "3"}, [], "the vocabulary has 3 tokens"),
-        ({CHAT_TEMPLATE: "{% for %}"}, [], "the new tokenizer.chat_template isn't a valid template: Expected"),
-        ({CHAT_TEMPLATE: "{{ " + "(" * 10_000}, [], "isn't a valid template"),
+        ({TEMPLATE_KEY: "{% for %}"}, [], "the new tokenizer.chat_template isn't a valid template: Expected"),
+        ({TEMPLATE_KEY: "{{ " + "(" * 10_000}, [], "isn't a valid template"),
     ],
 )
 def test_refusals(stock: Path, changes: dict[str, str], removals: list[str], message: str) -> None:
@@ -172,7 +173,7 @@ def test_a_file_for_llama_cpp(example_files: ExampleFiles, tmp_path: Path) -> No
     """llama.cpp loads it, shows the new template, and what it couldn't load isn't written."""
     require_runtime()
     out = tmp_path / "out.gguf"
-    edit(example_files.d2q2, {CHAT_TEMPLATE: TEMPLATE, "general.name": "New"}, output=out)
+    edit(example_files.d2q2, {TEMPLATE_KEY: TEMPLATE, "general.name": "New"}, output=out)
     assert data(out) == data(example_files.d2q2)
     with LlamaVocabulary(out) as model:
         assert model.chat_template.render({"messages": [{"role": "user", "content": "Hi"}]}) == "<user>Hiü"
@@ -258,7 +259,7 @@ def test_mutated_files_are_edited_or_refused(stock: Path, tmp_path: Path) -> Non
 
 
 def test_description(stock: Path) -> None:
-    edit(stock, {"x.string": "\x1b[2J" + 500 * "a", CHAT_TEMPLATE: TEMPLATE})
+    edit(stock, {"x.string": "\x1b[2J" + 500 * "a", TEMPLATE_KEY: TEMPLATE})
     lines = {line.split()[0]: line.split(None, 2)[1:] for line in describe(GGUFFile(stock)).splitlines()}
     assert lines["x.float32"] == ["float32", "0.5"]
     assert lines["x.numbers"] == ["int32[2]", "[1, 2]"]

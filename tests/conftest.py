@@ -26,6 +26,7 @@ from tests import stock
 from tests.availability import fetch_sdist
 from tests.checkpoints import EXAMPLE, write_checkpoint
 from tests.command_line import Result
+from tests.family_models import EXPERT_MODELS, MODELS, ROPE_MODELS, write_model
 
 # A shell that starts the tests in the background has its children ignore Ctrl-C; those of the tests must not.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -136,6 +137,22 @@ def stock_convert(tmp_path: Path, pristine_tree: Path) -> Callable[[Path, str, s
         return out
 
     return convert
+
+
+@pytest.fixture(scope="session")
+def every_model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint of every family and variant. Tests must not change them."""
+    directory = tmp_path_factory.mktemp("models")
+    return {name: write_model(directory / name / "tiny", name) for name in (*MODELS, *EXPERT_MODELS, *ROPE_MODELS)}
+
+
+@pytest.fixture(scope="session")
+def every_f32_file(every_model: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same as F32 files, which test_family_exports compares with those of llama.cpp's converter."""
+    directory = tmp_path_factory.mktemp("files")
+    for name, model in every_model.items():
+        export(model, directory / f"{name}.gguf", "f32", verify=False)
+    return {name: directory / f"{name}.gguf" for name in every_model}
 
 
 @dataclass(frozen=True)

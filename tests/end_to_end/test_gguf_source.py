@@ -23,7 +23,7 @@ from d2q_edge.runtime.llama_model import LlamaModel
 from tests import stock
 from tests.availability import require_runtime
 from tests.command_line import Result
-from tests.family_models import EXPERT_MODELS, MODELS, ROPE_MODELS, write_model
+from tests.family_models import EXPERT_MODELS, MODELS, ROPE_MODELS
 from tests.gguf_files import changed
 
 ALL = (*MODELS, *EXPERT_MODELS, *ROPE_MODELS)
@@ -32,28 +32,12 @@ CARD = (
 )
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A checkpoint of every family and variant. Tests must not change them."""
-    directory = tmp_path_factory.mktemp("models")
-    return {name: write_model(directory / name / "tiny", name) for name in ALL}
-
-
-@pytest.fixture(scope="module")
-def files(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same as F32 files."""
-    directory = tmp_path_factory.mktemp("files")
-    for name, model in models.items():
-        export(model, directory / f"{name}.gguf", "f32", verify=False)
-    return {name: directory / f"{name}.gguf" for name in models}
-
-
 @pytest.mark.parametrize("name", ALL)
 def test_without_calibration_and_in_a_stock_type(
-    models: dict[str, Path], files: dict[str, Path], tmp_path: Path, name: str
+    every_model: dict[str, Path], every_f32_file: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
     written: dict[str, list[bytes]] = {}
-    for source in (models[name], files[name]):
+    for source in (every_model[name], every_f32_file[name]):
         out = tmp_path / "out.gguf"
         convert(source, out, Options(calibrate=False), force=True, verify=False)
         written.setdefault("d2q2", []).append(out.read_bytes())
@@ -69,13 +53,13 @@ def test_without_calibration_and_in_a_stock_type(
     [("llama3", {}), ("phi4-mini", {"bits": 3}), ("smollm2", {"rotation": "on"})],
 )
 def test_with_calibration(
-    models: dict[str, Path], files: dict[str, Path], tmp_path: Path, name: str, changes: dict[str, Any]
+    every_model: dict[str, Path], every_f32_file: dict[str, Path], tmp_path: Path, name: str, changes: dict[str, Any]
 ) -> None:
     """The windows are cut with llama.cpp's tokens from the file, with transformers' from the checkpoint."""
     require_runtime()
     options = Options(**{"calibration_tokens": 1024, "context": 64, **changes})
     written = []
-    for source in (models[name], files[name]):
+    for source in (every_model[name], every_f32_file[name]):
         convert(source, tmp_path / "out.gguf", options, force=True)
         written.append(GGUFFile(tmp_path / "out.gguf"))
     expected, found = written
@@ -86,9 +70,9 @@ def test_with_calibration(
 
 
 @pytest.mark.slow
-def test_files_of_llama_cpps_converter(models: dict[str, Path], pristine_tree: Path, tmp_path: Path) -> None:
+def test_files_of_llama_cpps_converter(every_model: dict[str, Path], pristine_tree: Path, tmp_path: Path) -> None:
     """Its F32 file of every dense family, written again."""
-    jobs = [(models[name], "f32", tmp_path / f"{name}.gguf") for name in MODELS]
+    jobs = [(every_model[name], "f32", tmp_path / f"{name}.gguf") for name in MODELS]
     stock.convert(pristine_tree, "qwen2", jobs)
     for name in MODELS:
         export(tmp_path / f"{name}.gguf", tmp_path / "out.gguf", "f32", force=True)
@@ -98,13 +82,13 @@ def test_files_of_llama_cpps_converter(models: dict[str, Path], pristine_tree: P
         assert all(np.array_equal(ours.raw(tensor), theirs.raw(tensor)) for tensor in ours.tensors)
 
 
-def test_a_file_in_16_bits(models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_file_in_16_bits(every_model: dict[str, Path], tmp_path: Path) -> None:
     """From F16, the predictions differ by rounding only."""
     require_runtime()
     tokens = np.random.default_rng(0).integers(0, 4000, 100).astype(np.int32)
-    export(models["llama3"], tmp_path / "f16.gguf", "f16", verify=False)
+    export(every_model["llama3"], tmp_path / "f16.gguf", "f16", verify=False)
     logits = []
-    for source in (models["llama3"], tmp_path / "f16.gguf"):
+    for source in (every_model["llama3"], tmp_path / "f16.gguf"):
         convert(source, tmp_path / "out.gguf", Options(calibrate=False, bits=3), force=True, verify=False)
         with LlamaModel(tmp_path / "out.gguf", 100) as model:
             logits.append(torch.from_numpy(model.logits(tokens, 0).copy()).log_softmax(-1))
@@ -112,9 +96,9 @@ def test_a_file_in_16_bits(models: dict[str, Path], tmp_path: Path) -> None:
     assert (expected.exp() * (expected - found)).sum(-1).mean() < 1e-3
 
 
-def test_what_the_file_says_about_itself_stays(models: dict[str, Path], tmp_path: Path) -> None:
+def test_what_the_file_says_about_itself_stays(every_model: dict[str, Path], tmp_path: Path) -> None:
     model = tmp_path / "Nice-7B-Chat-v1.2"
-    shutil.copytree(models["qwen2"], model)
+    shutil.copytree(every_model["qwen2"], model)
     (model / "README.md").write_text(CARD)
     (model / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 20}')
     source = tmp_path / "renamed.gguf"
@@ -136,21 +120,23 @@ def test_what_the_file_says_about_itself_stays(models: dict[str, Path], tmp_path
     assert names[0] == names[1] and "chat" in names[0].lower()
 
 
-def test_a_file_without_a_name(files: dict[str, Path], tmp_path: Path) -> None:
+def test_a_file_without_a_name(every_f32_file: dict[str, Path], tmp_path: Path) -> None:
     keys = {
-        key: None for key in GGUFFile(files["qwen2"]).kv if key.startswith("general.") and key != "general.architecture"
+        key: None
+        for key in GGUFFile(every_f32_file["qwen2"]).kv
+        if key.startswith("general.") and key != "general.architecture"
     }
-    path = changed(files["qwen2"], tmp_path / "mine.gguf", keys)
+    path = changed(every_f32_file["qwen2"], tmp_path / "mine.gguf", keys)
     checkpoint = Checkpoint.open(path)
     assert file_name(checkpoint, family_for(checkpoint.config), "D2Q2").startswith("mine-")
 
 
-def test_resuming_knows_the_file(files: dict[str, Path], tmp_path: Path) -> None:
+def test_resuming_knows_the_file(every_f32_file: dict[str, Path], tmp_path: Path) -> None:
     """Unfinished work of another file isn't continued."""
     require_runtime()
     source = tmp_path / "in.gguf"
     keys = []
-    for data in (files["llama2"], files["llama2"], files["mistral"]):
+    for data in (every_f32_file["llama2"], every_f32_file["llama2"], every_f32_file["mistral"]):
         shutil.copy2(data, source)
         job = plan(source, tmp_path / "out.gguf", Options(calibration_tokens=256, context=64))
         assert job.calibration is not None
@@ -160,9 +146,9 @@ def test_resuming_knows_the_file(files: dict[str, Path], tmp_path: Path) -> None
     assert keys[0]["weight files"] != keys[2]["weight files"]
 
 
-def test_on_the_command_line(d2q: Callable[..., Result], files: dict[str, Path], tmp_path: Path) -> None:
+def test_on_the_command_line(d2q: Callable[..., Result], every_f32_file: dict[str, Path], tmp_path: Path) -> None:
     source = tmp_path / "source.gguf"
-    shutil.copy(files["qwen3"], source)
+    shutil.copy(every_f32_file["qwen3"], source)
     result = d2q("convert", source, "--no-calibration")
     assert result.code == 0, result.err
     assert list(Path.cwd().glob("*-D2Q2.gguf"))
@@ -177,6 +163,6 @@ def test_on_the_command_line(d2q: Callable[..., Result], files: dict[str, Path],
     assert result.code == 0 and "q4.gguf is quantized (q4_0): what that has lost stays lost" in result.err
 
 
-def test_calibration_needs_the_runtime(files: dict[str, Path], tmp_path: Path, no_runtime: None) -> None:
+def test_calibration_needs_the_runtime(every_f32_file: dict[str, Path], tmp_path: Path, no_runtime: None) -> None:
     with pytest.raises(D2QError, match=r"only llama.cpp has the tokenizer of .*d2q-edge runtime install"):
-        convert(files["qwen3"], tmp_path / "out.gguf", Options(calibration_tokens=256, context=64))
+        convert(every_f32_file["qwen3"], tmp_path / "out.gguf", Options(calibration_tokens=256, context=64))

@@ -21,7 +21,7 @@ from d2q_edge.model.families import family_for
 from d2q_edge.model.families.gguf_keys import GGUFKeys
 from d2q_edge.model.rotated_checkpoint import RotatedCheckpoint
 from d2q_edge.options import Options
-from tests.family_models import EXPERT_MODELS, MODELS, ROPE_MODELS, write_model
+from tests.family_models import EXPERT_MODELS, MODELS, ROPE_MODELS
 from tests.gguf_files import changed
 from tests.opening import refused
 
@@ -29,30 +29,16 @@ CPU = torch.device("cpu")
 ALL = (*MODELS, *EXPERT_MODELS, *ROPE_MODELS)
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A checkpoint of every family and variant. Tests must not change them."""
-    directory = tmp_path_factory.mktemp("models")
-    return {name: write_model(directory / name / "tiny", name) for name in ALL}
-
-
-@pytest.fixture(scope="module")
-def files(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same as F32 files, which test_family_exports compares with those of llama.cpp's converter."""
-    directory = tmp_path_factory.mktemp("files")
-    for name, model in models.items():
-        export(model, directory / f"{name}.gguf", "f32", verify=False)
-    return {name: directory / f"{name}.gguf" for name in models}
-
-
 @pytest.fixture
-def file(files: dict[str, Path]) -> Path:
-    return files["llama3"]
+def file(every_f32_file: dict[str, Path]) -> Path:
+    return every_f32_file["llama3"]
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_every_tensor_is_the_checkpoints(models: dict[str, Path], files: dict[str, Path], name: str) -> None:
-    original, found = Checkpoint.open(models[name]), Checkpoint.open(files[name])
+def test_every_tensor_is_the_checkpoints(
+    every_model: dict[str, Path], every_f32_file: dict[str, Path], name: str
+) -> None:
+    original, found = Checkpoint.open(every_model[name]), Checkpoint.open(every_f32_file[name])
     shapes = family_for(original.config).tensor_shapes()
     assert family_for(found.config).tensor_shapes() == shapes
     found.check(shapes)
@@ -66,10 +52,10 @@ def test_every_tensor_is_the_checkpoints(models: dict[str, Path], files: dict[st
 
 @pytest.mark.parametrize("name", ALL)
 @torch.inference_mode()
-def test_blocks_compute_the_same(models: dict[str, Path], files: dict[str, Path], name: str) -> None:
+def test_blocks_compute_the_same(every_model: dict[str, Path], every_f32_file: dict[str, Path], name: str) -> None:
     """With more tokens than any sliding window and than Phi-4-mini's original context."""
     runners = []
-    for model in (models[name], files[name]):
+    for model in (every_model[name], every_f32_file[name]):
         checkpoint = Checkpoint.open(model)
         runners.append(BlockRunner(checkpoint, family_for(checkpoint.config), CPU))
     original, found = runners
@@ -84,9 +70,9 @@ def test_blocks_compute_the_same(models: dict[str, Path], files: dict[str, Path]
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_importing_undoes_exporting(models: dict[str, Path], name: str) -> None:
+def test_importing_undoes_exporting(every_model: dict[str, Path], name: str) -> None:
     """For every tensor of every family, with values that survive adding one."""
-    family = family_for(Checkpoint.open(models[name]).config)
+    family = family_for(Checkpoint.open(every_model[name]).config)
     generator = torch.Generator().manual_seed(0)
     moved = set()
     for tensor, shape in family.tensor_shapes().items():
@@ -103,10 +89,10 @@ def test_importing_undoes_exporting(models: dict[str, Path], name: str) -> None:
     }
 
 
-def test_sixteen_bits_stay_as_they_are(models: dict[str, Path], tmp_path: Path) -> None:
+def test_sixteen_bits_stay_as_they_are(every_model: dict[str, Path], tmp_path: Path) -> None:
     for type_name, dtype in (("f16", torch.float16), ("bf16", torch.bfloat16)):
-        export(models["llama3"], tmp_path / f"{type_name}.gguf", type_name, verify=False)
-        original, found = Checkpoint.open(models["llama3"]), Checkpoint.open(tmp_path / f"{type_name}.gguf")
+        export(every_model["llama3"], tmp_path / f"{type_name}.gguf", type_name, verify=False)
+        original, found = Checkpoint.open(every_model["llama3"]), Checkpoint.open(tmp_path / f"{type_name}.gguf")
         for name in ("lm_head.weight", "model.layers.1.self_attn.k_proj.weight"):
             assert found.dtype(name) is found.tensor(name).dtype is dtype
             assert torch.equal(found.tensor(name), original.tensor(name).to(dtype))
@@ -115,10 +101,10 @@ def test_sixteen_bits_stay_as_they_are(models: dict[str, Path], tmp_path: Path) 
 
 
 @pytest.mark.parametrize("type_name", ["q8_0", "q4_1", "q5_k"])
-def test_quantized_types(models: dict[str, Path], tmp_path: Path, type_name: str) -> None:
+def test_quantized_types(every_model: dict[str, Path], tmp_path: Path, type_name: str) -> None:
     """Against gguf-py's own reader, rows of q put in order by hand."""
     path = tmp_path / "out.gguf"
-    export(models["llama3"], path, type_name, verify=False)
+    export(every_model["llama3"], path, type_name, verify=False)
     reader = gguf.GGUFReader(path)
     raw = {tensor.name: tensor for tensor in reader.tensors}
     found = Checkpoint.open(path)
@@ -137,8 +123,8 @@ def test_quantized_types(models: dict[str, Path], tmp_path: Path, type_name: str
     assert all(kind in found.notes[0] and "stays lost" in found.notes[0] for kind in lossy)
 
 
-def test_one_expert_is_read_at_a_time(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint, sizes = Checkpoint.open(files["qwen3moe"]), []
+def test_one_expert_is_read_at_a_time(every_f32_file: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, sizes = Checkpoint.open(every_f32_file["qwen3moe"]), []
     raw = GGUFFile.raw
 
     def noting(self: GGUFFile, name: str, part: int | None = None) -> Any:
@@ -190,22 +176,25 @@ def test_any_other_rope_factors(file: Path, tmp_path: Path) -> None:
     ],
 )
 def test_rope_scaling_keys(
-    files: dict[str, Path], tmp_path: Path, keys: dict[str, Any], expected: dict[str, Any]
+    every_f32_file: dict[str, Path], tmp_path: Path, keys: dict[str, Any], expected: dict[str, Any]
 ) -> None:
-    path = changed(files["qwen2"], tmp_path / "x.gguf", {f"qwen2.{key}": value for key, value in keys.items()})
+    path = changed(every_f32_file["qwen2"], tmp_path / "x.gguf", {f"qwen2.{key}": value for key, value in keys.items()})
     assert GGUFKeys(GGUFFile(path), "qwen2").rope_scaling() == expected
 
 
-def test_a_head_of_the_default_width(files: dict[str, Path], tmp_path: Path) -> None:
+def test_a_head_of_the_default_width(every_f32_file: dict[str, Path], tmp_path: Path) -> None:
     """Without a key for it, llama.cpp divides, where transformers has a default of 128."""
     keys = {"qwen3.attention.key_length": None, "qwen3.attention.value_length": None}
     refused(
-        changed(files["qwen3"], tmp_path / "x.gguf", keys), r"shape \[128, 64\], but the file's keys imply \[64, 64\]"
+        changed(every_f32_file["qwen3"], tmp_path / "x.gguf", keys),
+        r"shape \[128, 64\], but the file's keys imply \[64, 64\]",
     )
 
 
-def test_a_rotated_file(models: dict[str, Path], files: dict[str, Path]) -> None:
-    original, found = (RotatedCheckpoint(Checkpoint.open(paths["smollm2"]), 3) for paths in (models, files))
+def test_a_rotated_file(every_model: dict[str, Path], every_f32_file: dict[str, Path]) -> None:
+    original, found = (
+        RotatedCheckpoint(Checkpoint.open(paths["smollm2"]), 3) for paths in (every_model, every_f32_file)
+    )
     assert found.gguf is not None and found.notes == ()
     assert found.names == original.names
     for name in ("lm_head.weight", "model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"):
@@ -284,13 +273,13 @@ def test_a_vocabulary_alone(file: Path, tmp_path: Path) -> None:
     refused(changed(file, tmp_path / "x.gguf", tensors=none), "x.gguf has keys but no tensors: it is only a vocabulary")
 
 
-def test_our_own_types_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
-    convert(models["qwen2"], tmp_path / "x.gguf", Options(calibrate=False))
+def test_our_own_types_are_refused(every_model: dict[str, Path], tmp_path: Path) -> None:
+    convert(every_model["qwen2"], tmp_path / "x.gguf", Options(calibrate=False))
     refused(tmp_path / "x.gguf", r"x.gguf is a file that d2q-edge has quantized \(d2q2_64\); convert the model")
 
 
-def test_directories_with_files_and_other_files(files: dict[str, Path], tmp_path: Path) -> None:
-    refused(files["llama3"].parent, r"has no config.json, .*; it holds gemma3-linear.gguf: give that file")
+def test_directories_with_files_and_other_files(every_f32_file: dict[str, Path], tmp_path: Path) -> None:
+    refused(every_f32_file["llama3"].parent, r"has no config.json, .*; it holds gemma3-linear.gguf: give that file")
     (tmp_path / "model.bin").touch()
     refused(tmp_path / "model.bin", "is not a directory; give the directory that holds config.json, or a .gguf file")
     refused(Path("nobody/nothing.gguf"), "there is no file nobody/nothing.gguf")

@@ -246,11 +246,11 @@ def canonical(table: Tensor) -> Tensor:
 
 
 def format_tables(pairs: npt.NDArray[np.int8], scalars: npt.NDArray[np.int8]) -> str:
-    """Return the text of codebooks.txt (pairs int8 [256, 16, 2], scalars int8 [256, 8]); parse_tables reads it."""
+    """Return the text of codebooks.txt (pairs int8 [256, 16, 2], scalars int8 [256, 16]); parse_tables reads it."""
     lines = [
         "# The codebooks of the d2q tensor types, learned by tools/learn_tables.py. Do not edit: files depend on them.",
         "# pair INDEX then 16 entries first,second: values of the weights i and i + 16 of a group, in units of d.",
-        "# scalar INDEX then 8 entries in ascending order: values of one weight, in units of d.",
+        "# scalar INDEX then 8 entries of codes after an even code, then 8 after an odd one: values of a weight.",
     ]
     lines += [f"pair {k} " + " ".join(f"{a},{b}" for a, b in codebook) for k, codebook in enumerate(pairs.tolist())]
     lines += [f"scalar {k} " + " ".join(map(str, codebook)) for k, codebook in enumerate(scalars.tolist())]

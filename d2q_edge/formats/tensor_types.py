@@ -10,8 +10,9 @@ codebook byte per group of 32 weights, then the codes:
     block_q4_0     { half d; u8 qs[16]; }                      32 weights, 18 bytes (ggml-common.h)
 
 d2q2: weights j and j + 16 of a group share a 4-bit code. d2q3: one 3-bit code per weight, low two bits in qs, high bit
-in qh. q4_0 has one 4-bit code per weight and two implied codebooks, -8..7 and -7..8, selected by the sign of d; in this
-module its scale is the magnitude.
+in qh; its entry also depends on the low bit of the code before it (codebooks.py), a trellis of two states. q4_0 has
+one 4-bit code per weight and two implied codebooks, -8..7 and -7..8, selected by the sign of d; in this module its
+scale is the magnitude.
 
 Codes are in the order of the groups, k counting those of a whole row r: codes[r, 16 * k + i] is the code of the weights
 32 * k + i and 32 * k + 16 + i, or codes[r, 32 * k + j] is that of the weight 32 * k + j.
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from d2q_edge.formats.codebooks import PAIR_ENTRIES, PAIR_TABLE, SCALAR_ENTRIES, SCALAR_TABLE
+from d2q_edge.formats.codebooks import CHAIN, PAIR_CODES, PAIR_TABLE, SCALAR_CODES, SCALAR_TABLE
 
 GROUP = 32
 """Weights that share a codebook."""
@@ -76,9 +77,14 @@ class TensorType:
         return columns // 2 if self.paired else columns
 
     @property
-    def codebook_entries(self) -> int:
-        """Entries of a codebook; codes are below this."""
-        return PAIR_ENTRIES if self.paired else SCALAR_ENTRIES if self.has_codebooks else 16
+    def code_count(self) -> int:
+        """Number of different codes."""
+        return PAIR_CODES if self.paired else SCALAR_CODES if self.has_codebooks else 16
+
+    @property
+    def windowed(self) -> bool:
+        """Whether a weight's entry also depends on the code before it."""
+        return self.has_codebooks and not self.paired
 
 
 D2Q2 = TensorType("d2q2", 80, 256, 74, True)
@@ -95,7 +101,7 @@ BY_ID = {t.id: t for t in ALL}
 
 def code_bytes(t: TensorType, codes: Any) -> list[Any]:
     """Pack codes uint8 [blocks, groups, codes], numpy's or torch's, into (qs, qh), each uint8 [blocks, bytes]."""
-    if t.codebook_entries == 16:
+    if not t.windowed:
         # Pairs: even groups in low nibbles, the next group in the high ones; q4_0: the halves of its group.
         halves = codes.reshape(len(codes), -1, 2, 16)
         parts = [halves[:, :, 0] | halves[:, :, 1] << 4]
@@ -106,9 +112,18 @@ def code_bytes(t: TensorType, codes: Any) -> list[Any]:
         high = codes.reshape(len(codes), 8, -1)
         parts = [
             reduce(or_, [(low[:, :, slot] & 3) << 2 * slot for slot in range(4)]),
-            reduce(or_, [(high[:, slot] >> 2) << slot for slot in range(8)]),
+            reduce(or_, [(high[:, slot] >> 2) << bit for slot, bit in enumerate(_high_bits(t))]),
         ]
     return [part.reshape(len(codes), -1) for part in parts]
+
+
+def _high_bits(t: TensorType) -> list[int]:
+    """Return the bit of a byte of qh that each of its eight weights has.
+
+    In d2q3 those of four groups are two bits apart, as their low bits are in qs: a kernel puts the low bit of the code
+    before in between, and has both upper bits of a table's index of four groups in one register.
+    """
+    return [2 * (slot % 4) + slot // 4 if t.block_size == 256 else slot for slot in range(8)]
 
 
 def _unpack_pairs(qs: U8) -> U8:
@@ -121,7 +136,7 @@ def _unpack_scalars(packed: U8, t: TensorType) -> U8:
     qs = packed[:, :quarter].reshape(len(packed), -1, 1, min(GROUP, quarter))
     qh = packed[:, quarter:].reshape(len(packed), 1, -1)
     low = (qs >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & np.uint8(3)
-    high = (qh >> np.arange(8, dtype=np.uint8)[:, None]) & np.uint8(1)
+    high = (qh >> np.array(_high_bits(t), np.uint8)[:, None]) & np.uint8(1)
     return low.reshape(len(packed), -1) | high.reshape(len(packed), -1) << np.uint8(2)
 
 
@@ -146,7 +161,7 @@ def pack(t: TensorType, scales: F16, codebooks: U8, codes: U8) -> U8:
         raise ValueError(f"{t.name}: scales {scales.shape}, codebooks {codebooks.shape}, codes {codes.shape} don't fit")
     if scales.dtype != np.float16 or codebooks.dtype != np.uint8 or codes.dtype != np.uint8:
         raise ValueError(f"{t.name}: expected float16 scales and uint8 codebooks and codes")
-    if codes.size and codes.max() >= t.codebook_entries:
+    if codes.size and codes.max() >= t.code_count:
         raise ValueError(f"{t.name}: code {codes.max()} is too large")
     n = rows * blocks
     selectors = [codebooks.reshape(n, t.groups)]
@@ -182,14 +197,24 @@ def unpack(t: TensorType, packed: U8) -> tuple[F16, U8, U8]:
     return scales.reshape(rows, -1), codebooks.reshape(rows, -1), codes.reshape(rows, -1)
 
 
+def table_index(codes: Any) -> Any:
+    """Return the indices of scalars' entries in their codebooks, of codes uint8 [..., n * 16], numpy's or torch's."""
+    chains = codes.reshape(*codes.shape[:-1], -1, CHAIN)
+    index = chains.copy() if isinstance(codes, np.ndarray) else chains.clone()
+    index[..., 1:] |= (chains[..., :-1] & 1) * SCALAR_CODES
+    return index.reshape(codes.shape)
+
+
 def entries(t: TensorType, codebooks: U8, codes: U8) -> npt.NDArray[np.int8]:
     """Return each weight's codebook entry, int8 [rows, cols], from codebooks [rows, cols / 32] and codes (see pack)."""
     rows, groups = codebooks.shape
     if not t.has_codebooks:
         return np.repeat(codebooks.astype(np.int8) - np.int8(8), GROUP, axis=1) + codes.astype(np.int8)
-    found = (PAIR_TABLE if t.paired else SCALAR_TABLE)[codebooks[:, :, None], codes.reshape(rows, groups, -1)]
+    codes = codes.reshape(rows, groups, -1)
     if t.paired:
-        found = found.swapaxes(2, 3)  # [rows, groups, component, pair]
+        found = PAIR_TABLE[codebooks[:, :, None], codes].swapaxes(2, 3)  # [rows, groups, component, pair]
+    else:
+        found = SCALAR_TABLE[codebooks[:, :, None], table_index(codes)]
     return found.reshape(rows, groups * GROUP)
 
 

@@ -8,7 +8,10 @@ judged and, before the first release, replaced: copy the new file over codebooks
 here into codebooks.py, and run tools/generate_tables.py. The same seed gives a table of the same quality, not the same
 bits (sums on a GPU are not ordered). On a CPU it takes hours, on a data-center GPU minutes.
 
-256 codebooks of 16 pairs or 8 scalars are learned for groups of 32 weights; eight groups share a scale d. The training
+256 codebooks of 16 pairs, or of 8 scalars for each of two states, are learned for groups of 32 weights; eight groups
+share a scale d. A scalar's state is the low bit of the code before, so that its codes are a path through a trellis
+(d2q_edge/quantize/trellis.py): neighbours in the table begin with different low bits, and the states' entries half a
+step apart. The training
 set is a mixture of sources of unit variance, and the loss is the weighted mean over sources of the squared error. Each
 round (a) tries another d for every block, (b) assigns the best codebook to every group and the best entry to every
 weight, (c) moves every entry to the weighted mean of its cell (Lloyd's algorithm), and now and then (d) drops the
@@ -22,6 +25,7 @@ qwen3-34m; llama-54m was held out.
 import argparse
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +35,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from d2q_edge.formats.codebooks import CODEBOOKS, ENTRY_MAX, ENTRY_MIN, table_sha256
+from d2q_edge.formats.codebooks import CHAIN, CODEBOOKS, ENTRY_MAX, ENTRY_MIN, PAIR_TABLE, SCALAR_TABLE, table_sha256
+from d2q_edge.formats.tensor_types import table_index
+from d2q_edge.quantize.trellis import best_codes, by_next_state, cheapest_ways, first_cost
 
 BLOCK, GROUP = 256, 32
 TAILS = ("laplace", "student4", "lognormal", "outlier")
@@ -56,7 +62,7 @@ class Recipe:
 
 
 PAIRS = Recipe(2, 16, 13.0, (0.03, 0.03, 0.03, 0.03), 0.5, 32768, 400, 120)
-SCALARS = Recipe(1, 8, 18.0, (0.03, 0.03, 0.03, 0.03), 0.5, 32768, 400, 120)
+SCALARS = Recipe(1, 16, 18.0, (0.03, 0.03, 0.03, 0.03), 0.5, 32768, 400, 120)
 
 
 def synthetic(kind: str, blocks: int, generator: torch.Generator, device: torch.device) -> Tensor:
@@ -109,6 +115,22 @@ def _errors_unrolled(x: Tensor, table: Tensor) -> Tensor:
     return 2 * best.sum(1) + x.square().sum((1, 2))[:, None]
 
 
+def _path_errors(x: Tensor, table: Tensor, step: Callable[..., Tensor]) -> Tensor:
+    """Compute the squared errors [groups, codebooks] of the best paths of groups x [groups, 32, 1]."""
+    levels = by_next_state(table[:, :, 0])
+    total = torch.zeros((), device=x.device)
+    for chain in x[:, :, 0].split(CHAIN, dim=1):
+        cost = first_cost(torch.Size((len(x), len(table))), x.device)
+        for value in chain.T:
+            cost = step(value, levels, cost)
+        total = total + cost.amin(2)
+    return total
+
+
+def _extend(value: Tensor, levels: Tensor, cost: Tensor) -> Tensor:
+    return cheapest_ways((value[:, None, None, None] - levels).square(), cost)[0]
+
+
 class Encoder:
     """Choose scales and codebooks for blocks, given a float or integer table [256, entries, dimension]."""
 
@@ -116,6 +138,7 @@ class Encoder:
         self.compiled = device.type == "cuda"
         self.chunk = chunk if self.compiled else 64
         self.errors = torch.compile(_errors_unrolled, dynamic=False) if self.compiled else _errors_unrolled
+        self.extend = torch.compile(_extend, dynamic=False) if self.compiled else _extend
 
     def group_errors(self, blocks: Tensor, scale: Tensor, table: Tensor) -> Tensor:
         """Compute the squared errors [n, 8, 256] of blocks [n, 256] with scales [n], in the blocks' own units."""
@@ -125,7 +148,9 @@ class Encoder:
             count = len(part)
             if self.compiled:  # for one shape only
                 part = torch.nn.functional.pad(part, (0, 0, 0, self.chunk - count))
-            errors = self.errors(vectors(part, table.shape[2]), table).view(len(part), BLOCK // GROUP, -1)
+            x = vectors(part, table.shape[2])
+            errors = self.errors(x, table) if table.shape[2] == 2 else _path_errors(x, table, self.extend)
+            errors = errors.view(len(part), BLOCK // GROUP, -1)
             out[start : start + count] = errors[:count]
         return out * scale.square()[:, None, None]
 
@@ -151,8 +176,11 @@ class Encoder:
 
 def assign(blocks: Tensor, scale: Tensor, codebooks: Tensor, table: Tensor) -> Tensor:
     """Return the best entry [n * 8, vectors] of each vector within its group's codebook [n, 8]."""
-    chosen = table[codebooks.reshape(-1)]
     x = vectors(blocks / scale[:, None], table.shape[2])
+    if table.shape[2] == 1:
+        codes = best_codes(x[:, :, 0].contiguous(), by_next_state(table[:, :, 0]), codebooks.reshape(-1))
+        return table_index(codes).long()
+    chosen = table[codebooks.reshape(-1)]
     return torch.baddbmm(chosen.square().sum(2)[:, None], x, chosen.mT, beta=0.5, alpha=-1).argmin(2)
 
 
@@ -169,7 +197,9 @@ def from_groups(x: Tensor, entries: int) -> Tensor:
     """Make codebooks [m, entries, dimension] that each fit one group of x [m, vectors, dimension]."""
     if x.shape[2] == 2:
         return x.clone()  # as many pairs as entries
-    return x.sort(1).values.view(len(x), entries, -1).mean(2, keepdim=True)
+    means = x.sort(1).values.view(len(x), entries // 2, -1).mean(2)
+    step = torch.gradient(means, dim=1)[0]
+    return torch.cat([means - step / 4, means + step / 4], 1)[:, :, None]
 
 
 def learn(
@@ -233,14 +263,18 @@ def learn(
 
 
 def canonical(table: Tensor) -> Tensor:
-    """Return the table as int8 in a fixed order: entries ascending, codebooks by sum of squares, then by entries.
+    """Return the table as int8 in a fixed order: codebooks by sum of squares, then by entries, and pairs ascending.
+
+    Scalars keep their order, in which the low bits of their codes are states.
 
     Raises:
         ValueError: an entry is not an integer.
     """
     if not torch.equal(table, table.round()):
         raise ValueError("the table is not on the integer grid")
-    codebooks = [sorted(map(tuple, codebook)) for codebook in table.int().tolist()]
+    codebooks = [[tuple(entry) for entry in codebook] for codebook in table.int().tolist()]
+    if table.shape[2] == 2:
+        codebooks = [sorted(codebook) for codebook in codebooks]
     codebooks.sort(key=lambda codebook: (sum(v * v for entry in codebook for v in entry), codebook))
     return torch.tensor(codebooks, dtype=torch.int8)
 
@@ -266,12 +300,15 @@ def main(
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", type=Path, action="append", default=[], help="checkpoint to learn from (repeatable)")
     parser.add_argument("--held-out", type=Path, help="checkpoint to report on")
+    parser.add_argument("--only", choices=("pairs", "scalars"), help="keep the present table of the other kind")
     parser.add_argument("--output", type=Path, required=True, help="where the tables go, as text")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     encoder = Encoder(device)
-    tables = []
+    tables = {2: PAIR_TABLE, 1: SCALAR_TABLE[:, :, None]}
     for recipe in recipes:
+        if options.only and options.only != ("pairs" if recipe.dimension == 2 else "scalars"):
+            continue
         started = time.monotonic()
         generator = torch.Generator(device=device).manual_seed(options.seed)
         weights = dict(zip(("gaussian", *TAILS), (1.0, *recipe.tail_weight), strict=True))
@@ -287,8 +324,8 @@ def main(
         for kind, blocks in test.items():
             error = encoder.search(blocks, table, recipe.unit)[1].sum() / blocks.square().sum()
             print(f"  {kind:10} {error.item():.5f}")
-        tables.append(canonical(table).numpy())
-    pairs, scalars = tables[0], tables[1][:, :, 0]
+        tables[recipe.dimension] = canonical(table).numpy()
+    pairs, scalars = tables[2], tables[1][:, :, 0]
     options.output.write_text(format_tables(pairs, scalars), encoding="ascii")
     print(f"TABLE_SHA256 = {table_sha256(pairs, scalars)!r}")
 

@@ -2,18 +2,24 @@
 
 The search bins the values of a group and sums up, per codebook, the squared errors of the bins' centers: a rank of all
 256 codebooks, of which only a shortlist is measured exactly (docs/accuracy.md has its cost; tests/reference_encoder.py
-searches exhaustively). q4_0, which has two codebooks only, has its own search (uniform.py).
+searches exhaustively). Where an entry also depends on the code before, the rank takes every entry for possible: a bound
+from below, so that the shortlist is longer; the Triton kernel, for which it is no cost, measures all codebooks. q4_0, which has two codebooks only, has its own search (uniform.py).
 """
 
 import torch
 import torch.nn.functional as F
 
 from d2q_edge.formats.codebooks import PAIR_TABLE, SCALAR_TABLE
-from d2q_edge.formats.tensor_types import GROUP, SCALE_MAX, SCALE_TINY, TensorType
+from d2q_edge.formats.tensor_types import GROUP, SCALE_MAX, SCALE_TINY, TensorType, table_index
 from d2q_edge.quantize import triton, uniform
+from d2q_edge.quantize.trellis import best_codes, by_next_state, path_errors
 
 SHORTLIST = 3
 """Codebooks per group that are measured exactly. Eight would lower the error by 0.1 % and take three times as long."""
+WINDOWED_SHORTLIST = 32
+"""The same where an entry also depends on the code before: 1.3 % above the best of all, 48 would be 0.5 % above."""
+WINDOWED_SCALE = 0.93
+"""The rank, a bound from below there, prefers block scales that are too large by this factor (Gaussian weights)."""
 SCALE_STEPS = ((0.7, 1.0, 1.4, 2.0, 2.8, 4.0), (0.84, 1.19), (0.92, 1.09))
 """Block scales that are tried: multiples of the block's RMS over the table's, then, twice, of the best so far."""
 REACH, KNEE = 100.0, 48.0
@@ -34,9 +40,11 @@ class CodebookSearch:
 
     Attributes:
         tensor_type: the block format.
-        levels: entries in units of the block scale d, float32 [256, K, V]: K = 16 pairs (V = 2) or K = 8 scalars
-            (V = 1). Of q4_0 [2, 16, 1].
+        levels: entries in units of the block scale d, float32 [256, K, V]: K = 16 pairs (V = 2), or K = 16 scalars
+            (V = 1), 8 for each state of a trellis. Of q4_0 [2, 16, 1].
         columns: the same, transposed: float32 [256, V, K].
+        ways: scalars' entries by next state, float32 [256, 2, 8] (trellis.py); of other types empty.
+        planes: scalars' entries of all codebooks by index, float32 [16, 256]; of other types empty.
         bins: bins per dimension. Zero for q4_0, as are all attributes below.
         error_table: squared error of every bin's center in every codebook, float32 [bins ** V, 256].
         error_table_f16: the same in float16, which is read in half the time.
@@ -44,8 +52,12 @@ class CodebookSearch:
         unit: RMS of the entries of the median codebook: d is near the RMS of a block over this.
     """
 
-    def __init__(self, tensor_type: TensorType, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, tensor_type: TensorType, device: torch.device | str = "cpu", *, shortlist: int | None = None
+    ) -> None:
+        """Prepare the tables; `shortlist` other than the default is for tests, and not heeded by the Triton kernels."""
         self.tensor_type = tensor_type
+        self._shortlist = shortlist or (WINDOWED_SHORTLIST if tensor_type.windowed else SHORTLIST)
         self._chunk = CUDA_CHUNK if torch.device(device).type == "cuda" else CHUNK
         if tensor_type.has_codebooks:
             table = PAIR_TABLE if tensor_type.paired else SCALAR_TABLE[:, :, None]
@@ -53,6 +65,9 @@ class CodebookSearch:
         else:
             self.levels = uniform.levels(device)
         self.columns = self.levels.transpose(1, 2).contiguous()
+        self.ways = self.planes = torch.zeros(0, device=device)
+        if tensor_type.windowed:
+            self.ways, self.planes = by_next_state(self.levels[..., 0]), self.levels[..., 0].T.contiguous()
         self.bins, self.edge, self.unit = 0, 0.0, 0.0
         self.error_table = self.error_table_f16 = torch.zeros(0, device=device)
         if tensor_type.has_codebooks:
@@ -84,14 +99,34 @@ class CodebookSearch:
             return triton.search(self, vectors)
         codebooks, errors = [], []
         for part in vectors.split(self._chunk):
-            candidates = self._approximate_errors(part).topk(SHORTLIST, dim=1, largest=False).indices
-            shape = (len(part), -1, part.shape[2])
-            distances = torch.cdist(part.contiguous(), self.levels[candidates].reshape(shape).contiguous())
-            exact = distances.square_().view(len(part), part.shape[1], SHORTLIST, -1).amin(3).sum(1)
+            candidates = self._approximate_errors(part).topk(self._shortlist, dim=1, largest=False).indices
+            if self.tensor_type.windowed:
+                exact = path_errors(part[:, :, 0], self.ways[candidates])
+            else:
+                shape = (len(part), -1, part.shape[2])
+                distances = torch.cdist(part.contiguous(), self.levels[candidates].reshape(shape).contiguous())
+                exact = distances.square_().view(len(part), part.shape[1], self._shortlist, -1).amin(3).sum(1)
             error, best = exact.min(1)
             codebooks.append(candidates.gather(1, best[:, None])[:, 0])
             errors.append(error)
         return torch.cat(codebooks), torch.cat(errors)
+
+    def nearest(self, vectors: torch.Tensor, codebooks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Find the nearest entries of given codebooks.
+
+        Args:
+            vectors: float32 [groups, 32 / V, V], in units of d.
+            codebooks: int64 [groups].
+
+        Returns:
+            The entries, float32 like the vectors, and the codes, int64 [groups, 32 / V].
+        """
+        levels = self.levels[codebooks]
+        if self.tensor_type.windowed:
+            codes = best_codes(vectors[:, :, 0], self.ways, codebooks)
+            return levels.gather(1, table_index(codes).long()[:, :, None]), codes.long()
+        codes = (vectors[:, :, None] - levels[:, None]).square().sum(3).argmin(2)
+        return levels.gather(1, codes[:, :, None].expand(-1, -1, levels.shape[2])), codes
 
     def block_scales(self, weights: torch.Tensor) -> torch.Tensor:
         """Choose the scale d of each block by the approximate error of SCALE_STEPS.
@@ -117,7 +152,7 @@ class CodebookSearch:
                 error = trial.square() * self._approximate_block_error(vectors, trial)
                 better = error < best
                 best, scales = torch.where(better, error, best), torch.where(better, trial, scales)
-        return scales
+        return stored_scale(scales * WINDOWED_SCALE) if self.tensor_type.windowed else scales
 
     def _approximate_block_error(self, vectors: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Approximate the error of every block at its scale, with the best codebook for each group: [rows]."""

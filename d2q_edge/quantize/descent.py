@@ -199,7 +199,7 @@ def choose_block(
         # Both candidates at once, one below the other.
         candidates, wanted = torch.cat([codebooks[:, group], nearest]), optimum.repeat(2, 1)
         one, rounded = torch.ones_like(wanted[:, 0]), torch.empty_like(wanted)
-        found, rounded[:, order], _, _ = quantize_group(wanted[:, order], search.levels, candidates, one, U, inv_U_jj)
+        found, rounded[:, order], _, _ = quantize_group(wanted[:, order], search, candidates, one, U, inv_U_jj)
         off = rounded - wanted
         least, which = ((off @ H_gg) * off).sum(1).view(2, -1).min(0)
         better, pick = least < error, which * rows + torch.arange(rows, device=units.device)

@@ -157,7 +157,7 @@ def quantize_block(
         chosen, _ = search.search(work[:, here].unflatten(1, inv_U.shape[:2]) / scales[:, None, None])
         group_P = None if P is None else P[here, here]
         group_codes, quantized[:, here], E, w = quantize_group(
-            work[:, here], search.levels, chosen, scales, U[here, here], inv_U, group_P
+            work[:, here], search, chosen, scales, U[here, here], inv_U, group_P
         )
         errors[:, here], work[:, here] = E, w
         work[:, stop:] -= E @ U[here, stop:]

@@ -21,8 +21,6 @@ def _round_blocks(blocks: torch.Tensor, search: CodebookSearch) -> tuple[torch.T
     scales = search.block_scales(blocks)
     vectors = search.vectors(blocks / scales[:, None])
     codebooks, _ = search.search(vectors)
-    levels = search.levels[codebooks]
-    codes = torch.cdist(vectors.contiguous(), levels).argmin(2)
-    nearest = levels.gather(1, codes[:, :, None].expand(-1, -1, levels.shape[2]))
+    nearest, codes = search.nearest(vectors, codebooks)
     rounded = nearest.transpose(1, 2).reshape(blocks.shape) * scales[:, None]
     return scales, codebooks, codes, rounded

@@ -49,17 +49,26 @@ def first_cost(shape: torch.Size, device: torch.device) -> torch.Tensor:
     return cost
 
 
-def chain_errors(values: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-    """Return the squared errors of the best paths, float32 [...].
+def path_errors(values: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """Return the squared errors of the best paths in several codebooks, float32 [groups, codebooks].
 
     Args:
-        values: float32 [..., 16].
-        levels: entries by next state, float32 [..., 2, K]; the leading dimensions of both are broadcast.
+        values: float32 [groups, 32].
+        levels: entries by next state, float32 [groups, codebooks, 2, K].
     """
-    cost = first_cost(torch.broadcast_shapes(values.shape[:-1], levels.shape[:-2]), values.device)
-    for index in range(CHAIN):
-        cost, _ = cheapest_ways((values[..., index, None, None] - levels).square(), cost)
-    return cost.amin(-1)
+    groups, codebooks, states, ways = levels.shape
+    # By next state and state; what a step is about, all groups and codebooks, is contiguous.
+    entries = levels.permute(2, 3, 0, 1).reshape(states, states, -1, groups, codebooks).contiguous()
+    half_squares = entries.square() / 2
+    total = values.square().sum(1, keepdim=True)
+    for chain in values.split(CHAIN, dim=1):
+        cost = first_cost(torch.Size((groups, codebooks)), values.device).movedim(-1, 0)
+        for value in chain.T:
+            # Half of the squared error, less that of zeros.
+            errors = torch.addcmul(half_squares, entries, value[:, None], value=-1)
+            cost = errors.add_(cost[:, None]).amin((1, 2))
+        total = total + 2 * cost.amin(0)
+    return total
 
 
 def best_codes(values: torch.Tensor, levels: torch.Tensor, codebooks: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 W = units * scales, units being entries of the chosen codebooks. Scales are tuned by their logarithm, so that a step is
 relative to their size. Codes are tuned by a latent point per code in units of d: the nearest entry of the group's
-codebook is used, and its gradient passes straight through to the latent point.
+codebook, or those on the nearest path where entries depend on the code before, is used, and its gradient passes
+straight through to the latent point.
 """
 
 from typing import Any
@@ -71,9 +72,8 @@ class TunableLinear(nn.Module):
         for points, codebooks in zip(
             vectors.split(per_chunk), self.codebooks.reshape(-1).split(per_chunk), strict=True
         ):
-            levels = self.search.levels[codebooks]
-            code = (points[:, :, None] - levels[:, None]).square().sum(3).argmin(2)
-            units.append(levels.gather(1, code[:, :, None].expand(-1, -1, levels.shape[2])))
+            nearest, code = self.search.nearest(points, codebooks)
+            units.append(nearest)
             codes.append(code)
         # Back from [groups, codes, V] to columns: the columns of a code are GROUP / V apart.
         flat = torch.cat(units).transpose(1, 2).reshape(-1, GROUP)

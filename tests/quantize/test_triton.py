@@ -72,8 +72,8 @@ class Block:
 
 
 def searches(kind: TensorType) -> tuple[CodebookSearch, CodebookSearch]:
-    """Of the kernels, and of torch."""
-    return CodebookSearch(kind, DEVICE), CodebookSearch(kind)
+    """Of the kernels, which measure all codebooks of windowed types, and of torch, which is made to."""
+    return CodebookSearch(kind, DEVICE), CodebookSearch(kind, shortlist=256 if kind.windowed else None)
 
 
 def near_ties(same: torch.Tensor) -> None:
@@ -170,9 +170,10 @@ def test_scales_and_codebooks(kind: TensorType, rows: int) -> None:
     off = (errors - errors_in_torch).abs() > 1e-2 + 2e-3 * errors_in_torch
     assert float(off.sum()) <= 0.01 * len(off) if CUDA else not bool(off.any())
     torch.testing.assert_close(errors, errors_in_torch, rtol=0.1, atol=1e-2)
-    # Of zeros many codebooks are equally good, and of small values beside an outlier some; on GPUs of small ones alone.
+    # Of zeros many codebooks are equally good, and of small values beside an outlier some; on GPUs of small ones alone,
+    # and of huge ones where errors are sums of a path's.
     alive = vectors.square().sum((1, 2)) > 1e-6
-    if CUDA:
+    if CUDA or kind.windowed:
         alive.view(rows, -1)[:3] = False
     assert float((codebooks == codebooks_in_torch)[alive].float().mean()) > 0.9
 

@@ -7,10 +7,22 @@ import triton
 import triton.language as tl
 
 from d2q_edge.formats.tensor_types import GROUP, SCALE_MAX, SCALE_TINY
-from d2q_edge.quantize.codebook_search import EDGE, KNEE, REACH, SCALE_STEPS, SHORTLIST, CodebookSearch
+from d2q_edge.quantize.codebook_search import (
+    EDGE,
+    KNEE,
+    REACH,
+    SCALE_STEPS,
+    SHORTLIST,
+    WINDOWED_SCALE,
+    CodebookSearch,
+    stored_scale,
+)
+from d2q_edge.quantize.triton.trellis import best_path_codebook
 
 GROUPS = 4
 """Groups per program of the codebook search."""
+WINDOWED_GROUPS = 8
+"""The same where all codebooks are measured."""
 BLOCKS = 16
 """Groups per program of the search for scales, a few whole blocks; the fastest number on an H200."""
 
@@ -43,18 +55,21 @@ def _ranks(  # type: ignore[no-untyped-def]
 def best_codebook(  # type: ignore[no-untyped-def]
     place, scale, live, table, levels,
     N: tl.constexpr, V: tl.constexpr, K: tl.constexpr, BINS: tl.constexpr, KNEE: tl.constexpr, EDGE: tl.constexpr,
-    SHORTLIST: tl.constexpr, CODEBOOKS: tl.constexpr, ROWS: tl.constexpr,
+    SHORTLIST: tl.constexpr, CODEBOOKS: tl.constexpr, WINDOWED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Find the best codebook of the groups whose values begin at `place` [ROWS]; all are measured where there are few.
 
     Args:
         scale: what the values are divided by, float32 [ROWS].
         live: which of the groups exist, bool [ROWS].
-        table, levels: pointers to the rank table, and to the entries [codebooks, V, K].
+        table: pointer to the rank table, or to the entries by index, [16, codebooks], of windowed types.
+        levels: pointer to the entries [codebooks, V, K].
 
     Returns:
         The codebooks, int32 [ROWS], and their errors in units of the scale squared, float32 [ROWS].
     """
+    if WINDOWED:
+        return best_path_codebook(place, scale, live, table, N, K, CODEBOOKS, ROWS)
     # As wide as a group, so that the same few threads do all of a row.
     lane = tl.arange(0, N * V) % K
     best = tl.full([ROWS], float("inf"), tl.float32)
@@ -90,14 +105,15 @@ def best_codebook(  # type: ignore[no-untyped-def]
 def _search(  # type: ignore[no-untyped-def]
     vectors, table, levels, codebooks, errors, groups,
     N: tl.constexpr, V: tl.constexpr, K: tl.constexpr, BINS: tl.constexpr, KNEE: tl.constexpr, EDGE: tl.constexpr,
-    SHORTLIST: tl.constexpr, CODEBOOKS: tl.constexpr, GROUPS: tl.constexpr,
+    SHORTLIST: tl.constexpr, CODEBOOKS: tl.constexpr, WINDOWED: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     live = group < groups
     one = tl.full([GROUPS], 1.0, tl.float32)
     chosen, best = best_codebook(
-        vectors + group * (N * V), one, live, table, levels, N, V, K, BINS, KNEE, EDGE, SHORTLIST, CODEBOOKS, GROUPS
-    )
+        vectors + group * (N * V), one, live, table, levels,
+        N, V, K, BINS, KNEE, EDGE, SHORTLIST, CODEBOOKS, WINDOWED, GROUPS,
+    )  # fmt: skip
     tl.store(codebooks + group, chosen.to(tl.int64), mask=live)
     tl.store(errors + group, best, mask=live)
 
@@ -141,8 +157,8 @@ def search(table: CodebookSearch, vectors: torch.Tensor) -> tuple[torch.Tensor, 
     codebooks = torch.empty(groups, dtype=torch.int64, device=vectors.device)
     errors = torch.empty(groups, device=vectors.device)
     _search[(triton.cdiv(groups, GROUPS),)](
-        vectors.contiguous(), table.error_table_f16, table.columns, codebooks, errors, groups,
-        GROUPS=GROUPS, **search_constants(table),
+        vectors.contiguous(), rank_table(table), table.columns, codebooks, errors, groups,
+        GROUPS=WINDOWED_GROUPS if table.tensor_type.windowed else GROUPS, **search_constants(table),
     )  # fmt: skip
     return codebooks, errors
 
@@ -156,7 +172,7 @@ def block_scales(table: CodebookSearch, blocks: torch.Tensor) -> torch.Tensor:
         table.unit, table.edge, (REACH - table.edge) ** 2, REACH, SCALE_TINY, SCALE_MAX,
         STEPS=len(factors), PER_BLOCK=groups, GROUPS=BLOCKS, **_table_constants(table),
     )  # fmt: skip
-    return scales
+    return stored_scale(scales * WINDOWED_SCALE) if table.tensor_type.windowed else scales
 
 
 @cache
@@ -169,7 +185,13 @@ def _steps(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 def search_constants(table: CodebookSearch) -> dict[str, int | float]:
     """Return what a kernel with `best_codebook` is compiled for."""
-    return {**_table_constants(table), "K": table.levels.shape[1], "SHORTLIST": SHORTLIST}
+    windowed = table.tensor_type.windowed
+    return {**_table_constants(table), "K": table.levels.shape[1], "SHORTLIST": SHORTLIST, "WINDOWED": windowed}
+
+
+def rank_table(table: CodebookSearch) -> torch.Tensor:
+    """Return the table that `best_codebook` reads."""
+    return table.planes if table.tensor_type.windowed else table.error_table_f16
 
 
 def _table_constants(table: CodebookSearch) -> dict[str, int | float]:

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from d2q_edge.formats.tensor_types import GROUP
 from d2q_edge.quantize.codebook_search import CodebookSearch
-from d2q_edge.quantize.triton.codebook_search import best_codebook, search_constants
+from d2q_edge.quantize.triton.codebook_search import best_codebook, rank_table, search_constants
 from d2q_edge.quantize.triton.feedback import quantize_rows, rows_per_program
 
 
@@ -24,7 +24,7 @@ def _choose_block(  # type: ignore[no-untyped-def]
     gradient, units, codebooks, codes, scratch, table, levels, hessian, inv_H_gg, U, inv_U_jj, rows,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     N: tl.constexpr, V: tl.constexpr, K: tl.constexpr, BINS: tl.constexpr, KNEE: tl.constexpr, EDGE: tl.constexpr,
-    SHORTLIST: tl.constexpr, CODEBOOKS: tl.constexpr,
+    SHORTLIST: tl.constexpr, CODEBOOKS: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     SIZE: tl.constexpr = GROUPS * GROUP
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -50,7 +50,7 @@ def _choose_block(  # type: ignore[no-untyped-def]
         tl.store(own[:, None] + column[None, :], target, mask=alive)
         tl.debug_barrier()
         nearest, _error = best_codebook(
-            own, one, live, table, levels, N, V, K, BINS, KNEE, EDGE, SHORTLIST, CODEBOOKS, ROWS
+            own, one, live, table, levels, N, V, K, BINS, KNEE, EDGE, SHORTLIST, CODEBOOKS, WINDOWED, ROWS
         )
         beside = (row * GROUPS + group)[:, None] * N + column[None, :] // V
         kept = tl.load(codebooks + row * GROUPS + group, mask=live, other=0).to(tl.int32)
@@ -61,7 +61,7 @@ def _choose_block(  # type: ignore[no-untyped-def]
             candidate = kept if turn == 0 else nearest
             trial, found, _lost, _seen = quantize_rows(
                 target, candidate, one, levels, U + first * GROUP, U, GROUP,
-                inv_U_jj + group * (N * V * V), GROUP, K, V, False, ROWS,
+                inv_U_jj + group * (N * V * V), GROUP, K, V, False, WINDOWED, ROWS,
             )  # fmt: skip
             trial_error = _weighted(found - target, H_gg)
             better = trial_error < error
@@ -88,7 +88,7 @@ def choose_block(search: CodebookSearch, *tensors: torch.Tensor) -> tuple[torch.
     rows, together = len(units), rows_per_program(len(units), units.device)
     _choose_block[(triton.cdiv(rows, together),)](
         gradient, units, codebooks, codes, units.new_empty(rows, GROUP),
-        search.error_table_f16, search.columns, *(tensor.contiguous() for tensor in tensors[4:]), rows,
+        rank_table(search), search.columns, *(tensor.contiguous() for tensor in tensors[4:]), rows,
         GROUPS=search.tensor_type.groups, GROUP=GROUP, ROWS=together, num_stages=1, **search_constants(search),
     )  # fmt: skip
     return units, codebooks, codes

@@ -10,7 +10,7 @@ import triton.language as tl
 from d2q_edge.formats.tensor_types import GROUP
 from d2q_edge.quantize import uniform
 from d2q_edge.quantize.codebook_search import CodebookSearch, stored_scale
-from d2q_edge.quantize.triton.codebook_search import best_codebook, block_scales, search_constants
+from d2q_edge.quantize.triton.codebook_search import best_codebook, block_scales, rank_table, search_constants
 from d2q_edge.quantize.triton.feedback import quantize_rows, rows_per_program
 
 
@@ -19,7 +19,7 @@ def _quantize_block(  # type: ignore[no-untyped-def]
     work, scales, table, levels, U, P, inv_U_jj, codebooks, codes, quantized, errors, rows,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, HAS_P: tl.constexpr, ROWS: tl.constexpr,
     N: tl.constexpr, V: tl.constexpr, K: tl.constexpr, BINS: tl.constexpr, KNEE: tl.constexpr, EDGE: tl.constexpr,
-    SHORTLIST: tl.constexpr, CODEBOOKS: tl.constexpr,
+    SHORTLIST: tl.constexpr, CODEBOOKS: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     SIZE: tl.constexpr = GROUPS * GROUP
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -32,15 +32,16 @@ def _quantize_block(  # type: ignore[no-untyped-def]
         first = group * GROUP
         start = row * SIZE + first
         codebook, _ = best_codebook(
-            work + start, scale, live, table, levels, N, V, K, BINS, KNEE, EDGE, SHORTLIST, CODEBOOKS, ROWS
-        )
+            work + start, scale, live, table, levels,
+            N, V, K, BINS, KNEE, EDGE, SHORTLIST, CODEBOOKS, WINDOWED, ROWS,
+        )  # fmt: skip
         tl.store(codebooks + row * GROUPS + group, codebook.to(tl.uint8), mask=live)
         place = start[:, None] + column[None, :]
         square = first * SIZE + first
         code, found, lost, seen = quantize_rows(
             tl.load(work + place, mask=alive, other=0.0), codebook, scale, levels,
             U + square, P + square, SIZE, inv_U_jj + group * (N * V * V),
-            GROUP, K, V, HAS_P, ROWS,
+            GROUP, K, V, HAS_P, WINDOWED, ROWS,
         )  # fmt: skip
         beside = (row * GROUPS + group)[:, None] * N + column[None, :] // V
         tl.store(codes + beside, code.to(tl.uint8), mask=alive & (column[None, :] % V == 0))
@@ -71,7 +72,7 @@ def quantize_block(
     quantized, errors = torch.empty_like(work), torch.empty_like(work)
     U, together = U.contiguous(), rows_per_program(rows, work.device)
     _quantize_block[(triton.cdiv(rows, together),)](
-        work, scales, search.error_table_f16, search.columns, U, U if P is None else P.contiguous(),
+        work, scales, rank_table(search), search.columns, U, U if P is None else P.contiguous(),
         inv_U_jj.contiguous(), codebooks, codes, quantized, errors, rows,
         GROUPS=kind.groups, GROUP=GROUP, HAS_P=P is not None, ROWS=together, num_stages=1, **search_constants(search),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Find the best codes of scalars by Viterbi's algorithm in Triton: quantize/trellis.py for many chains at once."""
+"""Find the best codebook and codes of scalars by Viterbi's algorithm in Triton, as quantize/trellis.py does."""
 
 import torch
 import triton
@@ -49,6 +49,51 @@ def _best_codes(  # type: ignore[no-untyped-def]
         way = ((tl.where(state == 1, ways1, ways0) >> (3 * index)) & (WAYS - 1)).to(tl.int32)
         tl.store(codes + place + index, (way % (WAYS // 2) * 2 + state).to(tl.uint8), mask=live)
         state = way // (WAYS // 2)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def best_path_codebook(  # type: ignore[no-untyped-def]
+    place, scale, live, planes, N: tl.constexpr, K: tl.constexpr, CODEBOOKS: tl.constexpr, ROWS: tl.constexpr
+):
+    """Find the codebook whose best path is the best, of all codebooks, for the groups whose values begin at `place`.
+
+    Args:
+        place: pointers to the values of ROWS groups.
+        scale: what the values are divided by, float32 [ROWS].
+        live: which of the groups exist, bool [ROWS].
+        planes: pointer to the entries by index, float32 [K, codebooks].
+
+    Returns:
+        The codebooks, int32 [ROWS], and their errors in units of the scale squared, float32 [ROWS].
+    """
+    CHAIN: tl.constexpr = 16
+    HALF: tl.constexpr = K // 4
+    entry = planes + tl.arange(0, CODEBOOKS)
+    # Half of the squared errors, less those of zeros.
+    total = tl.zeros([ROWS, CODEBOOKS], tl.float32)
+    square = tl.zeros([ROWS], tl.float32)
+    for chain in tl.static_range(N // CHAIN):
+        cost0 = tl.zeros([ROWS, CODEBOOKS], tl.float32)
+        cost1 = tl.full([ROWS, CODEBOOKS], float("inf"), tl.float32)
+        for index in range(CHAIN):
+            value = tl.load(place + chain * CHAIN + index, mask=live, other=0.0) / scale
+            square += value * value
+            next0 = tl.full([ROWS, CODEBOOKS], float("inf"), tl.float32)
+            next1 = next0
+            for state in tl.static_range(2):
+                best0 = tl.full([ROWS, CODEBOOKS], float("inf"), tl.float32)
+                best1 = best0
+                for pair in tl.static_range(HALF):
+                    even = tl.load(entry + (state * (K // 2) + 2 * pair) * CODEBOOKS)
+                    odd = tl.load(entry + (state * (K // 2) + 2 * pair + 1) * CODEBOOKS)
+                    best0 = tl.minimum(best0, (even * even * 0.5)[None, :] - value[:, None] * even[None, :])
+                    best1 = tl.minimum(best1, (odd * odd * 0.5)[None, :] - value[:, None] * odd[None, :])
+                before = cost0 if state == 0 else cost1
+                next0 = tl.minimum(next0, before + best0)
+                next1 = tl.minimum(next1, before + best1)
+            cost0, cost1 = next0, next1
+        total += tl.minimum(cost0, cost1)
+    return tl.argmin(total, 1), 2 * tl.min(total, 1) + square
 
 
 def best_codes(values: torch.Tensor, levels: torch.Tensor, codebooks: torch.Tensor) -> torch.Tensor:

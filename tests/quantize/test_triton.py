@@ -73,7 +73,16 @@ class Block:
 
 def searches(kind: TensorType) -> tuple[CodebookSearch, CodebookSearch]:
     """Of the kernels, which measure all codebooks of windowed types, and of torch, which is made to."""
-    return CodebookSearch(kind, DEVICE), CodebookSearch(kind, shortlist=256 if kind.windowed else None)
+    return CodebookSearch(kind, DEVICE, exhaustive=True), CodebookSearch(kind, exhaustive=True)
+
+
+def in_triton(search: CodebookSearch, weights: torch.Tensor) -> torch.Tensor:
+    """Choose block scales by the kernels; without a GPU the class wouldn't use them by itself."""
+    if CUDA:
+        return search.block_scales(weights.to(DEVICE)).cpu()
+    vectors = search.vectors(weights)
+    scales = triton.block_scales(search, vectors.reshape(weights.shape))
+    return search._correct_scales(vectors, scales) if search.tensor_type.windowed else scales
 
 
 def near_ties(same: torch.Tensor) -> None:
@@ -153,7 +162,7 @@ def test_choose_block(kind: TensorType, rows: int) -> None:
 def test_scales_and_codebooks(kind: TensorType, rows: int) -> None:
     search, in_torch = searches(kind)
     weights = gptaq.storage_order(Block.make(kind, rows).weights, kind)
-    scales = triton.block_scales(search, search.vectors(weights).reshape(weights.shape).to(DEVICE)).cpu()
+    scales = in_triton(search, weights)
     vectors = search.vectors(weights / scales[:, None])
     codebooks, errors = (part.cpu() for part in triton.search(search, vectors.to(DEVICE)))
     # The kernel's table is coarser: two scales that are as good as equal may change places.
@@ -184,5 +193,5 @@ def test_scales_of_outliers(kind: TensorType) -> None:
     search, in_torch = searches(kind)
     weights = torch.randn(8, kind.block_size, generator=torch.Generator().manual_seed(1))
     weights[:, 3] = torch.linspace(30, 400, 8)
-    scales = triton.block_scales(search, search.vectors(weights).reshape(weights.shape).to(DEVICE)).cpu()
+    scales = in_triton(search, weights)
     near_ties(scales == in_torch.block_scales(weights))

@@ -13,9 +13,7 @@ from d2q_edge.quantize.codebook_search import (
     REACH,
     SCALE_STEPS,
     SHORTLIST,
-    WINDOWED_SCALE,
     CodebookSearch,
-    stored_scale,
 )
 from d2q_edge.quantize.triton.trellis import best_path_codebook
 
@@ -164,7 +162,7 @@ def search(table: CodebookSearch, vectors: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def block_scales(table: CodebookSearch, blocks: torch.Tensor) -> torch.Tensor:
-    """Choose block scales as CodebookSearch.block_scales, of blocks [rows, block_size] in the order of their codes."""
+    """Choose block scales by the approximate error of SCALE_STEPS, of blocks [rows, block_size] in code order."""
     groups, (factors, begins) = table.tensor_type.groups, _steps(blocks.device)
     scales = torch.empty(len(blocks), device=blocks.device)
     _block_scales[(triton.cdiv(len(blocks) * groups, BLOCKS),)](
@@ -172,7 +170,7 @@ def block_scales(table: CodebookSearch, blocks: torch.Tensor) -> torch.Tensor:
         table.unit, table.edge, (REACH - table.edge) ** 2, REACH, SCALE_TINY, SCALE_MAX,
         STEPS=len(factors), PER_BLOCK=groups, GROUPS=BLOCKS, **_table_constants(table),
     )  # fmt: skip
-    return stored_scale(scales * WINDOWED_SCALE) if table.tensor_type.windowed else scales
+    return scales
 
 
 @cache

@@ -8,8 +8,7 @@ import triton
 import triton.language as tl
 
 from d2q_edge.formats.tensor_types import GROUP
-from d2q_edge.quantize import uniform
-from d2q_edge.quantize.codebook_search import CodebookSearch, stored_scale
+from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.triton.codebook_search import best_codebook, block_scales, rank_table, search_constants
 from d2q_edge.quantize.triton.feedback import quantize_rows, rows_per_program
 
@@ -65,8 +64,8 @@ def quantize_block(
     """Quantize one block of every row, as gptaq.quantize_block."""
     kind, (rows, size) = search.tensor_type, weights.shape
     work = weights.clone(memory_format=torch.contiguous_format)
-    # q4_0's blocks are groups, and its codes in the order of the columns.
-    scales = block_scales(search, work) if kind.has_codebooks else stored_scale(uniform.block_scales(work))
+    # Pairs are side by side here, which CodebookSearch.block_scales doesn't expect.
+    scales = block_scales(search, work) if kind.paired else search.block_scales(work)
     codebooks = torch.empty(rows, kind.groups, dtype=torch.uint8, device=work.device)
     codes = torch.empty(rows, kind.codes(size), dtype=torch.uint8, device=work.device)
     quantized, errors = torch.empty_like(work), torch.empty_like(work)

@@ -6,6 +6,7 @@ import numpy.typing as npt
 from d2q_edge.formats.codebooks import PAIR_TABLE, SCALAR_TABLE
 from d2q_edge.formats.tensor_types import TensorType, entries
 from d2q_edge.quantize.quantized_layer import QuantizedLayer
+from tests.quantize.slow_trellis import best_path, nearest_errors
 
 Matrix = npt.NDArray[np.float64]
 
@@ -27,6 +28,8 @@ def least_squares(kind: TensorType, layer: QuantizedLayer, h: Matrix, t: Matrix,
 def slow_nearest(kind: TensorType, target: Matrix) -> int:
     """The codebook with the least squared error, by trying all; target [32] in units of d."""
     levels = _levels(kind)
+    if kind.windowed:
+        return int(nearest_errors(target, levels[:, :, 0]).argmin())
     points = target.reshape(2, 16).T if kind.paired else target[:, None]
     distances = np.square(points[None, :, None] - levels[:, None]).sum(3).min(2).sum(1)
     return int(distances.argmin())
@@ -38,6 +41,8 @@ def slow_feedback(kind: TensorType, target: Matrix, codebook: int, h: Matrix) ->
     With some weights fixed at an error e, the best of the others is their target + inv(H_oo) H_of e.
     """
     levels = _levels(kind)[codebook]
+    if kind.windowed:
+        return _slow_paths(target, levels[:, 0], h)
     codes = [[i, i + 16] for i in range(16)] if kind.paired else [[i] for i in range(32)]
     result = np.zeros(32)
     fixed: list[int] = []
@@ -55,8 +60,31 @@ def slow_feedback(kind: TensorType, target: Matrix, codebook: int, h: Matrix) ->
     return result
 
 
+def _slow_paths(target: Matrix, levels: Matrix, h: Matrix) -> Matrix:
+    """The same where an entry depends on the code before: the cheapest path of both chains."""
+
+    def optimum(result: Matrix, column: int) -> float:
+        fixed, rest = slice(0, column), slice(column, None)
+        moved = np.linalg.solve(h[rest, rest], h[rest, fixed] @ (target[fixed] - result[fixed]))
+        return float(target[column] + moved[0])
+
+    def cost(result: Matrix, column: int, entry: float) -> float:
+        corner = 1 / np.linalg.inv(h[column:, column:])[0, 0]
+        return float((entry - optimum(result, column)) ** 2 * corner)
+
+    def follow(result: Matrix, column: int, entry: float) -> Matrix:
+        after = result.copy()
+        after[column] = entry
+        return after
+
+    result = np.zeros(32)
+    for first in (0, 16):
+        _, result = best_path(result, range(first, first + 16), levels, cost, follow)
+    return result
+
+
 def _levels(kind: TensorType) -> Matrix:
-    """Entries in units of d: [codebooks, codes, 1 or 2]."""
+    """Entries in units of d: [codebooks, entries, 1 or 2]."""
     if not kind.has_codebooks:
         return np.stack([np.arange(-8.0, 8.0), np.arange(-7.0, 9.0)])[:, :, None]
     return (PAIR_TABLE if kind.paired else SCALAR_TABLE[:, :, None]).astype(np.float64)

@@ -18,7 +18,7 @@ from tests.quantize.slow_descent import Matrix, least_squares, slow_feedback, sl
 KINDS = pytest.mark.parametrize("kind", (*ALL, Q4_0), ids=lambda kind: kind.name)
 FLOAT16 = 7e-4
 """Half a unit in float16's last place, and what float32 loses."""
-SEARCHES = {kind: CodebookSearch(kind) for kind in (*ALL, Q4_0)}
+SEARCHES = {kind: CodebookSearch(kind, exhaustive=True) for kind in (*ALL, Q4_0)}
 
 
 @dataclass
@@ -130,7 +130,7 @@ def test_scales_are_those_of_least_squares(kind: TensorType) -> None:
     descent.fit_scales()
     expected = least_squares(kind, layer, case.h, case.t)
     np.testing.assert_allclose(descent.scales.numpy(), expected, rtol=FLOAT16)
-    assert not np.isclose(layer.scales.numpy(), expected, rtol=FLOAT16).all(1).any()
+    assert np.isclose(layer.scales.numpy(), expected, rtol=FLOAT16).all(1).mean() < 0.2
 
 
 def test_scales_that_make_no_sense_are_refused() -> None:

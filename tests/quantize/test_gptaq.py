@@ -11,6 +11,7 @@ from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.gptaq import layer_feedback, quantize_layer
 from d2q_edge.quantize.quantized_layer import QuantizedLayer
 from d2q_edge.quantize.statistics import InputStatistics
+from tests.quantize.slow_trellis import best_path
 
 Matrix = npt.NDArray[np.float64]
 
@@ -61,7 +62,7 @@ def slow_gptaq(
     w = weights[:, columns].copy()
     result = np.empty_like(w)
     width = len(order[0])
-    for row in range(len(w)):
+    for row in range(len(w) if not kind.windowed else 0):
         for step, code in enumerate(order):
             here = slice(width * step, width * (step + 1))
             later = slice(width * (step + 1), None)
@@ -72,9 +73,35 @@ def slow_gptaq(
             q = min(codebook, key=lambda entry: np.linalg.norm((target - entry) @ inverse))
             result[row, here] = q
             w[row, later] += target @ p[here, later] - (target - q) @ inverse @ u[here, later]
+    if kind.windowed:
+        result = slow_paths(w, u, p, columns, kind, levels[:, :, 0], chosen)
     undone = np.empty_like(result)
     undone[:, columns] = result
     return undone
+
+
+def slow_paths(
+    weights: Matrix, u: Matrix, p: Matrix, columns: list[int], kind: TensorType, levels: Matrix, chosen: QuantizedLayer
+) -> Matrix:
+    """The same where an entry depends on the code before: the cheapest path of every chain, with its own weights."""
+
+    def cost(carried: Matrix, step: int, entry: float) -> float:
+        return float(((carried[step] - entry) / u[step, step]) ** 2)
+
+    def follow(carried: Matrix, step: int, entry: float) -> Matrix:
+        after = carried.copy()
+        error = (after[step] - entry) / u[step, step]
+        after[step + 1 :] += after[step] * p[step, step + 1 :] - error * u[step, step + 1 :]
+        after[step] = entry  # later steps don't look at it
+        return after
+
+    result = weights.copy()
+    for row in range(len(weights)):
+        for first in range(0, len(columns), 16):
+            scale = float(chosen.scales[row, columns[first] // kind.block_size])
+            codebook = levels[int(chosen.codebooks[row, columns[first] // 32])] * scale
+            _, result[row] = best_path(result[row], range(first, first + 16), codebook, cost, follow)
+    return result
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])

@@ -15,6 +15,7 @@ from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.quantized_layer import QuantizedLayer
 from d2q_edge.quantize.rtn import round_layer
 from d2q_edge.quantize.tunable import TunableLinear, TunableNorm
+from tests.quantize.slow_trellis import nearest_path
 
 KINDS = pytest.mark.parametrize("kind", (*ALL, Q4_0), ids=lambda kind: kind.name)
 SEARCHES = {kind: CodebookSearch(kind) for kind in (*ALL, Q4_0)}
@@ -51,12 +52,18 @@ def nearest_by_trying(
     for row in range(len(values)):
         for group in range(values.shape[1] // 32):
             codebook = int(codebooks[row, group])
+            if kind.windowed:
+                for first in (32 * group, 32 * group + 16):
+                    chain, entries = nearest_path(values[row, first : first + 16], SCALAR_TABLE[codebook].astype(float))
+                    units[row, first : first + 16] = entries
+                    codes += chain
+                continue
             for index in range(16 if kind.paired else 32):
                 columns = [32 * group + index, 32 * group + 16 + index] if kind.paired else [32 * group + index]
                 if not kind.has_codebooks:
                     table = np.arange(16.0)[:, None] - 8 + codebook
                 else:
-                    table = PAIR_TABLE[codebook] if kind.paired else SCALAR_TABLE[codebook][:, None]
+                    table = PAIR_TABLE[codebook]
                 distances = [math.dist(values[row, columns], entry) for entry in table.tolist()]
                 code = int(np.argmin(distances))
                 units[row, columns] = table[code]

@@ -10,6 +10,7 @@ import torch
 from d2q_edge.formats.codebooks import parse_tables
 from d2q_edge.formats.tensor_types import GROUP
 from tests.checkpoints import EXAMPLE
+from tests.quantize.slow_trellis import nearest_errors
 from tools.learn_tables import (
     PAIRS,
     SCALARS,
@@ -52,6 +53,12 @@ def test_errors_are_those_of_the_definition(recipe: Recipe) -> None:
     table = torch.randint(-64, 64, (256, recipe.entries, recipe.dimension), generator=generator()).float()
     found = Encoder(CPU).group_errors(blocks, scale, table)
     x = vectors(blocks, recipe.dimension).double().view(3, 8, 1, -1, 1, recipe.dimension)
+    if recipe.dimension == 1:
+        groups = (blocks / scale[:, None]).double().view(24, 32).numpy()
+        errors = np.stack([nearest_errors(group, table[:, :, 0].double().numpy()) for group in groups])
+        expected = torch.from_numpy(errors).view(3, 8, 256) * scale.double().square()[:, None, None]
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+        return
     levels = scale.double().view(3, 1, 1, 1, 1, 1) * table.double()[None, None, :, None]
     expected = (x - levels).square().sum(5).amin(4).sum(3)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)

@@ -2,8 +2,9 @@
 
 The search bins the values of a group and sums up, per codebook, the squared errors of the bins' centers: a rank of all
 256 codebooks, of which only a shortlist is measured exactly (docs/accuracy.md has its cost; tests/reference_encoder.py
-searches exhaustively). Where an entry also depends on the code before, the rank takes every entry for possible: a bound
-from below, so that the shortlist is longer; the Triton kernel, for which it is no cost, measures all codebooks. q4_0, which has two codebooks only, has its own search (uniform.py).
+searches exhaustively). Where an entry also depends on the code before (windowed types), the rank takes every entry for
+possible: a bound from below, so that the shortlist is longer; the Triton kernel, for which it costs little, measures all
+codebooks. q4_0, which has two codebooks only, has its own search (uniform.py).
 """
 
 import torch
@@ -21,8 +22,8 @@ WINDOWED_SHORTLIST = 32
 WINDOWED_SCALE = 0.93
 """The rank, a bound from below there, prefers block scales that are too large by this factor (Gaussian weights)."""
 WINDOWED_SCALE_STEPS = (0.91, 1.0, 1.08)
-"""Multiples of that scale of which the best is taken by exact errors where all codebooks are measured: 2 % less error in
-the end. Without the Triton kernels it would take too long."""
+"""Multiples of that scale of which the best is taken by exact errors where all codebooks are measured: 2 % less error.
+Without the Triton kernels it would take too long."""
 SCALE_STEPS = ((0.7, 1.0, 1.4, 2.0, 2.8, 4.0), (0.84, 1.19), (0.92, 1.09))
 """Block scales that are tried: multiples of the block's RMS over the table's, then, twice, of the best so far."""
 REACH, KNEE = 100.0, 48.0

@@ -56,7 +56,7 @@ def path_errors(values: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
         values: float32 [groups, 32].
         levels: entries by next state, float32 [groups, codebooks, 2, K].
     """
-    groups, codebooks, states, ways = levels.shape
+    groups, codebooks, states, _ = levels.shape
     # By next state and state; what a step is about, all groups and codebooks, is contiguous.
     entries = levels.permute(2, 3, 0, 1).reshape(states, states, -1, groups, codebooks).contiguous()
     half_squares = entries.square() / 2

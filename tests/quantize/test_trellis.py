@@ -1,4 +1,4 @@
-"""Viterbi's algorithm on chains of 16 weights, against one that follows every path on its own, and hand-worked cases."""
+"""Viterbi's algorithm on chains of 16 weights, against one that carries paths along, and hand-worked cases."""
 
 from itertools import product
 

@@ -60,10 +60,7 @@ def nearest_by_trying(
                 continue
             for index in range(16 if kind.paired else 32):
                 columns = [32 * group + index, 32 * group + 16 + index] if kind.paired else [32 * group + index]
-                if not kind.has_codebooks:
-                    table = np.arange(16.0)[:, None] - 8 + codebook
-                else:
-                    table = PAIR_TABLE[codebook]
+                table = PAIR_TABLE[codebook] if kind.paired else np.arange(16.0)[:, None] - 8 + codebook
                 distances = [math.dist(values[row, columns], entry) for entry in table.tolist()]
                 code = int(np.argmin(distances))
                 units[row, columns] = table[code]

@@ -3,8 +3,8 @@
 The search bins the values of a group and sums up, per codebook, the squared errors of the bins' centers: a rank of all
 256 codebooks, of which only a shortlist is measured exactly (docs/accuracy.md has its cost; tests/reference_encoder.py
 searches exhaustively). Where an entry also depends on the code before (windowed types), the rank takes every entry for
-possible: a bound from below, so that the shortlist is longer; the Triton kernel, for which it costs little, measures all
-codebooks. q4_0, which has two codebooks only, has its own search (uniform.py).
+possible: a bound from below, so that the shortlist is longer; the Triton kernel, for which it costs little, measures
+all codebooks. q4_0, which has two codebooks only, has its own search (uniform.py).
 """
 
 import torch

@@ -36,7 +36,8 @@ from d2q_edge.options import Options
 from d2q_edge.pipeline.block_loop import quantize_blocks
 from d2q_edge.pipeline.device import choose_device
 from d2q_edge.pipeline.refinement import refine
-from d2q_edge.pipeline.type_plan import plan_types
+from d2q_edge.pipeline.sensitivity import choose_windows, measure
+from d2q_edge.pipeline.type_plan import TypePlan, is_mixed, plan_types, rounding_types
 from d2q_edge.pipeline.work_dir import WorkDir
 from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.rtn import round_layer
@@ -67,8 +68,8 @@ class Outcome:
     bits_per_weight: float
 
 
-Row = Callable[[Subject, int], Outcome]
-"""Quantizes a model to 2 or 3 bits."""
+Row = Callable[[Subject, float], Outcome]
+"""Quantizes a model to so many bits."""
 
 
 @dataclass(frozen=True)
@@ -77,22 +78,38 @@ class Line:
 
     model: str
     row: str
-    bits: int | None
+    bits: float | None
     bits_per_weight: float | None
     seconds: float
     texts: dict[str, Distance]
 
 
-def paper(subject: Subject, bits: int, recipe: Recipe) -> Outcome:
-    """Quantize by the paper's recipe."""
+def paper(subject: Subject, bits: float, recipe: Recipe) -> Outcome:
+    """Quantize by the paper's recipe, to 2 or 3 bits.
+
+    Raises:
+        D2QError: other bits are wanted.
+    """
+    if is_mixed(bits):
+        raise D2QError(f"the paper's recipe has 2 or 3 bits, not {bits:g}; choose other rows with --only")
+    bits = int(bits)
     runner = BlockRunner(subject.checkpoint, subject.family, subject.device)
     weights = quantize_model(runner, recipe, bits, subject.windows)
     return Outcome(subject.checkpoint, subject.family, weights, recipe.bits_per_weight(subject.family, bits))
 
 
-def ours_rounded(subject: Subject, bits: int) -> Outcome:
+def our_types(subject: Subject, bits: float) -> TypePlan:
+    """Choose the types of the layers; a mixture by their sensitivity, as a conversion does."""
+    measured = None
+    if is_mixed(bits):
+        runner = BlockRunner(subject.checkpoint, subject.family, subject.device)
+        measured = measure(runner, rounding_types(subject.family), choose_windows(subject.windows))
+    return plan_types(subject.family, bits, sensitivity=measured)
+
+
+def ours_rounded(subject: Subject, bits: float) -> Outcome:
     """Round to our types without calibration."""
-    plan = plan_types(subject.family, bits)
+    plan = our_types(subject, bits)
     searches = {
         kind: CodebookSearch(tensor_types.BY_NAME[kind], subject.device)
         for kind in set(plan.linears.values()) & tensor_types.BY_NAME.keys()
@@ -105,10 +122,10 @@ def ours_rounded(subject: Subject, bits: int) -> Outcome:
     return Outcome(subject.checkpoint, subject.family, weights, plan.linear_bits_per_weight)
 
 
-def ours(subject: Subject, bits: int, options: Options, *, refined: bool = False) -> Outcome:
+def ours(subject: Subject, bits: float, options: Options, *, refined: bool = False) -> Outcome:
     """Quantize to our types by the product's pipeline, optionally with refinement on more of the same text."""
     checkpoint, family = subject.checkpoint, subject.family
-    plan = plan_types(family, bits)
+    plan = our_types(subject, bits)
     weights: dict[str, torch.Tensor] = {}
     with tempfile.TemporaryDirectory() as directory:
         work = WorkDir(Path(directory) / "model", {})
@@ -131,7 +148,7 @@ def ours(subject: Subject, bits: int, options: Options, *, refined: bool = False
     return Outcome(checkpoint, family, weights, plan.linear_bits_per_weight)
 
 
-def rotated(subject: Subject, bits: int, row: Row) -> Outcome:
+def rotated(subject: Subject, bits: float, row: Row) -> Outcome:
     """Quantize the rotated model by another row."""
     checkpoint = RotatedCheckpoint(subject.checkpoint, subject.seed)
     return row(replace(subject, checkpoint=checkpoint, family=family_for(checkpoint.config)), bits)
@@ -188,7 +205,7 @@ class Ablation:
             self.references[name] = Reference(original, chunks)
         self.original = Line(self.name, "original", None, None, 0.0, self._measure(original))
 
-    def run(self, row: str, bits: int) -> Line:
+    def run(self, row: str, bits: float) -> Line:
         """Quantize by one row and measure the result."""
         self._wait()
         start = time.perf_counter()
@@ -215,7 +232,7 @@ def heading(texts: list[str]) -> str:
 
 def format_line(line: Line) -> str:
     """Format one line of the table."""
-    bits = "-" if line.bits is None else str(line.bits)
+    bits = "-" if line.bits is None else f"{line.bits:g}"
     size = "-" if line.bits_per_weight is None else f"{line.bits_per_weight:.4f}"
     measured = "".join(f" {found.perplexity:12.3f} {found.kl_divergence:12.4f}" for found in line.texts.values())
     return f"{line.model:16} {line.row:16} {bits:>4} {size:>7} {line.seconds:8.1f}{measured}"
@@ -256,7 +273,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--chunks", type=int, default=100, help="of each text at most (default: %(default)s)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3], choices=(2, 3))
+    parser.add_argument("--bits", type=float, nargs="+", default=[2, 3], help="fractions mix our types over the layers")
     parser.add_argument("--only", nargs="+", choices=tuple(ROWS), metavar="ROW", help=f"of {', '.join(ROWS)}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
     arguments = parser.parse_args(argv)

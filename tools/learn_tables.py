@@ -118,7 +118,7 @@ def _errors_unrolled(x: Tensor, table: Tensor) -> Tensor:
 def _path_errors(x: Tensor, table: Tensor, step: Callable[..., Tensor]) -> Tensor:
     """Compute the squared errors [groups, codebooks] of the best paths of groups x [groups, 32, 1]."""
     levels = by_next_state(table[:, :, 0])
-    total = torch.zeros((), device=x.device)
+    total: Tensor = torch.zeros((), device=x.device)
     for chain in x[:, :, 0].split(CHAIN, dim=1):
         cost = first_cost(torch.Size((len(x), len(table))), x.device)
         for value in chain.T:
@@ -179,7 +179,8 @@ def assign(blocks: Tensor, scale: Tensor, codebooks: Tensor, table: Tensor) -> T
     x = vectors(blocks / scale[:, None], table.shape[2])
     if table.shape[2] == 1:
         codes = best_codes(x[:, :, 0].contiguous(), by_next_state(table[:, :, 0]), codebooks.reshape(-1))
-        return table_index(codes).long()
+        entries: Tensor = table_index(codes).long()
+        return entries
     chosen = table[codebooks.reshape(-1)]
     return torch.baddbmm(chosen.square().sum(2)[:, None], x, chosen.mT, beta=0.5, alpha=-1).argmin(2)
 

@@ -19,7 +19,8 @@ CHUNK = 1 << 16
 
 def by_next_state(levels: torch.Tensor) -> torch.Tensor:
     """Order the entries [..., 2 * K] of codebooks by the state that they lead to: [..., 2, K]."""
-    return levels.unflatten(-1, (SCALAR_STATES, -1, SCALAR_STATES)).movedim(-1, -3).flatten(-2).contiguous()
+    split: torch.Tensor = levels.unflatten(-1, (SCALAR_STATES, -1, SCALAR_STATES))
+    return split.movedim(-1, -3).flatten(-2).contiguous()
 
 
 def cheapest_ways(errors: torch.Tensor, cost: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,8 +33,9 @@ def cheapest_ways(errors: torch.Tensor, cost: torch.Tensor) -> tuple[torch.Tenso
     Returns:
         The costs, float32 [..., 2], and the ways, which `source` reads, int64 [..., 2].
     """
-    total = errors.unflatten(-1, (SCALAR_STATES, -1)) + cost[..., None, :, None]
-    return total.flatten(-2).min(-1)
+    total: torch.Tensor = errors.unflatten(-1, (SCALAR_STATES, -1)) + cost[..., None, :, None]
+    least, way = total.flatten(-2).min(-1)
+    return least, way
 
 
 def source(way: torch.Tensor, state: torch.Tensor, ways: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -44,6 +44,16 @@ def test_each_of_the_papers_steps_pays(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.slow
+def test_a_mixture_of_types(capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["--tokens", "2048", "--chunks", "2", "--device", "cpu", "--bits", "2.8", "--only", "D2Q-RTN"]
+    ablation.main([str(EXAMPLE), *few])
+    *_, bits, size = capsys.readouterr().out.splitlines()[-1].split()[:4]
+    assert bits == "2.8" and 2.6 < float(size) <= 2.8
+    with pytest.raises(SystemExit, match="has 2 or 3 bits"):
+        ablation.main([str(EXAMPLE), *few[:-1], "RTN"])
+
+
+@pytest.mark.slow
 def test_every_row_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for family in ("llama", "qwen3"):
         write_checkpoint(tmp_path / family, family, num_hidden_layers=1, intermediate_size=64)
@@ -100,7 +110,7 @@ def test_rotated_rows_work_on_a_rotated_model(tmp_path: Path) -> None:
     model = subject(tmp_path / "model")
     seen = []
 
-    def row(rotated: Subject, bits: int) -> ablation.Outcome:
+    def row(rotated: Subject, bits: float) -> ablation.Outcome:
         seen.append((rotated, bits))
         return ablation.Outcome(rotated.checkpoint, rotated.family, {}, 2.0)
 

@@ -10,13 +10,15 @@
 
 #include <arm_neon.h>
 
+extern int8_t d2q_scalar_table_arm[256][16]; // in the order of d2q_canonical_index; d2q_cpu_init makes it
+
 // the entries that 16 bytes of nibble codes select from a codebook of pairs: first components (0) or second ones (1)
 static inline int8x16_t d2q_pair_entries(const uint8_t * cb, int component, uint8x16_t codes) {
     return vqtbl1q_s8(vld1q_s8(d2q_pair_table[*cb][component]), codes);
 }
 
 static inline int8x16_t d2q_scalar_entries(const uint8_t * cb, uint8x16_t indices) {
-    return vqtbl1q_s8(vld1q_s8(d2q_scalar_table[*cb]), indices);
+    return vqtbl1q_s8(vld1q_s8(d2q_scalar_table_arm[*cb]), indices);
 }
 
 static inline int8x16x4_t d2q_pair_weights(const uint8_t * qs, const uint8_t * cb) {
@@ -28,11 +30,10 @@ static inline int8x16x4_t d2q_pair_weights(const uint8_t * qs, const uint8_t * c
     return w;
 }
 
-// The bits that complete the low bits q of 16 weights of four groups to indices, in q's places: the low bit of the code
-// before, which is that of the byte before, over the high bit, which h has in the even bits.
+// The bits that complete the low bits q of 16 weights of four groups to indices, in q's places: the high bit, which h has
+// in the odd bits, over the low bit of the code before, which is that of the byte before.
 static inline uint8x16_t d2q_upper_bits(uint8x16_t q, uint8x16_t h) {
-    const uint8x16_t before = vextq_u8(vdupq_n_u8(0), q, 15);
-    return vbslq_u8(vdupq_n_u8(0x55), h, vaddq_u8(before, before));
+    return vbslq_u8(vdupq_n_u8(0x55), vextq_u8(vdupq_n_u8(0), q, 15), h);
 }
 
 // indices of 16 weights of two groups in the nibbles of a register: of the first and the third of four groups
@@ -57,7 +58,7 @@ static inline int8x16x4_t d2q2_weights(const block_d2q2 * x, int t) {
 static inline int8x16x4_t d2q3_weights(const block_d2q3 * x, int t) {
     const uint8_t * qs = x->qs + 32*(t/2), * cb = x->cb + 2*t;
     const uint8x16_t q0 = vld1q_u8(qs), q1 = vld1q_u8(qs + 16), h0 = vld1q_u8(x->qh), h1 = vld1q_u8(x->qh + 16);
-    const uint8x16_t u0 = d2q_upper_bits(q0, t < 2 ? h0 : vshrq_n_u8(h0, 1)), u1 = d2q_upper_bits(q1, t < 2 ? h1 : vshrq_n_u8(h1, 1));
+    const uint8x16_t u0 = d2q_upper_bits(q0, t < 2 ? vaddq_u8(h0, h0) : h0), u1 = d2q_upper_bits(q1, t < 2 ? vaddq_u8(h1, h1) : h1);
     const uint8x16_t even0 = d2q_even_indices(q0, u0), even1 = d2q_even_indices(q1, u1);
     const uint8x16_t odd0  = d2q_odd_indices(q0, u0),  odd1  = d2q_odd_indices(q1, u1);
     const int8x16x4_t w = {{
@@ -76,7 +77,7 @@ static inline int8x16x4_t d2q3_64_weights(const block_d2q3_64 * x, int t) {
     (void) t;
     // byte i of qh has the high bits of weight i in the even bits and those of weight i + 8 in the odd ones
     const uint8x8_t  h = vld1_u8(x->qh);
-    const uint8x16_t q = vld1q_u8(x->qs), upper = d2q_upper_bits(q, vcombine_u8(h, vshr_n_u8(h, 1)));
+    const uint8x16_t q = vld1q_u8(x->qs), upper = d2q_upper_bits(q, vcombine_u8(vadd_u8(h, h), h));
     const uint8x16_t first = d2q_even_indices(q, upper), second = d2q_odd_indices(q, upper);
     const int8x16x4_t w = {{
         d2q_scalar_entries(x->cb,     d2q_nibble(first, 0)), d2q_scalar_entries(x->cb,     d2q_nibble(second, 0)),

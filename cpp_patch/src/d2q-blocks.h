@@ -35,6 +35,13 @@ static inline void d2q_scalar_group(const uint8_t * codes, uint8_t cb, int8_t * 
     }
 }
 
+// Kernels have tables of their own, whose index has its bits in the order in which they are cheap to put together: the low
+// bits of the code, the low bit of the code before, the high bit. This is the canonical index of entry i of such a table.
+static inline int d2q_canonical_index(int i) {
+    const int low = i & 3, before = i >> 2 & 1, high = i >> 3;
+    return low + 4*high + 8*before;
+}
+
 // where weight j of group k of a d2q3 has its bits: byte j + 32*(k/4) of qs, which four groups share, and byte j of qh.
 // In both, the bits of four groups are two apart, so that a kernel can put the low bits of the codes before, which come
 // from qs, between those of qh: then two bits of each register are the index of one group, four groups to a byte.

@@ -12,16 +12,11 @@
 
 D2Q_TABLE_ALIGN uint8_t d2q_pair_table_u7[256][32];
 D2Q_TABLE_ALIGN uint8_t d2q_scalar_table_u7[256][16];
-D2Q_TABLE_ALIGN int8_t  d2q_scalar_table_s8[256][16];
 
 void d2q_cpu_init(void) {
     for (int b = 0; b < 256; b++) {
         for (int i = 0; i < 32; i++) { d2q_pair_table_u7[b][i]   = (uint8_t) (d2q_pair_table[b][i/16][i%16] + 64); }
-        for (int i = 0; i < 16; i++) {
-            const int code = i%4 + 4*(i/8), before = i/4%2;
-            d2q_scalar_table_s8[b][i] = d2q_scalar_table[b][code + 8*before];
-            d2q_scalar_table_u7[b][i] = (uint8_t) (d2q_scalar_table_s8[b][i] + 64);
-        }
+        for (int i = 0; i < 16; i++) { d2q_scalar_table_u7[b][i] = (uint8_t) (d2q_scalar_table[b][d2q_canonical_index(i)] + 64); }
     }
 }
 
@@ -31,9 +26,11 @@ static inline float d2q_sum(__m256 v) {
     return _mm_cvtss_f32(_mm_add_ss(r, _mm_movehdup_ps(r)));
 }
 
-// signed entries times activations: Q8_0 has no sums to correct an offset with, so the sign moves to the activations
-static inline __m256i d2q_dot_signed(__m256i w, __m256i q8) {
-    return d2q_dot_add(_mm256_setzero_si256(), _mm256_sign_epi8(w, w), _mm256_sign_epi8(q8, w));
+// Entries with the offset times activations of Q8_0, which has no sums to correct it with: they are made here. In int16,
+// where they are halfway there; two products of an entry are at most 2*64*128.
+static inline __m256i d2q_dot_q8_0(__m256i u, const int8_t * q8) {
+    const __m256i offset = _mm256_maddubs_epi16(_mm256_set1_epi8(64), d2q_load(q8));
+    return _mm256_madd_epi16(_mm256_sub_epi16(_mm256_maddubs_epi16(u, d2q_load(q8)), offset), _mm256_set1_epi16(1));
 }
 
 // acc + d*(p0*y[0].d + p1*y[1].d): each scale comes from memory into all lanes, which is cheaper than their products would be
@@ -56,18 +53,17 @@ D2Q_VEC_DOT(ggml_vec_dot_d2q2_q8_K) {
     const __m256i nibble = _mm256_set1_epi8(15);
 
     __m256 acc = _mm256_setzero_ps();
-    for (int i = 0; i < n/QK_K; i++) {
-        __m256i even = d2q_offset(&y[i]), odd = _mm256_setzero_si256();
+    for (const block_d2q2 * end = x + n/QK_K; x < end; x++, y++) {
+        __m256i sum = d2q_offset(y);
         for (int t = 0; t < 4; t++) {
             // the same 16 codes in both lanes: the low lane looks up first components, the high lane second ones
-            const __m256i q  = d2q_load_both(x[i].qs + 16*t);
-            const __m256i w0 = _mm256_shuffle_epi8(d2q_load(d2q_pair_table_u7[x[i].cb[2*t]]),     _mm256_and_si256(q, nibble));
-            const __m256i w1 = _mm256_shuffle_epi8(d2q_load(d2q_pair_table_u7[x[i].cb[2*t + 1]]), _mm256_and_si256(_mm256_srli_epi16(q, 4), nibble));
-            even = d2q_dot_add(even, w0, d2q_load(y[i].qs + 64*t));
-            odd  = d2q_dot_add(odd,  w1, d2q_load(y[i].qs + 64*t + 32));
+            const __m256i q  = d2q_load_both(x->qs + 16*t);
+            const __m256i w0 = _mm256_shuffle_epi8(d2q_load(d2q_pair_table_u7[x->cb[2*t]]),     _mm256_and_si256(q, nibble));
+            const __m256i w1 = _mm256_shuffle_epi8(d2q_load(d2q_pair_table_u7[x->cb[2*t + 1]]), _mm256_and_si256(_mm256_srli_epi16(q, 4), nibble));
+            sum = d2q_dot_add(sum, w0, d2q_load(y->qs + 64*t));
+            sum = d2q_dot_add(sum, w1, d2q_load(y->qs + 64*t + 32));
         }
-        const __m256i sum = _mm256_add_epi32(even, odd);
-        acc = _mm256_fmadd_ps(_mm256_set1_ps(GGML_CPU_FP16_TO_FP32(x[i].d)*y[i].d), _mm256_cvtepi32_ps(sum), acc);
+        acc = _mm256_fmadd_ps(_mm256_set1_ps(GGML_CPU_FP16_TO_FP32(x->d)*y->d), _mm256_cvtepi32_ps(sum), acc);
     }
     *s = d2q_sum(acc);
 }
@@ -79,23 +75,22 @@ D2Q_VEC_DOT(ggml_vec_dot_d2q3_q8_K) {
     const block_q8_K * GGML_RESTRICT y = vy;
 
     __m256 acc = _mm256_setzero_ps();
-    for (int i = 0; i < n/QK_K; i++) {
-        const __m256i qh = d2q_load(x[i].qh);
-        __m256i sums[2] = { d2q_offset(&y[i]), _mm256_setzero_si256() };
+    for (const block_d2q3 * end = x + n/QK_K; x < end; x++, y++) {
+        const __m256i qh = d2q_load(x->qh);
+        __m256i sum = d2q_offset(y);
 #define D2Q_STEP(k, index) \
-        sums[(k)/2%2] = d2q_dot_add(sums[(k)/2%2], d2q_lookup(d2q_load_both(d2q_scalar_table_u7[x[i].cb[k]]), index), d2q_load(y[i].qs + 32*(k)))
+        sum = d2q_dot_add(sum, d2q_lookup(d2q_load_both(d2q_scalar_table_u7[x->cb[k]]), index), d2q_load(y->qs + 32*(k)))
 #pragma GCC unroll 2
         for (int half = 0; half < 2; half++) {
             __m256i even, odd;
-            d2q3_indices(x[i].qs, qh, half, &even, &odd);
+            d2q3_indices(x->qs, qh, half, &even, &odd);
             D2Q_STEP(4*half,     even);
             D2Q_STEP(4*half + 1, odd);
             D2Q_STEP(4*half + 2, _mm256_srli_epi16(even, 4));
             D2Q_STEP(4*half + 3, _mm256_srli_epi16(odd, 4));
         }
 #undef D2Q_STEP
-        const __m256i sum = _mm256_add_epi32(sums[0], sums[1]);
-        acc = _mm256_fmadd_ps(_mm256_set1_ps(GGML_CPU_FP16_TO_FP32(x[i].d)*y[i].d), _mm256_cvtepi32_ps(sum), acc);
+        acc = _mm256_fmadd_ps(_mm256_set1_ps(GGML_CPU_FP16_TO_FP32(x->d)*y->d), _mm256_cvtepi32_ps(sum), acc);
     }
     *s = d2q_sum(acc);
 }
@@ -108,12 +103,12 @@ D2Q_VEC_DOT(ggml_vec_dot_d2q2_64_q8_0) {
     const __m256i nibble = _mm256_set1_epi8(15);
 
     __m256 acc = _mm256_setzero_ps();
-    for (int i = 0; i < n/QK_D2Q_64; i++, y += 2) {
-        const __m256i q  = d2q_load_both(x[i].qs);
-        const __m256i w0 = _mm256_shuffle_epi8(d2q_load(d2q_pair_table[x[i].cb[0]]), _mm256_and_si256(q, nibble));
-        const __m256i w1 = _mm256_shuffle_epi8(d2q_load(d2q_pair_table[x[i].cb[1]]), _mm256_and_si256(_mm256_srli_epi16(q, 4), nibble));
-        const __m256i p0 = d2q_dot_signed(w0, d2q_load(y[0].qs)), p1 = d2q_dot_signed(w1, d2q_load(y[1].qs));
-        acc = d2q_add_block(acc, x[i].d, p0, p1, y);
+    for (const block_d2q2_64 * end = x + n/QK_D2Q_64; x < end; x++, y += 2) {
+        const __m256i q  = d2q_load_both(x->qs);
+        const __m256i w0 = _mm256_shuffle_epi8(d2q_load(d2q_pair_table_u7[x->cb[0]]), _mm256_and_si256(q, nibble));
+        const __m256i w1 = _mm256_shuffle_epi8(d2q_load(d2q_pair_table_u7[x->cb[1]]), _mm256_and_si256(_mm256_srli_epi16(q, 4), nibble));
+        const __m256i p0 = d2q_dot_q8_0(w0, y[0].qs), p1 = d2q_dot_q8_0(w1, y[1].qs);
+        acc = d2q_add_block(acc, x->d, p0, p1, y);
     }
     *s = d2q_sum(acc);
 }
@@ -129,17 +124,17 @@ D2Q_VEC_DOT(ggml_vec_dot_d2q3_64_q8_0) {
     const __m256i quarters = _mm256_setr_epi64x(3, 2, 1, 0);
 
     __m256 acc = _mm256_setzero_ps();
-    for (int i = 0; i < n/QK_D2Q_64; i++, y += 2) {
+    for (const block_d2q3_64 * end = x + n/QK_D2Q_64; x < end; x++, y += 2) {
         // both indices of a byte, as in d2q3_indices. Shifts cross byte borders; the masks drop what they bring in
-        const __m256i q = _mm256_and_si256(low4,    _mm256_srlv_epi64(d2q_load_both(x[i].qs), second_half));
-        const __m256i b = _mm256_and_si256(before1, _mm256_sllv_epi64(d2q_load_both(x[i].qs - 1), first_half));
-        const __m256i h = _mm256_and_si256(high1,   _mm256_sllv_epi64(d2q_load_8(x[i].qh), quarters));
+        const __m256i q = _mm256_and_si256(low4,    _mm256_srlv_epi64(d2q_load_both(x->qs), second_half));
+        const __m256i b = _mm256_and_si256(before1, _mm256_sllv_epi64(d2q_load_both(x->qs - 1), first_half));
+        const __m256i h = _mm256_and_si256(high1,   _mm256_sllv_epi64(d2q_load_8(x->qh), quarters));
         const __m256i c0 = _mm256_or_si256(_mm256_or_si256(q, b), h);
         const __m256i c1 = _mm256_srli_epi16(c0, 4);
-        const __m256i w0 = d2q_lookup(d2q_load_both(d2q_scalar_table_s8[x[i].cb[0]]), c0);
-        const __m256i w1 = d2q_lookup(d2q_load_both(d2q_scalar_table_s8[x[i].cb[1]]), c1);
-        const __m256i p0 = d2q_dot_signed(w0, d2q_load(y[0].qs)), p1 = d2q_dot_signed(w1, d2q_load(y[1].qs));
-        acc = d2q_add_block(acc, x[i].d, p0, p1, y);
+        const __m256i w0 = d2q_lookup(d2q_load_both(d2q_scalar_table_u7[x->cb[0]]), c0);
+        const __m256i w1 = d2q_lookup(d2q_load_both(d2q_scalar_table_u7[x->cb[1]]), c1);
+        const __m256i p0 = d2q_dot_q8_0(w0, y[0].qs), p1 = d2q_dot_q8_0(w1, y[1].qs);
+        acc = d2q_add_block(acc, x->d, p0, p1, y);
     }
     *s = d2q_sum(acc);
 }

@@ -13,11 +13,9 @@ extern "C" {
 #endif
 
 // The tables with 64 added to every entry: the multiply-add wants one unsigned operand. The sums of the activations that
-// Q8_K carries correct the offset. The index of a scalar has its bits in the order in which they are cheap to put
-// together: the low bits of the code, the low bit of the code before, the high bit. d2q_cpu_init makes them.
+// Q8_K carries correct the offset. The order of scalars is that of d2q_canonical_index. d2q_cpu_init makes them.
 extern uint8_t d2q_pair_table_u7[256][32]; // [codebook][component*16 + code]
 extern uint8_t d2q_scalar_table_u7[256][16];
-extern int8_t  d2q_scalar_table_s8[256][16]; // the same without the offset
 
 #ifdef __cplusplus
 }
@@ -38,15 +36,6 @@ static inline __m256i d2q_load_8(const void * p) {
     return _mm256_set1_epi64x(v);
 }
 
-// bits of a where the mask has ones, bits of b elsewhere
-static inline __m256i d2q_select(__m256i mask, __m256i a, __m256i b) {
-#if defined(__AVX512VL__)
-    return _mm256_ternarylogic_epi32(mask, a, b, 0xCA);
-#else
-    return _mm256_or_si256(_mm256_and_si256(mask, a), _mm256_andnot_si256(mask, b));
-#endif
-}
-
 // the entries that the low nibbles of `index` select from 16, the same 16 in both lanes; the high nibbles may be anything
 static inline __m256i d2q_lookup(__m256i table, __m256i index) {
 #if defined(__AVX512VBMI__) && defined(__AVX512VL__)
@@ -65,8 +54,9 @@ static inline void d2q3_indices(const uint8_t * qs, __m256i qh, int half, __m256
     const __m256i high   = _mm256_and_si256(_mm256_set1_epi8((char) 0xAA), half ? qh : _mm256_add_epi8(qh, qh));
     const __m256i upper  = _mm256_or_si256(before, high), q = d2q_load(qs + 32*half), low4 = _mm256_set1_epi8(0x33);
 #if defined(__AVX512VL__)
-    *even = d2q_select(low4, q, _mm256_slli_epi16(upper, 2));
-    *odd  = d2q_select(low4, _mm256_srli_epi16(q, 2), upper);
+    // the last operand selects; the first one, which the instruction overwrites, is one that nothing else needs
+    *even = _mm256_ternarylogic_epi32(_mm256_slli_epi16(upper, 2), q, low4, 0xD8);
+    *odd  = _mm256_ternarylogic_epi32(_mm256_srli_epi16(q, 2), upper, low4, 0xE4);
 #else
     // exchanges the upper two bits of q's nibbles for the lower two of upper's
     const __m256i differ = _mm256_and_si256(low4, _mm256_xor_si256(_mm256_srli_epi16(q, 2), upper));

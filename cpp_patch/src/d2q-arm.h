@@ -36,14 +36,12 @@ static inline uint8x16_t d2q_upper_bits(uint8x16_t q, uint8x16_t h) {
     return vbslq_u8(vdupq_n_u8(0x55), vextq_u8(vdupq_n_u8(0), q, 15), h);
 }
 
-// indices of 16 weights of two groups in the nibbles of a register: of the first and the third of four groups
-static inline uint8x16_t d2q_even_indices(uint8x16_t q, uint8x16_t upper) {
-    return vbslq_u8(vdupq_n_u8(0x33), q, vshlq_n_u8(upper, 2));
-}
-
-// of the second and the fourth
-static inline uint8x16_t d2q_odd_indices(uint8x16_t q, uint8x16_t upper) {
-    return vbslq_u8(vdupq_n_u8(0x33), vshrq_n_u8(q, 2), upper);
+// indices of 16 weights of four groups, two in the nibbles of a register: of the first and the third group, then of the
+// second and the fourth
+static inline uint8x16x2_t d2q_indices(uint8x16_t q, uint8x16_t upper) {
+    const uint8x16_t low4 = vdupq_n_u8(0x33);
+    const uint8x16x2_t indices = {{ vbslq_u8(low4, q, vshlq_n_u8(upper, 2)), vbslq_u8(low4, vshrq_n_u8(q, 2), upper) }};
+    return indices;
 }
 
 static inline uint8x16_t d2q_nibble(uint8x16_t indices, int high) {
@@ -55,15 +53,18 @@ static inline int8x16x4_t d2q2_weights(const block_d2q2 * x, int t) {
     return d2q_pair_weights(x->qs + 16*t, x->cb + 2*t);
 }
 
+// indices of the first or second 16 weights (run 0, 1) of the groups 4*half..4*half+3
+static inline uint8x16x2_t d2q3_indices(const block_d2q3 * x, int half, int run) {
+    const uint8x16_t q = vld1q_u8(x->qs + 32*half + 16*run), h = vld1q_u8(x->qh + 16*run);
+    return d2q_indices(q, d2q_upper_bits(q, half ? h : vaddq_u8(h, h)));
+}
+
 static inline int8x16x4_t d2q3_weights(const block_d2q3 * x, int t) {
-    const uint8_t * qs = x->qs + 32*(t/2), * cb = x->cb + 2*t;
-    const uint8x16_t q0 = vld1q_u8(qs), q1 = vld1q_u8(qs + 16), h0 = vld1q_u8(x->qh), h1 = vld1q_u8(x->qh + 16);
-    const uint8x16_t u0 = d2q_upper_bits(q0, t < 2 ? vaddq_u8(h0, h0) : h0), u1 = d2q_upper_bits(q1, t < 2 ? vaddq_u8(h1, h1) : h1);
-    const uint8x16_t even0 = d2q_even_indices(q0, u0), even1 = d2q_even_indices(q1, u1);
-    const uint8x16_t odd0  = d2q_odd_indices(q0, u0),  odd1  = d2q_odd_indices(q1, u1);
+    const uint8_t * cb = x->cb + 2*t;
+    const uint8x16x2_t first = d2q3_indices(x, t/2, 0), second = d2q3_indices(x, t/2, 1);
     const int8x16x4_t w = {{
-        d2q_scalar_entries(cb,     d2q_nibble(even0, t%2)), d2q_scalar_entries(cb,     d2q_nibble(even1, t%2)),
-        d2q_scalar_entries(cb + 1, d2q_nibble(odd0,  t%2)), d2q_scalar_entries(cb + 1, d2q_nibble(odd1,  t%2)),
+        d2q_scalar_entries(cb,     d2q_nibble(first.val[0], t%2)), d2q_scalar_entries(cb,     d2q_nibble(second.val[0], t%2)),
+        d2q_scalar_entries(cb + 1, d2q_nibble(first.val[1], t%2)), d2q_scalar_entries(cb + 1, d2q_nibble(second.val[1], t%2)),
     }};
     return w;
 }
@@ -78,10 +79,10 @@ static inline int8x16x4_t d2q3_64_weights(const block_d2q3_64 * x, int t) {
     // byte i of qh has the high bits of weight i in the even bits and those of weight i + 8 in the odd ones
     const uint8x8_t  h = vld1_u8(x->qh);
     const uint8x16_t q = vld1q_u8(x->qs), upper = d2q_upper_bits(q, vcombine_u8(vadd_u8(h, h), h));
-    const uint8x16_t first = d2q_even_indices(q, upper), second = d2q_odd_indices(q, upper);
+    const uint8x16x2_t indices = d2q_indices(q, upper);
     const int8x16x4_t w = {{
-        d2q_scalar_entries(x->cb,     d2q_nibble(first, 0)), d2q_scalar_entries(x->cb,     d2q_nibble(second, 0)),
-        d2q_scalar_entries(x->cb + 1, d2q_nibble(first, 1)), d2q_scalar_entries(x->cb + 1, d2q_nibble(second, 1)),
+        d2q_scalar_entries(x->cb,     d2q_nibble(indices.val[0], 0)), d2q_scalar_entries(x->cb,     d2q_nibble(indices.val[1], 0)),
+        d2q_scalar_entries(x->cb + 1, d2q_nibble(indices.val[0], 1)), d2q_scalar_entries(x->cb + 1, d2q_nibble(indices.val[1], 1)),
     }};
     return w;
 }

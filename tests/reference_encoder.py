@@ -149,11 +149,12 @@ class _Encoder:
 
     def codes(self, blocks: _Blocks, choice: _Choice) -> U8:
         """Return the best codes [blocks, groups, vectors] of a choice."""
+        codes: U8
         u = self._scaled(blocks, choice.scale)
         chosen = self.table[choice.codebooks][:, :, None]  # [blocks, groups, 1, entries, dimension]
         distance = (blocks.weight[:, :, :, None] * np.square(u[:, :, :, None] - chosen)).sum(4)
         if not self.type.windowed:
-            codes: U8 = distance.argmin(3).astype(np.uint8)
+            codes = distance.argmin(3).astype(np.uint8)
             return codes
         # [blocks, groups, chain, weight, code before, code / 2, code % 2]
         shape = (
@@ -170,7 +171,8 @@ class _Encoder:
         before = np.concatenate([np.zeros_like(bits[..., :1]), bits[..., :-1]], axis=3)
         on_path = np.take_along_axis(states, before[..., None, None, None], 4)[..., 0, :, :]
         on_path = np.take_along_axis(on_path, bits[..., None, None], 5)[..., 0]
-        return (SCALAR_STATES * on_path.argmin(4) + bits).reshape(distance.shape[:3]).astype(np.uint8)
+        codes = (SCALAR_STATES * on_path.argmin(4) + bits).reshape(distance.shape[:3]).astype(np.uint8)
+        return codes
 
     def refit(self, blocks: _Blocks, choice: _Choice) -> F64:
         """Return the least-squares scales [blocks] for the codes of a choice: sum of w x e over sum of w e^2."""

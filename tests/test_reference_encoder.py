@@ -66,7 +66,7 @@ def least_error(t: TensorType, block: F64, importance: F64, d: float) -> float:
             total += distance.min(axis=1).sum(axis=1).min()
         else:
             distance = w * (x - d * SCALAR_TABLE.astype(np.float64)[:, :, None]) ** 2
-            total += sum(least_chain_error(distance[:, :, chain : chain + 16]) for chain in (0, 16)).min()
+            total += (least_chain_error(distance[:, :, :16]) + least_chain_error(distance[:, :, 16:])).min()
     return total
 
 
@@ -129,7 +129,7 @@ def test_scales_are_near_the_best_of_a_dense_grid(t: TensorType) -> None:
     assert found <= 1.03 * best
 
 
-@pytest.mark.parametrize(("t", "most"), [(D2Q2, 0.0610), (D2Q3, 0.0184), (D2Q2_64, 0.0590), (D2Q3_64, 0.0176)])
+@pytest.mark.parametrize(("t", "most"), [(D2Q2, 0.0610), (D2Q3, 0.0165), (D2Q2_64, 0.0590), (D2Q3_64, 0.0158)])
 def test_error_of_gaussian_weights(t: TensorType, most: float) -> None:
     weights = sample("gaussian")
     assert float(np.mean((dequantize(t, encode(t, weights)) - weights) ** 2)) <= most

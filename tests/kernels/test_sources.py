@@ -31,7 +31,10 @@ TARGETS = {
     "native": ("-march=native",),
 }
 # tiled.cpp has no kernel of its own for AVX-VNNI; for AVX without AVX2 our blocks go through the stock kernel
-TILED_TARGETS = {"avx": ("-march=ivybridge",), **{name: TARGETS[name] for name in ("avx2", "avxvnni", "avx512vnni", "avx512vbmi")}}
+TILED_TARGETS = {
+    "avx": ("-march=ivybridge",),
+    **{name: TARGETS[name] for name in ("avx2", "avxvnni", "avx512vnni", "avx512vbmi")},
+}
 # without their runtime libraries, which don't run under qemu: undefined behavior traps
 TRAPS = ("-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")
 NEEDS = {

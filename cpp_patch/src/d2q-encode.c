@@ -24,7 +24,7 @@
 #define CHAIN         16                   // scalars in a row that depend on each other's codes
 #define BOOKS         256
 #define COARSE_SCALES 15                   // from 0.6 to 4.5 times RMS/unit: a block with an outlier wants a large d
-#define KEPT_SCALES   3
+#define KEPT_SCALES   5
 #define KEPT_PAIRS    6                    // codebooks that are measured exactly
 #define KEPT_SCALARS  48
 #define REFITS        3
@@ -188,41 +188,48 @@ static void smallest_costs(const float * cost, uint8_t * books, int count) {
 typedef float scalar_errors[2][2][GROUP];
 
 static void measure_scalars(const float * x, const float * w, float d, const int8_t * table, scalar_errors errors) {
-    for (int e = 0; e < 4; e++) {
-        for (int i = 0; i < GROUP; i++) { errors[e/2][e%2][i] = INFINITY; }
-    }
-    for (int e = 0; e < 16; e++) {
-        float * best = errors[e/8][e%2];
-        const float entry = d*table[e];
+    for (int s = 0; s < 4; s++) {
+        float * best = errors[s/2][s%2];
+        const int8_t * entries = table + 8*(s/2) + s%2; // every other one
+        const float e0 = d*entries[0], e1 = d*entries[2], e2 = d*entries[4], e3 = d*entries[6];
         for (int i = 0; i < GROUP; i++) {
-            const float r = x[i] - entry;
-            const float error = w[i]*r*r;
-            best[i] = error < best[i] ? error : best[i];
+            const float r0 = (x[i] - e0)*(x[i] - e0), r1 = (x[i] - e1)*(x[i] - e1);
+            const float r2 = (x[i] - e2)*(x[i] - e2), r3 = (x[i] - e3)*(x[i] - e3);
+            const float r01 = r0 < r1 ? r0 : r1, r23 = r2 < r3 ? r2 : r3;
+            best[i] = w[i]*(r01 < r23 ? r01 : r23);
         }
     }
 }
 
 // the error of the best path through a group; bits: the low bits of its codes, or NULL. Of equal paths, the one to the
-// even code.
+// even code. The chains go side by side, as each step waits for the one before.
 static inline float best_path(const scalar_errors errors, uint8_t * bits) {
-    float   total = 0;
-    uint8_t from[2][CHAIN]; // [n][i]: the low bit of the code before weight i on the best path to bit n
-    for (int chain = 0; chain < GROUP; chain += CHAIN) {
-        float cost[2] = { 0, INFINITY };
-        for (int i = 0; i < CHAIN; i++) {
-            float next[2];
-            for (int n = 0; n < 2; n++) {
-                const float from0 = cost[0] + errors[0][n][chain + i], from1 = cost[1] + errors[1][n][chain + i];
-                from[n][i] = from1 < from0;
-                next[n]    = from1 < from0 ? from1 : from0;
+    enum { CHAINS = GROUP/CHAIN };
+    float   cost[2][CHAINS];
+    uint8_t from[2][GROUP]; // [n][i]: the low bit of the code before weight i on the best path to bit n
+    for (int c = 0; c < CHAINS; c++) {
+        cost[0][c] = 0;
+        cost[1][c] = INFINITY;
+    }
+    for (int i = 0; i < CHAIN; i++) {
+        for (int c = 0; c < CHAINS; c++) {
+            const int   at = CHAIN*c + i;
+            const float to00 = cost[0][c] + errors[0][0][at], to10 = cost[1][c] + errors[1][0][at];
+            const float to01 = cost[0][c] + errors[0][1][at], to11 = cost[1][c] + errors[1][1][at];
+            if (bits) {
+                from[0][at] = to10 < to00;
+                from[1][at] = to11 < to01;
             }
-            cost[0] = next[0];
-            cost[1] = next[1];
+            cost[0][c] = to10 < to00 ? to10 : to00;
+            cost[1][c] = to11 < to01 ? to11 : to01;
         }
-        uint8_t bit = cost[1] < cost[0];
-        total += cost[bit];
-        for (int i = CHAIN - 1; i >= 0 && bits; i--) {
-            bits[chain + i] = bit;
+    }
+    float total = 0;
+    for (int c = 0; c < CHAINS; c++) {
+        uint8_t bit = cost[1][c] < cost[0][c];
+        total += cost[bit][c];
+        for (int i = CHAIN*(c + 1) - 1; i >= CHAIN*c && bits; i--) {
+            bits[i] = bit;
             bit = from[bit][i];
         }
     }
@@ -410,8 +417,10 @@ d2q_choice d2q_encode_block(const float * x, const float * importance, int group
     }
     const float centre = best.d;
     if (centre > 0) {
-        try_scale(&block, stored_scale(centre*size*0.955f)/size, &best, &best_error);
-        try_scale(&block, stored_scale(centre*size*1.045f)/size, &best, &best_error);
+        static const float neighbours[4] = { 0.93f, 0.965f, 1.035f, 1.07f };
+        for (int n = 0; n < 4; n++) {
+            try_scale(&block, stored_scale(centre*size*neighbours[n])/size, &best, &best_error);
+        }
         for (int round = 0; round < REFITS; round++) {
             const float before = best.d;
             try_scale(&block, stored_scale(refitted_scale(&block, &best)*size)/size, &best, &best_error);

@@ -1,7 +1,8 @@
 """A reference encoder in numpy: weights to blocks by (weighted) squared error, without calibration.
 
-Tests compare the runtime's C encoder and quantize/rtn.py with it. It is plain and slow: every codebook is tried. The
-same input gives the same bytes.
+Tests compare the runtime's C encoder and quantize/rtn.py with it. It is plain and slow: every codebook is tried, with
+the best path of codes where an entry depends on the code before. The same input gives the same bytes: of equal
+codebooks, codes and paths, the first one, of equal paths that to the even code.
 """
 
 from dataclasses import dataclass
@@ -9,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from d2q_edge.formats.codebooks import PAIR_TABLE, SCALAR_TABLE
-from d2q_edge.formats.tensor_types import F32, GROUP, SCALE_MAX, SCALE_TINY, U8, TensorType, pack
+from d2q_edge.formats.codebooks import CHAIN, PAIR_TABLE, SCALAR_CODES, SCALAR_STATES, SCALAR_TABLE
+from d2q_edge.formats.tensor_types import F32, GROUP, SCALE_MAX, SCALE_TINY, U8, TensorType, pack, table_index
 
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
@@ -20,7 +21,7 @@ COARSE = np.geomspace(0.6, 4.5, 15)
 block with an outlier has a large d whatever its RMS. With the frozen tables the best d was within 0.75 to 4.3."""
 COARSE_STRIDE = 4
 """The guesses are compared by every fourth codebook; the tables are sorted by size, so that all sizes occur."""
-KEPT = 4
+KEPT = 6
 """Guesses that are compared by all codebooks."""
 FINE = (0.93, 0.965, 1.035, 1.07)
 """Multiples of the best one that are tried next."""
@@ -67,6 +68,28 @@ def _stored(scale: F64) -> F64:
     return np.clip(scale, SCALE_TINY, SCALE_MAX).astype(np.float16).astype(np.float64)
 
 
+def _best_path(errors: F32) -> tuple[F32, I64]:
+    """Find the best path through chains of scalars, as Viterbi does.
+
+    Args:
+        errors: [CHAIN, SCALAR_STATES, SCALAR_STATES, ...]: of each weight, with the best code whose low bit is the
+            second index, after a code whose low bit is the first one.
+
+    Returns:
+        The error of the best path [...], and the low bits of its codes [CHAIN, ...].
+    """
+    cost = errors[0, 0]  # no code before the first weight counts as an even one
+    origins = []  # for each low bit, whether the code before is odd
+    for error in errors[1:]:
+        even, odd = cost[0] + error[0], cost[1] + error[1]
+        origins.append(odd < even)
+        cost = np.minimum(even, odd)
+    bits = [cost[1] < cost[0]]
+    for origin in reversed(origins):
+        bits.append(np.where(bits[-1], origin[1], origin[0]))
+    return np.minimum(cost[0], cost[1]), np.stack(bits[::-1]).astype(np.int64)
+
+
 class _Encoder:
     """The encoder of one tensor type."""
 
@@ -97,29 +120,65 @@ class _Encoder:
         step = PRODUCT // (2 * dimension * len(table) * vectors)
         for start in range(0, len(left), step):
             part = left[start : start + step].swapaxes(0, 1).reshape(-1, 2 * dimension)  # vector by vector
-            best = part @ right[0]
-            trial = np.empty_like(best)
-            for entry in right[1:]:
-                np.matmul(part, entry, out=trial)
-                np.minimum(best, trial, out=best)
-            total = best.reshape(vectors, -1, len(table)).sum(0)
+            if self.type.windowed:
+                total = self._path_errors(part, right)
+            else:
+                total = self._least(part, right).reshape(vectors, -1, len(table)).sum(0)
             codebooks[start : start + step] = total.argmin(1)
             error[start : start + step] = total.min(1)
         gain = error.reshape(count, groups).sum(1) / np.square(self._inverse(blocks, scale))
         return _Choice(scale, codebooks.reshape(count, groups) * stride, gain)
 
+    def _least(self, part: F32, right: F32) -> F32:
+        """Return the errors [vectors, codebooks] of vectors (`part`) with the best of the entries `right`."""
+        best: F32 = part @ right[0]
+        trial = np.empty_like(best)
+        for entry in right[1:]:
+            np.matmul(part, entry, out=trial)
+            np.minimum(best, trial, out=best)
+        return best
+
+    def _path_errors(self, part: F32, right: F32) -> F32:
+        """Return the errors [groups, codebooks] of the best paths through scalars, `part` weight by weight."""
+        states = right.reshape(SCALAR_STATES, -1, SCALAR_STATES, *right.shape[1:])  # code before, code / 2, code % 2
+        errors = np.stack(
+            [self._least(part, states[p, :, n]) for p in range(SCALAR_STATES) for n in range(SCALAR_STATES)]
+        )
+        chains = errors.reshape(SCALAR_STATES, SCALAR_STATES, GROUP // CHAIN, CHAIN, -1, right.shape[2])
+        return np.asarray(_best_path(chains.transpose(3, 0, 1, 2, 4, 5))[0].sum(0))
+
     def codes(self, blocks: _Blocks, choice: _Choice) -> U8:
         """Return the best codes [blocks, groups, vectors] of a choice."""
+        codes: U8
         u = self._scaled(blocks, choice.scale)
         chosen = self.table[choice.codebooks][:, :, None]  # [blocks, groups, 1, entries, dimension]
-        distance = blocks.weight[:, :, :, None] * np.square(u[:, :, :, None] - chosen)
-        codes: U8 = distance.sum(4).argmin(3).astype(np.uint8)
+        distance = (blocks.weight[:, :, :, None] * np.square(u[:, :, :, None] - chosen)).sum(4)
+        if not self.type.windowed:
+            codes = distance.argmin(3).astype(np.uint8)
+            return codes
+        # [blocks, groups, chain, weight, code before, code / 2, code % 2]
+        shape = (
+            *distance.shape[:2],
+            GROUP // CHAIN,
+            CHAIN,
+            SCALAR_STATES,
+            SCALAR_CODES // SCALAR_STATES,
+            SCALAR_STATES,
+        )
+        states = distance.reshape(shape)
+        _, bits = _best_path(states.min(5).transpose(3, 4, 5, 0, 1, 2))
+        bits = bits.transpose(1, 2, 3, 0)
+        before = np.concatenate([np.zeros_like(bits[..., :1]), bits[..., :-1]], axis=3)
+        on_path = np.take_along_axis(states, before[..., None, None, None], 4)[..., 0, :, :]
+        on_path = np.take_along_axis(on_path, bits[..., None, None], 5)[..., 0]
+        codes = (SCALAR_STATES * on_path.argmin(4) + bits).reshape(distance.shape[:3]).astype(np.uint8)
         return codes
 
     def refit(self, blocks: _Blocks, choice: _Choice) -> F64:
         """Return the least-squares scales [blocks] for the codes of a choice: sum of w x e over sum of w e^2."""
         codes = self.codes(blocks, choice)
-        entries = self.table[choice.codebooks[:, :, None], codes]
+        index = table_index(codes) if self.type.windowed else codes
+        entries = self.table[choice.codebooks[:, :, None], index]
         top = (blocks.weight * blocks.x * entries).sum((1, 2, 3), dtype=np.float64)
         bottom = (blocks.weight * np.square(entries)).sum((1, 2, 3), dtype=np.float64)
         fitted = np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 0) * blocks.size

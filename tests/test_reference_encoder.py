@@ -63,10 +63,34 @@ def least_error(t: TensorType, block: F64, importance: F64, d: float) -> float:
         if t.paired:
             table = d * PAIR_TABLE.astype(np.float64)[:, :, None]
             distance = w[:16] * (x[:16] - table[..., 0]) ** 2 + w[16:] * (x[16:] - table[..., 1]) ** 2
+            total += distance.min(axis=1).sum(axis=1).min()
         else:
             distance = w * (x - d * SCALAR_TABLE.astype(np.float64)[:, :, None]) ** 2
-        total += distance.min(axis=1).sum(axis=1).min()
+            total += (least_chain_error(distance[:, :, :16]) + least_chain_error(distance[:, :, 16:])).min()
     return total
+
+
+def least_chain_error(distance: F64) -> F64:
+    """Least sum over a chain [codebooks] of the distances [codebooks, entries, weights], code by code.
+
+    cost[c] is the least sum so far that ends in code c, without the encoder's notion of states.
+    """
+    cost = distance[:, :8, 0]
+    for after in distance[:, :, 1:].transpose(2, 0, 1):
+        cost = (cost[:, :, None] + after.reshape(-1, 2, 8)[:, [0, 1] * 4]).min(axis=1)
+    return np.asarray(cost.min(axis=1))
+
+
+def test_equal_paths_are_chosen_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of equal codes the first, of equal paths the even one: with a table of equal entries, codes are zeros."""
+    tied = np.full_like(SCALAR_TABLE, 10)
+    monkeypatch.setattr("tests.reference_encoder.SCALAR_TABLE", tied)
+    _, codebooks, codes = unpack(D2Q3_64, encode(D2Q3_64, np.full((1, 64), 3, np.float32)))
+    assert not codebooks.any() and not codes.any()
+    # Negative weights: only odd codes are good, 3 at a chain's start, and after that 3 as well as 5.
+    tied[:, [3, 8 + 3, 8 + 5]] = -10
+    _, codebooks, codes = unpack(D2Q3_64, encode(D2Q3_64, np.full((1, 64), -3, np.float32)))
+    assert not codebooks.any() and (codes == 3).all()
 
 
 def blocks_and_errors(t: TensorType, weights: F32, importance: F32) -> list[tuple[F64, F64, float, float]]:
@@ -105,7 +129,7 @@ def test_scales_are_near_the_best_of_a_dense_grid(t: TensorType) -> None:
     assert found <= 1.03 * best
 
 
-@pytest.mark.parametrize(("t", "most"), [(D2Q2, 0.0610), (D2Q3, 0.0184), (D2Q2_64, 0.0590), (D2Q3_64, 0.0176)])
+@pytest.mark.parametrize(("t", "most"), [(D2Q2, 0.0610), (D2Q3, 0.0165), (D2Q2_64, 0.0590), (D2Q3_64, 0.0158)])
 def test_error_of_gaussian_weights(t: TensorType, most: float) -> None:
     weights = sample("gaussian")
     assert float(np.mean((dequantize(t, encode(t, weights)) - weights) ** 2)) <= most

@@ -46,6 +46,22 @@ static inline void store_rows(int8_t * out, int8x16_t r0, int8x16_t r1, int8x16_
         }                                                                                                                        \
     }
 
+// the same for half a block of d2q3, whose four groups share their indices
+#define UNPACK_D2Q3(half)                                                                                                        \
+    for (int h = 0; h < 2; h++) {                                                                                                \
+        uint8x16x2_t indices[2][4];                                                                                              \
+        for (int r = 0; r < 8; r++) { indices[r/4][r%4] = d2q3_indices(x[4*h + r%4], half, r/4); }                               \
+        _Pragma("GCC unroll 8")                                                                                                  \
+        for (int v = 0; v < 8; v++) {                                                                                            \
+            const int s = v/2, run = v%2;                                                                                        \
+            int8x16_t w[4];                                                                                                      \
+            for (int r = 0; r < 4; r++) {                                                                                        \
+                w[r] = d2q_scalar_entries(x[4*h + r]->cb + 4*(half) + s, d2q_nibble(indices[run][r].val[s%2], s/2));             \
+            }                                                                                                                    \
+            store_rows(tile->w + 1024*(half) + 128*v + 64*h, w[0], w[1], w[2], w[3]);                                            \
+        }                                                                                                                        \
+    }
+
 // block i of rows first .. first + 7; beyond the last row the last one again, whose results nobody reads
 #define UNPACK(type, ...)                                                                                                        \
     static void type##_unpack(const char * rows, size_t stride, int first, int last, int i, tile_t * tile) {                     \
@@ -58,7 +74,7 @@ static inline void store_rows(int8_t * out, int8x16_t r0, int8x16_t r1, int8x16_
     }
 
 UNPACK(d2q2,    UNPACK_64(d2q2, 0) UNPACK_64(d2q2, 1) UNPACK_64(d2q2, 2) UNPACK_64(d2q2, 3))
-UNPACK(d2q3,    UNPACK_64(d2q3, 0) UNPACK_64(d2q3, 1) UNPACK_64(d2q3, 2) UNPACK_64(d2q3, 3))
+UNPACK(d2q3,    UNPACK_D2Q3(0) UNPACK_D2Q3(1))
 UNPACK(d2q2_64, UNPACK_64(d2q2_64, 0))
 UNPACK(d2q3_64, UNPACK_64(d2q3_64, 0))
 

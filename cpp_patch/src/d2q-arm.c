@@ -8,7 +8,13 @@
 
 #include <assert.h>
 
-void d2q_cpu_init(void) {}
+D2Q_TABLE_ALIGN int8_t d2q_scalar_table_arm[256][16];
+
+void d2q_cpu_init(void) {
+    for (int b = 0; b < 256; b++) {
+        for (int i = 0; i < 16; i++) { d2q_scalar_table_arm[b][i] = d2q_scalar_table[b][d2q_canonical_index(i)]; }
+    }
+}
 
 // sum + the products of a and b, in lanes that only their total gives a meaning
 static inline int32x4_t d2q_dot_add(int32x4_t sum, int8x16_t a, int8x16_t b) {

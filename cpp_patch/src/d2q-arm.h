@@ -10,14 +10,15 @@
 
 #include <arm_neon.h>
 
+extern int8_t d2q_scalar_table_arm[256][16]; // in the order of d2q_canonical_index; d2q_cpu_init makes it
+
 // the entries that 16 bytes of nibble codes select from a codebook of pairs: first components (0) or second ones (1)
 static inline int8x16_t d2q_pair_entries(const uint8_t * cb, int component, uint8x16_t codes) {
     return vqtbl1q_s8(vld1q_s8(d2q_pair_table[*cb][component]), codes);
 }
 
-// codes 0..7 only ever reach the lower half of the register
-static inline int8x16_t d2q_scalar_entries(const uint8_t * cb, uint8x16_t codes) {
-    return vqtbl1q_s8(vcombine_s8(vld1_s8(d2q_scalar_table[*cb]), vdup_n_s8(0)), codes);
+static inline int8x16_t d2q_scalar_entries(const uint8_t * cb, uint8x16_t indices) {
+    return vqtbl1q_s8(vld1q_s8(d2q_scalar_table_arm[*cb]), indices);
 }
 
 static inline int8x16x4_t d2q_pair_weights(const uint8_t * qs, const uint8_t * cb) {
@@ -29,20 +30,22 @@ static inline int8x16x4_t d2q_pair_weights(const uint8_t * qs, const uint8_t * c
     return w;
 }
 
-// codes of 16 weights of group k: bits 2*(k%4) of q and bit k of h. Inserting shifts keep the low bits of their first
-// operand (sli) or the high ones (sri), which joins the two parts in one instruction.
-static inline uint8x16_t d2q3_codes(uint8x16_t q, uint8x16_t h, int k) {
-    const uint8x16_t low2 = vdupq_n_u8(3), low3 = vdupq_n_u8(7);
-    switch (k) {
-        case 0:  return vandq_u8(vsliq_n_u8(q, h, 2), low3);
-        case 1:  return vandq_u8(vsliq_n_u8(vshrq_n_u8(q, 2), vshrq_n_u8(h, 1), 2), low3);
-        case 2:  return vandq_u8(vbslq_u8(low2, vshrq_n_u8(q, 4), h), low3);
-        case 3:  return vshrq_n_u8(vsriq_n_u8(vshlq_n_u8(h, 4), q, 1), 5);
-        case 4:  return vandq_u8(vsliq_n_u8(q, vshrq_n_u8(h, 4), 2), low3);
-        case 5:  return vandq_u8(vsliq_n_u8(vshrq_n_u8(q, 2), vshrq_n_u8(h, 5), 2), low3);
-        case 6:  return vandq_u8(vbslq_u8(low2, vshrq_n_u8(q, 4), vshrq_n_u8(h, 4)), low3);
-        default: return vshrq_n_u8(vsriq_n_u8(h, q, 1), 5);
-    }
+// The bits that complete the low bits q of 16 weights of four groups to indices, in q's places: the high bit, which h has
+// in the odd bits, over the low bit of the code before, which is that of the byte before.
+static inline uint8x16_t d2q_upper_bits(uint8x16_t q, uint8x16_t h) {
+    return vbslq_u8(vdupq_n_u8(0x55), vextq_u8(vdupq_n_u8(0), q, 15), h);
+}
+
+// indices of 16 weights of four groups, two in the nibbles of a register: of the first and the third group, then of the
+// second and the fourth
+static inline uint8x16x2_t d2q_indices(uint8x16_t q, uint8x16_t upper) {
+    const uint8x16_t low4 = vdupq_n_u8(0x33);
+    const uint8x16x2_t indices = {{ vbslq_u8(low4, q, vshlq_n_u8(upper, 2)), vbslq_u8(low4, vshrq_n_u8(q, 2), upper) }};
+    return indices;
+}
+
+static inline uint8x16_t d2q_nibble(uint8x16_t indices, int high) {
+    return high ? vshrq_n_u8(indices, 4) : vandq_u8(indices, vdupq_n_u8(15));
 }
 
 // the weights 64*t..64*t+63 of a block, in order
@@ -50,12 +53,18 @@ static inline int8x16x4_t d2q2_weights(const block_d2q2 * x, int t) {
     return d2q_pair_weights(x->qs + 16*t, x->cb + 2*t);
 }
 
+// indices of the first or second 16 weights (run 0, 1) of the groups 4*half..4*half+3
+static inline uint8x16x2_t d2q3_indices(const block_d2q3 * x, int half, int run) {
+    const uint8x16_t q = vld1q_u8(x->qs + 32*half + 16*run), h = vld1q_u8(x->qh + 16*run);
+    return d2q_indices(q, d2q_upper_bits(q, half ? h : vaddq_u8(h, h)));
+}
+
 static inline int8x16x4_t d2q3_weights(const block_d2q3 * x, int t) {
-    const uint8_t * qs = x->qs + 32*(t/2), * cb = x->cb + 2*t;
-    const uint8x16_t q0 = vld1q_u8(qs), q1 = vld1q_u8(qs + 16), h0 = vld1q_u8(x->qh), h1 = vld1q_u8(x->qh + 16);
+    const uint8_t * cb = x->cb + 2*t;
+    const uint8x16x2_t first = d2q3_indices(x, t/2, 0), second = d2q3_indices(x, t/2, 1);
     const int8x16x4_t w = {{
-        d2q_scalar_entries(cb,     d2q3_codes(q0, h0, 2*t)),     d2q_scalar_entries(cb,     d2q3_codes(q1, h1, 2*t)),
-        d2q_scalar_entries(cb + 1, d2q3_codes(q0, h0, 2*t + 1)), d2q_scalar_entries(cb + 1, d2q3_codes(q1, h1, 2*t + 1)),
+        d2q_scalar_entries(cb,     d2q_nibble(first.val[0], t%2)), d2q_scalar_entries(cb,     d2q_nibble(second.val[0], t%2)),
+        d2q_scalar_entries(cb + 1, d2q_nibble(first.val[1], t%2)), d2q_scalar_entries(cb + 1, d2q_nibble(second.val[1], t%2)),
     }};
     return w;
 }
@@ -67,16 +76,13 @@ static inline int8x16x4_t d2q2_64_weights(const block_d2q2_64 * x, int t) {
 
 static inline int8x16x4_t d2q3_64_weights(const block_d2q3_64 * x, int t) {
     (void) t;
-    const uint8x16_t q = vld1q_u8(x->qs), low2 = vdupq_n_u8(0x33), low3 = vdupq_n_u8(7);
-    // bit 2*i of h belongs to the bits 2*i and 2*i + 1 of q; two codes fit side by side into a byte
-    const uint8x8_t  h8 = vld1_u8(x->qh);
-    const uint8x16_t h  = vcombine_u8(h8, vshr_n_u8(h8, 1));
-    const uint8x16_t first = vbslq_u8(low2, q, vshlq_n_u8(h, 2)), second = vbslq_u8(low2, vshrq_n_u8(q, 2), h);
+    // byte i of qh has the high bits of weight i in the even bits and those of weight i + 8 in the odd ones
+    const uint8x8_t  h = vld1_u8(x->qh);
+    const uint8x16_t q = vld1q_u8(x->qs), upper = d2q_upper_bits(q, vcombine_u8(vadd_u8(h, h), h));
+    const uint8x16x2_t indices = d2q_indices(q, upper);
     const int8x16x4_t w = {{
-        d2q_scalar_entries(x->cb,     vandq_u8(first, low3)),
-        d2q_scalar_entries(x->cb,     vandq_u8(second, low3)),
-        d2q_scalar_entries(x->cb + 1, vandq_u8(vshrq_n_u8(first, 4), low3)),
-        d2q_scalar_entries(x->cb + 1, vandq_u8(vshrq_n_u8(second, 4), low3)),
+        d2q_scalar_entries(x->cb,     d2q_nibble(indices.val[0], 0)), d2q_scalar_entries(x->cb,     d2q_nibble(indices.val[1], 0)),
+        d2q_scalar_entries(x->cb + 1, d2q_nibble(indices.val[0], 1)), d2q_scalar_entries(x->cb + 1, d2q_nibble(indices.val[1], 1)),
     }};
     return w;
 }

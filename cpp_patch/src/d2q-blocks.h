@@ -26,22 +26,45 @@ static inline void d2q2_64_group(const block_d2q2_64 * x, int k, int8_t * out) {
     d2q_pair_group(x->qs, x->cb[k], k, out);
 }
 
-// d2q3: four groups share the 32 bytes of low bits, all eight share the bytes of high bits
-static inline void d2q3_group(const block_d2q3 * x, int k, int8_t * out) {
-    const int8_t * table = d2q_scalar_table[x->cb[k]];
+// The entry of a scalar also depends on the low bit of the code before it. Weights 0 and 16 of a group have none before
+// them, which counts as a zero.
+static inline void d2q_scalar_group(const uint8_t * codes, uint8_t cb, int8_t * out) {
+    const int8_t * table = d2q_scalar_table[cb];
     for (int j = 0; j < D2Q_GROUP; j++) {
-        const int low  = (x->qs[32*(k/4) + j] >> (2*(k%4))) & 3;
-        const int high = (x->qh[j] >> k) & 1;
-        out[j] = table[low | high << 2];
+        out[j] = table[codes[j] + (j%16 ? 8*(codes[j - 1] & 1) : 0)];
     }
+}
+
+// Kernels have tables of their own, whose index has its bits in the order in which they are cheap to put together: the low
+// bits of the code, the low bit of the code before, the high bit. This is the canonical index of entry i of such a table.
+static inline int d2q_canonical_index(int i) {
+    const int low = i & 3, before = i >> 2 & 1, high = i >> 3;
+    return low + 4*high + 8*before;
+}
+
+// where weight j of group k of a d2q3 has its bits: byte j + 32*(k/4) of qs, which four groups share, and byte j of qh.
+// In both, the bits of four groups are two apart, so that a kernel can put the low bits of the codes before, which come
+// from qs, between those of qh: then two bits of each register are the index of one group, four groups to a byte.
+static inline int d2q3_low_shift (int k) { return 2*(k%4); }
+static inline int d2q3_high_shift(int k) { return 2*(k%4) + k/4; }
+
+static inline void d2q3_group(const block_d2q3 * x, int k, int8_t * out) {
+    uint8_t codes[D2Q_GROUP];
+    for (int j = 0; j < D2Q_GROUP; j++) {
+        const int low  = (x->qs[32*(k/4) + j] >> d2q3_low_shift(k)) & 3;
+        const int high = (x->qh[j] >> d2q3_high_shift(k)) & 1;
+        codes[j] = (uint8_t) (low | high << 2);
+    }
+    d2q_scalar_group(codes, x->cb[k], out);
 }
 
 // d2q3_64: both groups share the 16 bytes of low bits and the 8 bytes of high bits
 static inline void d2q3_64_group(const block_d2q3_64 * x, int k, int8_t * out) {
-    const int8_t * table = d2q_scalar_table[x->cb[k]];
+    uint8_t codes[D2Q_GROUP];
     for (int j = 0; j < D2Q_GROUP; j++) {
         const int low  = (x->qs[j%16] >> (4*k + 2*(j/16))) & 3;
         const int high = (x->qh[j%8] >> (4*k + j/8)) & 1;
-        out[j] = table[low | high << 2];
+        codes[j] = (uint8_t) (low | high << 2);
     }
+    d2q_scalar_group(codes, x->cb[k], out);
 }

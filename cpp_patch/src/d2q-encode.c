@@ -3,7 +3,11 @@
 // of normalized values x/d, the squared distance from the cell's centre to the nearest entry of each codebook. Adding 16
 // or 32 rows of it ranks all codebooks of a group at once, and the best few are measured exactly.
 //
-// Scales are found as in d2q_edge/encoder.py: a wide first round on the grid, the best of it exactly, then their
+// The entry of a scalar depends on the low bit of the code before it: the error of a codebook is that of the best path
+// through two states (Viterbi), from the first weight of a chain to its last. The grid has a lower bound of it, as if every
+// code could follow every other. That ranks less well, so more codebooks are measured.
+//
+// Scales are found as in tests/reference_encoder.py: a wide first round on the grid, the best of it exactly, then their
 // neighbours, then least squares.
 
 #include "d2q-encode.h"
@@ -17,10 +21,12 @@
 #include <string.h>
 
 #define GROUP         32
+#define CHAIN         16                   // scalars in a row that depend on each other's codes
 #define BOOKS         256
 #define COARSE_SCALES 15                   // from 0.6 to 4.5 times RMS/unit: a block with an outlier wants a large d
-#define KEPT_SCALES   3
-#define KEPT_BOOKS    6
+#define KEPT_SCALES   5
+#define KEPT_PAIRS    6                    // codebooks that are measured exactly
+#define KEPT_SCALARS  48
 #define REFITS        3
 // Least squares makes what it approximates smaller, at two bits by 6 % of its power, and with it every product. A scale
 // of a pair block 1 % above costs 0.2 % of squared error and keeps products within the bounds of test-quantize-fns.
@@ -57,7 +63,7 @@ static float median_rms(bool paired) {
     float rms[BOOKS];
     for (int b = 0; b < BOOKS; b++) {
         const int8_t * entries = paired ? d2q_pair_table[b][0] : d2q_scalar_table[b];
-        const int n = paired ? 32 : 8;
+        const int n = paired ? 32 : 16;
         int square = 0;
         for (int i = 0; i < n; i++) { square += entries[i]*entries[i]; }
         rms[b] = sqrtf((float) square/(float) n);
@@ -95,8 +101,8 @@ static void make_grids(void) {
         const float v = (float) (cell - SCALAR_MAX*SCALAR_STEPS)/SCALAR_STEPS;
         for (int b = 0; b < BOOKS; b++) {
             float best = INFINITY;
-            for (int code = 0; code < 8; code++) {
-                const float e = v - (float) d2q_scalar_table[b][code];
+            for (int i = 0; i < 16; i++) {
+                const float e = v - (float) d2q_scalar_table[b][i];
                 best = MIN(best, e*e);
             }
             scalar_grid[cell][b] = saturated(SCALAR_UNITS*best);
@@ -160,15 +166,15 @@ static void rank_books(const d2q_block * block, int g, float inverse, float * co
     }
 }
 
-// the KEPT_BOOKS smallest of 256 costs
-static void smallest_costs(const float * cost, uint8_t * books) {
-    float kept[KEPT_BOOKS];
+// the `count` smallest of 256 costs
+static void smallest_costs(const float * cost, uint8_t * books, int count) {
+    float kept[KEPT_SCALARS];
     int n = 0;
     for (int b = 0; b < BOOKS; b++) {
-        if (n == KEPT_BOOKS && !(cost[b] < kept[n - 1])) {
+        if (n == count && !(cost[b] < kept[n - 1])) {
             continue;
         }
-        int at = n < KEPT_BOOKS ? n++ : n - 1;
+        int at = n < count ? n++ : n - 1;
         for (; at > 0 && cost[b] < kept[at - 1]; at--) {
             kept[at]  = kept[at - 1];
             books[at] = books[at - 1];
@@ -178,13 +184,65 @@ static void smallest_costs(const float * cost, uint8_t * books) {
     }
 }
 
+// errors[p][n][i]: of weight i with the best code whose low bit is n after one whose low bit is p
+typedef float scalar_errors[2][2][GROUP];
+
+static void measure_scalars(const float * x, const float * w, float d, const int8_t * table, scalar_errors errors) {
+    for (int s = 0; s < 4; s++) {
+        float * best = errors[s/2][s%2];
+        const int8_t * entries = table + 8*(s/2) + s%2; // every other one
+        const float e0 = d*entries[0], e1 = d*entries[2], e2 = d*entries[4], e3 = d*entries[6];
+        for (int i = 0; i < GROUP; i++) {
+            const float r0 = (x[i] - e0)*(x[i] - e0), r1 = (x[i] - e1)*(x[i] - e1);
+            const float r2 = (x[i] - e2)*(x[i] - e2), r3 = (x[i] - e3)*(x[i] - e3);
+            const float r01 = r0 < r1 ? r0 : r1, r23 = r2 < r3 ? r2 : r3;
+            best[i] = w[i]*(r01 < r23 ? r01 : r23);
+        }
+    }
+}
+
+// the error of the best path through a group; bits: the low bits of its codes, or NULL. Of equal paths, the one to the
+// even code. The chains go side by side, as each step waits for the one before.
+static inline float best_path(const scalar_errors errors, uint8_t * bits) {
+    enum { CHAINS = GROUP/CHAIN };
+    float   cost[2][CHAINS];
+    uint8_t from[2][GROUP]; // [n][i]: the low bit of the code before weight i on the best path to bit n
+    for (int c = 0; c < CHAINS; c++) {
+        cost[0][c] = 0;
+        cost[1][c] = INFINITY;
+    }
+    for (int i = 0; i < CHAIN; i++) {
+        for (int c = 0; c < CHAINS; c++) {
+            const int   at = CHAIN*c + i;
+            const float to00 = cost[0][c] + errors[0][0][at], to10 = cost[1][c] + errors[1][0][at];
+            const float to01 = cost[0][c] + errors[0][1][at], to11 = cost[1][c] + errors[1][1][at];
+            if (bits) {
+                from[0][at] = to10 < to00;
+                from[1][at] = to11 < to01;
+            }
+            cost[0][c] = to10 < to00 ? to10 : to00;
+            cost[1][c] = to11 < to01 ? to11 : to01;
+        }
+    }
+    float total = 0;
+    for (int c = 0; c < CHAINS; c++) {
+        uint8_t bit = cost[1][c] < cost[0][c];
+        total += cost[bit][c];
+        for (int i = CHAIN*(c + 1) - 1; i >= CHAIN*c && bits; i--) {
+            bits[i] = bit;
+            bit = from[bit][i];
+        }
+    }
+    return total;
+}
+
 // exact error of group g with codebook b at scale d
 static float book_error(const d2q_block * block, int g, float d, int b) {
     const float * x = block->x + GROUP*g, * w = block->w + GROUP*g;
-    const int     n = block->paired ? 16 : 32;
-    float best[GROUP];
-    for (int i = 0; i < n; i++) { best[i] = INFINITY; }
+    float error = 0;
     if (block->paired) {
+        float best[GROUP/2];
+        for (int i = 0; i < 16; i++) { best[i] = INFINITY; }
         for (int c = 0; c < 16; c++) {
             const float e0 = d*d2q_pair_table[b][0][c], e1 = d*d2q_pair_table[b][1][c];
             for (int i = 0; i < 16; i++) {
@@ -193,43 +251,69 @@ static float book_error(const d2q_block * block, int g, float d, int b) {
                 best[i] = e < best[i] ? e : best[i];
             }
         }
+        for (int i = 0; i < 16; i++) { error += best[i]; }
     } else {
-        for (int c = 0; c < 8; c++) {
-            const float e0 = d*d2q_scalar_table[b][c];
-            for (int i = 0; i < 32; i++) {
-                const float r = x[i] - e0;
-                const float e = w[i]*r*r;
-                best[i] = e < best[i] ? e : best[i];
+        scalar_errors errors;
+        measure_scalars(x, w, d, d2q_scalar_table[b], errors);
+        error = best_path(errors, NULL);
+    }
+    return error;
+}
+
+// the best codes of a group of scalars with codebook b; of equal ones the first
+static void scalar_codes(const d2q_block * block, int g, float d, int b, uint8_t * codes) {
+    const float * x = block->x + GROUP*g, * w = block->w + GROUP*g;
+    scalar_errors errors;
+    uint8_t       bits[GROUP];
+    measure_scalars(x, w, d, d2q_scalar_table[b], errors);
+    best_path(errors, bits);
+    for (int i = 0; i < GROUP; i++) {
+        const int8_t * table = d2q_scalar_table[b] + (i%CHAIN ? 8*bits[i - 1] : 0);
+        float best = INFINITY;
+        for (int c = bits[i]; c < 8; c += 2) {
+            const float r = x[i] - d*table[c];
+            if (w[i]*r*r < best) {
+                best = w[i]*r*r;
+                codes[i] = (uint8_t) c;
             }
         }
     }
-    float error = 0;
-    for (int i = 0; i < n; i++) { error += best[i]; }
-    return error;
+}
+
+static void pair_codes(const d2q_block * block, int g, float d, int b, uint8_t * codes) {
+    const float * x = block->x + GROUP*g, * w = block->w + GROUP*g;
+    for (int i = 0; i < 16; i++) {
+        float best = INFINITY;
+        for (int c = 0; c < 16; c++) {
+            const float r0 = x[i] - d*d2q_pair_table[b][0][c], r1 = x[i + 16] - d*d2q_pair_table[b][1][c];
+            const float e  = w[i]*r0*r0 + w[i + 16]*r1*r1;
+            if (e < best) {
+                best = e;
+                codes[i] = (uint8_t) c;
+            }
+        }
+    }
 }
 
 // the best codes of a choice
 static void choose_codes(const d2q_block * block, d2q_choice * choice) {
-    const int n = block->paired ? 16 : 32;
-    for (int i = 0; i < n*block->groups; i++) {
-        const int     g = i/n, b = choice->cb[g];
-        const float * x = block->x + GROUP*g + i%n, * w = block->w + GROUP*g + i%n;
-        float best = INFINITY;
-        for (int c = 0; c < (block->paired ? 16 : 8); c++) {
-            float e;
-            if (block->paired) {
-                const float r0 = x[0] - choice->d*d2q_pair_table[b][0][c], r1 = x[16] - choice->d*d2q_pair_table[b][1][c];
-                e = w[0]*r0*r0 + w[16]*r1*r1;
-            } else {
-                const float r = x[0] - choice->d*d2q_scalar_table[b][c];
-                e = w[0]*r*r;
-            }
-            if (e < best) {
-                best = e;
-                choice->codes[i] = (uint8_t) c;
-            }
+    for (int g = 0; g < block->groups; g++) {
+        if (block->paired) {
+            pair_codes(block, g, choice->d, choice->cb[g], choice->codes + 16*g);
+        } else {
+            scalar_codes(block, g, choice->d, choice->cb[g], choice->codes + 32*g);
         }
     }
+}
+
+// the entry of weight j of group g
+static float chosen_entry(const d2q_block * block, const d2q_choice * choice, int g, int j) {
+    const int b = choice->cb[g];
+    if (block->paired) {
+        return d2q_pair_table[b][j/16][choice->codes[16*g + j%16]];
+    }
+    const uint8_t * code = choice->codes + GROUP*g + j;
+    return d2q_scalar_table[b][code[0] + (j%CHAIN ? 8*(code[-1] & 1) : 0)];
 }
 
 // as fp16 holds it: neither zero nor infinite
@@ -244,14 +328,15 @@ static void try_scale(const d2q_block * block, float d, d2q_choice * best, float
         return;
     }
     d2q_choice choice = { .d = d };
+    const int kept = block->paired ? KEPT_PAIRS : KEPT_SCALARS;
     float total = 0;
     for (int g = 0; g < block->groups; g++) {
         float   cost[BOOKS];
-        uint8_t books[KEPT_BOOKS];
+        uint8_t books[KEPT_SCALARS];
         rank_books(block, g, 1/d, cost);
-        smallest_costs(cost, books);
+        smallest_costs(cost, books, kept);
         float smallest = INFINITY;
-        for (int n = 0; n < KEPT_BOOKS; n++) {
+        for (int n = 0; n < kept; n++) {
             const float error = book_error(block, g, d, books[n]);
             if (error < smallest) {
                 smallest = error;
@@ -271,8 +356,7 @@ static float refitted_scale(const d2q_block * block, d2q_choice * choice) {
     choose_codes(block, choice);
     double top = 0, bottom = 0;
     for (int i = 0; i < GROUP*block->groups; i++) {
-        const int g = i/GROUP, j = i%GROUP, b = choice->cb[g];
-        const float entry = block->paired ? d2q_pair_table[b][j/16][choice->codes[16*g + j%16]] : d2q_scalar_table[b][choice->codes[i]];
+        const float entry = chosen_entry(block, choice, i/GROUP, i%GROUP);
         top    += (double) (block->w[i]*block->x[i]*entry);
         bottom += (double) (block->w[i]*entry*entry);
     }
@@ -333,8 +417,10 @@ d2q_choice d2q_encode_block(const float * x, const float * importance, int group
     }
     const float centre = best.d;
     if (centre > 0) {
-        try_scale(&block, stored_scale(centre*size*0.955f)/size, &best, &best_error);
-        try_scale(&block, stored_scale(centre*size*1.045f)/size, &best, &best_error);
+        static const float neighbours[4] = { 0.93f, 0.965f, 1.035f, 1.07f };
+        for (int n = 0; n < 4; n++) {
+            try_scale(&block, stored_scale(centre*size*neighbours[n])/size, &best, &best_error);
+        }
         for (int round = 0; round < REFITS; round++) {
             const float before = best.d;
             try_scale(&block, stored_scale(refitted_scale(&block, &best)*size)/size, &best, &best_error);

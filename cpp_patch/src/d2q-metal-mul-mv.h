@@ -59,6 +59,12 @@ static inline float d2q_lane_dot(device const block_d2q2_64 * x, short il, threa
 
 // ---- d2q3: byte j of the low and of the high bits belongs to weight j of every group; a lane takes four such j ----
 
+// What chooses a table's word, two bits for each weight where `low` has its low bits: the high bits, which h has in the
+// even bits, and over them the low bits of the codes before, a byte further down; `first` is the byte below the lowest.
+static inline uint d2q_upper_bits(uint low, uint first, uint h) {
+    return (h & 0x55555555) | (((low << 8 | first) & 0x55555555) << 1);
+}
+
 static inline void d2q_lane_load(device const block_d2q3 *, device const float * y, short il, thread float * yl) {
     FOR_UNROLL (short k = 0; k < 8; ++k) {
         FOR_UNROLL (short b = 0; b < 4; ++b) {
@@ -68,16 +74,20 @@ static inline void d2q_lane_load(device const block_d2q3 *, device const float *
 }
 
 static inline float d2q_lane_dot(device const block_d2q3 * x, short il, thread const float * yl) {
-    device const uint16_t * qs = (device const uint16_t *) x->qs + 2*il;
+    device const uint8_t  * bytes = x->qs + 4*il;
+    device const uint16_t * qs = (device const uint16_t *) bytes;
     device const uint16_t * qh = (device const uint16_t *) x->qh + 2*il;
     const uint low[2] = { qs[0] | (uint) qs[1] << 16, qs[16] | (uint) qs[17] << 16 };
     const uint high   = qh[0] | (uint) qh[1] << 16;
+    const bool inside = il%4 != 0; // of a run of 16 weights, whose first one has no code before it
+    const uint upper[2] = { d2q_upper_bits(low[0], inside ? bytes[-1] : 0, high), d2q_upper_bits(low[1], inside ? bytes[31] : 0, high >> 1) };
 
     float sum = 0.f;
     FOR_UNROLL (short k = 0; k < 8; ++k) {
-        const uint2 table = d2q_scalar_words(x->cb[k]);
+        const uint4 table = d2q_scalar_words(x->cb[k]);
         FOR_UNROLL (short b = 0; b < 4; ++b) {
-            sum += yl[4*k + b] * d2q_scalar_entry(table, (low[k/4] >> (8*b + 2*(k%4))) & 3, (high >> (8*b + k)) & 1);
+            const short shift = 8*b + 2*(k%4);
+            sum += yl[4*k + b] * d2q_scalar_entry(table, (low[k/4] >> shift) & 3, (upper[k/4] >> shift) & 3);
         }
     }
     return sum;
@@ -96,16 +106,19 @@ static inline void d2q_lane_load(device const block_d2q3_64 *, device const floa
 }
 
 static inline float d2q_lane_dot(device const block_d2q3_64 * x, short il, thread const float * yl) {
-    device const uint16_t * qs = (device const uint16_t *) x->qs + il;
-    const ushort low[2] = { qs[0], qs[4] };
-    const ushort high   = ((device const uint16_t *) x->qh)[il];
+    device const uint8_t  * bytes = x->qs + 2*il;
+    device const uint16_t * qs = (device const uint16_t *) bytes;
+    const uint low[2] = { qs[0], qs[4] };
+    const uint high   = ((device const uint16_t *) x->qh)[il];
+    const uint upper[2] = { d2q_upper_bits(low[0], il ? bytes[-1] : 0, high), d2q_upper_bits(low[1], bytes[7], high >> 1) };
 
     float sum = 0.f;
     FOR_UNROLL (short k = 0; k < 2; ++k) {
-        const uint2 table = d2q_scalar_words(x->cb[k]);
+        const uint4 table = d2q_scalar_words(x->cb[k]);
         FOR_UNROLL (short m = 0; m < 4; ++m) {
             FOR_UNROLL (short b = 0; b < 2; ++b) {
-                sum += yl[8*k + 2*m + b] * d2q_scalar_entry(table, (low[m%2] >> (8*b + 4*k + 2*(m/2))) & 3, (high >> (8*b + 4*k + m)) & 1);
+                const short shift = 8*b + 4*k + 2*(m/2);
+                sum += yl[8*k + 2*m + b] * d2q_scalar_entry(table, (low[m%2] >> shift) & 3, (upper[m%2] >> shift) & 3);
             }
         }
     }

@@ -52,8 +52,8 @@ static void d2q_pack_d2q3(const d2q_choice * c, block_d2q3 * y) {
     memset(y->qh, 0, sizeof(y->qh));
     for (int n = 0; n < 256; n++) {
         const int k = n/32, j = n%32;
-        y->qs[32*(k/4) + j] |= (uint8_t) ((c->codes[n] & 3) << (2*(k%4)));
-        y->qh[j]            |= (uint8_t) ((c->codes[n] >> 2) << k);
+        y->qs[32*(k/4) + j] |= (uint8_t) ((c->codes[n] & 3) << d2q3_low_shift(k));
+        y->qh[j]            |= (uint8_t) ((c->codes[n] >> 2) << d2q3_high_shift(k));
     }
 }
 

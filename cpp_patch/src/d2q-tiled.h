@@ -27,13 +27,15 @@ static inline void d2q_tiled_block(const block_d2q2 & x, uint8_t * out) {
 }
 
 static inline void d2q_tiled_block(const block_d2q3 & x, uint8_t * out) {
-    const __m256i low2 = _mm256_set1_epi8(3), bit2 = _mm256_set1_epi8(4);
     const __m256i qh = d2q_load(x.qh);
-    for (int k = 0; k < 8; k++) {
-        const __m256i low  = _mm256_and_si256(_mm256_srli_epi16(d2q_load(x.qs + 32*(k/4)), 2*(k%4)), low2);
-        const __m256i high = _mm256_and_si256(k < 2 ? _mm256_slli_epi16(qh, 2 - k) : _mm256_srli_epi16(qh, k - 2), bit2);
-        const __m256i w = _mm256_shuffle_epi8(d2q_load_8(d2q_scalar_table_u7[x.cb[k]]), _mm256_or_si256(low, high));
-        _mm256_store_si256((__m256i *) (out + 32*k), w);
+    for (int half = 0; half < 2; half++) {
+        __m256i even, odd;
+        d2q3_indices(x.qs, qh, half, &even, &odd);
+        const __m256i indices[4] = { even, odd, _mm256_srli_epi16(even, 4), _mm256_srli_epi16(odd, 4) };
+        for (int s = 0; s < 4; s++) {
+            const int k = 4*half + s;
+            _mm256_store_si256((__m256i *) (out + 32*k), d2q_lookup(d2q_load_both(d2q_scalar_table_u7[x.cb[k]]), indices[s]));
+        }
     }
 }
 

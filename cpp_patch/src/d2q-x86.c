@@ -11,12 +11,12 @@
 #include <assert.h>
 
 D2Q_TABLE_ALIGN uint8_t d2q_pair_table_u7[256][32];
-D2Q_TABLE_ALIGN uint8_t d2q_scalar_table_u7[256][8];
+D2Q_TABLE_ALIGN uint8_t d2q_scalar_table_u7[256][16];
 
 void d2q_cpu_init(void) {
     for (int b = 0; b < 256; b++) {
         for (int i = 0; i < 32; i++) { d2q_pair_table_u7[b][i]   = (uint8_t) (d2q_pair_table[b][i/16][i%16] + 64); }
-        for (int i = 0; i < 8; i++)  { d2q_scalar_table_u7[b][i] = (uint8_t) (d2q_scalar_table[b][i] + 64); }
+        for (int i = 0; i < 16; i++) { d2q_scalar_table_u7[b][i] = (uint8_t) (d2q_scalar_table[b][d2q_canonical_index(i)] + 64); }
     }
 }
 
@@ -26,9 +26,11 @@ static inline float d2q_sum(__m256 v) {
     return _mm_cvtss_f32(_mm_add_ss(r, _mm_movehdup_ps(r)));
 }
 
-// signed entries times activations: Q8_0 has no sums to correct an offset with, so the sign moves to the activations
-static inline __m256i d2q_dot_signed(__m256i w, __m256i q8) {
-    return d2q_dot_add(_mm256_setzero_si256(), _mm256_sign_epi8(w, w), _mm256_sign_epi8(q8, w));
+// Entries with the offset times activations of Q8_0, which has no sums to correct it with: they are made here. In int16,
+// where they are halfway there; two products of an entry are at most 2*64*128.
+static inline __m256i d2q_dot_q8_0(__m256i u, const int8_t * q8) {
+    const __m256i offset = _mm256_maddubs_epi16(_mm256_set1_epi8(64), d2q_load(q8));
+    return _mm256_madd_epi16(_mm256_sub_epi16(_mm256_maddubs_epi16(u, d2q_load(q8)), offset), _mm256_set1_epi16(1));
 }
 
 // acc + d*(p0*y[0].d + p1*y[1].d): each scale comes from memory into all lanes, which is cheaper than their products would be
@@ -38,9 +40,9 @@ static inline __m256 d2q_add_block(__m256 acc, ggml_half d, __m256i p0, __m256i 
     return _mm256_fmadd_ps(sum, _mm256_set1_ps(GGML_CPU_FP16_TO_FP32(d)), acc);
 }
 
-// what the offset of 64 in the table adds to a block: 64 times the activations, from their sums of 16
+// what corrects the offset of 64 in the table: -64 times the activations, from their sums of 16
 static inline __m256i d2q_offset(const block_q8_K * y) {
-    return _mm256_slli_epi32(_mm256_madd_epi16(d2q_load(y->bsums), _mm256_set1_epi16(1)), 6);
+    return _mm256_madd_epi16(d2q_load(y->bsums), _mm256_set1_epi16(-64));
 }
 
 D2Q_VEC_DOT(ggml_vec_dot_d2q2_q8_K) {
@@ -51,18 +53,17 @@ D2Q_VEC_DOT(ggml_vec_dot_d2q2_q8_K) {
     const __m256i nibble = _mm256_set1_epi8(15);
 
     __m256 acc = _mm256_setzero_ps();
-    for (int i = 0; i < n/QK_K; i++) {
-        __m256i even = _mm256_setzero_si256(), odd = even;
+    for (const block_d2q2 * end = x + n/QK_K; x < end; x++, y++) {
+        __m256i sum = d2q_offset(y);
         for (int t = 0; t < 4; t++) {
             // the same 16 codes in both lanes: the low lane looks up first components, the high lane second ones
-            const __m256i q  = d2q_load_both(x[i].qs + 16*t);
-            const __m256i w0 = _mm256_shuffle_epi8(d2q_load(d2q_pair_table_u7[x[i].cb[2*t]]),     _mm256_and_si256(q, nibble));
-            const __m256i w1 = _mm256_shuffle_epi8(d2q_load(d2q_pair_table_u7[x[i].cb[2*t + 1]]), _mm256_and_si256(_mm256_srli_epi16(q, 4), nibble));
-            even = d2q_dot_add(even, w0, d2q_load(y[i].qs + 64*t));
-            odd  = d2q_dot_add(odd,  w1, d2q_load(y[i].qs + 64*t + 32));
+            const __m256i q  = d2q_load_both(x->qs + 16*t);
+            const __m256i w0 = _mm256_shuffle_epi8(d2q_load(d2q_pair_table_u7[x->cb[2*t]]),     _mm256_and_si256(q, nibble));
+            const __m256i w1 = _mm256_shuffle_epi8(d2q_load(d2q_pair_table_u7[x->cb[2*t + 1]]), _mm256_and_si256(_mm256_srli_epi16(q, 4), nibble));
+            sum = d2q_dot_add(sum, w0, d2q_load(y->qs + 64*t));
+            sum = d2q_dot_add(sum, w1, d2q_load(y->qs + 64*t + 32));
         }
-        const __m256i sum = _mm256_sub_epi32(_mm256_add_epi32(even, odd), d2q_offset(&y[i]));
-        acc = _mm256_fmadd_ps(_mm256_set1_ps(GGML_CPU_FP16_TO_FP32(x[i].d)*y[i].d), _mm256_cvtepi32_ps(sum), acc);
+        acc = _mm256_fmadd_ps(_mm256_set1_ps(GGML_CPU_FP16_TO_FP32(x->d)*y->d), _mm256_cvtepi32_ps(sum), acc);
     }
     *s = d2q_sum(acc);
 }
@@ -72,29 +73,24 @@ D2Q_VEC_DOT(ggml_vec_dot_d2q3_q8_K) {
     GGML_UNUSED(bs); GGML_UNUSED(bx); GGML_UNUSED(by); GGML_UNUSED(nrc);
     const block_d2q3 * GGML_RESTRICT x = vx;
     const block_q8_K * GGML_RESTRICT y = vy;
-    const __m256i low2 = _mm256_set1_epi8(3), bit2 = _mm256_set1_epi8(4);
 
     __m256 acc = _mm256_setzero_ps();
-    for (int i = 0; i < n/QK_K; i++) {
-        const __m256i qh = d2q_load(x[i].qh);
-        __m256i even = _mm256_setzero_si256(), odd = even;
-        // bits 2*K of q and bit k of qh; H is qh shifted so that its bit k lands on bit 2
-#define D2Q_STEP(acc, k, H) \
-        acc = d2q_dot_add(acc, _mm256_shuffle_epi8(d2q_load_8(d2q_scalar_table_u7[x[i].cb[k]]), \
-            _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(q, 2*((k)%4)), low2), _mm256_and_si256(H, bit2))), d2q_load(y[i].qs + 32*(k)))
-        __m256i q = d2q_load(x[i].qs);
-        D2Q_STEP(even, 0, _mm256_slli_epi16(qh, 2));
-        D2Q_STEP(odd,  1, _mm256_slli_epi16(qh, 1));
-        D2Q_STEP(even, 2, qh);
-        D2Q_STEP(odd,  3, _mm256_srli_epi16(qh, 1));
-        q = d2q_load(x[i].qs + 32);
-        D2Q_STEP(even, 4, _mm256_srli_epi16(qh, 2));
-        D2Q_STEP(odd,  5, _mm256_srli_epi16(qh, 3));
-        D2Q_STEP(even, 6, _mm256_srli_epi16(qh, 4));
-        D2Q_STEP(odd,  7, _mm256_srli_epi16(qh, 5));
+    for (const block_d2q3 * end = x + n/QK_K; x < end; x++, y++) {
+        const __m256i qh = d2q_load(x->qh);
+        __m256i sum = d2q_offset(y);
+#define D2Q_STEP(k, index) \
+        sum = d2q_dot_add(sum, d2q_lookup(d2q_load_both(d2q_scalar_table_u7[x->cb[k]]), index), d2q_load(y->qs + 32*(k)))
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            __m256i even, odd;
+            d2q3_indices(x->qs, qh, half, &even, &odd);
+            D2Q_STEP(4*half,     even);
+            D2Q_STEP(4*half + 1, odd);
+            D2Q_STEP(4*half + 2, _mm256_srli_epi16(even, 4));
+            D2Q_STEP(4*half + 3, _mm256_srli_epi16(odd, 4));
+        }
 #undef D2Q_STEP
-        const __m256i sum = _mm256_sub_epi32(_mm256_add_epi32(even, odd), d2q_offset(&y[i]));
-        acc = _mm256_fmadd_ps(_mm256_set1_ps(GGML_CPU_FP16_TO_FP32(x[i].d)*y[i].d), _mm256_cvtepi32_ps(sum), acc);
+        acc = _mm256_fmadd_ps(_mm256_set1_ps(GGML_CPU_FP16_TO_FP32(x->d)*y->d), _mm256_cvtepi32_ps(sum), acc);
     }
     *s = d2q_sum(acc);
 }
@@ -107,12 +103,12 @@ D2Q_VEC_DOT(ggml_vec_dot_d2q2_64_q8_0) {
     const __m256i nibble = _mm256_set1_epi8(15);
 
     __m256 acc = _mm256_setzero_ps();
-    for (int i = 0; i < n/QK_D2Q_64; i++, y += 2) {
-        const __m256i q  = d2q_load_both(x[i].qs);
-        const __m256i w0 = _mm256_shuffle_epi8(d2q_load(d2q_pair_table[x[i].cb[0]]), _mm256_and_si256(q, nibble));
-        const __m256i w1 = _mm256_shuffle_epi8(d2q_load(d2q_pair_table[x[i].cb[1]]), _mm256_and_si256(_mm256_srli_epi16(q, 4), nibble));
-        const __m256i p0 = d2q_dot_signed(w0, d2q_load(y[0].qs)), p1 = d2q_dot_signed(w1, d2q_load(y[1].qs));
-        acc = d2q_add_block(acc, x[i].d, p0, p1, y);
+    for (const block_d2q2_64 * end = x + n/QK_D2Q_64; x < end; x++, y += 2) {
+        const __m256i q  = d2q_load_both(x->qs);
+        const __m256i w0 = _mm256_shuffle_epi8(d2q_load(d2q_pair_table_u7[x->cb[0]]), _mm256_and_si256(q, nibble));
+        const __m256i w1 = _mm256_shuffle_epi8(d2q_load(d2q_pair_table_u7[x->cb[1]]), _mm256_and_si256(_mm256_srli_epi16(q, 4), nibble));
+        const __m256i p0 = d2q_dot_q8_0(w0, y[0].qs), p1 = d2q_dot_q8_0(w1, y[1].qs);
+        acc = d2q_add_block(acc, x->d, p0, p1, y);
     }
     *s = d2q_sum(acc);
 }
@@ -122,21 +118,23 @@ D2Q_VEC_DOT(ggml_vec_dot_d2q3_64_q8_0) {
     GGML_UNUSED(bs); GGML_UNUSED(bx); GGML_UNUSED(by); GGML_UNUSED(nrc);
     const block_d2q3_64 * GGML_RESTRICT x = vx;
     const block_q8_0    * GGML_RESTRICT y = vy;
-    const __m256i low2 = _mm256_set1_epi8(0x33), bit2 = _mm256_set1_epi8(0x44);
-    const __m256i second_half = _mm256_setr_epi64x(0, 0, 2, 2), quarters = _mm256_setr_epi64x(0, 1, 2, 3);
+    const __m256i low4 = _mm256_set1_epi8(0x33), high1 = _mm256_set1_epi8((char) 0x88);
+    const __m256i before1 = _mm256_set_epi64x(0x4444444444444444, 0x4444444444444400, 0x4444444444444444, 0x4444444444444400);
+    const __m256i first_half = _mm256_setr_epi64x(2, 2, 0, 0), second_half = _mm256_setr_epi64x(0, 0, 2, 2);
+    const __m256i quarters = _mm256_setr_epi64x(3, 2, 1, 0);
 
     __m256 acc = _mm256_setzero_ps();
-    for (int i = 0; i < n/QK_D2Q_64; i++, y += 2) {
-        // shifts cross byte borders; the masks drop what they bring in
-        const __m256i q = _mm256_srlv_epi64(d2q_load_both(x[i].qs), second_half);
-        const __m256i h = _mm256_srlv_epi64(d2q_load_8(x[i].qh), quarters);
-        // both codes of a byte; the shuffle looks at bits 0..3 and 7, and bit 3 makes no difference to a repeated table
-        const __m256i c0 = _mm256_or_si256(_mm256_and_si256(q, low2), _mm256_and_si256(_mm256_slli_epi16(h, 2), bit2));
+    for (const block_d2q3_64 * end = x + n/QK_D2Q_64; x < end; x++, y += 2) {
+        // both indices of a byte, as in d2q3_indices. Shifts cross byte borders; the masks drop what they bring in
+        const __m256i q = _mm256_and_si256(low4,    _mm256_srlv_epi64(d2q_load_both(x->qs), second_half));
+        const __m256i b = _mm256_and_si256(before1, _mm256_sllv_epi64(d2q_load_both(x->qs - 1), first_half));
+        const __m256i h = _mm256_and_si256(high1,   _mm256_sllv_epi64(d2q_load_8(x->qh), quarters));
+        const __m256i c0 = _mm256_or_si256(_mm256_or_si256(q, b), h);
         const __m256i c1 = _mm256_srli_epi16(c0, 4);
-        const __m256i w0 = _mm256_shuffle_epi8(d2q_load_8(d2q_scalar_table[x[i].cb[0]]), c0);
-        const __m256i w1 = _mm256_shuffle_epi8(d2q_load_8(d2q_scalar_table[x[i].cb[1]]), c1);
-        const __m256i p0 = d2q_dot_signed(w0, d2q_load(y[0].qs)), p1 = d2q_dot_signed(w1, d2q_load(y[1].qs));
-        acc = d2q_add_block(acc, x[i].d, p0, p1, y);
+        const __m256i w0 = d2q_lookup(d2q_load_both(d2q_scalar_table_u7[x->cb[0]]), c0);
+        const __m256i w1 = d2q_lookup(d2q_load_both(d2q_scalar_table_u7[x->cb[1]]), c1);
+        const __m256i p0 = d2q_dot_q8_0(w0, y[0].qs), p1 = d2q_dot_q8_0(w1, y[1].qs);
+        acc = d2q_add_block(acc, x->d, p0, p1, y);
     }
     *s = d2q_sum(acc);
 }

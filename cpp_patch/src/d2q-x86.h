@@ -13,9 +13,9 @@ extern "C" {
 #endif
 
 // The tables with 64 added to every entry: the multiply-add wants one unsigned operand. The sums of the activations that
-// Q8_K carries correct the offset. d2q_cpu_init makes them.
+// Q8_K carries correct the offset. The order of scalars is that of d2q_canonical_index. d2q_cpu_init makes them.
 extern uint8_t d2q_pair_table_u7[256][32]; // [codebook][component*16 + code]
-extern uint8_t d2q_scalar_table_u7[256][8];
+extern uint8_t d2q_scalar_table_u7[256][16];
 
 #ifdef __cplusplus
 }
@@ -29,11 +29,40 @@ static inline __m256i d2q_load_both(const void * p) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) p));
 }
 
-// eight bytes, repeated: a scalar codebook, or the high bits of a block of 64
+// eight bytes, repeated: the high bits of a block of 64
 static inline __m256i d2q_load_8(const void * p) {
     int64_t v;
     memcpy(&v, p, 8);
     return _mm256_set1_epi64x(v);
+}
+
+// the entries that the low nibbles of `index` select from 16, the same 16 in both lanes; the high nibbles may be anything
+static inline __m256i d2q_lookup(__m256i table, __m256i index) {
+#if defined(__AVX512VBMI__) && defined(__AVX512VL__)
+    return _mm256_permutexvar_epi8(index, table); // looks at five bits; the fifth selects a lane
+#else
+    return _mm256_shuffle_epi8(table, _mm256_and_si256(index, _mm256_set1_epi8(15)));
+#endif
+}
+
+// The indices of four groups of a d2q3, groups 4*half to 4*half + 3: two of them in the nibbles of each register, those
+// of the first and the third group in *even, of the second and the fourth in *odd.
+static inline void d2q3_indices(const uint8_t * qs, __m256i qh, int half, __m256i * even, __m256i * odd) {
+    // a lane is a chain: the code before is in the byte before, but for its first byte
+    const __m256i first = _mm256_set_epi64x(0x5555555555555555, 0x5555555555555500, 0x5555555555555555, 0x5555555555555500);
+    const __m256i before = _mm256_and_si256(first, d2q_load(qs + 32*half - 1));
+    const __m256i high   = _mm256_and_si256(_mm256_set1_epi8((char) 0xAA), half ? qh : _mm256_add_epi8(qh, qh));
+    const __m256i upper  = _mm256_or_si256(before, high), q = d2q_load(qs + 32*half), low4 = _mm256_set1_epi8(0x33);
+#if defined(__AVX512VL__)
+    // the last operand selects; the first one, which the instruction overwrites, is one that nothing else needs
+    *even = _mm256_ternarylogic_epi32(_mm256_slli_epi16(upper, 2), q, low4, 0xD8);
+    *odd  = _mm256_ternarylogic_epi32(_mm256_srli_epi16(q, 2), upper, low4, 0xE4);
+#else
+    // exchanges the upper two bits of q's nibbles for the lower two of upper's
+    const __m256i differ = _mm256_and_si256(low4, _mm256_xor_si256(_mm256_srli_epi16(q, 2), upper));
+    *even = _mm256_xor_si256(q, _mm256_slli_epi16(differ, 2));
+    *odd  = _mm256_xor_si256(upper, differ);
+#endif
 }
 
 // acc + u*s, u unsigned of 7 bits: two products are at most 2*127*128, so that int16 does not saturate

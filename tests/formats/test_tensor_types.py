@@ -54,12 +54,19 @@ def slow_weight(t: TensorType, row: U8, n: int) -> np.float32:
         code = qs[j % 16] & 15 if k == 0 else qs[j % 16] >> 4
         entry = PAIR_TABLE[cb[k]][code][0 if j < 16 else 1]
     elif t is D2Q3:
-        qh = qs[64:]
-        entry = SCALAR_TABLE[cb[k]][((qs[32 * (k // 4) + j] >> (2 * (k % 4))) & 3) + 4 * ((qh[j] >> k) & 1)]
+
+        def code_of(j: int) -> int:
+            low = (qs[32 * (k // 4) + j] >> (2 * (k % 4))) & 3
+            return low + 4 * ((qs[64 + j] >> (2 * (k % 4) + k // 4)) & 1)
+
+        entry = SCALAR_TABLE[cb[k]][code_of(j) + (8 * (code_of(j - 1) % 2) if j % 16 else 0)]
     else:
-        qh = qs[16:]
-        low = (qs[j % 16] >> (4 * k + 2 * (j // 16))) & 3
-        entry = SCALAR_TABLE[cb[k]][low + 4 * ((qh[j % 8] >> (4 * k + j // 8)) & 1)]
+
+        def code_of(j: int) -> int:
+            low = (qs[j % 16] >> (4 * k + 2 * (j // 16))) & 3
+            return low + 4 * ((qs[16 + j % 8] >> (4 * k + j // 8)) & 1)
+
+        entry = SCALAR_TABLE[cb[k]][code_of(j) + (8 * (code_of(j - 1) % 2) if j % 16 else 0)]
     return np.float32(d * np.float32(entry))
 
 
@@ -97,11 +104,17 @@ def test_d2q3_block_by_hand() -> None:
     block[0, :2] = 0x00, 0xC0  # d = -2
     block[0, 2:10] = 20, 21, 22, 23, 24, 25, 26, 250
     block[0, 10 + 32 + 9] = 0b11_00_01_00  # qs[32 * 1 + 9]: low bits of weight 9 in groups 4 (0), 5 (1), 6 (0), 7 (3)
-    block[0, 10 + 64 + 9] = 0b1000_0010  # qh[9]: high bit of weight 9 in groups 7 and 1
+    block[0, 10 + 64 + 9] = 0b10_00_01_00  # qh[9]: bit 7 is the high bit of weight 9 in group 7, bit 2 that in group 1
+    block[0, 10 + 15] = 0b00_00_00_11  # qs[15]: low bits of weight 15 in group 0 (3)
+    block[0, 10 + 31] = 0b01_00_00_00  # qs[31]: low bits of weight 31 in group 3 (1)
     expected = -2 * np.repeat(SCALAR_TABLE[[20, 21, 22, 23, 24, 25, 26, 250], 0].astype(np.float32), 32)
-    expected[32 * 1 + 9] = -2 * SCALAR_TABLE[21, 4]
+    expected[32 * 1 + 9] = -2 * SCALAR_TABLE[21, 4]  # an even code: nothing changes after it
     expected[32 * 5 + 9] = -2 * SCALAR_TABLE[25, 1]
+    expected[32 * 5 + 10] = -2 * SCALAR_TABLE[25, 8 + 0]  # code 0 after an odd one
     expected[32 * 7 + 9] = -2 * SCALAR_TABLE[250, 7]
+    expected[32 * 7 + 10] = -2 * SCALAR_TABLE[250, 8 + 0]
+    expected[15] = -2 * SCALAR_TABLE[20, 3]  # weights 16 and 32 have none before them
+    expected[32 * 3 + 31] = -2 * SCALAR_TABLE[23, 1]
     np.testing.assert_array_equal(dequantize(D2Q3, block)[0], expected)
 
 
@@ -121,11 +134,17 @@ def test_d2q3_64_block_by_hand() -> None:
     block[0, :2] = 0x00, 0x3C  # d = 1
     block[0, 2:4] = 7, 8
     block[0, 4 + 2] = 0b10_00_11_00  # qs[2]: low bits of weights 2, 18 (0, 3) of group 0 and 2, 18 (0, 2) of group 1
+    block[0, 4 + 3] = 0b00_01_00_00  # qs[3]: low bits of weights 3, 19 (0, 0) of group 0 and 3, 19 (1, 0) of group 1
+    block[0, 4 + 15] = 0b00_00_00_01  # qs[15]: low bits of weights 15, 31 (1, 0) of group 0
     block[0, 20 + 2] = 0b0100_0101  # qh[2]: high bits of weights 2 and 18 of group 0, 18 of group 1
     expected = np.repeat(SCALAR_TABLE[[7, 8], 0].astype(np.float32), 32)
     expected[2] = SCALAR_TABLE[7, 4]
     expected[18] = SCALAR_TABLE[7, 7]
+    expected[19] = SCALAR_TABLE[7, 8 + 0]  # code 0 after an odd one
+    expected[15] = SCALAR_TABLE[7, 1]  # weight 16 has none before it
     expected[32 + 18] = SCALAR_TABLE[8, 6]
+    expected[32 + 3] = SCALAR_TABLE[8, 1]
+    expected[32 + 4] = SCALAR_TABLE[8, 8 + 0]
     np.testing.assert_array_equal(dequantize(D2Q3_64, block)[0], expected)
 
 
@@ -164,7 +183,8 @@ def test_codes_are_in_the_order_of_the_groups(t: TensorType) -> None:
         if t.paired:
             assert found[n] == PAIR_TABLE[codebooks[0, k], codes[0, 16 * k + j % 16], j // 16]
         else:
-            assert found[n] == SCALAR_TABLE[codebooks[0, k], codes[0, n]]
+            state = codes[0, n - 1] % 2 if j % 16 else 0
+            assert found[n] == SCALAR_TABLE[codebooks[0, k], codes[0, n] + 8 * state]
     values = np.repeat(scales[0].astype(np.float32), t.block_size) * found.astype(np.float32)
     np.testing.assert_array_equal(dequantize(t, pack(t, scales, codebooks, codes))[0], values)
 

@@ -21,14 +21,17 @@ def random_rows(t: TensorType, rows: int, columns: int, seed: int = 0) -> U8:
 
 
 def every_entry(t: TensorType) -> U8:
-    """Pack one row in which every code of every codebook occurs at every position of a group."""
+    """Pack one row in which every entry of every codebook occurs at every position of a group where it can.
+
+    For scalars: every code after an even code and after an odd one.
+    """
     codes = 16 if t.paired else 8
-    per_group = 16 if t.paired else 32
-    books = np.repeat(np.arange(256, dtype=np.uint8), codes)
-    shifts = np.tile(np.arange(codes, dtype=np.uint8), 256)
-    grouped = (np.arange(per_group, dtype=np.uint8)[None, :] + shifts[:, None]) % codes
+    steps = [1] if t.paired else [1, 2]  # neighbors of different parity, and of the same
+    orders = [(step * np.arange(t.codes(GROUP)) + shift) % codes for step in steps for shift in range(codes)]
+    books = np.repeat(np.arange(256, dtype=np.uint8), len(orders))
+    grouped = np.tile(np.array(orders, np.uint8), (256, 1))
     scales = np.ones((1, len(books) * GROUP // t.block_size), np.float16)
-    return pack(t, scales, books[None, :], grouped.reshape(1, -1).astype(np.uint8))
+    return pack(t, scales, books[None, :], grouped.reshape(1, -1))
 
 
 def every_scale(t: TensorType) -> U8:
@@ -42,7 +45,9 @@ def every_scale(t: TensorType) -> U8:
 
 def largest_entries(t: TensorType, columns: int, sign: int) -> U8:
     """Pack a row of the largest weights of one sign that the tables have, which could overflow a kernel's sums."""
-    table = (PAIR_TABLE.astype(int).sum(axis=2) if t.paired else SCALAR_TABLE.astype(int)) * sign
+    # all codes are the same, so that the entries of scalars are those after an odd code or those after an even one
+    repeated = SCALAR_TABLE[:, np.arange(8) + 8 * (np.arange(8) % 2)]
+    table = (PAIR_TABLE.astype(int).sum(axis=2) if t.paired else repeated.astype(int)) * sign
     book, code = np.unravel_index(int(table.argmax()), table.shape)
     scales = np.ones((1, t.blocks(columns)), np.float16)
     books = np.full((1, columns // GROUP), book, np.uint8)

@@ -211,7 +211,7 @@ def test_metal_tables_hold_the_same_numbers(patched_tree: Path) -> None:
         words = re.findall(r"0x([0-9A-F]+)", body)
         found[name] = np.array([list(reversed(bytes.fromhex(word))) for word in words], np.uint8).view(np.int8)
     np.testing.assert_array_equal(found["d2q_pair_table"].reshape(256, 16, 2), PAIR_TABLE)
-    np.testing.assert_array_equal(found["d2q_scalar_table"].reshape(256, 8), SCALAR_TABLE)
+    np.testing.assert_array_equal(found["d2q_scalar_table"].reshape(256, 16), SCALAR_TABLE)
 
 
 CLANG = next(filter(None, map(shutil.which, ("clang++", *(f"clang++-{n}" for n in range(14, 25))))), None)

@@ -19,23 +19,31 @@ HARNESS = Path(__file__).with_name("kernels_harness.c")
 TILED_HARNESS = Path(__file__).with_name("tiled_harness.cpp")
 SOURCES = ("quants", "encode", "cpu", "q8", "x86", "arm", "arm-gemm", "mul-mat")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
-# portable: the fallback; AVX2: no byte dot product; the others differ in the instruction's encoding
+# portable: the fallback; AVX2 and AVX-512 alone: no byte dot product; with it, AVX-VNNI and AVX512-VNNI differ in its
+# encoding; AVX512-VBMI has look-ups of its own
 TARGETS = {
     "portable": ("-march=x86-64",),
     "avx2": ("-march=haswell",),
     "avxvnni": ("-march=haswell", "-mavxvnni"),
+    "avx512": ("-march=skylake-avx512",),
     "avx512vnni": ("-march=cascadelake",),
+    "avx512vbmi": ("-march=icelake-server",),
     "native": ("-march=native",),
 }
 # tiled.cpp has no kernel of its own for AVX-VNNI; for AVX without AVX2 our blocks go through the stock kernel
-TILED_TARGETS = {"avx": ("-march=ivybridge",), **{name: TARGETS[name] for name in ("avx2", "avxvnni", "avx512vnni")}}
+TILED_TARGETS = {
+    "avx": ("-march=ivybridge",),
+    **{name: TARGETS[name] for name in ("avx2", "avxvnni", "avx512vnni", "avx512vbmi")},
+}
 # without their runtime libraries, which don't run under qemu: undefined behavior traps
 TRAPS = ("-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")
 NEEDS = {
     "avx": ("avx", "f16c"),
     "avx2": ("avx2", "fma", "f16c"),
     "avxvnni": ("avx_vnni",),
+    "avx512": ("avx512dq", "avx512vl"),
     "avx512vnni": ("avx512_vnni", "avx512vl"),
+    "avx512vbmi": ("avx512_vnni", "avx512vbmi"),
 }
 
 # compiler options of ggml's CPU features, where they aren't named like the feature

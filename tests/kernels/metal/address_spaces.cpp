@@ -14,8 +14,8 @@ typedef unsigned short ushort;
 typedef unsigned int   uint;
 typedef __fp16         half;
 
-struct uint2  { uint x, y; uint2(uint, uint); };
 struct uint3  { uint x, y, z; };
+struct uint4  { uint x, y, z, w; uint4(uint, uint, uint, uint); };
 struct float4 { float v[4]; float4(float); float & operator[](int i) { return v[i]; } };
 
 template <typename T>

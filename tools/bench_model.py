@@ -175,7 +175,7 @@ def speeds(times: Times, options: BenchmarkOptions) -> dict[Variant, dict[str, f
 
 
 def markdown(times: Times, options: BenchmarkOptions) -> str:
-    """Format the README's table: tokens per second; of stock types each column has the faster form, of ours the default."""
+    """Format the README's table: tokens per second, of a stock type each column in its faster form."""
     phases = sorted(times, key=lambda phase: (phase.startswith(PROMPT), phase))
     heads = [f"{phase}, {count} thread{'s' * (count != '1')}" for phase, count in (p.split("-") for p in phases)]
     lines = [f"| tokens/s | {' | '.join(heads)} |", "|---" * (1 + len(phases)) + "|"]

@@ -1,4 +1,5 @@
 # make demo: convert the bundled model and print the comparison.  make test: all checks, as CI runs them.
+# make bench: the README's table of speed, stock types repacked and not, and bench.json with all of it.
 # make test-fast: the daily loop, without lint, slow tests, kernels and whole models; `make runtime` once before it.
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,10 +8,13 @@ PYTEST := D2Q_REQUIRE_RUNTIME=1 $(BIN)/python -m pytest --numprocesses auto --ma
 # OpenMP's threads spin while they wait, which makes torch crawl on a machine that does anything else.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-fast lint runtime clean
+.PHONY: demo bench test test-fast lint runtime clean
 
 demo: runtime
 	$(BIN)/python tools/demo.py
+
+bench: runtime
+	$(BIN)/python -m tools.bench_model --generation 32 --markdown --write bench.json
 
 test: RUNTIME += --server --no-page
 test: lint runtime

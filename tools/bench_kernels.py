@@ -3,6 +3,8 @@
 Compiles ggml's kernels and ours from the patched source with tools/bench_kernels.c, for AVX2 only and for this machine
 (x86 only). Prints a table; --json prints a map from instruction set to `type/stock_type` to the median ratio of their
 times over rounds and widths (below 1 ours is faster), --markdown the same ratios as the README's table.
+
+--roofline prints the machine's read bandwidth instead, and what generation with each --model takes of it.
 """
 
 import json
@@ -15,7 +17,9 @@ from pathlib import Path
 import click
 
 from d2q_edge.errors import D2QError
+from d2q_edge.options import BenchmarkOptions
 from d2q_edge.runtime import source
+from tools import roofline
 
 Times = dict[str, list[tuple[float, float]]]
 SOURCES = (
@@ -96,8 +100,26 @@ def markdown(result: dict[str, dict[str, float]]) -> str:
 @click.option("--stream-mb", default=64, show_default=True, help="Megabytes of rows of each type to stream.")
 @click.option("--json", "as_json", is_flag=True, help="Ratios of cached rows, all widths together.")
 @click.option("--markdown", "as_markdown", is_flag=True, help="The same ratios as a Markdown table.")
-def main(columns: tuple[int, ...], rounds: int, stream_mb: int, as_json: bool, as_markdown: bool) -> None:
+@click.option(
+    "--roofline", "as_roofline", is_flag=True, help="Read bandwidth, and the share of it that --model reaches."
+)
+@click.option("--model", multiple=True, type=click.Path(path_type=Path), help="With --roofline: a GGUF file.")
+@click.option("--threads", type=int, multiple=True, default=BenchmarkOptions.threads, show_default=True)
+def main(
+    columns: tuple[int, ...],
+    rounds: int,
+    stream_mb: int,
+    as_json: bool,
+    as_markdown: bool,
+    as_roofline: bool,
+    model: tuple[Path, ...],
+    threads: tuple[int, ...],
+) -> None:
     """Time our dot products against stock ones on this machine."""
+    if as_roofline:
+        seen = roofline.measure(model, BenchmarkOptions(prompt=0, threads=threads))
+        click.echo(json.dumps(seen.to_json(), indent=2) if as_json else seen.describe())
+        return
     result: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as work:
         tree = Path(work) / "tree"

@@ -5,10 +5,12 @@ made by llama-quantize, every matrix of the blocks in the same type; embeddings 
 doesn't depend on the weights, so our files have a few encoded rows of each layer, repeated: encoding all of them would
 take minutes.
 
-Types run in turn, for several rounds, so that a busy moment slows all of them alike. Stock types that llama.cpp can
-repack are measured in both forms, and the better one counts. Prints tokens per second and ratios of times (below 1 ours
-is faster); --json prints a map from phase and threads ("prompt-1") to `type/stock_type` to the median ratio of the
-rounds, --markdown the README's table of tokens per second. Needs `d2q-edge runtime install --tools`.
+Types run in turn, for several rounds, so that a busy moment slows all of them alike. Types that llama.cpp can repack
+are measured in both forms: of a stock type the better one counts, of ours the repacked one, which is the default.
+Prints tokens per second and ratios of times (below 1 ours is faster); --json prints a map from phase and threads
+("prompt-1") to `type/stock_type` to the median ratio of the rounds, --markdown the README's table of tokens per
+second. --write writes what was measured to a file, as JSON; `make bench` does both. Needs `d2q-edge runtime install
+--tools`.
 """
 
 import contextlib
@@ -17,7 +19,7 @@ import shutil
 import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
@@ -45,7 +47,7 @@ from d2q_edge.runtime.tools import INSTALLED, Tools
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-qwen3"
 OURS = {"d2q2": 2, "d2q3": 3}
 STOCK = ("q2_K", "iq2_xs", "q3_K", "q4_K", "q4_0")
-REPACKED = ("q2_K", "q4_K", "q4_0")
+REPACKED = (*OURS, "q2_K", "q4_K", "q4_0")
 """Types that llama.cpp can repack."""
 ENCODED_ROWS = 16
 
@@ -173,16 +175,29 @@ def speeds(times: Times, options: BenchmarkOptions) -> dict[Variant, dict[str, f
 
 
 def markdown(times: Times, options: BenchmarkOptions) -> str:
-    """Format the README's table: tokens per second of each type, in each column of its faster form."""
+    """Format the README's table: tokens per second, of a stock type each column in its faster form."""
     phases = sorted(times, key=lambda phase: (phase.startswith(PROMPT), phase))
     heads = [f"{phase}, {count} thread{'s' * (count != '1')}" for phase, count in (p.split("-") for p in phases)]
     lines = [f"| tokens/s | {' | '.join(heads)} |", "|---" * (1 + len(phases)) + "|"]
-    measured = speeds(times, options)
-    for name in dict.fromkeys(name for name, _ in measured):
-        forms = [seen for variant, seen in measured.items() if variant[0] == name]
+    all_forms = speeds(times, options)
+    for name in dict.fromkeys(name for name, _ in all_forms):
+        forms = [seen for (kind, repack), seen in all_forms.items() if kind == name and (repack or name not in OURS)]
         best = (max(seen[phase] for seen in forms) for phase in phases)
         lines.append(f"| {name if name in OURS else name.upper()} | {' | '.join(f'{speed:.1f}' for speed in best)} |")
     return "\n".join(lines)
+
+
+def measured(times: Times, options: BenchmarkOptions) -> dict[str, object]:
+    """Return plain values for json.dump: tokens per second of every variant, and the ratios."""
+    seen = {
+        f"{name}, {'repacked' if repack else 'as it is'}": each
+        for (name, repack), each in speeds(times, options).items()
+    }
+    return {
+        **asdict(options),
+        "tokens_per_second": seen,
+        "ratios_of_times": {phase: ratios(rounds) for phase, rounds in sorted(times.items())},
+    }
 
 
 def table(times: Times, options: BenchmarkOptions) -> str:
@@ -229,6 +244,7 @@ def prepared(model: Path | None, shape: Shape, keep: Path | None) -> Iterator[di
 @click.option("--rounds", type=click.IntRange(1), default=BenchmarkOptions.rounds, show_default=True)
 @click.option("--keep", type=click.Path(path_type=Path), help="Keep the files in this directory for later runs.")
 @click.option("--json", "as_json", is_flag=True, help="Only the ratios, as JSON.")
+@click.option("--write", type=click.Path(path_type=Path), help="Write what was measured to this file, as JSON.")
 @click.option("--markdown", "as_markdown", is_flag=True, help="Only the README's table of tokens per second.")
 def main(
     model: Path | None,
@@ -240,6 +256,7 @@ def main(
     threads: tuple[int, ...],
     rounds: int,
     keep: Path | None,
+    write: Path | None,
     as_json: bool,
     as_markdown: bool,
 ) -> None:
@@ -250,6 +267,8 @@ def main(
             times = measure(files, options)
     except D2QError as error:
         raise click.ClickException(str(error)) from error
+    if write:
+        write.write_text(json.dumps(measured(times, options), indent=2) + "\n", "utf-8")
     if as_json:
         click.echo(json.dumps({phase: ratios(rounds) for phase, rounds in sorted(times.items())}, indent=2))
     else:

@@ -2,9 +2,10 @@
 
 Compiles ggml's kernels and ours from the patched source with the cross compiler, extracts the loop over the blocks from
 each function's assembly, and runs llvm-mca on it. The block reciprocal throughput is printed per 256 weights; the dot
-product instructions in the loop tell how many weights it handles. For the matrix multiplication it is that of 256
-weights and one result, without the look-up of the weights, which up to 64 columns share. --json prints a map from CPU
-to `type/stock_type` to the ratio; below 1 ours is faster.
+product instructions in the loop tell how many weights it handles. `type x8` is the kernel for eight rows that were
+interleaved when the model was loaded. For the matrix multiplication it is that of 256 weights and one result, without
+the look-up of the weights, which up to 64 columns share. --json prints a map from CPU to `type/stock_type` to the
+ratio; below 1 ours is faster.
 
 llvm-mca before LLVM 16 has no model of the Neoverse N1 of its own and takes the Cortex-A57's.
 """
@@ -28,7 +29,10 @@ COMPILER = "aarch64-linux-gnu-gcc"
 DOTPROD, I8MM = "armv8.2-a+dotprod+fp16", "armv8.2-a+dotprod+fp16+i8mm"
 OUR_TYPES = ("d2q2", "d2q3", "d2q2_64", "d2q3_64")
 STOCK_TYPES = ("q2_K", "q3_K", "q4_K", "q4_0")
-PAIRS = (("d2q2", "q2_K"), ("d2q3", "q3_K"), ("d2q2_64", "q4_0"), ("d2q3_64", "q4_0"))
+PAIRS = (
+    *(("d2q2", "q2_K"), ("d2q3", "q3_K"), ("d2q2_64", "q4_0"), ("d2q3_64", "q4_0")),
+    *((f"{name} x8", name) for name in OUR_TYPES),
+)
 INSTRUCTION_WEIGHTS = {"sdot": 16, "smmla": 32}
 """Products per instruction: of two vectors of bytes; of two rows with two columns."""
 JUMP = re.compile(r"\t(?:b|b\.?[a-z]{2}|cbn?z|tbn?z)\t(?:.*,\s*)?(\.L\w+)$")
@@ -98,6 +102,9 @@ def measure(tree: Path, work: Path, mca: str) -> dict[str, dict[str, float]]:
     for name in OUR_TYPES:
         partner = "q8_0" if name.endswith("_64") else "q8_K"
         (loops[name],) = innermost_loops(ours, f"ggml_vec_dot_{name}_{partner}")
+    repacked = assembly(tree, "d2q/d2q-repack-arm.c", DOTPROD, work / "repacked.s")
+    for name in OUR_TYPES:
+        (loops[f"{name} x8"],) = innermost_loops(repacked, f"{name}_gemv")
     for name in STOCK_TYPES:
         (loops[name],) = innermost_loops(stock, f"ggml_vec_dot_{name}_{'q8_0' if name == 'q4_0' else 'q8_K'}")
     for label, march in (("dotprod", DOTPROD), ("i8mm", I8MM)):
@@ -123,12 +130,12 @@ def main(mca: str, as_json: bool) -> None:
         click.echo(json.dumps(ratios, indent=2))
         return
     click.echo("block reciprocal throughput per 256 weights, in cycles\n")
-    click.echo(f"{'':14}" + "".join(f"{cpu:>14}" for cpu in CPUS))
+    click.echo(f"{'':20}" + "".join(f"{cpu:>14}" for cpu in CPUS))
     for name in result[CPUS[0]]:
-        click.echo(f"{name:14}" + "".join(f"{result[cpu][name]:14.1f}" for cpu in CPUS))
+        click.echo(f"{name:20}" + "".join(f"{result[cpu][name]:14.1f}" for cpu in CPUS))
     for ours, stock in PAIRS:
         name = f"{ours}/{stock}"
-        click.echo(f"{name:14}" + "".join(f"{ratios[cpu][name]:14.2f}" for cpu in CPUS))
+        click.echo(f"{name:20}" + "".join(f"{ratios[cpu][name]:14.2f}" for cpu in CPUS))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 // The weights of 8 rows are looked up once for up to 64 columns of activations and laid out so that one instruction
 // multiplies four rows with one column (dotprod) or two rows with two columns (i8mm), as integers per block.
 #include "d2q-arm.h"
+#include "d2q-repack.h"
 
 #if defined(D2Q_GEMM)
 
@@ -62,15 +63,29 @@ static inline void store_rows(int8_t * out, int8x16_t r0, int8x16_t r1, int8x16_
         }                                                                                                                        \
     }
 
-// block i of rows first .. first + 7; beyond the last row the last one again, whose results nobody reads
+// block i of rows first .. first + 7; beyond the last row the last one again, whose results nobody reads. Of interleaved
+// rows there are always eight: they become blocks as the file has them.
 #define UNPACK(type, ...)                                                                                                        \
+    static void type##_tile(const block_##type * const * x, tile_t * tile) {                                                     \
+        for (int r = 0; r < TILE_ROWS; r++) { tile->d[r] = GGML_CPU_FP16_TO_FP32(x[r]->d); }                                     \
+        __VA_ARGS__                                                                                                              \
+    }                                                                                                                            \
     static void type##_unpack(const char * rows, size_t stride, int first, int last, int i, tile_t * tile) {                     \
         const block_##type * x[TILE_ROWS];                                                                                       \
         for (int r = 0; r < TILE_ROWS; r++) {                                                                                    \
             x[r] = (const block_##type *) (rows + (size_t) MIN(first + r, last)*stride) + i;                                     \
-            tile->d[r] = GGML_CPU_FP16_TO_FP32(x[r]->d);                                                                         \
         }                                                                                                                        \
-        __VA_ARGS__                                                                                                              \
+        type##_tile(x, tile);                                                                                                    \
+    }                                                                                                                            \
+    static void type##_unpack_x8(const char * rows, size_t stride, int first, int last, int i, tile_t * tile) {                  \
+        GGML_UNUSED(last);                                                                                                       \
+        block_##type own[TILE_ROWS];                                                                                             \
+        const block_##type * x[TILE_ROWS];                                                                                       \
+        for (int r = 0; r < TILE_ROWS; r++) {                                                                                    \
+            type##_row((const block_##type##x8 *) (rows + (size_t) first*stride) + i, r, &own[r]);                               \
+            x[r] = &own[r];                                                                                                      \
+        }                                                                                                                        \
+        type##_tile(x, tile);                                                                                                    \
     }
 
 UNPACK(d2q2,    UNPACK_64(d2q2, 0) UNPACK_64(d2q2, 1) UNPACK_64(d2q2, 2) UNPACK_64(d2q2, 3))
@@ -207,8 +222,11 @@ static void multiply_panel(unpack_t unpack, bool q8_K, int n_blocks, const char 
     }
 }
 
-void d2q_gemm(enum ggml_type type, int n, const void * rows, size_t stride, int64_t n_rows, const void * const * columns, float * const * results, int n_columns) {
-    const unpack_t unpack = type == GGML_TYPE_D2Q2 ? d2q2_unpack : type == GGML_TYPE_D2Q3 ? d2q3_unpack : type == GGML_TYPE_D2Q2_64 ? d2q2_64_unpack : d2q3_64_unpack;
+void d2q_gemm(enum ggml_type type, int n, const void * rows, size_t stride, bool repacked, int64_t n_rows, const void * const * columns, float * const * results, int n_columns) {
+    static const unpack_t unpacks[4][2] = {
+        {d2q2_unpack, d2q2_unpack_x8}, {d2q3_unpack, d2q3_unpack_x8}, {d2q2_64_unpack, d2q2_64_unpack_x8}, {d2q3_64_unpack, d2q3_64_unpack_x8},
+    };
+    const unpack_t unpack = unpacks[type == GGML_TYPE_D2Q2 ? 0 : type == GGML_TYPE_D2Q3 ? 1 : type == GGML_TYPE_D2Q2_64 ? 2 : 3][repacked];
     const bool q8_K = type == GGML_TYPE_D2Q2 || type == GGML_TYPE_D2Q3;
     const int block = q8_K ? QK_K : QK_D2Q_64;
     assert(n % block == 0 && n_columns <= PANEL);

@@ -57,8 +57,8 @@ bool d2q_has_gemm(enum ggml_type type);
 int d2q_chunk_size(enum ggml_type type, int64_t n_rows, int64_t n_columns, int n_threads, int stock);
 
 // results[c][r] = row r times column c; n weights in a row, `stride` bytes from one row to the next, at most
-// D2Q_GEMM_PANEL columns. Only where the target has it.
-void d2q_gemm(enum ggml_type type, int n, const void * rows, size_t stride, int64_t n_rows, const void * const * columns, float * const * results, int n_columns);
+// D2Q_GEMM_PANEL columns. Rows may be interleaved (d2q-repack.h). Only where the target has it.
+void d2q_gemm(enum ggml_type type, int n, const void * rows, size_t stride, bool repacked, int64_t n_rows, const void * const * columns, float * const * results, int n_columns);
 
 // One thread's share of GGML_OP_MUL_MAT, results ir0_start..ir0_end - 1 of columns ir1_start..ir1_end - 1 (counted through
 // all matrices); wdata: the activations in the type of the dot product. False: not done here.

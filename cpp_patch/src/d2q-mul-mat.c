@@ -1,8 +1,10 @@
 // Where ggml's matrix multiplications treat the d2q types their own way: the size of the shares that threads take one after
-// the other, and from such a share to d2q_gemm.
-#include "d2q-cpu.h"
+// the other, and from such a share to d2q_gemm, or to d2q_gemv for interleaved rows.
+#include "d2q-repack.h"
 
 #include "ggml-cpu.h"
+
+#include <assert.h>
 
 static bool is_d2q(enum ggml_type type) {
     return type == GGML_TYPE_D2Q2 || type == GGML_TYPE_D2Q3 || type == GGML_TYPE_D2Q2_64 || type == GGML_TYPE_D2Q3_64;
@@ -26,7 +28,7 @@ int d2q_chunk_size(enum ggml_type type, int64_t n_rows, int64_t n_columns, int n
     return d2q_has_gemm(type) ? D2Q_GEMM_PANEL : stock;
 }
 
-#if defined(D2Q_GEMM)
+#if defined(D2Q_REPACK)
 
 // how the columns of activations lie in wdata, see ggml_compute_forward_mul_mat_one_chunk
 typedef struct {
@@ -44,9 +46,39 @@ static layout_t activations_layout(const struct ggml_tensor * src0, const struct
     return layout;
 }
 
+static int64_t whole_blocks(int64_t row) {
+    return (row + D2Q_ROWS - 1)/D2Q_ROWS*D2Q_ROWS;
+}
+
+// Whether this share of a multiplication is done here. Of interleaved rows eight can't be divided: both ends move on to a
+// multiple of eight, so that all shares together are still all rows.
+static bool take_share(const struct ggml_tensor * src0, int64_t * first, int64_t * last, int64_t n_columns) {
+    if (d2q_is_repacked(src0)) {
+        *first = whole_blocks(*first);
+        *last  = whole_blocks(*last);
+        return true;
+    }
+    return d2q_has_gemm(src0->type) && n_columns >= D2Q_GEMM_MIN_COLUMNS;
+}
+
+// n_rows rows of src0 from `rows` on, times at most D2Q_GEMM_PANEL columns
+static void multiply(const struct ggml_tensor * src0, const void * rows, int64_t n_rows, const void * const * columns, float * const * results, int n_columns) {
+    const bool repacked = d2q_is_repacked(src0);
+#if defined(D2Q_GEMM)
+    if (!repacked || n_columns >= D2Q_GEMM_MIN_COLUMNS) {
+        d2q_gemm(src0->type, (int) src0->ne[0], rows, src0->nb[1], repacked, n_rows, columns, results, n_columns);
+        return;
+    }
+#endif
+    assert(repacked);
+    for (int c = 0; c < n_columns; c++) {
+        d2q_gemv(src0->type, (int) src0->ne[0], rows, n_rows, columns[c], results[c]);
+    }
+}
+
 bool d2q_mul_mat_chunk(const struct ggml_tensor * dst, const void * wdata, int64_t ir0_start, int64_t ir0_end, int64_t ir1_start, int64_t ir1_end) {
     const struct ggml_tensor * src0 = dst->src[0], * src1 = dst->src[1];
-    if (!d2q_has_gemm(src0->type) || ir1_end - ir1_start < D2Q_GEMM_MIN_COLUMNS) {
+    if (!take_share(src0, &ir0_start, &ir0_end, ir1_end - ir1_start)) {
         return false;
     }
     const layout_t layout = activations_layout(src0, src1);
@@ -66,7 +98,7 @@ bool d2q_mul_mat_chunk(const struct ggml_tensor * dst, const void * wdata, int64
             columns[c - ir1] = (const char *) wdata + i1*layout.nb[0] + i2*layout.nb[1] + i3*layout.nb[2];
             results[c - ir1] = (float *) ((char *) dst->data + i1*dst->nb[1] + i2*dst->nb[2] + i3*dst->nb[3]) + ir0_start;
         }
-        d2q_gemm(src0->type, (int) src0->ne[0], rows, src0->nb[1], ir0_end - ir0_start, columns, results, (int) (next - ir1));
+        multiply(src0, rows, ir0_end - ir0_start, columns, results, (int) (next - ir1));
     }
     return true;
 }
@@ -74,7 +106,7 @@ bool d2q_mul_mat_chunk(const struct ggml_tensor * dst, const void * wdata, int64
 bool d2q_mul_mat_id_chunk(const struct ggml_tensor * dst, const void * matrix, const int32_t (*mapping)[2], const void * wdata,
                           int64_t ir0_start, int64_t ir0_end, int64_t ir1_start, int64_t ir1_end) {
     const struct ggml_tensor * src0 = dst->src[0], * src1 = dst->src[1];
-    if (!d2q_has_gemm(src0->type) || ir1_end - ir1_start < D2Q_GEMM_MIN_COLUMNS) {
+    if (!take_share(src0, &ir0_start, &ir0_end, ir1_end - ir1_start)) {
         return false;
     }
     const layout_t layout = activations_layout(src0, src1);
@@ -88,7 +120,7 @@ bool d2q_mul_mat_id_chunk(const struct ggml_tensor * dst, const void * matrix, c
             columns[n] = (const char *) wdata + (slot%src1->ne[1])*layout.nb[0] + row*layout.nb[1];
             results[n] = (float *) ((char *) dst->data + slot*dst->nb[1] + row*dst->nb[2]) + ir0_start;
         }
-        d2q_gemm(src0->type, (int) src0->ne[0], rows, src0->nb[1], ir0_end - ir0_start, columns, results, n);
+        multiply(src0, rows, ir0_end - ir0_start, columns, results, n);
     }
     return true;
 }

@@ -30,7 +30,7 @@ static inline void d2q_tiled_block(const block_d2q3 & x, uint8_t * out) {
     const __m256i qh = d2q_load(x.qh);
     for (int half = 0; half < 2; half++) {
         __m256i even, odd;
-        d2q3_indices(x.qs, qh, half, &even, &odd);
+        d2q3_indices(x.qs + 32*half, half ? qh : _mm256_add_epi8(qh, qh), &even, &odd);
         const __m256i indices[4] = { even, odd, _mm256_srli_epi16(even, 4), _mm256_srli_epi16(odd, 4) };
         for (int s = 0; s < 4; s++) {
             const int k = 4*half + s;

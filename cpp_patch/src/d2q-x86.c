@@ -83,7 +83,7 @@ D2Q_VEC_DOT(ggml_vec_dot_d2q3_q8_K) {
 #pragma GCC unroll 2
         for (int half = 0; half < 2; half++) {
             __m256i even, odd;
-            d2q3_indices(x->qs, qh, half, &even, &odd);
+            d2q3_indices(x->qs + 32*half, half ? qh : _mm256_add_epi8(qh, qh), &even, &odd);
             D2Q_STEP(4*half,     even);
             D2Q_STEP(4*half + 1, odd);
             D2Q_STEP(4*half + 2, _mm256_srli_epi16(even, 4));
@@ -118,18 +118,10 @@ D2Q_VEC_DOT(ggml_vec_dot_d2q3_64_q8_0) {
     GGML_UNUSED(bs); GGML_UNUSED(bx); GGML_UNUSED(by); GGML_UNUSED(nrc);
     const block_d2q3_64 * GGML_RESTRICT x = vx;
     const block_q8_0    * GGML_RESTRICT y = vy;
-    const __m256i low4 = _mm256_set1_epi8(0x33), high1 = _mm256_set1_epi8((char) 0x88);
-    const __m256i before1 = _mm256_set_epi64x(0x4444444444444444, 0x4444444444444400, 0x4444444444444444, 0x4444444444444400);
-    const __m256i first_half = _mm256_setr_epi64x(2, 2, 0, 0), second_half = _mm256_setr_epi64x(0, 0, 2, 2);
-    const __m256i quarters = _mm256_setr_epi64x(3, 2, 1, 0);
 
     __m256 acc = _mm256_setzero_ps();
     for (const block_d2q3_64 * end = x + n/QK_D2Q_64; x < end; x++, y += 2) {
-        // both indices of a byte, as in d2q3_indices. Shifts cross byte borders; the masks drop what they bring in
-        const __m256i q = _mm256_and_si256(low4,    _mm256_srlv_epi64(d2q_load_both(x->qs), second_half));
-        const __m256i b = _mm256_and_si256(before1, _mm256_sllv_epi64(d2q_load_both(x->qs - 1), first_half));
-        const __m256i h = _mm256_and_si256(high1,   _mm256_sllv_epi64(d2q_load_8(x->qh), quarters));
-        const __m256i c0 = _mm256_or_si256(_mm256_or_si256(q, b), h);
+        const __m256i c0 = d2q3_64_indices(x->qs, x->qh);
         const __m256i c1 = _mm256_srli_epi16(c0, 4);
         const __m256i w0 = d2q_lookup(d2q_load_both(d2q_scalar_table_u7[x->cb[0]]), c0);
         const __m256i w1 = d2q_lookup(d2q_load_both(d2q_scalar_table_u7[x->cb[1]]), c1);

@@ -45,14 +45,15 @@ static inline __m256i d2q_lookup(__m256i table, __m256i index) {
 #endif
 }
 
-// The indices of four groups of a d2q3, groups 4*half to 4*half + 3: two of them in the nibbles of each register, those
-// of the first and the third group in *even, of the second and the fourth in *odd.
-static inline void d2q3_indices(const uint8_t * qs, __m256i qh, int half, __m256i * even, __m256i * odd) {
+// The indices of the four groups of half a d2q3, whose low bits are in qs and whose high bits are the odd ones of `high`: two
+// of them in the nibbles of each register, those of the first and the third group in *even, of the second and the fourth
+// in *odd.
+static inline void d2q3_indices(const uint8_t * qs, __m256i high, __m256i * even, __m256i * odd) {
     // a lane is a chain: the code before is in the byte before, but for its first byte
     const __m256i first = _mm256_set_epi64x(0x5555555555555555, 0x5555555555555500, 0x5555555555555555, 0x5555555555555500);
-    const __m256i before = _mm256_and_si256(first, d2q_load(qs + 32*half - 1));
-    const __m256i high   = _mm256_and_si256(_mm256_set1_epi8((char) 0xAA), half ? qh : _mm256_add_epi8(qh, qh));
-    const __m256i upper  = _mm256_or_si256(before, high), q = d2q_load(qs + 32*half), low4 = _mm256_set1_epi8(0x33);
+    const __m256i before = _mm256_and_si256(first, d2q_load(qs - 1));
+    const __m256i upper  = _mm256_or_si256(before, _mm256_and_si256(_mm256_set1_epi8((char) 0xAA), high));
+    const __m256i q = d2q_load(qs), low4 = _mm256_set1_epi8(0x33);
 #if defined(__AVX512VL__)
     // the last operand selects; the first one, which the instruction overwrites, is one that nothing else needs
     *even = _mm256_ternarylogic_epi32(_mm256_slli_epi16(upper, 2), q, low4, 0xD8);
@@ -63,6 +64,18 @@ static inline void d2q3_indices(const uint8_t * qs, __m256i qh, int half, __m256
     *even = _mm256_xor_si256(q, _mm256_slli_epi16(differ, 2));
     *odd  = _mm256_xor_si256(upper, differ);
 #endif
+}
+
+// both indices of the bytes of a d2q3_64, in their nibbles: of its two groups. Shifts cross byte borders; the masks drop what
+// they bring in.
+static inline __m256i d2q3_64_indices(const uint8_t * qs, const uint8_t * qh) {
+    const __m256i low4 = _mm256_set1_epi8(0x33), high1 = _mm256_set1_epi8((char) 0x88);
+    const __m256i before1 = _mm256_set_epi64x(0x4444444444444444, 0x4444444444444400, 0x4444444444444444, 0x4444444444444400);
+    const __m256i first_half = _mm256_setr_epi64x(2, 2, 0, 0), second_half = _mm256_setr_epi64x(0, 0, 2, 2);
+    const __m256i q = _mm256_and_si256(low4,    _mm256_srlv_epi64(d2q_load_both(qs), second_half));
+    const __m256i b = _mm256_and_si256(before1, _mm256_sllv_epi64(d2q_load_both(qs - 1), first_half));
+    const __m256i h = _mm256_and_si256(high1,   _mm256_sllv_epi64(d2q_load_8(qh), _mm256_setr_epi64x(3, 2, 1, 0)));
+    return _mm256_or_si256(_mm256_or_si256(q, b), h);
 }
 
 // acc + u*s, u unsigned of 7 bits: two products are at most 2*127*128, so that int16 does not saturate

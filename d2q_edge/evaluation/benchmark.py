@@ -7,7 +7,8 @@ of the rounds, and for a ratio the median of the rounds' ratios.
 import json
 import statistics
 import tempfile
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from d2q_edge.calibration.text import PROSE
 from d2q_edge.errors import D2QError
 from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.options import BenchmarkOptions
+from d2q_edge.runtime.llama_model import LlamaVocabulary
 from d2q_edge.runtime.tools import INSTALLED, Tools
 from d2q_edge.utils.progress import Progress
 
@@ -46,12 +48,14 @@ class Benchmark:
         speeds: tokens per second, medians over the rounds, by name of the file.
         stock: the same of the stock file; None without one.
         ratios: speed over that of the stock file's better form, medians over the rounds; above 1 the file is faster.
+        loading: seconds to load the file from the system's cache, by name, see load_seconds.
     """
 
     options: BenchmarkOptions
     speeds: dict[str, dict[str, float]]
     stock: dict[str, float] | None
     ratios: dict[str, dict[str, float]] | None
+    loading: dict[str, float]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for json.dump."""
@@ -60,6 +64,7 @@ class Benchmark:
             "tokens_per_second": self.speeds,
             "stock_tokens_per_second": self.stock,
             "speed_ratios": self.ratios,
+            "load_seconds": self.loading,
         }
 
     def describe(self, stock_name: str | None = None) -> str:
@@ -70,10 +75,12 @@ class Benchmark:
         ratios = {f"{name} / stock": values for name, values in (self.ratios or {}).items()}
         phases = [f"{phase}-{threads}" for phase in (PROMPT, GENERATION) for threads in self.options.threads]
         width = max(map(len, ("tokens/s", *rows, *ratios)))
-        lines = [f"{'tokens/s':{width}}" + "".join(f"{phase:>15}" for phase in phases)]
+        lines = [f"{'tokens/s':{width}}" + "".join(f"{phase:>15}" for phase in phases) + f"{'load':>10}"]
         for decimals, block in ((1, rows), (2, ratios)):
             for name, row in block.items():
-                lines.append(f"{name:{width}}" + "".join(f"{row[phase]:15.{decimals}f}" for phase in phases))
+                cells = "".join(f"{row[phase]:15.{decimals}f}" for phase in phases)
+                load = f"{self.loading[name]:8.2f} s" if name in self.loading else " " * 10
+                lines.append(f"{name:{width}}{cells}{load}")
         return "\n".join(lines)
 
 
@@ -109,6 +116,25 @@ def run_rounds(
     return times
 
 
+class _Weights(LlamaVocabulary):
+    """A loaded model without a context."""
+
+    vocab_only = False
+
+
+def load_seconds(path: Path, repack: bool) -> float:
+    """Return the seconds in which llama.cpp loads a file, the median of three; `repack` as in BenchmarkOptions.
+
+    The file should be in the system's cache, so that what counts is the rearranging and not the disk.
+    """
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        with _Weights(path, repack=repack):
+            seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
 def _link(word: object, directory: str) -> object:
     """Return a link in place of a path with a comma, where llama-bench would begin another file."""
     if not isinstance(word, Path) or "," not in str(word):
@@ -119,9 +145,15 @@ def _link(word: object, directory: str) -> object:
 
 
 def benchmark(
-    files: Mapping[str, Path], options: BenchmarkOptions, stock: Path | None = None, tools: Tools = INSTALLED
+    files: Mapping[str, Path],
+    options: BenchmarkOptions,
+    stock: Path | None = None,
+    tools: Tools = INSTALLED,
+    load: Callable[[Path, bool], float] = load_seconds,
 ) -> Benchmark:
     """Measure the speed of files, by the names that they have in the result, and its ratio to that of a stock file.
+
+    `load` measures how long a file takes to load.
 
     Raises:
         D2QError: a file can't be read, or see run_rounds.
@@ -135,8 +167,9 @@ def benchmark(
         runs |= {("", form): ("-m", stock, *flags) for form, flags in forms.items()}
     times = run_rounds(runs, options, tools)
     speeds = {name: median_speeds(options, times, (name, "")) for name in files}
+    loading = {name: load(path, options.repack) for name, path in files.items()}
     if stock is None:
-        return Benchmark(options, speeds, None, None)
+        return Benchmark(options, speeds, None, None, loading)
     stock_speeds = [median_speeds(options, times, ("", form)) for form in forms]
     ratios = {
         name: {
@@ -145,7 +178,8 @@ def benchmark(
         }
         for name in files
     }
-    return Benchmark(options, speeds, {phase: max(each[phase] for each in stock_speeds) for phase in times}, ratios)
+    fastest = {phase: max(each[phase] for each in stock_speeds) for phase in times}
+    return Benchmark(options, speeds, fastest, ratios, loading)
 
 
 @contextmanager

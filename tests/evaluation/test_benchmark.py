@@ -48,11 +48,15 @@ class FakeBench(FakeTools):
         return seconds, seconds / 2
 
 
+def fake_load(path: Path, repack: bool) -> float:
+    return {"a.gguf": 1.5, "b.gguf": 2.0}.get(path.name, 0.5) if repack else 0.25
+
+
 def test_speeds_and_ratios(tmp_path: Path) -> None:
     options = BenchmarkOptions(prompt=100, generation=10, threads=(4,), rounds=3)
     ours, other, stock = files_without_tensors(tmp_path, "a.gguf", "b.gguf", "s.gguf")
     tools = FakeBench()
-    result = benchmark.benchmark({"ours": ours, "other": other}, options, stock, tools)
+    result = benchmark.benchmark({"ours": ours, "other": other}, options, stock, tools, fake_load)
     assert tools.calls() == 3 * list(TIMES), "in turn"
     # medians: 2 s and 4 s for 100 tokens; 1 s and 2 s for 10
     assert result.speeds["ours"] == {"prompt-4": 50, "generation-4": 10}
@@ -65,10 +69,10 @@ def test_speeds_and_ratios(tmp_path: Path) -> None:
     assert result.to_json()["speed_ratios"]["ours"]["prompt-4"] == 1.5
     lines = result.describe("Q2_K").splitlines()
     assert len({len(line) for line in lines}) == 1, "columns line up"
-    assert [re.split(r" {2,}", line) for line in lines] == [
-        ["tokens/s", "prompt-4", "generation-4"],
-        ["ours", "50.0", "10.0"],
-        ["other", "25.0", "5.0"],
+    assert [re.split(r" {2,}", line.rstrip()) for line in lines] == [
+        ["tokens/s", "prompt-4", "generation-4", "load"],
+        ["ours", "50.0", "10.0", "1.50 s"],
+        ["other", "25.0", "5.0", "2.00 s"],
         ["Q2_K (stock)", "50.0", "10.0"],
         ["ours / stock", "1.50", "1.50"],
         ["other / stock", "0.50", "0.50"],
@@ -78,7 +82,7 @@ def test_speeds_and_ratios(tmp_path: Path) -> None:
 def test_without_a_stock_file(tmp_path: Path) -> None:
     options, tools = BenchmarkOptions(prompt=100, generation=10, threads=(4,), rounds=1), FakeBench()
     (path,) = files_without_tensors(tmp_path, "a.gguf")
-    result = benchmark.benchmark({"ours": path}, options, tools=tools)
+    result = benchmark.benchmark({"ours": path}, options, tools=tools, load=fake_load)
     assert tools.calls() == [("a.gguf", None)]
     assert (result.stock, result.ratios) == (None, None)
     assert result.to_json() == {
@@ -90,6 +94,7 @@ def test_without_a_stock_file(tmp_path: Path) -> None:
         "tokens_per_second": {"ours": {"prompt-4": 100, "generation-4": 20}},
         "stock_tokens_per_second": None,
         "speed_ratios": None,
+        "load_seconds": {"ours": 1.5},
     }
     assert len(result.describe().splitlines()) == 2
 
@@ -98,9 +103,10 @@ def test_weights_as_they_are_in_the_file(tmp_path: Path) -> None:
     options = BenchmarkOptions(prompt=100, generation=10, threads=(4,), rounds=1, repack=False)
     ours, stock = files_without_tensors(tmp_path, "s.gguf", "s2.gguf")
     tools = FakeTools()
-    result = benchmark.benchmark({"ours": ours}, options, stock, tools)
+    result = benchmark.benchmark({"ours": ours}, options, stock, tools, fake_load)
     assert [(Path(run["-m"]).name, run["--repack"]) for run in tools.benched] == [("s.gguf", "0"), ("s2.gguf", "0")]
     assert result.stock == {"prompt-4": 100, "generation-4": 10}
+    assert result.loading == {"ours": 0.25}
 
 
 @pytest.fixture

@@ -25,7 +25,9 @@ PROGRAM = "llama-simple"
 """The smallest program of llama.cpp; it needs no more than LIBRARIES."""
 LIBRARIES = ("libllama.a", "libggml.a", "libggml-cpu.a", "libggml-base.a")
 """In the order that the linker needs."""
-KERNELS = ("d2q-cpu.c", "d2q-q8.c", "d2q-arm.c", "d2q-arm-gemm.c", "d2q-mul-mat.c")
+KERNELS = tuple(
+    f"d2q-{name}.c" for name in ("cpu", "q8", "arm", "arm-gemm", "mul-mat", "repack", "repack-arm", "repack-x86")
+)
 
 
 @dataclass(frozen=True)

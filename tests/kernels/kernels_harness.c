@@ -1,10 +1,12 @@
 // Checks the kernels of d2q-*.c as this compiler target has them, on rows that end where their memory ends: the dot
-// products, the quantizer of activations, and the matrix multiplication where the target has one. test_sources.py compiles it with the kernels' own
-// sources for several targets, also under sanitizers. Two references: sums of integers made here from d2q-blocks.h,
-// which must come out exactly where all scales are +-1, and the portable dot products for everything else.
+// products, the quantizer of activations, eight interleaved rows times a column, and the matrix multiplication where the
+// target has one. test_sources.py compiles it with the kernels' own sources for several targets, also under sanitizers. Two
+// references: sums of integers made here from d2q-blocks.h, which must come out exactly where all scales are +-1, and the
+// portable dot products for everything else.
 
 #include "d2q/d2q-blocks.h"
 #include "d2q/d2q-cpu.h"
+#include "d2q/d2q-repack.h"
 #include "ggml-cpu.h"
 #include "ggml-cpu-impl.h"
 #include "simd-mappings.h"
@@ -254,11 +256,57 @@ static int check_quantizer(int blocks, int style) {
 
 #endif
 
+#if defined(D2Q_REPACK)
+
+// row r of interleaved rows is what it was
+#define SAME_ROW(type) \
+    static bool same_##type(const uint8_t * x, const uint8_t * interleaved, int r) { \
+        block_##type row; \
+        type##_row((const block_##type##x8 *) (const void *) interleaved, r, &row); \
+        return memcmp(&row, x, sizeof(row)) == 0; \
+    }
+SAME_ROW(d2q2) SAME_ROW(d2q3) SAME_ROW(d2q2_64) SAME_ROW(d2q3_64)
+
+static bool same_row(const type_t * t, const uint8_t * x, const uint8_t * interleaved, int r) {
+    return (t->id == GGML_TYPE_D2Q2 ? same_d2q2 : t->id == GGML_TYPE_D2Q3 ? same_d2q3 : t->id == GGML_TYPE_D2Q2_64 ? same_d2q2_64 : same_d2q3_64)(x, interleaved, r);
+}
+
+static int check_repacked(const type_t * t, int blocks, int style, int n_rows) {
+    const size_t row = row_bytes(t, blocks), column = column_bytes(t, blocks);
+    const guarded x = guard(row*(size_t) n_rows), inter = guard(row*(size_t) n_rows), y = guard(column), out = guard(sizeof(float)*(size_t) n_rows);
+    float * results = (float *) (void *) out.start;
+    for (int r = 0; r < n_rows; r++) { fill_row(t, blocks, style, x.start + (size_t) r*row); }
+    fill_column(t, blocks, style, y.start);
+    memset(out.start, 0xFF, sizeof(float)*(size_t) n_rows);
+    d2q_repack(t->id, (int64_t) blocks*t->block, n_rows, x.start, inter.start);
+    d2q_gemv(t->id, blocks*t->block, inter.start, n_rows, y.start, results);
+    int bad = 0;
+    for (int r = 0; r < n_rows; r++) {
+        double size;
+        const double exact = reference(t, blocks, x.start + (size_t) r*row, y.start, &size);
+        bool good = agrees(results[r], exact, size, style);
+        for (int i = 0; i < blocks; i++) {
+            const size_t group = (size_t) (r/D2Q_ROWS*D2Q_ROWS)*row + (size_t) (i*D2Q_ROWS*t->size);
+            good = good && same_row(t, x.start + (size_t) r*row + i*t->size, inter.start + group, r%D2Q_ROWS);
+        }
+        if (!good && bad++ == 0) {
+            fprintf(stderr, "repacked %s, %d blocks, style %d, %d rows: row %d: %.9g, exact %.9g\n", t->name, blocks, style, n_rows, r, (double) results[r], exact);
+        }
+    }
+    munmap(x.map, x.bytes);
+    munmap(inter.map, inter.bytes);
+    munmap(y.map, y.bytes);
+    munmap(out.map, out.bytes);
+    return bad != 0;
+}
+
+#endif
+
 #if defined(D2Q_GEMM)
 
-static int check_gemm(const type_t * t, int blocks, int style, int n_rows, int n_columns) {
+static int check_gemm(const type_t * t, int blocks, int style, int n_rows, int n_columns, bool repacked) {
     const size_t row = row_bytes(t, blocks), column = column_bytes(t, blocks);
-    const guarded x = guard(row*(size_t) n_rows);
+    const guarded x = guard(row*(size_t) n_rows), inter = guard(row*(size_t) n_rows);
     guarded y[D2Q_GEMM_PANEL], out[D2Q_GEMM_PANEL];
     const void * columns[D2Q_GEMM_PANEL];
     float      * results[D2Q_GEMM_PANEL];
@@ -271,7 +319,8 @@ static int check_gemm(const type_t * t, int blocks, int style, int n_rows, int n
         results[c] = (float *) (void *) out[c].start;
         memset(out[c].start, 0xFF, sizeof(float)*(size_t) n_rows);
     }
-    d2q_gemm(t->id, blocks*t->block, x.start, row, n_rows, columns, results, n_columns);
+    if (repacked) { d2q_repack(t->id, (int64_t) blocks*t->block, n_rows, x.start, inter.start); }
+    d2q_gemm(t->id, blocks*t->block, repacked ? inter.start : x.start, row, repacked, n_rows, columns, results, n_columns);
     int bad = 0;
     for (int c = 0; c < n_columns; c++) {
         for (int r = 0; r < n_rows; r++) {
@@ -288,6 +337,7 @@ static int check_gemm(const type_t * t, int blocks, int style, int n_rows, int n
         munmap(out[c].map, out[c].bytes);
     }
     munmap(x.map, x.bytes);
+    munmap(inter.map, inter.bytes);
     return bad != 0;
 }
 
@@ -298,6 +348,7 @@ int main(void) {
         ggml_table_f32_f16[i] = GGML_COMPUTE_FP16_TO_FP32((ggml_half) i);
     }
     d2q_cpu_init();
+    d2q_repack_init();
     int bad = 0, checks = 0;
 #if defined(D2Q_X86) || defined(D2Q_ARM)
     for (int repeat = 0; repeat < 300; repeat++, checks++) { bad += check_quantizer(1 + repeat%4, repeat%6); }
@@ -308,13 +359,26 @@ int main(void) {
             for (int blocks = 1; blocks <= 17; blocks += blocks < 4 ? 1 : 13) {
                 for (int repeat = 0; repeat < (slow ? 1 : 20); repeat++, checks++) { bad += check_dot(&types[t], blocks, style); }
             }
+#if defined(D2Q_REPACK)
+            for (int blocks = 1; blocks <= 5; blocks += blocks < 3 ? 1 : 2) {
+                for (int rows = 8; rows <= (slow ? 8 : 24); rows += 8, checks++) { bad += check_repacked(&types[t], blocks, style, rows); }
+            }
+#endif
 #if defined(D2Q_GEMM)
-            static const int shapes[][2] = {{1, 1}, {1, 4}, {3, 5}, {8, 4}, {9, 7}, {17, 12}, {70, 6}, {13, D2Q_GEMM_PANEL}};
-            for (size_t s = 0; s < (slow ? 5 : sizeof(shapes)/sizeof(shapes[0])); s++, checks++) {
-                bad += check_gemm(&types[t], 1 + (int) s%3, style, shapes[s][0], shapes[s][1]);
+            static const int shapes[][2] = {{1, 1}, {1, 4}, {3, 5}, {8, 4}, {9, 7}, {17, 12}, {72, 9}, {70, 6}, {13, D2Q_GEMM_PANEL}};
+            for (size_t s = 0; s < (slow ? 6 : sizeof(shapes)/sizeof(shapes[0])); s++, checks++) {
+                bad += check_gemm(&types[t], 1 + (int) s%3, style, shapes[s][0], shapes[s][1], false);
+                if (shapes[s][0]%D2Q_ROWS == 0) { bad += check_gemm(&types[t], 1 + (int) s%3, style, shapes[s][0], shapes[s][1], true); }
             }
 #endif
         }
+        if (d2q_can_repack(types[t].id, 24) !=
+#if defined(D2Q_REPACK)
+            true
+#else
+            false
+#endif
+            || d2q_can_repack(types[t].id, 20) || d2q_can_repack(GGML_TYPE_Q2_K, 24)) { bad++; }
         if (d2q_has_gemm(types[t].id) !=
 #if defined(D2Q_GEMM)
             true

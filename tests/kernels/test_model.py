@@ -1,5 +1,8 @@
 """Whole models in the installed runtime: every path of our types, norm biases, the tables' checksum."""
 
+import platform
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -9,9 +12,26 @@ import pytest
 from d2q_edge.formats.codebooks import TABLE_SHA256
 from d2q_edge.formats.tensor_types import ALL, TensorType, dequantize
 from d2q_edge.runtime.installed import require
-from tests.kernels.ggml import Ggml
+from tests.kernels import tiny_model
+from tests.kernels.ggml import U8, Ggml
 from tests.kernels.tiny_model import ARCHITECTURES, F32, WIDTH, logits, random_tensors, write
 
+# loads the first file to have everything else in memory, then prints how many bytes the second one adds
+RESIDENT = """
+import ctypes, sys
+from pathlib import Path
+import llama_cpp
+def resident():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
+parameters = llama_cpp.llama_model_default_params()
+parameters.use_extra_bufts = sys.argv[1] == "True"
+kept = [llama_cpp.llama_model_load_from_file(sys.argv[2].encode(), parameters)]
+before = resident()
+kept.append(llama_cpp.llama_model_load_from_file(sys.argv[3].encode(), parameters))
+assert all(kept)
+print(resident() - before)
+"""
 TOKENS = [int(token) for token in np.random.default_rng(0).integers(0, 96, 24)]
 
 
@@ -56,6 +76,63 @@ def test_prompt_and_generation_agree(llama: ModuleType, ggml: Ggml, t: TensorTyp
     assert _error(prompt, generation) < 0.03
     # another order of sums changes the rounding of a few activations: not in most
     assert np.median(np.abs(prompt - generation)) < 1e-5 * np.abs(generation).max()
+
+
+def _packed(ggml: Ggml, t: TensorType, tensors: dict[str, F32]) -> dict[str, U8]:
+    """Pack the matrices of the blocks, experts too."""
+    names = [name for name, rows in tensors.items() if name.startswith("blk.") and rows.ndim > 1 and "_inp" not in name]
+    return {
+        name: ggml.quantize(t, tensors[name].reshape(-1, tensors[name].shape[-1])).reshape(
+            *tensors[name].shape[:-1], -1
+        )
+        for name in names
+    }
+
+
+@pytest.mark.parametrize("t", ALL, ids=lambda t: t.name)
+@pytest.mark.parametrize("arch", ["llama", "phi3", "qwen3moe"])
+def test_interleaved_rows_change_nothing_but_rounding(
+    llama: ModuleType, ggml: Ggml, arch: str, t: TensorType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tensors = random_tensors(arch)
+    path = write(tmp_path / "packed.gguf", arch, tensors, _packed(ggml, t, tensors), t)
+    for batch in (1, 5, 24):  # generation; fewer columns than a prompt's multiplication takes; a prompt
+        capfd.readouterr()
+        interleaved = logits(llama, path, TOKENS, batch)
+        assert "CPU_D2Q model buffer" in capfd.readouterr().err
+        plain = logits(llama, path, TOKENS, batch, repack=False)
+        assert "CPU_D2Q" not in capfd.readouterr().err
+        assert interleaved is not None
+        assert plain is not None
+        assert _error(interleaved, plain) < 0.03
+        assert np.median(np.abs(interleaved - plain)) < 1e-5 * np.abs(plain).max()
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")
+@pytest.mark.parametrize("repack", [True, False])
+def test_memory_holds_the_weights_once(
+    llama: ModuleType, ggml: Ggml, repack: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    t = ALL[0]
+    small = random_tensors("llama")
+    tiny = write(tmp_path / "tiny.gguf", "llama", small, _packed(ggml, t, small), t)
+    monkeypatch.setattr(tiny_model, "FEED_FORWARD", 1 << 17)
+    big = small | {
+        name: np.resize(rows, (1 << 17, WIDTH) if rows.shape[1] == WIDTH else (WIDTH, 1 << 17))
+        for name, rows in small.items()
+        if name.startswith("blk.0.ffn_") and rows.ndim > 1
+    }
+    packed = {
+        name: np.resize(ggml.quantize(t, rows[:8]), (len(rows), t.row_bytes(rows.shape[1])))
+        for name, rows in big.items()
+        if name.startswith("blk.0.ffn_") and rows.ndim > 1
+    }
+    path = write(tmp_path / "big.gguf", "llama", big, packed, t)
+    size = path.stat().st_size
+    assert size > 25e6
+    command = [sys.executable, "-c", RESIDENT, str(repack), str(tiny), str(path)]
+    added = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert added < 1.1 * size
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

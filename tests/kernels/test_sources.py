@@ -17,7 +17,7 @@ from tests.kernels import arm
 
 HARNESS = Path(__file__).with_name("kernels_harness.c")
 TILED_HARNESS = Path(__file__).with_name("tiled_harness.cpp")
-SOURCES = ("quants", "encode", "cpu", "q8", "x86", "arm", "arm-gemm", "mul-mat")
+SOURCES = ("quants", "encode", "cpu", "q8", "x86", "arm", "arm-gemm", "mul-mat", "repack", "repack-x86", "repack-arm")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
 # portable: the fallback; AVX2 and AVX-512 alone: no byte dot product; with it, AVX-VNNI and AVX512-VNNI differ in its
 # encoding; AVX512-VBMI has look-ups of its own
@@ -33,7 +33,7 @@ TARGETS = {
 # tiled.cpp has no kernel of its own for AVX-VNNI; for AVX without AVX2 our blocks go through the stock kernel
 TILED_TARGETS = {
     "avx": ("-march=ivybridge",),
-    **{name: TARGETS[name] for name in ("avx2", "avxvnni", "avx512vnni", "avx512vbmi")},
+    **{name: TARGETS[name] for name in ("avx2", "avxvnni", "avx512vnni", "avx512vbmi", "native")},
 }
 # without their runtime libraries, which don't run under qemu: undefined behavior traps
 TRAPS = ("-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")
@@ -55,7 +55,7 @@ OPTIONS = {
 }
 # tiled.cpp's use of d2q-tiled.h
 TILED_USE = """
-#include "d2q/d2q-tiled.h"
+#include "d2q/d2q-tiled-x8.h"
 void use(const block_d2q2 * a, const block_d2q3 * b, tiled_tile_src0 * t, tiled_tile_src1 * u, float * out) {
     tiled_unpack_src0(a, 1, 16, t, 1);
     tiled_unpack_src0(b, 1, 16, t, 1);
@@ -84,7 +84,7 @@ def _build(compiler: str, tree: Path, output: Path, flags: Sequence[str]) -> Non
 
 
 def _build_tiled(tree: Path, output: Path, flags: Sequence[str]) -> None:
-    own = [tree / source.OWN_SOURCES / f"d2q-{name}.c" for name in ("quants", "encode", "cpu", "q8", "x86")]
+    own = [tree / source.OWN_SOURCES / f"d2q-{name}.c" for name in ("quants", "encode", "cpu", "q8", "x86", "repack")]
     subprocess.run([*_c("gcc", tree, flags), "-c", *own], check=True, cwd=output.parent)
     objects = [output.parent / path.with_suffix(".o").name for path in own]
     stock = tree / "vendor/llama.cpp/ggml/src/ggml-cpu/tiled/tiled-kernel.cpp"
@@ -124,7 +124,7 @@ def test_x86_kernels(patched_tree: Path, tmp_path: Path, target: str, sanitized:
 def test_tiled_multiplication(patched_tree: Path, tmp_path: Path, target: str, sanitized: bool) -> None:
     program = tmp_path / "harness"
     _build_tiled(patched_tree, program, (*TILED_TARGETS[target], "-O1", *(SANITIZERS if sanitized else ())))
-    if missing := set(NEEDS[target]) - _cpu_flags():
+    if missing := set(NEEDS.get(target, ())) - _cpu_flags():
         pytest.skip(f"compiles; this CPU can't run it: no {', '.join(sorted(missing))}")
     _check(subprocess.run([program], capture_output=True, text=True, check=False))
 
@@ -147,7 +147,8 @@ def test_every_cpu_backend_of_a_dispatching_build_compiles(patched_tree: Path, t
     x86 = cmake[cmake.index('GGML_SYSTEM_ARCH STREQUAL "x86"') :].split("elseif(GGML_SYSTEM_ARCH STREQUAL", 1)[0]
     variants = dict(re.findall(r"^\s*ggml_add_cpu_backend_variant\((\w+)([^)]*)\)", x86, re.MULTILINE))
     assert {"x64", "ivybridge", "haswell", "skylakex", "zen4", "alderlake", "sapphirerapids"} <= set(variants)
-    own = [patched_tree / source.OWN_SOURCES / f"d2q-{name}.c" for name in ("cpu", "q8", "x86", "mul-mat")]
+    names = ("cpu", "q8", "x86", "mul-mat", "repack", "repack-x86")
+    own = [patched_tree / source.OWN_SOURCES / f"d2q-{name}.c" for name in names]
     use = tmp_path / "use.cpp"
     use.write_text(TILED_USE)
     for features in variants.values():

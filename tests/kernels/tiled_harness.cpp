@@ -1,5 +1,5 @@
 // Checks tiled.cpp's matrix multiplications (MUL_MAT and one expert of MUL_MAT_ID) for d2q2 and d2q3 as this compiler
-// target has them. test_sources.py compiles it with their sources for several targets, also under sanitizers. The
+// target has them, with rows as they are in a file and interleaved. test_sources.py compiles it with their sources for several targets, also under sanitizers. The
 // reference is made here: sums of integers from d2q-blocks.h, which must come out exactly where all scales are +-1.
 
 #include "ggml-cpu/tiled/tiled.cpp"
@@ -115,10 +115,10 @@ struct matrix {
 
 // rows times columns of n weights; as MUL_MAT, or as an expert that gets the columns in another order
 template <typename B>
-static int check(ggml_type type, void (*group)(const B *, int, int8_t *), style kind, int blocks, int n_rows, int n_columns, bool expert) {
+static int check(ggml_type type, void (*group)(const B *, int, int8_t *), style kind, int blocks, int n_rows, int n_columns, bool expert, bool repacked) {
     const int n = blocks*QK_K;
     const guarded x(sizeof(B)*(size_t) (blocks*n_rows)), y(sizeof(block_q8_K)*(size_t) (blocks*n_columns));
-    const guarded out(sizeof(float)*(size_t) (n_rows*n_columns));
+    const guarded out(sizeof(float)*(size_t) (n_rows*n_columns)), inter(sizeof(B)*(size_t) (blocks*n_rows));
     B * rows = (B *) x.start;
     block_q8_K * columns = (block_q8_K *) y.start;
     for (size_t i = 0; i < sizeof(B)*(size_t) (blocks*n_rows); i++) { x.start[i] = (uint8_t) draw(0, 255); }
@@ -137,6 +137,11 @@ static int check(ggml_type type, void (*group)(const B *, int, int8_t *), style 
     }
     matrix a(type, x.start, sizeof(B), n, n_rows, 1), b(GGML_TYPE_Q8_K, y.start, sizeof(block_q8_K), n, expert ? 1 : n_columns, expert ? n_columns : 1);
     matrix c(GGML_TYPE_F32, out.start, sizeof(float), n_rows, expert ? 1 : n_columns, expert ? n_columns : 1);
+    if (repacked) {
+        d2q_repack(type, n, n_rows, x.start, inter.start);
+        a.tensor.data  = inter.start;
+        a.tensor.extra = &a; // as the buffer type of interleaved weights marks them
+    }
     c.tensor.src[0] = &a.tensor;
     c.tensor.src[1] = &b.tensor;
     std::vector<uint8_t> work(ggml_tiled_wdata_size(1, &c.tensor) + 64, 0xFF); // not a number wherever nothing was written
@@ -174,8 +179,8 @@ static int check(ggml_type type, void (*group)(const B *, int, int8_t *), style 
             const double value = (double) ((const float *) out.start)[j*n_rows + r];
             // sums of integers below 2^24 are exact in float, in any order
             if (!(kind != RANDOM && size < 1 << 24 ? value == exact : std::fabs(value - exact) <= 1e-6*size) && bad++ == 0) {
-                fprintf(stderr, "%d blocks, %dx%d, style %d, expert %d: row %d, column %d: %.9g, exact %.9g\n", blocks, n_rows, n_columns,
-                    (int) kind, expert, r, j, value, exact);
+                fprintf(stderr, "%d blocks, %dx%d, style %d, expert %d, repacked %d: row %d, column %d: %.9g, exact %.9g\n", blocks, n_rows, n_columns,
+                    (int) kind, expert, repacked, r, j, value, exact);
             }
         }
     }
@@ -185,9 +190,11 @@ static int check(ggml_type type, void (*group)(const B *, int, int8_t *), style 
 static int check_type(int blocks, int n_rows, int n_columns, int * checks) {
     int bad = 0;
     for (int kind = 0; kind < STYLES; kind++) {
-        for (int expert = 0; expert < 2; expert++, *checks += 2) {
-            bad += check<block_d2q2>(GGML_TYPE_D2Q2, d2q2_group, (style) kind, blocks, n_rows, n_columns, expert);
-            bad += check<block_d2q3>(GGML_TYPE_D2Q3, d2q3_group, (style) kind, blocks, n_rows, n_columns, expert);
+        for (int expert = 0; expert < 2; expert++) {
+            for (int repacked = 0; repacked <= d2q_can_repack(GGML_TYPE_D2Q2, n_rows); repacked++, *checks += 2) {
+                bad += check<block_d2q2>(GGML_TYPE_D2Q2, d2q2_group, (style) kind, blocks, n_rows, n_columns, expert, repacked);
+                bad += check<block_d2q3>(GGML_TYPE_D2Q3, d2q3_group, (style) kind, blocks, n_rows, n_columns, expert, repacked);
+            }
         }
     }
     return bad;
@@ -198,7 +205,7 @@ int main() {
     d2q_cpu_init();
     int bad = 0, checks = 0;
     // up to 16 columns take several blocks at a time; 256 rows or columns are a window
-    static const int shapes[][3] = {{1, 1, 8}, {3, 16, 8}, {4, 17, 11}, {5, 37, 16}, {1, 33, 17}, {3, 20, 40}, {2, 270, 19}, {1, 18, 270}};
+    static const int shapes[][3] = {{1, 1, 8}, {3, 16, 8}, {4, 17, 11}, {5, 37, 16}, {1, 33, 17}, {3, 20, 40}, {2, 270, 19}, {1, 18, 270}, {2, 280, 19}, {3, 200, 24}};
     for (const auto & s : shapes) { bad += check_type(s[0], s[1], s[2], &checks); }
     printf("%d checks, %d bad\n", checks, bad);
     return bad != 0;

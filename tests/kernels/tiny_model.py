@@ -117,9 +117,15 @@ def write(
     return path
 
 
-def logits(llama_cpp: ModuleType, path: Path, tokens: Sequence[int], batch: int = 64) -> F32 | None:
-    """Return logits, float32 [len(tokens), VOCABULARY], of `batch` tokens at a time; None if loading fails."""
+def logits(
+    llama_cpp: ModuleType, path: Path, tokens: Sequence[int], batch: int = 64, repack: bool = True
+) -> F32 | None:
+    """Return logits, float32 [len(tokens), VOCABULARY], of `batch` tokens at a time; None if loading fails.
+
+    `repack` lets llama.cpp interleave rows.
+    """
     model_parameters = llama_cpp.llama_model_default_params()
+    model_parameters.use_extra_bufts = repack
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_parameters)
     if not model:
         return None

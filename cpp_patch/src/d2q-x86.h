@@ -16,6 +16,7 @@ extern "C" {
 // Q8_K carries correct the offset. The order of scalars is that of d2q_canonical_index. d2q_cpu_init makes them.
 extern uint8_t d2q_pair_table_u7[256][32]; // [codebook][component*16 + code]
 extern uint8_t d2q_scalar_table_u7[256][16];
+extern int8_t  d2q_scalar_table_s8[256][16]; // without the offset
 
 #ifdef __cplusplus
 }
@@ -36,6 +37,13 @@ static inline __m256i d2q_load_8(const void * p) {
     return _mm256_set1_epi64x(v);
 }
 
+#if defined(__AVX512VL__)
+// bits of a where the mask has ones, bits of b elsewhere; a should be what nothing else needs, as the instruction overwrites it
+static inline __m256i d2q_merge(__m256i a, __m256i b, int mask) {
+    return _mm256_ternarylogic_epi32(a, b, _mm256_set1_epi8((char) mask), 0xE4);
+}
+#endif
+
 // the entries that the low nibbles of `index` select from 16, the same 16 in both lanes; the high nibbles may be anything
 static inline __m256i d2q_lookup(__m256i table, __m256i index) {
 #if defined(__AVX512VBMI__) && defined(__AVX512VL__)
@@ -52,15 +60,13 @@ static inline void d2q3_indices(const uint8_t * qs, __m256i high, __m256i * even
     // a lane is a chain: the code before is in the byte before, but for its first byte
     const __m256i first = _mm256_set_epi64x(0x5555555555555555, 0x5555555555555500, 0x5555555555555555, 0x5555555555555500);
     const __m256i before = _mm256_and_si256(first, d2q_load(qs - 1));
-    const __m256i upper  = _mm256_or_si256(before, _mm256_and_si256(_mm256_set1_epi8((char) 0xAA), high));
-    const __m256i q = d2q_load(qs), low4 = _mm256_set1_epi8(0x33);
+    const __m256i upper  = _mm256_or_si256(before, _mm256_and_si256(_mm256_set1_epi8((char) 0xAA), high)), q = d2q_load(qs);
 #if defined(__AVX512VL__)
-    // the last operand selects; the first one, which the instruction overwrites, is one that nothing else needs
-    *even = _mm256_ternarylogic_epi32(_mm256_slli_epi16(upper, 2), q, low4, 0xD8);
-    *odd  = _mm256_ternarylogic_epi32(_mm256_srli_epi16(q, 2), upper, low4, 0xE4);
+    *even = d2q_merge(_mm256_slli_epi16(upper, 2), q, 0xCC);
+    *odd  = d2q_merge(_mm256_srli_epi16(q, 2), upper, 0x33);
 #else
     // exchanges the upper two bits of q's nibbles for the lower two of upper's
-    const __m256i differ = _mm256_and_si256(low4, _mm256_xor_si256(_mm256_srli_epi16(q, 2), upper));
+    const __m256i differ = _mm256_and_si256(_mm256_set1_epi8(0x33), _mm256_xor_si256(_mm256_srli_epi16(q, 2), upper));
     *even = _mm256_xor_si256(q, _mm256_slli_epi16(differ, 2));
     *odd  = _mm256_xor_si256(upper, differ);
 #endif
@@ -78,14 +84,18 @@ static inline __m256i d2q3_64_indices(const uint8_t * qs, const uint8_t * qh) {
     return _mm256_or_si256(_mm256_or_si256(q, b), h);
 }
 
+#if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__)
+#define D2Q_DPBUSD // one instruction for d2q_dot_add, whose u may then have 8 bits
+#endif
+
 // acc + u*s, u unsigned of 7 bits: two products are at most 2*127*128, so that int16 does not saturate
 static inline __m256i d2q_dot_add(__m256i acc, __m256i u, __m256i s) {
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    return _mm256_dpbusd_epi32(acc, u, s);
-#elif defined(__AVXVNNI__)
-    return _mm256_dpbusd_avx_epi32(acc, u, s);
-#else
+#if !defined(D2Q_DPBUSD)
     return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
+#elif defined(__AVX512VNNI__)
+    return _mm256_dpbusd_epi32(acc, u, s);
+#else
+    return _mm256_dpbusd_avx_epi32(acc, u, s);
 #endif
 }
 

@@ -121,11 +121,11 @@ static void fill_row(const type_t * t, int blocks, int style, uint8_t * x) {
     }
 }
 
-static int activation(int style, int j) {
+static int activation(const type_t * t, int style, int j) {
     switch (style) {
         case LARGEST: case ALL_ONES: case UNIT_LARGEST: return 127;
         case SMALLEST: return -127;
-        case UNIT_SMALLEST: return -128; // ggml makes none below -127
+        case UNIT_SMALLEST: return t->block == 256 ? -128 : -127; // ggml makes none below -127, and on x86 a sign can't move to -128
         case ALTERNATING: return j%2 ? 127 : -127;
         default: return (int) (next()%255) - 127;
     }
@@ -133,7 +133,7 @@ static int activation(int style, int j) {
 
 static void fill_column(const type_t * t, int blocks, int style, uint8_t * y) {
     for (int j = 0; j < blocks*t->block; j++) {
-        const int q = activation(style, j);
+        const int q = activation(t, style, j);
         if (t->block == 256) {
             block_q8_K * b = (block_q8_K *) y + j/256;
             if (j%256 == 0) {

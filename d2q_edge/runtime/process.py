@@ -97,15 +97,18 @@ def run_logged(
         cwd: working directory.
 
     Raises:
-        D2QError: the program can't be started or fails; its last lines are printed on stderr.
+        D2QError: the program can't be started or fails; its last lines are printed on stderr. Or the log can't be
+            written.
     """
     words = [str(word) for word in command]
     with log.open("ab", buffering=0) as file:
         file.write(f"$ {' '.join(words)}\n".encode())
         try:
             code, tail = follow(words, description, log=file, env={**os.environ, **(env or {})}, cwd=cwd)
-        except OSError as error:
+        except (FileNotFoundError, PermissionError) as error:
             raise D2QError(f"{failure}: {words[0]} can't be started ({error.strerror})") from error
+        except OSError as error:
+            raise D2QError(f"{failure}: {error.strerror}") from error
     if code:
         say("\n".join(line for line in tail.splitlines()[-TAIL_LINES:] if line.strip()))
         raise D2QError(f"{failure}; see {log}")

@@ -153,8 +153,8 @@ def _environment(options: Sequence[str]) -> dict[str, str]:
 def _build_wheel(work: Path, target: Path, log: Path, run: Run) -> None:
     """Build the wheel of work/source, and move it into a folder."""
     say(f"Building the runtime on {usable_cpus()} cores, which takes a few minutes (log: {log})")
-    command = [*source.PIP, "wheel", "--verbose", "--no-deps", *source.isolation()]
-    command += ["--wheel-dir", work / "wheel", work / "source"]
+    pip = [*source.PIP, "wheel", "--verbose", "--no-deps", *source.isolation()]
+    command = [*pip, "--wheel-dir", work / "wheel", work / "source"]
     env = _environment(WHEEL_OPTIONS) | {"SKBUILD_BUILD_DIR": str(work / "build")}
     run(command, log, "building the runtime failed", description="Building the runtime", env=env)
     wheels = list((work / "wheel").glob("*.whl"))

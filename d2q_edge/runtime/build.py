@@ -124,7 +124,7 @@ def install(
     else:
         pip, failure = [*source.PIP, "install"], f"installing {wheels[0].name} failed"
         run([*pip, "--force-reinstall", "--no-deps", wheels[0]], log, failure)
-        run([*pip, wheels[0]], log, failure)  # its dependencies, where they are missing
+        run([*pip, wheels[0]], log, failure, env=source.pip_variables())  # its dependencies, where they are missing
     say(f"The runtime is ready: llama-cpp-python {version} ({time.monotonic() - started:.0f} s)")
     return info()
 
@@ -139,7 +139,7 @@ def _user_options() -> list[str]:
 
 def _environment(options: Sequence[str]) -> dict[str, str]:
     """Variables for pip, scikit-build-core and CMake; the user's CMAKE_ARGS come last and win."""
-    variables = {
+    variables = source.pip_variables() | {
         "PATH": search_path(),
         "CMAKE_BUILD_PARALLEL_LEVEL": str(usable_cpus()),
         "CMAKE_ARGS": " ".join([*options, os.environ.get("CMAKE_ARGS", "")]).strip(),

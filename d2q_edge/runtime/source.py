@@ -103,8 +103,7 @@ def fetch_sdist(log: Path, *, run: Callable[..., None] = run_logged, sha256: str
             f"can't download {PACKAGE} {VERSION} with pip (is the network up, and the proxy set in HTTPS_PROXY?); "
             f"without a network: d2q-edge runtime install --sdist {SDIST}"
         )
-        # pip's own retries would be seen in the log only.
-        run(command, log, failure, env={"PIP_RETRIES": os.environ.get("PIP_RETRIES", "0")})
+        run(command, log, failure, env=pip_variables())
         downloaded = Path(temporary) / SDIST
         if not downloaded.is_file():
             raise D2QError(f"pip downloaded no {SDIST}; see {log}")
@@ -137,6 +136,11 @@ def add_sdist(given: Path, *, sha256: str = SDIST_SHA256) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         shutil.copyfile(given, Path(temporary) / SDIST).replace(target)
+
+
+def pip_variables() -> dict[str, str]:
+    """Return variables for pip: what it tries again would be seen in the log only, so the user has to ask for that."""
+    return {"PIP_RETRIES": os.environ.get("PIP_RETRIES", "0")}
 
 
 def isolation() -> list[str]:

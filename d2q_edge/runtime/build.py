@@ -37,7 +37,7 @@ NO_PAGE = """<!doctype html><meta charset="utf-8"><title>d2q-edge serve</title>
 <code>d2q-edge runtime install --server</code>.
 """
 REMEDY = "free some, or set XDG_CACHE_HOME to a directory of another disk"
-SPACE = {"wheel": 300, "tools": 400, "server": 500, "page": 1000}
+SPACE = {"wheel": 300, "tools": 400, "server": 500, "page": 900}
 """MiB of disk space that building each takes at most."""
 Run = Callable[..., None]
 PrepareTree = Callable[[Path, Path], None]

@@ -1,6 +1,7 @@
 """Fetch llama-cpp-python's source distribution, and apply cpp_patch/ to it."""
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -97,13 +98,13 @@ def fetch_sdist(log: Path, *, run: Callable[..., None] = run_logged, sha256: str
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         # pip builds metadata to download; only this package may come as source, its build tools come as wheels.
-        command = [*PIP, "download", "--no-deps", *isolation()]
+        command = [*PIP, "download", "--no-deps", *_progress_bar(), *isolation()]
         command += ["--no-binary", PACKAGE, "-d", temporary, f"{PACKAGE}=={VERSION}"]
         failure = (
             f"can't download {PACKAGE} {VERSION} with pip (is the network up, and the proxy set in HTTPS_PROXY?); "
             f"without a network: d2q-edge runtime install --sdist {SDIST}"
         )
-        run(command, log, failure, env=pip_variables())
+        run(command, log, failure, description="Downloading", env=pip_variables())
         downloaded = Path(temporary) / SDIST
         if not downloaded.is_file():
             raise D2QError(f"pip downloaded no {SDIST}; see {log}")
@@ -146,6 +147,12 @@ def pip_variables() -> dict[str, str]:
 def isolation() -> list[str]:
     """Return pip's arguments for builds: none of its isolated environments, which it downloads, without need."""
     return ["--no-build-isolation"] if importlib.util.find_spec(BUILD_BACKEND) else []
+
+
+def _progress_bar() -> list[str]:
+    """Return pip's arguments for a progress that can be read, where it is new enough to have that."""
+    found = re.match(r"(\d+)\.(\d+)", importlib.metadata.version("pip"))
+    return ["--progress-bar", "raw"] if found and (int(found[1]), int(found[2])) >= (24, 1) else []
 
 
 def _cached_sdist() -> Path:

@@ -37,8 +37,9 @@ NO_PAGE = """<!doctype html><meta charset="utf-8"><title>d2q-edge serve</title>
 <code>d2q-edge runtime install --server</code>.
 """
 REMEDY = "free some, or set XDG_CACHE_HOME to a directory of another disk"
-SPACE = {"wheel": 300, "tools": 400, "server": 500, "page": 900}
-"""MiB of disk space that building each takes at most."""
+SOURCE_SPACE = 200
+SPACE = {"wheel": 100, "tools": 100, "server": 100, "page": 800}
+"""MiB of disk space that the patched tree takes, and building each in it; the page's are npm's packages."""
 Run = Callable[..., None]
 PrepareTree = Callable[[Path, Path], None]
 
@@ -101,7 +102,7 @@ def install(
     }  # fmt: skip
     if any(missing.values()):
         log.unlink(missing_ok=True)
-        check_space(place, sum(SPACE[part] for part in missing if missing[part]) << 20, REMEDY)
+        check_space(place, (SOURCE_SPACE + sum(SPACE[part] for part in missing if missing[part])) << 20, REMEDY)
         try:
             with scratch_directory(place, "work-", REMEDY) as work:
                 prepare_tree(work / "source", log)

@@ -196,7 +196,7 @@ class TestInstall:
     def test_disk_space_is_checked_first(self, fake: FakeBuild, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def usage(path: Path) -> SimpleNamespace:
             assert path.parent == cache
-            return SimpleNamespace(free=build.SPACE["wheel"] << 20)
+            return SimpleNamespace(free=(build.SOURCE_SPACE + build.SPACE["wheel"]) << 20)
 
         monkeypatch.setattr("shutil.disk_usage", usage)
         with pytest.raises(D2QError, match=r"takes \d+ MiB of disk .* has \d+ MiB: free some, or set XDG"):

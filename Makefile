@@ -27,6 +27,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/vermin --quiet --no-tips --violations --target=3.10- d2q_edge examples tests tools
 	$(BIN)/lint-imports
 	$(BIN)/python tools/generate_tables.py --check
 

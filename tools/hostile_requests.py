@@ -6,8 +6,7 @@
 A request is determined by its seed: a good one for some endpoint, of which a part is replaced, removed or broken
 (malformed JSON, grammars, schemas and templates, wrong types, unknown fields, prompts beyond the context). A finding is
 a server that dies or stops to answer good requests, a status from 500 on, a refusal without a sentence, and one that
-names a file of this machine. 501 is right for what the server wasn't started for (embeddings, infill); llama.cpp's own
-tests expect it.
+names a file of this machine.
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ from tools.served import Server, serve
 
 TIME_LIMIT = 60.0
 """Seconds for an answer."""
-NOT_STARTED_FOR = 501
 MACHINE = re.compile(r"(?:^|[\s\"'(=:])/(?:home|root|tmp|usr|etc|work|var|opt|proc)\b|\.(?:cpp|h|hpp|gguf)\b")
 """A path of the machine, or a source file's name."""
 JSON = {"Content-Type": "application/json"}
@@ -218,7 +216,7 @@ def fault(server: Server, sent: Request) -> tuple[str, int, str]:
             messages = [json.loads(text)["error"]["message"]]
     except (ValueError, KeyError, TypeError):
         return "no sentence", status, text
-    if any(code >= 500 and code != NOT_STARTED_FOR for code in errors):
+    if any(code >= 500 for code in errors):
         return f"status {max(errors)}", status, text
     if errors and sent.method != "HEAD" and not all(message.strip() for message in messages):
         return "no sentence", status, text

@@ -133,7 +133,8 @@ def _deterministic(device: torch.device) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        with warnings.catch_warnings(action="ignore") as _:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])

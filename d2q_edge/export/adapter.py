@@ -170,7 +170,9 @@ def _ordered(model: GGUFFile, name: str, b: F32) -> F32:
 
 
 def _unsupported(name: str) -> D2QError:
+    expert = ".experts." in name or "_exps." in name
+    how = "which belongs to experts and" if expert else "in a way that llama.cpp's adapters can't express or that"
     return D2QError(
-        f"the adapter changes {name} in a way that llama.cpp's adapters can't express or that isn't supported here; "
-        "merge it into the model by `d2q-edge convert MODEL --adapter DIR`"
+        f"the adapter changes {name}{',' * expert} {how} isn't supported here; merge it into the model by `d2q-edge "
+        "convert MODEL --adapter DIR`"
     )

@@ -72,6 +72,11 @@ def read_scales(file: GGUFFile) -> ColumnScales:
         )
     codes, users = file.kv.get(CODES), file.kv.get(USERS)
     if codes is None and users is None:
+        if recipe.get("dsq") and file.kv.get(f"{file.kv.get('general.architecture')}.expert_count"):
+            raise D2QError(
+                f"{file.path} has experts, whose files don't say how their columns were scaled: merge the adapter into "
+                "the model by `d2q-edge convert MODEL --adapter DIR`, or convert the model with --no-dsq"
+            )
         if recipe.get("dsq"):
             raise D2QError(
                 f"{file.path} doesn't say how its columns were scaled: convert the model again, with this version or "

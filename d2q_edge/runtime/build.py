@@ -5,12 +5,8 @@ A wheel or a folder of programs appears in the cache complete or not at all: it 
 
 import math
 import os
-import re
 import shlex
 import shutil
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +15,9 @@ from d2q_edge.errors import D2QError
 from d2q_edge.runtime import source
 from d2q_edge.runtime.installed import RuntimeInfo, info, installed_version, library_directory
 from d2q_edge.runtime.process import run_logged, say
+from d2q_edge.runtime.requirements import check_programs, check_space, search_path
 from d2q_edge.runtime.tools import SERVER, TOOLS, Tools, installed_key
+from d2q_edge.utils.files import scratch_directory
 from d2q_edge.utils.machine import cache_key, usable_cpus
 
 WHEEL_OPTIONS = ("-DLLAVA_BUILD=OFF", "-DLLAMA_BUILD_COMMON=OFF", "-DGGML_NATIVE=ON")
@@ -38,51 +36,12 @@ NO_PAGE = """<!doctype html><meta charset="utf-8"><title>d2q-edge serve</title>
 <p>The server is running, and its API is at <code>/v1</code>. The web page has not been built: install npm, and run
 <code>d2q-edge runtime install --server</code>.
 """
-NEEDED = {
-    "a C compiler": ("cc", "gcc", "clang"),
-    "a C++ compiler": ("c++", "g++", "clang++"),
-    "make or ninja": ("ninja", "make"),
-    "patch": ("patch",),
-    "cmake": ("cmake",),
-}
-"""Programs for a build; one of each is enough."""
-MINIMUM_CMAKE = (3, 21)
-PIP = (sys.executable, "-m", "pip")
+REMEDY = "free some, or set XDG_CACHE_HOME to a directory of another disk"
+SOURCE_SPACE = 200
+SPACE = {"wheel": 100, "tools": 100, "server": 100, "page": 800}
+"""MiB of disk space that the patched tree takes, and building each in it; the page's are npm's packages."""
 Run = Callable[..., None]
 PrepareTree = Callable[[Path, Path], None]
-
-
-def _search_path() -> str:
-    """Return PATH with this environment's programs first: cmake and ninja may come from pip."""
-    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-
-
-def check_programs(search_path: str | None = None) -> None:
-    """Check that the programs that a build needs are installed.
-
-    Args:
-        search_path: directories to look in, joined as in PATH; None takes this environment's and PATH.
-
-    Raises:
-        D2QError: names what is missing, and the Debian packages that have it.
-    """
-    search_path = search_path or _search_path()
-
-    def which(*programs: str) -> str | None:
-        return next(filter(None, (shutil.which(program, path=search_path) for program in programs)), None)
-
-    if missing := [name for name, programs in NEEDED.items() if not which(*programs)]:
-        packages = " ".join(sorted({name if name in ("cmake", "patch") else "build-essential" for name in missing}))
-        raise D2QError(
-            f"to build the runtime, install {', '.join(missing)} first (Debian, Ubuntu: apt install {packages})"
-        )
-    output = subprocess.run([which("cmake") or "cmake", "--version"], capture_output=True, text=True).stdout
-    version = re.search(r"(\d+)\.(\d+)", output)
-    if version is None or (int(version[1]), int(version[2])) < MINIMUM_CMAKE:
-        found = output.split("\n")[0].strip() or "an unknown version"
-        raise D2QError(f"the runtime needs CMake 3.21 or newer, not {found}: pip install cmake")
-    if subprocess.run([*PIP, "--version"], capture_output=True).returncode:
-        raise D2QError(f"this Python has no pip: run {sys.executable} -m ensurepip")
 
 
 def prepare(tree: Path, log: Path) -> None:
@@ -101,6 +60,7 @@ def install(
     server: bool = False,
     *,
     page: bool = True,
+    sdist: Path | None = None,
     run: Run = run_logged,
     prepare_tree: PrepareTree = prepare,
     patch_server: PrepareTree = prepare_server,
@@ -111,13 +71,14 @@ def install(
         tools: also build llama.cpp's command-line tools (TOOLS) from the same tree.
         server: also build llama-server.
         page: with its web page, where npm is there; npm downloads what that needs.
+        sdist: llama-cpp-python's source distribution; None takes the cache's, or downloads it.
         run: runs a command as run_logged does.
         prepare_tree: makes the patched tree as `prepare` does.
         patch_server: patches it for llama-server as `prepare_server` does.
 
     Raises:
-        D2QError: a program is missing, there is no network, CMAKE_ARGS has an open quote, or a build step failed; the
-            cache stays consistent.
+        D2QError: a program or disk space is missing, there is no network, `sdist` is another file, CMAKE_ARGS has an
+            open quote, or a build step failed; the cache stays consistent.
     """
     started = time.monotonic()
     version, user_options = source.runtime_version(), _user_options()
@@ -127,6 +88,8 @@ def install(
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise D2QError(f"the cache folder {place} can't be created ({error.strerror}); set XDG_CACHE_HOME") from error
+    if sdist is not None:
+        source.add_sdist(sdist)
     log = place / "build.log"
     wheels = list((place / "wheel").glob("*.whl"))
     missing_tools = tools and not all(Tools(place / "tools").path(name) for name in TOOLS)
@@ -134,29 +97,35 @@ def install(
     server_place = place / f"server-{source.server_hash()}"
     pageless = page and (server_place / "page").exists()
     missing_server = server and (pageless or not Tools(server_place).path(SERVER))
-    if not wheels or missing_tools or missing_server:
+    missing = {
+        "wheel": not wheels, "tools": missing_tools, "server": missing_server, "page": missing_server and page
+    }  # fmt: skip
+    if any(missing.values()):
         log.unlink(missing_ok=True)
-        with tempfile.TemporaryDirectory(dir=place, prefix="work-", ignore_cleanup_errors=True) as directory:
-            work = Path(directory)
-            prepare_tree(work / "source", log)
-            # All share a build folder, so that common objects are compiled once.
-            if not wheels:
-                _build_wheel(work, place / "wheel", log, run)
-            if missing_tools:
-                say(f"Building {', '.join(TOOLS)} (log: {log})")
-                _build_programs(work, TOOLS, log, run, [*TOOL_OPTIONS, *user_options])
-                _publish(work / "programs", place / "tools")
-            if missing_server:
-                patch_server(work / "source", log)
-                _build_server(work, log, run, page, user_options)
-                _publish(work / "programs", server_place)
+        check_space(place, (SOURCE_SPACE + sum(SPACE[part] for part in missing if missing[part])) << 20, REMEDY)
+        try:
+            with scratch_directory(place, "work-", REMEDY) as work:
+                prepare_tree(work / "source", log)
+                # All share a build folder, so that common objects are compiled once.
+                if not wheels:
+                    _build_wheel(work, place / "wheel", log, run)
+                if missing_tools:
+                    say(f"Building {', '.join(TOOLS)} (log: {log})")
+                    _build_programs(work, TOOLS, log, run, [*TOOL_OPTIONS, *user_options])
+                    _publish(work / "programs", place / "tools")
+                if missing_server:
+                    patch_server(work / "source", log)
+                    _build_server(work, log, run, page, user_options)
+                    _publish(work / "programs", server_place)
+        except OSError as error:
+            raise D2QError(f"can't build the runtime in {place} ({error.strerror or error}): {REMEDY}") from error
         wheels = list((place / "wheel").glob("*.whl"))
     if _up_to_date(key):
         say(f"llama-cpp-python {version} is already installed")
     else:
-        pip, failure = [*PIP, "install", "--disable-pip-version-check"], f"installing {wheels[0].name} failed"
+        pip, failure = [*source.PIP, "install"], f"installing {wheels[0].name} failed"
         run([*pip, "--force-reinstall", "--no-deps", wheels[0]], log, failure)
-        run([*pip, wheels[0]], log, failure)  # its dependencies, where they are missing
+        run([*pip, wheels[0]], log, failure, env=source.pip_variables())  # its dependencies, where they are missing
     say(f"The runtime is ready: llama-cpp-python {version} ({time.monotonic() - started:.0f} s)")
     return info()
 
@@ -171,13 +140,13 @@ def _user_options() -> list[str]:
 
 def _environment(options: Sequence[str]) -> dict[str, str]:
     """Variables for pip, scikit-build-core and CMake; the user's CMAKE_ARGS come last and win."""
-    variables = {
-        "PATH": _search_path(),
+    variables = source.pip_variables() | {
+        "PATH": search_path(),
         "CMAKE_BUILD_PARALLEL_LEVEL": str(usable_cpus()),
         "CMAKE_ARGS": " ".join([*options, os.environ.get("CMAKE_ARGS", "")]).strip(),
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
     }
-    if shutil.which("ninja", path=_search_path()) and "CMAKE_GENERATOR" not in os.environ:
+    if shutil.which("ninja", path=search_path()) and "CMAKE_GENERATOR" not in os.environ:
         variables["CMAKE_GENERATOR"] = "Ninja"
     return variables
 
@@ -185,7 +154,8 @@ def _environment(options: Sequence[str]) -> dict[str, str]:
 def _build_wheel(work: Path, target: Path, log: Path, run: Run) -> None:
     """Build the wheel of work/source, and move it into a folder."""
     say(f"Building the runtime on {usable_cpus()} cores, which takes a few minutes (log: {log})")
-    command = [*PIP, "wheel", "--verbose", "--no-deps", "--wheel-dir", work / "wheel", work / "source"]
+    pip = [*source.PIP, "wheel", "--verbose", "--no-deps", *source.isolation()]
+    command = [*pip, "--wheel-dir", work / "wheel", work / "source"]
     env = _environment(WHEEL_OPTIONS) | {"SKBUILD_BUILD_DIR": str(work / "build")}
     run(command, log, "building the runtime failed", description="Building the runtime", env=env)
     wheels = list((work / "wheel").glob("*.whl"))

@@ -72,13 +72,20 @@ def arguments(file: GGUFFile, options: ServerOptions, page: Path) -> list[str]:
     """Return llama-server's arguments for a file; the folder `page`, if it exists, stands in for its web page."""
     context = min(options.context, file.context_length or options.context)
     threads = str(options.threads or usable_cpus())
-    found = ["--model", str(file.path), "--alias", file.path.stem, "--host", options.host, "--port", str(options.port)]
+    alias = file.path.stem.replace(",", "_")  # commas separate several names
+    found = ["--model", str(file.path), "--alias", alias, "--host", options.host, "--port", str(options.port)]
     found += ["--ctx-size", str(context * options.parallel), "--parallel", str(options.parallel)]
     found += ["--threads", threads, "--threads-batch", threads]
     found += ["--cache-type-k", options.cache_type_k, "--cache-type-v", options.cache_type_v]
     for adapter in options.lora:
-        found += ["--lora", str(adapter)]
+        found += ["--lora", _quoted(str(adapter))]
     return [*found, *DEFAULTS, *(("--path", str(page)) if page.is_dir() else ())]
+
+
+def _quoted(path: str) -> str:
+    """Quote a path for an option of llama-server that takes several ones as a line of a CSV file."""
+    doubled = path.replace('"', '""')
+    return f'"{doubled}"' if "," in path or '"' in path else path
 
 
 class _Process:

@@ -14,6 +14,8 @@ from d2q_edge.utils.progress import INTERVAL, Progress
 
 STEP = re.compile(r"\[ *(\d+)(?:/ *(\d+)|(%))?\]")
 """ninja prints "[12/96]", make "[ 12%]", llama-quantize "[  12/ 291]", and llama-imatrix "[12]" after TOTAL."""
+BYTES = re.compile(r"^Progress (\d+) of (\d+)\n", re.MULTILINE)
+"""What pip prints of a download with --progress-bar raw."""
 TOTAL = re.compile(r"computing over (\d+) chunks")
 TAIL = 4000
 """Characters of output that are kept for error messages."""
@@ -97,15 +99,18 @@ def run_logged(
         cwd: working directory.
 
     Raises:
-        D2QError: the program can't be started or fails; its last lines are printed on stderr.
+        D2QError: the program can't be started or fails; its last lines are printed on stderr. Or the log can't be
+            written.
     """
     words = [str(word) for word in command]
     with log.open("ab", buffering=0) as file:
         file.write(f"$ {' '.join(words)}\n".encode())
         try:
             code, tail = follow(words, description, log=file, env={**os.environ, **(env or {})}, cwd=cwd)
-        except OSError as error:
+        except (FileNotFoundError, PermissionError) as error:
             raise D2QError(f"{failure}: {words[0]} can't be started ({error.strerror})") from error
+        except OSError as error:
+            raise D2QError(f"{failure}: {error.strerror}") from error
     if code:
         say("\n".join(line for line in tail.splitlines()[-TAIL_LINES:] if line.strip()))
         raise D2QError(f"{failure}; see {log}")
@@ -121,21 +126,27 @@ class _Steps:
 
     def read(self, output: str) -> None:
         """Go to the last step that the output counts."""
+        if found := BYTES.findall(output):
+            self._go_to(int(found[-1][0]), int(found[-1][1]), unit_scale=True)
+            return
         if totals := TOTAL.findall(output):
             self._announced = int(totals[-1])
         counters = STEP.findall(output)
         if not counters and self._progress is not None:
             return
         step, total, percent = counters[-1] if counters else ("0", "", "")
-        count = 100 if percent else int(total or self._announced)
-        if not count or int(step) > count:
+        self._go_to(int(step), 100 if percent else int(total or self._announced))
+
+    def _go_to(self, step: int, count: int, unit_scale: bool = False) -> None:
+        if not count or step > count:
             return
         # A build can count several times: one program after the other, or once more after CMake has run again.
-        if self._progress is None or self._progress.total != count or int(step) < self._progress.done:
+        if self._progress is None or self._progress.total != count or step < self._progress.done:
             self.close()
-            self._progress = Progress(self._description, count, self._unit, interval=self._interval)
-        if int(step) > self._progress.done:
-            self._progress.update(int(step) - self._progress.done)
+            unit = "B" if unit_scale else self._unit
+            self._progress = Progress(self._description, count, unit, unit_scale=unit_scale, interval=self._interval)
+        if step > self._progress.done:
+            self._progress.update(step - self._progress.done)
 
     def close(self) -> None:
         """Close the bar."""

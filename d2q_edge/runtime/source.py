@@ -1,12 +1,15 @@
 """Fetch llama-cpp-python's source distribution, and apply cpp_patch/ to it."""
 
 import hashlib
+import importlib.metadata
+import importlib.util
 import os
 import re
 import shutil
 import sys
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +20,9 @@ PACKAGE = "llama-cpp-python"
 VERSION = "0.3.36"
 SDIST = f"llama_cpp_python-{VERSION}.tar.gz"
 SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+SDIST_MEGABYTES = 77
+BUILD_BACKEND = "scikit_build_core"
+PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 OWN_SOURCES = Path("vendor/llama.cpp/ggml/src/d2q")
 """Where the files of cpp_patch/src go in the unpacked tree."""
 HASH_LENGTH = 12
@@ -85,23 +91,93 @@ def fetch_sdist(log: Path, *, run: Callable[..., None] = run_logged, sha256: str
     Raises:
         D2QError: no network, no pip, or the downloaded file is not the expected one.
     """
-    target = cache_directory() / "sdist" / SDIST
-    if target.is_file() and hashlib.sha256(target.read_bytes()).hexdigest() == sha256:
+    target = _cached_sdist()
+    if target.is_file() and _sha256(target) == sha256:
         return target
-    say(f"Downloading the source of {PACKAGE} {VERSION}")
+    say(f"Downloading the source of {PACKAGE} {VERSION} ({SDIST_MEGABYTES} MB)")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
         # pip builds metadata to download; only this package may come as source, its build tools come as wheels.
-        command = [*pip, "--no-binary", PACKAGE, "-d", temporary, f"{PACKAGE}=={VERSION}"]
-        run(command, log, f"can't download {PACKAGE} {VERSION} with pip (is the network up?)")
+        command = [*PIP, "download", "--no-deps", *_progress_bar(), *isolation()]
+        command += ["--no-binary", PACKAGE, "-d", temporary, f"{PACKAGE}=={VERSION}"]
+        failure = (
+            f"can't download {PACKAGE} {VERSION} with pip (is the network up, and the proxy set in HTTPS_PROXY?); "
+            f"without a network: d2q-edge runtime install --sdist {SDIST}"
+        )
+        run(command, log, failure, description="Downloading", env=pip_variables())
         downloaded = Path(temporary) / SDIST
         if not downloaded.is_file():
             raise D2QError(f"pip downloaded no {SDIST}; see {log}")
-        if (actual := hashlib.sha256(downloaded.read_bytes()).hexdigest()) != sha256:
+        if (actual := _sha256(downloaded)) != sha256:
             raise D2QError(f"the downloaded {SDIST} is not the expected file (SHA-256 {actual}); try another index")
         downloaded.replace(target)
     return target
+
+
+def add_sdist(given: Path, *, sha256: str = SDIST_SHA256) -> None:
+    """Copy the source distribution, which the user has, into the cache, where builds take it from.
+
+    Raises:
+        D2QError: it can't be read, or is another file.
+    """
+    target = _cached_sdist()
+    try:
+        actual = _sha256(given)
+    except OSError as error:
+        raise D2QError(f"can't read {given} ({error.strerror}); the runtime is built from {SDIST}") from error
+    if actual != sha256:
+        version = _sdist_version(given)
+        what = f"has version {version} of {PACKAGE}" if version not in (None, VERSION) else f"has SHA-256 {actual}"
+        raise D2QError(
+            f"{given} isn't {SDIST}, which the runtime is built from: it {what}; the right file has SHA-256 {sha256}, "
+            f"and PyPI has it (pip download --no-deps --no-binary {PACKAGE} {PACKAGE}=={VERSION})"
+        )
+    if target.is_file() and _sha256(target) == sha256:
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+        shutil.copyfile(given, Path(temporary) / SDIST).replace(target)
+
+
+def pip_variables() -> dict[str, str]:
+    """Return variables for pip: what it tries again would be seen in the log only, so the user has to ask for that."""
+    return {"PIP_RETRIES": os.environ.get("PIP_RETRIES", "0")}
+
+
+def isolation() -> list[str]:
+    """Return pip's arguments for builds: none of its isolated environments, which it downloads, without need."""
+    return ["--no-build-isolation"] if importlib.util.find_spec(BUILD_BACKEND) else []
+
+
+def _progress_bar() -> list[str]:
+    """Return pip's arguments for a progress that can be read, where it is new enough to have that."""
+    found = re.match(r"(\d+)\.(\d+)", importlib.metadata.version("pip"))
+    return ["--progress-bar", "raw"] if found and (int(found[1]), int(found[2])) >= (24, 1) else []
+
+
+def _cached_sdist() -> Path:
+    return cache_directory() / "sdist" / SDIST
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _sdist_version(path: Path) -> str | None:
+    """Return which version of llama-cpp-python a file is the source distribution of; None if it isn't one."""
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                if found := re.match(r"llama_cpp_python-([^/]+)(/|$)", member.name):
+                    return found[1]
+                return None
+    except (OSError, tarfile.TarError, EOFError, zlib.error):
+        pass
+    return None
 
 
 def unpack(sdist: Path, destination: Path) -> None:

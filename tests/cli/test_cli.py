@@ -236,11 +236,16 @@ class TestOtherCommands:
         assert [line.split()[0] for line in d2q("runtime", "info").out.splitlines()] == list(facts)
 
     def test_runtime_install(self, d2q: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-        asked: list[tuple[bool, ...]] = []
-        monkeypatch.setattr(runtime, "install", lambda tools, server, page: asked.append((tools, server, page)))
-        for options in ((), ("--tools",), ("--server",), ("--tools", "--server", "--no-page")):
+        asked: list[tuple[object, ...]] = []
+
+        def install(tools: bool, server: bool, *, page: bool, sdist: Path | None) -> None:
+            asked.append((tools, server, page, sdist))
+
+        monkeypatch.setattr(runtime, "install", install)
+        for options in ((), ("--tools",), ("--server", "--sdist", "a b"), ("--tools", "--server", "--no-page")):
             assert d2q("runtime", "install", *options).code == 0
-        assert asked == [(False, False, True), (True, False, True), (False, True, True), (True, True, False)]
+        none, tools = (False, False, True, None), (True, False, True, None)
+        assert asked == [none, tools, (False, True, True, Path("a b")), (True, True, False, None)]
 
         def fail(*_: bool, **__: bool) -> None:
             raise D2QError("no compiler:\n  install one")

@@ -21,9 +21,10 @@ from d2q_edge.options import Options
 from d2q_edge.pipeline.recipe import fingerprint
 from d2q_edge.runtime.llama_model import LlamaModel
 from tests import stock
+from tests.adapters import write_adapter
 from tests.availability import require_runtime
 from tests.command_line import Result
-from tests.family_models import EXPERT_MODELS, MODELS, ROPE_MODELS
+from tests.family_models import EXPERT_MODELS, MODELS, ROPE_MODELS, write_model
 from tests.gguf_files import changed
 
 ALL = (*MODELS, *EXPERT_MODELS, *ROPE_MODELS)
@@ -45,6 +46,25 @@ def test_without_calibration_and_in_a_stock_type(
         written.setdefault("f16", []).append(out.read_bytes())
     for kind, (expected, found) in written.items():
         assert found == expected, kind
+
+
+@pytest.mark.parametrize("name", ["llama3", "phi3", "gemma3", "qwen3moe"])
+def test_with_an_adapter(tmp_path: Path, name: str) -> None:
+    """It is merged into the file's tensors by the names that the checkpoint has for them."""
+    model, file = write_model(tmp_path / "model", name, dtype=torch.float32), tmp_path / "model.gguf"
+    export(model, file, "f32", verify=False)
+    layers = [each.removesuffix(".weight") for each in family_for(Checkpoint.open(model).config).linear_weights()]
+    adapter = str(write_adapter(tmp_path / "adapter", model, layers))
+    written = []
+    for source, merged in ((model, adapter), (file, adapter), (file, None)):
+        options = Options(calibrate=False, adapter=merged)
+        convert(source, tmp_path / "out.gguf", options, force=True, verify=False)
+        written.append(GGUFFile(tmp_path / "out.gguf"))
+    expected, found, plain = written
+    changed_tensors = {tensor for tensor in plain.tensors if not np.array_equal(found.raw(tensor), plain.raw(tensor))}
+    assert changed_tensors == {tensor for tensor, info in plain.tensors.items() if info.type_name.startswith("d2q")}
+    assert all(np.array_equal(found.raw(tensor), expected.raw(tensor)) for tensor in expected.tensors)
+    assert list(found.kv) == list(expected.kv) and list(found.tensors) == list(expected.tensors)
 
 
 @pytest.mark.slow

@@ -36,6 +36,7 @@ from tests.checkpoints import EXAMPLE
 from tests.command_line import Call, refused
 from tests.conftest import ExampleFiles
 from tests.family_models import write_model as write_random_model
+from tests.gguf_files import changed
 from tests.trained_adapters import train_adapter
 
 F32 = npt.NDArray[np.float32]
@@ -265,6 +266,26 @@ def test_adapters_that_do_not_fit(plain: tuple[Path, Path], tmp_path: Path) -> N
     rewrite_adapter(str(adapter), tmp_path / "scaled.gguf", tmp_path / "rewritten.gguf")
     assert FIT in GGUFFile(tmp_path / "rewritten.gguf").kv
     refuse(tmp_path / "rewritten.gguf", "was rewritten for a file already")
+
+
+def test_adapters_for_models_with_experts(tmp_path: Path) -> None:
+    """Attention's for a file without column scales; what isn't possible is refused with the way that is."""
+    model = write_random_model(tmp_path / "model", "qwen3moe", num_hidden_layers=1)
+    layers = {"attention": "self_attn.q_proj", "experts": "mlp.experts.1.gate_proj"}
+    adapters = {
+        name: str(write_adapter(tmp_path / name, model, [f"model.layers.0.{layer}"])) for name, layer in layers.items()
+    }
+    scaled, unscaled, out = tmp_path / "scaled.gguf", tmp_path / "unscaled.gguf", tmp_path / "out.gguf"
+    export(model, unscaled, "f16", verify=False)
+    changed(unscaled, scaled, {"d2q.recipe": '{"dsq": true}'})
+    rewrite_adapter(adapters["attention"], unscaled, out)
+    with pytest.raises(
+        D2QError, match=r"changes model\.layers\.0\.mlp\.experts\.1\.gate_proj.*, which belongs to experts"
+    ):
+        rewrite_adapter(adapters["experts"], unscaled, out, force=True)
+    for adapter in adapters.values():
+        with pytest.raises(D2QError, match=r"scaled\.gguf has experts.*: merge the adapter .* or convert .* --no-dsq$"):
+            rewrite_adapter(adapter, scaled, out, force=True)
 
 
 def test_the_command(d2q: Call, plain: tuple[Path, Path], tmp_path: Path) -> None:

@@ -28,6 +28,13 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return directory
 
 
+def make_program(path: Path, script: str = "") -> None:
+    """Write a shell script that can be run as a program."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
 def put(site: Path, version: str, record: str | None) -> None:
     """Make `site` look as if pip had installed this version of llama-cpp-python, with this direct_url.json."""
     # Always the same folder: Python reads the version in it, and remembers the folder's name.

@@ -1,11 +1,12 @@
-"""Order of the build steps, without building: programs, wheels, tools, what stays in the cache."""
+"""Order of the build steps, without building: wheels, tools, server, what stays in the cache."""
 
+import errno
 import json
-import stat
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,42 +14,9 @@ from d2q_edge.errors import D2QError
 from d2q_edge.runtime import build, installed, source
 from d2q_edge.runtime.tools import SERVER, TOOLS, server_directory, tools_directory
 from d2q_edge.utils import machine
-from tests.runtime.conftest import put, wheel_url
+from tests.runtime.conftest import make_program, put, wheel_url
 
 Environment = Callable[..., None]
-
-
-def _program(directory: Path, name: str, output: str = "") -> None:
-    directory.mkdir(exist_ok=True)
-    path = directory / name
-    path.write_text(f"#!/bin/sh\necho '{output}'\n")
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-
-
-class TestPrograms:
-    @pytest.fixture
-    def programs(self, tmp_path: Path) -> Path:
-        """A directory with fakes of everything that a build needs."""
-        for name in ("cc", "c++", "make", "patch"):
-            _program(tmp_path / "bin", name)
-        _program(tmp_path / "bin", "cmake", "cmake version 3.25.1")
-        return tmp_path / "bin"
-
-    def test_all_there(self, programs: Path) -> None:
-        build.check_programs(str(programs))
-
-    def test_missing_ones_are_named_with_their_packages(self, programs: Path) -> None:
-        for name in ("cmake", "c++"):
-            (programs / name).unlink()
-        with pytest.raises(
-            D2QError, match=r"install a C\+\+ compiler, cmake first .*apt install build-essential cmake"
-        ):
-            build.check_programs(str(programs))
-
-    def test_old_cmake(self, programs: Path) -> None:
-        _program(programs, "cmake", "cmake version 3.18.4")
-        with pytest.raises(D2QError, match=r"CMake 3\.21 or newer, not cmake version 3\.18\.4"):
-            build.check_programs(str(programs))
 
 
 class FakeBuild:
@@ -213,7 +181,7 @@ class TestInstall:
         assert "-DLLAMA_BUILD_UI=OFF" in fake.configured
         page = server_directory() / "page" / "index.html"
         assert "The web page has not been built: install npm" in page.read_text()
-        _program(tmp_path / "bin", "npm")
+        make_program(tmp_path / "bin" / "npm")
         fake.npm_works = False
         fake.install(server=True)
         assert "-DLLAMA_BUILD_UI=ON" in fake.configured
@@ -224,6 +192,43 @@ class TestInstall:
         steps = list(fake.steps)
         fake.install(server=True)
         assert fake.steps == steps
+
+    def test_disk_space_is_checked_first(self, fake: FakeBuild, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def usage(path: Path) -> SimpleNamespace:
+            assert path.parent == cache
+            return SimpleNamespace(free=(build.SOURCE_SPACE + build.SPACE["wheel"]) << 20)
+
+        monkeypatch.setattr("shutil.disk_usage", usage)
+        with pytest.raises(D2QError, match=r"takes \d+ MiB of disk .* has \d+ MiB: free some, or set XDG"):
+            fake.install(tools=True)
+        assert not fake.steps
+        fake.install()
+        assert fake.steps == ["prepare", "wheel", "install x.whl"], "the wheel alone takes less"
+
+    def test_full_disk_is_one_sentence(self, fake: FakeBuild, cache: Path) -> None:
+        def fill(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with pytest.raises(D2QError, match=r"can't build the runtime in .* \(No space left on device\): free some"):
+            build.install(run=fake.run, prepare_tree=fill)
+        assert [path.name for path in cache.rglob("*") if path.is_file()] == []
+
+    def test_what_a_killed_build_left_is_removed(self, fake: FakeBuild, cache: Path) -> None:
+        left = cache / machine.cache_key(source.patch_hash()) / "work-killed"
+        (left / "source").mkdir(parents=True)
+        fake.install()
+        assert not left.exists()
+
+    def test_given_source_is_kept_for_later_builds(self, fake: FakeBuild, cache: Path, tmp_path: Path) -> None:
+        with pytest.raises(D2QError, match=r"can't read .*missing \(No such file or directory\)"):
+            build.install(sdist=tmp_path / "missing", run=fake.run, prepare_tree=fake.prepare)
+        assert not fake.steps
+        fake.install()
+        steps = list(fake.steps)
+        (tmp_path / "other").write_bytes(b"other")
+        with pytest.raises(D2QError, match=r"other isn't llama_cpp_python-0\.3\.36\.tar\.gz"):
+            build.install(sdist=tmp_path / "other", run=fake.run, prepare_tree=fake.prepare)
+        assert fake.steps == steps, "also where nothing is to be built"
 
     def test_installed_version_is_left_alone(self, fake: FakeBuild, site: Path) -> None:
         key = machine.cache_key(source.patch_hash())

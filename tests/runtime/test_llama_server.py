@@ -64,6 +64,15 @@ class TestBeforeTheStart:
         assert "key" not in line.split(), "everybody on the machine could read it"
         assert "--path" not in line
 
+    def test_commas_and_quotes_in_names(self, chat_file: Path, tmp_path: Path) -> None:
+        """llama-server takes several adapters as a line of a CSV file, and several aliases between commas."""
+        (tmp_path / "a, b.gguf").symlink_to(chat_file)
+        options = ServerOptions(lora=(Path("a b"), Path('c, "d"'), Path('e"f')))
+        line = arguments(GGUFFile(tmp_path / "a, b.gguf"), options, tmp_path)
+        assert line[line.index("--alias") + 1] == "a_ b"
+        adapters = [line[at + 1] for at, word in enumerate(line) if word == "--lora"]
+        assert adapters == ["a b", '"c, ""d"""', '"e""f"']
+
     def test_context_is_at_most_the_models(self, chat_file: Path, tmp_path: Path) -> None:
         line = arguments(GGUFFile(chat_file), ServerOptions(context=100_000), tmp_path)
         assert line[line.index("--ctx-size") + 1] == str(2048 * 2)
@@ -168,8 +177,11 @@ class TestRunning:
         (tmp_path / "bad.gguf").write_bytes(damaged)
         with pytest.raises(D2QError, match=r"can't serve .*bad.gguf \(exit code 1\): .*tensor 'blk.3.ffn_down.weight'"):
             serve(tmp_path / "bad.gguf", ServerOptions(port=0))
-        with pytest.raises(D2QError, match=r"expect general.type to be 'adapter'"):
-            serve(chat_file, ServerOptions(port=0, lora=(chat_file,)))
+        # The comma doesn't make two adapters of it: this one is read.
+        (tmp_path / 'a, "b".gguf').symlink_to(chat_file)
+        for adapter in (chat_file, tmp_path / 'a, "b".gguf'):
+            with pytest.raises(D2QError, match=r"expect general.type to be 'adapter'"):
+                serve(chat_file, ServerOptions(port=0, lora=(adapter,)))
         with pytest.raises(D2QError, match=r"can't serve .*: invalid argument: --nonsense"):
             serve(chat_file, ServerOptions(port=0), ("--nonsense",))
 

@@ -122,6 +122,12 @@ def test_prompt_that_is_too_long(client: Any, stream: bool) -> None:
         ask(client, [{"role": "user", "content": "word " * 3000}], stream=stream)
 
 
+def test_what_the_server_was_not_started_for(client: Any) -> None:
+    """The client would ask again if the status were one of the server's faults, as llama.cpp's 501."""
+    with pytest.raises(openai.BadRequestError, match="does not support embeddings"):
+        client.embeddings.create(model="chat", input="x")
+
+
 def test_client_that_hangs_up(server: Server, client: Any) -> None:
     before = predicted(server)
     stream = ask(client, tokens=900, stream=True, logit_bias={"4093": -100})

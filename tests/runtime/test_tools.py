@@ -94,6 +94,11 @@ class TestFollow:
         self.follow("echo '[   7/ 291] blk.0'; sleep .1; echo '[ 12%] Building'; sleep .1; echo 'warning: x[3]'")
         assert self.lines(capfd) == ["Making it: 7/291 chunk", "Making it: 12/100 chunk"]
 
+    def test_bytes_of_a_download(self, capfd: pytest.CaptureFixture[str]) -> None:
+        """As pip prints them, here with an end of a line that comes late."""
+        self.follow("printf 'Downloading\nProgress 0 of 76500000\nProgress 23000000 of 765'; sleep .1; echo 00000")
+        assert self.lines(capfd) == ["Making it: 23.0M/76.5M B"]
+
     def test_failure(self) -> None:
         with pytest.raises(D2QError, match=r"^sh failed \(exit code 3\): two three four$"):
             self.follow("echo one; echo two; echo; echo three >&2; echo four; exit 3")

@@ -28,7 +28,7 @@ def test_hostile_requests_are_answered(chat_file: Path) -> None:
     [
         (200, "", ""),
         (400, "no such field", ""),
-        (501, "start it with --embeddings", ""),
+        (501, "start it with --embeddings", "status 501"),
         (500, "no such field", "status 500"),
         (400, " ", "no sentence"),
         (400, None, "no sentence"),

@@ -45,7 +45,7 @@ def scale_keys(family: Family, scales: BlockScales | None) -> dict[str, Value]:
 
 def _arrays(family: Family) -> Iterator[_Array]:
     for index in range(family.num_layers):
-        for group in family.linear_groups:
+        for group in family.block_groups(index):
             if group.norm or group.absorber:
                 yield _group_array(family, index, group)
     if not family.tied_embeddings:

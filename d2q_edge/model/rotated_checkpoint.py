@@ -51,9 +51,9 @@ class RotatedCheckpoint(Checkpoint):
         self._writers: set[str] = set()
         for index in range(family.num_layers):
             prefix = family.block_prefix(index)
-            for linear, norm in family.residual_readers.items():
+            for linear, norm in family.residual_readers(index).items():
                 self._norm_of[f"{prefix}{linear}.weight"] = f"{prefix}{norm}.weight"
-            self._writers.update(f"{prefix}{linear}" for linear in family.residual_writers)
+            self._writers.update(f"{prefix}{linear}" for linear in family.residual_writers(index))
         self._folded = set(self._norm_of.values())
 
     def dtype(self, name: str) -> torch.dtype:

@@ -35,7 +35,7 @@ class WholeModel:
             model.model.embed_tokens.embed_scale = torch.tensor(family.embedding_scale, device=device)
         for name in weights.keys() - tensors.keys():
             add_bias(model.get_submodule(name.removesuffix(".bias")), weights[name].to(device, torch.float32))
-        self._model, self.device = model, device
+        self._model, self._logit_scale, self.device = model, family.logit_scale, device
 
     def module(self, name: str) -> nn.Module:
         """Return a module by its name in the checkpoint."""
@@ -59,4 +59,4 @@ class WholeModel:
     def log_probabilities(self, states: torch.Tensor) -> torch.Tensor:
         """Return the log-probabilities of all next tokens, float32 [..., vocab_size]."""
         logits: torch.Tensor = self._model.lm_head(states)
-        return logits.log_softmax(-1)
+        return (logits if self._logit_scale == 1 else logits * self._logit_scale).log_softmax(-1)

@@ -48,7 +48,7 @@ def test_as_autograd(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch)
     runner = BlockRunner(checkpoint, family, torch.device("cpu"))
     with torch.inference_mode():
         found = dict(squared_output_gradients(runner, TOKENS.split(3)))
-    names = {f"{family.block_prefix(index)}{module}" for index in range(2) for module in guided_modules(family)}
+    names = {f"{family.block_prefix(index)}{module}" for index in range(2) for module in guided_modules(family, index)}
     assert found.keys() == names
     for module, squares in expected(model, names).items():
         assert [len(part) for part in found[module]] == [3 * 24, 2 * 24]

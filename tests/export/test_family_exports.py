@@ -131,7 +131,7 @@ def test_norm_biases_are_added_to_the_norms_outputs(models: dict[str, Path], tmp
     checkpoint = Checkpoint.open(models[name])
     family = family_for(checkpoint.config)
     rng = np.random.default_rng(1)
-    norms = [group.norm for group in family.linear_groups if group.norm is not None]
+    norms = [group.norm for group in family.block_groups(0) if group.norm is not None]
     names = [f"{family.block_prefix(index)}{norm}" for index in range(family.num_layers) for norm in norms]
     biases = {norm: rng.standard_normal(64).astype(np.float32) * 0.3 for norm in [*names, family.final_norm]}
 

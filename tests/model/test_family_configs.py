@@ -46,7 +46,7 @@ def test_tensors_are_those_of_transformers(tmp_path: Path, name: str) -> None:
         assert model.config.tie_word_embeddings
         del expected[f"{family.head}.weight"]
     assert dict(family.tensor_shapes()) == expected
-    for sublayer in family.sublayers:
+    for sublayer in family.block_sublayers(0):
         block = model.model.layers[0]
         for module in (sublayer.module, sublayer.norm, sublayer.output_norm):
             assert module is None or block.get_submodule(module)

@@ -59,7 +59,7 @@ class Setup:
         blocks = []
         for index in range(2):
             block, prefix = QuantizedBlock(), self.family.block_prefix(index)
-            for layer in self.family.block_linears:
+            for layer in self.family.block_linears(index):
                 name = f"{prefix}{layer}.weight"
                 own = tensor_types.BY_NAME[self.types.linears[name]]
                 data = generator.integers(0, 16, (shapes[name][0], own.row_bytes(shapes[name][1]))).astype(np.uint8)

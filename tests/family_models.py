@@ -35,6 +35,17 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+MINISTRAL_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
 GEMMA3: dict[str, Any] = {
     "model_type": "gemma3_text",
     "num_hidden_layers": 7,
@@ -62,6 +73,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 32},
     "mistral-window": {"model_type": "mistral", "sliding_window": 64},
+    "ministral3": {"model_type": "ministral3", "head_dim": 32, "rope_parameters": MINISTRAL_ROPE},
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 32},
     "smollm3": {"model_type": "smollm3", "num_hidden_layers": 5, "tie_word_embeddings": True},
@@ -72,6 +84,15 @@ MODELS: dict[str, dict[str, Any]] = {
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
             "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
         },
+    },
+    "olmo2": {"model_type": "olmo2"},
+    "olmo3": {"model_type": "olmo3", "num_hidden_layers": 5, "sliding_window": 64},
+    "granite": {
+        "model_type": "granite",
+        "attention_multiplier": 0.4,
+        "embedding_multiplier": 12.0,
+        "logits_scaling": 0.5,
+        "residual_multiplier": 0.5,
     },
     "phi3": {"model_type": "phi3", "num_key_value_heads": 4, "sliding_window": 64},
     "phi4-mini": {
@@ -103,10 +124,20 @@ ROPE_MODELS: dict[str, dict[str, Any]] = {
     "llama-linear": {**MODELS["llama2"], "rope_parameters": LINEAR},
     "llama-yarn": {**MODELS["llama2"], "rope_parameters": {**YARN, "beta_fast": 32.0, "beta_slow": 1.0}},
     "mistral-yarn": {**MODELS["mistral"], "rope_parameters": {**YARN, "attention_factor": 1.138629436111989}},
+    "ministral3-yarn": {**MODELS["ministral3"], "rope_parameters": {**MINISTRAL_ROPE, "rope_theta": 1000.0}},
     "qwen2-yarn": {**MODELS["qwen2"], "rope_parameters": YARN},
     "qwen3-yarn": {**MODELS["qwen3"], "rope_parameters": YARN},
     "smollm3-linear": {**MODELS["smollm3"], "rope_parameters": LINEAR},
     "smollm3-yarn": {**MODELS["smollm3"], "rope_parameters": YARN},
+    "granite-yarn": {**MODELS["granite"], "rope_parameters": YARN},
+    "olmo2-yarn": {**MODELS["olmo2"], "rope_parameters": YARN},
+    "olmo3-yarn": {
+        **MODELS["olmo3"],
+        "rope_parameters": {
+            "full_attention": {**YARN, "factor": 8.0, "attention_factor": 1.2079441541679836},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+        },
+    },
     "qwen3moe-yarn": {**EXPERT_MODELS["qwen3moe"], "rope_parameters": YARN},
     "olmoe-yarn": {**EXPERT_MODELS["olmoe"], "rope_parameters": YARN},
 }

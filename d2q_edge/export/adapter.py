@@ -25,10 +25,11 @@ from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.formats.gguf_writer import GGUFTensor, write_gguf
 from d2q_edge.formats.tensor_types import F32
 from d2q_edge.model import lora
-from d2q_edge.model.families.llama import interleave_halves
+from d2q_edge.model.families import FAMILIES
+from d2q_edge.model.families.llama import Llama, interleave_halves
 from d2q_edge.runtime.adapters import check_adapter
 
-_INTERLEAVED = "llama", "smollm3"
+_INTERLEAVED = {family.gguf_arch for family in FAMILIES if issubclass(family, Llama)}
 """Architectures whose rows of q and k llama.cpp's converter reorders (families/llama.py)."""
 _A, _B = ".lora_a", ".lora_b"
 

@@ -1,4 +1,4 @@
-"""Extract the text model of a multimodal checkpoint: Gemma 3 from 4B on.
+"""Extract the text model of a multimodal checkpoint: Gemma 3 from 4B on, Ministral 3.
 
 Such a checkpoint nests the text model's settings in config.json's `text_config`, which omits what is transformers'
 default, and prefixes its tensor names: `language_model.` in published files, `model.language_model.` in files that
@@ -12,7 +12,10 @@ from typing import Any
 from d2q_edge.errors import D2QError
 from d2q_edge.model.families.base import MAX_LAYERS
 
-TEXT_MODELS = {"Gemma3ForConditionalGeneration": ("Gemma3ForCausalLM", "gemma3_text")}
+TEXT_MODELS = {
+    "Gemma3ForConditionalGeneration": ("Gemma3ForCausalLM", "gemma3_text"),
+    "Mistral3ForConditionalGeneration": ("Ministral3ForCausalLM", "ministral3"),
+}
 """Multimodal architecture to the architecture and model_type of its text model."""
 _VISION_PREFIXES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 
@@ -31,6 +34,11 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     settings = config.get("text_config")
     if not isinstance(settings, dict):
         raise D2QError("config.json has no text_config, which describes the part of the model that is for text")
+    if settings.get("model_type", model_type) != model_type:
+        raise D2QError(
+            f"config.json: the text model is of the type {settings['model_type']!r:.40}, but only {model_type} is "
+            f"supported in {config['architectures'][0]}"
+        )
     if (layers := settings.get("num_hidden_layers")) is not None and (type(layers) is not int or layers > MAX_LAYERS):
         # transformers would build a list of that many layer types.
         raise D2QError(f"config.json: text_config's num_hidden_layers makes no sense: {layers!r:.40}")

@@ -15,6 +15,7 @@ from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
 from tests.family_models import write_model
 
+NAMES = ("llama3", "qwen2", "gemma3", "phi4-mini", "granite", "ministral3", "olmo3", "qwen3moe")
 TOKENS = torch.randint(0, 4000, (5, 24), generator=torch.Generator().manual_seed(0))
 
 
@@ -38,7 +39,7 @@ def expected(model: Path, names: set[str]) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", ["llama3", "qwen2", "gemma3", "phi4-mini", "qwen3moe"])
+@pytest.mark.parametrize("name", NAMES)
 def test_as_autograd(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output_gradients, "KEPT", torch.float32)
     monkeypatch.setattr(output_gradients, "LOGITS", 2**20)

@@ -19,6 +19,7 @@ from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
 from d2q_edge.model.families.gguf_keys import GGUFKeys
+from d2q_edge.model.families.llama import Llama
 from d2q_edge.model.rotated_checkpoint import RotatedCheckpoint
 from d2q_edge.options import Options
 from tests.family_models import EXPERT_MODELS, MODELS, ROPE_MODELS
@@ -82,7 +83,7 @@ def test_importing_undoes_exporting(every_model: dict[str, Path], name: str) -> 
         moved |= {tensor.rpartition(".")[0].rpartition(".")[2]} if not torch.equal(exported, values) else set()
         back = family.import_values(tensor, family.import_rows(tensor, exported))
         assert isinstance(back, torch.Tensor) and torch.equal(back, values), tensor
-    rows = {"q_proj", "k_proj"} if family.gguf_arch in ("llama", "smollm3") else set()
+    rows = {"q_proj", "k_proj"} if isinstance(family, Llama) else set()
     assert (moved if family.gguf_arch != "gemma3" else moved - {"norm", "q_norm", "k_norm"}) == {
         *rows,
         *({norm for norm in family.block_norms(0) if "." not in norm} if family.norm_offset else ()),
@@ -229,7 +230,7 @@ def cut(file: Path, target: Path) -> Path:
         (key("llama.attention.causal", False), "is a model for embeddings or ranking"),
         (
             key("general.architecture", "bert"),
-            "architecture 'bert', which isn't supported; these are: gemma3, llama, olmoe",
+            "architecture 'bert', which isn't supported; these are: .*gemma3, granite, .*llama, .*olmoe",
         ),
         (key("d2q.version", 1), "is a file that d2q-edge has quantized; convert the model that it was made from"),
         (key("llama.block_count", None), "has no key llama.block_count"),

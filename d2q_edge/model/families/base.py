@@ -304,7 +304,7 @@ class Family(RotaryEmbedding, ABC):
         if self.num_experts:
             writer.add_expert_count(self.num_experts)
             writer.add_expert_used_count(self.experts_per_token)
-        if self.records_default_head_dim or self.config.get("head_dim") is not None:
+        if self._records_head_dim():
             writer.add_key_length(self.head_dim)
             writer.add_value_length(self.head_dim)
         writer.add_file_type(file_type)
@@ -322,6 +322,9 @@ class Family(RotaryEmbedding, ABC):
         if cls.records_default_head_dim or "attention.key_length" in keys:
             config["head_dim"] = keys.head_dim
         return config
+
+    def _records_head_dim(self) -> bool:
+        return self.records_default_head_dim or self.config.get("head_dim") is not None
 
     def _has_offset(self, hf_name: str) -> bool:
         index, inner = self.split_name(hf_name.removesuffix(".weight"))

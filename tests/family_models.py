@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.checkpoints import EXAMPLE
+from tests.model.tokenizer.families import FAMILIES as TOKENIZERS
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -55,6 +56,15 @@ GEMMA3: dict[str, Any] = {
     "sliding_window": 64,
     "tie_word_embeddings": True,
 }
+LFM2 = {
+    "model_type": "lfm2",
+    "num_hidden_layers": 4,
+    "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+    "intermediate_size": 288,
+    "block_multiple_of": 64,
+    "norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -94,6 +104,15 @@ MODELS: dict[str, dict[str, Any]] = {
         "logits_scaling": 0.5,
         "residual_multiplier": 0.5,
     },
+    "ernie4_5": {
+        "model_type": "ernie4_5",
+        "head_dim": 32,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    },
+    "lfm2": LFM2,
     "phi3": {"model_type": "phi3", "num_key_value_heads": 4, "sliding_window": 64},
     "phi4-mini": {
         "model_type": "phi3",
@@ -147,6 +166,8 @@ ROPE_MODELS: dict[str, dict[str, Any]] = {
 def write_model(directory: Path, name: str, *, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
     """Save a variant with a tokenizer and seeded random weights, large enough for attention to be concentrated."""
     settings = {**SIZES, **(MODELS | EXPERT_MODELS | ROPE_MODELS)[name], **changes}
+    if "layer_types" in settings:
+        settings["layer_types"] = settings["layer_types"][: settings["num_hidden_layers"]]
     config = AutoConfig.for_model(**settings)
     model = AutoModelForCausalLM.from_config(config)
     gemma = config.model_type == "gemma3_text"
@@ -172,8 +193,13 @@ def write_model(directory: Path, name: str, *, dtype: torch.dtype = torch.bfloat
         entries = json.loads(path.read_text())
         del entries["tie_word_embeddings"]
         path.write_text(json.dumps(entries))
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(EXAMPLE / file, directory)
+    source = EXAMPLE
+    if config.model_type == "ernie4_5":
+        # llama.cpp's converter knows this architecture with a SentencePiece tokenizer only.
+        source = TOKENIZERS["llama2"].write(directory.parent / "tokenizer")
+    for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"):
+        if (source / file).exists():
+            shutil.copy(source / file, directory)
     if config.model_type == "phi3":
         # llama.cpp's converter looks for a tokenizer.model unless the class is this one, Phi-4's.
         path = directory / "tokenizer_config.json"

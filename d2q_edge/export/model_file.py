@@ -25,6 +25,7 @@ from d2q_edge.formats.gguf_writer import STOCK_TYPES, AddMetadata, GGUFTensor, L
 from d2q_edge.model.adapted_checkpoint import adapted
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import Family, family_for
+from d2q_edge.model.families.base import Values
 from d2q_edge.model.peft_files import adapter_files
 from d2q_edge.model.tokenizer import Tokenizer, read_tokenizer, tokenizer_of
 from d2q_edge.model.weight_files import IGNORED_SUFFIXES
@@ -53,10 +54,14 @@ def float_tensor(family: Family, hf_name: str, type_name: str, load: Load) -> GG
     As in llama.cpp's converter, everything one-dimensional, routers and constants become f32, and a matrix whose width
     doesn't fit the blocks of the stock type `type_name` gets another one (`fitting_type`).
     """
-    name, shape = family.gguf_name(hf_name), family.tensor_shapes()[hf_name]
+    name, shape = family.gguf_name(hf_name), family.export_shape(hf_name)
     is_matrix = len(shape) >= 2 and name.endswith(".weight") and not family.stays_float(hf_name)
     kind = fitting_type(type_name, shape[-1]) if is_matrix else "f32"
-    return GGUFTensor(name, shape, kind, lambda: family.export_rows(hf_name, family.export_values(hf_name, load())))
+
+    def values() -> Values:
+        return family.export_rows(hf_name, family.export_values(hf_name, load())).reshape(shape)
+
+    return GGUFTensor(name, shape, kind, values)
 
 
 def packed_tensor(family: Family, hf_name: str, type_name: str, load: Load) -> GGUFTensor:

@@ -29,8 +29,9 @@ class RotatedCheckpoint(Checkpoint):
         Raises:
             D2QError: the config isn't one of a supported family, or rotation isn't exact for the family.
         """
-        self._tied = family_for(source.config).tied_embeddings
-        config: dict[str, Any] = {**source.config, "tie_word_embeddings": False}
+        original = family_for(source.config)
+        self._tied = original.tied_embeddings
+        config: dict[str, Any] = {**source.config, **dict.fromkeys(original.tied_keys, False)}
         family = family_for(config)
         if not family.can_rotate:
             raise D2QError(

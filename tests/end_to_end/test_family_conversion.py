@@ -38,7 +38,7 @@ from tests.interruption import interrupted
 CPU = torch.device("cpu")
 TOKENS = np.random.default_rng(5).integers(0, 4000, (2, 100))
 CONVERTED = ("smollm2", "mistral", "smollm3", "gemma3", "phi4-mini")
-CONVERTED_AT_BOTH = ("olmo3", "ministral3", "granite")
+CONVERTED_AT_BOTH = ("olmo3", "ministral3", "granite", "ernie4_5", "lfm2")
 """At 2 and at 3 bits."""
 
 
@@ -78,7 +78,8 @@ def file_weights(path: Path, family: Family) -> dict[str, torch.Tensor]:
             values = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
         if family.gguf_arch == "gemma3" and name.endswith("norm.weight"):
             values -= 1
-        weights[name] = torch.from_numpy(values)
+        # A convolution's kernel has one dimension less in the file.
+        weights[name] = torch.from_numpy(values).reshape(family.tensor_shapes().get(name, values.shape))
     return weights
 
 
@@ -188,7 +189,7 @@ def test_file_computes_what_torch_does(models: dict[str, Path], tmp_path: Path, 
         assert divergence(expected, found) < 0.01 * lost
         following = torch.from_numpy(window[1:, None])
         nats = [-float(each[:-1].gather(-1, following).mean()) for each in (expected, found)]
-        assert nats[1] == pytest.approx(nats[0], abs=0.01)
+        assert nats[1] == pytest.approx(nats[0], rel=2e-3)
 
 
 @pytest.mark.slow

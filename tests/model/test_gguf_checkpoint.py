@@ -68,6 +68,7 @@ def test_blocks_compute_the_same(every_model: dict[str, Path], every_f32_file: d
         assert torch.equal(found.forward(found.load(index), hidden)[:, :known], expected[:, :known])
     assert torch.equal(found.final_norm()(hidden), original.final_norm()(hidden))
     assert found.family.embedding_scale == original.family.embedding_scale
+    assert found.family.logit_scale == original.family.logit_scale
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -280,7 +281,7 @@ def test_our_own_types_are_refused(every_model: dict[str, Path], tmp_path: Path)
 
 
 def test_directories_with_files_and_other_files(every_f32_file: dict[str, Path], tmp_path: Path) -> None:
-    refused(every_f32_file["llama3"].parent, r"has no config.json, .*; it holds gemma3-linear.gguf: give that file")
+    refused(every_f32_file["llama3"].parent, r"has no config.json, .*; it holds ernie4_5.gguf: give that file")
     (tmp_path / "model.bin").touch()
     refused(tmp_path / "model.bin", "is not a directory; give the directory that holds config.json, or a .gguf file")
     refused(Path("nobody/nothing.gguf"), "there is no file nobody/nothing.gguf")

@@ -6,9 +6,11 @@ from typing import Any
 from d2q_edge.errors import D2QError
 from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.model.families.base import Family
+from d2q_edge.model.families.ernie4_5 import Ernie4p5
 from d2q_edge.model.families.gemma3 import Gemma3
 from d2q_edge.model.families.granite import Granite
 from d2q_edge.model.families.layout import LinearGroup, Sublayer
+from d2q_edge.model.families.lfm2 import Lfm2
 from d2q_edge.model.families.llama import Llama
 from d2q_edge.model.families.ministral3 import Ministral3
 from d2q_edge.model.families.mistral import Mistral
@@ -32,6 +34,8 @@ FAMILIES: tuple[type[Family], ...] = (
     Gemma3,
     Phi3,
     Granite,
+    Ernie4p5,
+    Lfm2,
     Olmo2,
     Olmo3,
     Qwen3Moe,

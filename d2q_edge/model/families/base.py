@@ -53,6 +53,9 @@ class Family(RotaryEmbedding, ABC):
     default_kv_heads: ClassVar[int | None] = None  # None: as many as query heads
     default_head_dim: ClassVar[int | None] = None  # None: hidden_size / query heads
     tied_by_default: ClassVar[bool] = False
+    # Keys of config.json: of the norms' epsilon, and of tied embeddings, the first of which that is there counts.
+    norm_eps_key: ClassVar[str] = "rms_norm_eps"
+    tied_keys: ClassVar[tuple[str, ...]] = ("tie_word_embeddings",)
 
     embedding_scale: float = 1.0  # factor of the embeddings in front of the first block
     residual_scale: float = 1.0  # factor of what every sublayer adds to the residual stream
@@ -81,7 +84,7 @@ class Family(RotaryEmbedding, ABC):
         super().__init__(config)
         self.num_layers = self._int("num_hidden_layers", maximum=MAX_LAYERS)
         self.hidden_size = self._int("hidden_size")
-        self.intermediate_size = self._int("intermediate_size")
+        self.intermediate_size = self._feed_forward_width()
         self.num_heads = self._int("num_attention_heads")
         given = self.default_kv_heads is None or "num_key_value_heads" in config
         self.num_kv_heads = self._int("num_key_value_heads", default=self.num_heads if given else self.default_kv_heads)
@@ -89,8 +92,9 @@ class Family(RotaryEmbedding, ABC):
         self.head_dim = self._int("head_dim", default=self.default_head_dim or width)
         self.vocab_size = self._int("vocab_size")
         self.context_length = self._int("max_position_embeddings")
-        self.norm_eps = self._float("rms_norm_eps", default=self.default_norm_eps)
-        self.tied_embeddings = self._flag("tie_word_embeddings", default=self.tied_by_default)
+        self.norm_eps = self._float(self.norm_eps_key, default=self.default_norm_eps)
+        tied = next((key for key in self.tied_keys if config.get(key) is not None), self.tied_keys[0])
+        self.tied_embeddings = self._flag(tied, default=self.tied_by_default)
         if self.num_heads % self.num_kv_heads:
             raise D2QError(
                 f"config.json: num_attention_heads ({self.num_heads}) must be a multiple of num_key_value_heads "
@@ -263,6 +267,11 @@ class Family(RotaryEmbedding, ABC):
             shapes[f"{self.head}.weight"] = (self.vocab_size, self.hidden_size)
         return MappingProxyType(shapes)
 
+    def export_shape(self, hf_name: str) -> tuple[int, ...]:
+        """Return a tensor's shape in the file, where depthwise kernels [channels, 1, taps] have two dimensions."""
+        shape = self.tensor_shapes()[hf_name]
+        return (shape[0], *shape[2:]) if len(shape) == 3 and shape[1] == 1 else shape
+
     def gguf_name(self, hf_name: str) -> str:
         """Return a tensor's GGUF name, such as "blk.0.attn_q.weight"; raise KeyError if the architecture has none."""
         name = self._gguf_names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
@@ -298,7 +307,7 @@ class Family(RotaryEmbedding, ABC):
         writer.add_embedding_length(self.hidden_size)
         writer.add_feed_forward_length(self.intermediate_size)
         writer.add_head_count(self.num_heads)
-        writer.add_head_count_kv(self.num_kv_heads)
+        writer.add_head_count_kv(self._recorded_kv_heads())
         self._add_rope(writer)
         writer.add_layer_norm_rms_eps(self.norm_eps)
         if self.num_experts:
@@ -322,6 +331,13 @@ class Family(RotaryEmbedding, ABC):
         if cls.records_default_head_dim or "attention.key_length" in keys:
             config["head_dim"] = keys.head_dim
         return config
+
+    def _feed_forward_width(self) -> int:
+        return self._int("intermediate_size")
+
+    def _recorded_kv_heads(self) -> int | list[int]:
+        """Return the number of key-value heads, or those of every block."""
+        return self.num_kv_heads
 
     def _records_head_dim(self) -> bool:
         return self.records_default_head_dim or self.config.get("head_dim") is not None

@@ -65,6 +65,25 @@ LFM2 = {
     "norm_eps": 1e-5,
     "tie_word_embeddings": True,
 }
+QWEN35: dict[str, Any] = {
+    "model_type": "qwen3_5_text",
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+    "full_attention_interval": 2,
+    "head_dim": 32,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 500.0,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+    },
+}
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -113,6 +132,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "pad_token_id": 0,
     },
     "lfm2": LFM2,
+    "qwen3.5": QWEN35,
+    "qwen3.5-equal": {**QWEN35, "linear_num_value_heads": 2, "linear_num_key_heads": 2, "tie_word_embeddings": True},
     "phi3": {"model_type": "phi3", "num_key_value_heads": 4, "sliding_window": 64},
     "phi4-mini": {
         "model_type": "phi3",
@@ -176,7 +197,9 @@ def write_model(directory: Path, name: str, *, dtype: torch.dtype = torch.bfloat
         for parameter_name, parameter in model.named_parameters():
             values = torch.randn(parameter.shape, generator=generator)
             if "norm" in parameter_name:
-                parameter.copy_((0 if gemma else 1) + 0.3 * values)
+                # Some norms add the one themselves.
+                own = gemma or (config.model_type == "qwen3_5_text" and "linear_attn" not in parameter_name)
+                parameter.copy_((0 if own else 1) + 0.3 * values)
                 if gemma and parameter_name == "model.norm.weight":
                     parameter.add_(7)
             elif gemma and "embed" in parameter_name:

@@ -98,6 +98,7 @@ class BlockRunner:
         `following` is the block that will be loaded next, by default the one after it.
         """
         block: nn.Module = copy.deepcopy(self._layers[index])
+        self.family.adapt_block(index, block)
         # Moved before the cast to float32: half the bytes.
         weights = {name: tensor.to(self.device).float() for name, tensor in self._reader.read(index)}
         self._reader.begin(index + 1 if following is None else following)

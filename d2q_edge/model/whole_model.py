@@ -11,7 +11,8 @@ from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import Family
 
 Weights: TypeAlias = Mapping[str, torch.Tensor]
-"""Replaced tensors by full name: tensors of the checkpoint, and "NORM.bias" for any norm."""
+"""Replaced tensors by full name: tensors of the checkpoint, with columns as `Family.arranged`, and "NORM.bias" for any
+norm."""
 
 
 class WholeModel:
@@ -22,11 +23,14 @@ class WholeModel:
         config = model_config(checkpoint)
         model = empty_model(config, "sdpa")
         tensors = {
-            name: (weights[name] if name in weights else checkpoint.tensor(name)).to(device, torch.float32)
+            name: weights[name] if name in weights else family.arranged(name, checkpoint.tensor(name))
             for name in family.tensor_shapes()
         }
         if family.tied_embeddings:
             tensors[f"{family.head}.weight"] = tensors[f"{family.embedding}.weight"]
+        tensors = {name: tensor.to(device, torch.float32) for name, tensor in tensors.items()}
+        for index, block in enumerate(model.model.layers):
+            family.adapt_block(index, block)
         model.eval().requires_grad_(False)
         model.load_state_dict(tensors, assign=True)
         # Rebuilt outside of the meta device, because these are computed, not loaded.

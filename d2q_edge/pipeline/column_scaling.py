@@ -105,15 +105,16 @@ def _absorber_rows(family: Family, group: LinearGroup, device: torch.device) -> 
 
 def _absorb(family: Family, index: int, block: nn.Module, group: LinearGroup, scales: torch.Tensor) -> dict[str, F32]:
     """Scale a group's columns and what absorbs the scales; return the changed parameters that won't be quantized."""
-    routers = _routers(family, index, group)
-    layers = [block.get_submodule(layer) for layer in (*group.linears, *routers)]
+    kept = [name for name in family.block_kept_linears(index) if family.residual_readers(index)[name] == group.norm]
+    unquantized = (*_routers(family, index, group), *kept)
+    layers = [block.get_submodule(layer) for layer in (*group.linears, *unquantized)]
     absorber = group.norm or group.absorber
     if absorber is None:
         raise ValueError(f"nothing absorbs column scales of {group.linears[0]}")
     module = block.get_submodule(absorber)
     offset = family.norm_offset if group.norm else 0.0
     absorb(layers, module, scales, _absorber_rows(family, group, scales.device), offset)
-    kept = ("weight", "bias") if group.norm else ("bias",)
-    changed = [f"{absorber}.{name}" for name, _ in module.named_parameters(recurse=False) if name in kept]
-    changed += [f"{router}.weight" for router in routers]
+    names = ("bias",) if absorber in family.block_linears(index) else ("weight", "bias")
+    changed = [f"{absorber}.{name}" for name, _ in module.named_parameters(recurse=False) if name in names]
+    changed += [f"{layer}.weight" for layer in unquantized]
     return {name: float_array(block.get_parameter(name)) for name in changed}

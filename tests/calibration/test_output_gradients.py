@@ -15,7 +15,7 @@ from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
 from tests.family_models import write_model
 
-NAMES = ("llama3", "qwen2", "gemma3", "phi4-mini", "granite", "ministral3", "olmo3", "lfm2", "qwen3moe")
+NAMES = ("llama3", "qwen2", "gemma3", "phi4-mini", "granite", "ministral3", "olmo3", "lfm2", "qwen3.5", "qwen3moe")
 TOKENS = torch.randint(0, 4000, (5, 24), generator=torch.Generator().manual_seed(0))
 
 

@@ -20,6 +20,7 @@ from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import Family, family_for
+from d2q_edge.model.families.delta_net import GatedDeltaNet
 from d2q_edge.model.families.llama import Llama
 from d2q_edge.model.rotated_checkpoint import RotatedCheckpoint
 from d2q_edge.model.whole_model import WholeModel
@@ -38,7 +39,7 @@ from tests.interruption import interrupted
 CPU = torch.device("cpu")
 TOKENS = np.random.default_rng(5).integers(0, 4000, (2, 100))
 CONVERTED = ("smollm2", "mistral", "smollm3", "gemma3", "phi4-mini")
-CONVERTED_AT_BOTH = ("olmo3", "ministral3", "granite", "ernie4_5", "lfm2")
+CONVERTED_AT_BOTH = ("olmo3", "ministral3", "granite", "ernie4_5", "lfm2", "qwen3.5")
 """At 2 and at 3 bits."""
 
 
@@ -80,6 +81,10 @@ def file_weights(path: Path, family: Family) -> dict[str, torch.Tensor]:
             values -= 1
         # A convolution's kernel has one dimension less in the file.
         weights[name] = torch.from_numpy(values).reshape(family.tensor_shapes().get(name, values.shape))
+        if isinstance(family, GatedDeltaNet) and not name.endswith(".bias"):
+            # That its order is right is seen from the logits in llama.cpp.
+            imported = family.import_values(name, family.import_rows(name, weights[name]))
+            weights[name] = family.arranged(name, torch.as_tensor(imported))
     return weights
 
 

@@ -43,6 +43,7 @@ BIASED = (
     "granite",
     "ernie4_5",
     "lfm2",
+    "qwen3.5",
 )
 """One or two variants of every llama.cpp architecture."""
 TOKENS = np.random.default_rng(0).integers(0, 4000, 300).astype(np.int32)
@@ -156,7 +157,7 @@ def test_norm_biases_are_added_to_the_norms_outputs(models: dict[str, Path], tmp
         return lambda: biases[norm]
 
     extra = [GGUFTensor(family.gguf_name(f"{norm}.bias"), (64,), "f32", load(norm)) for norm in biases]
-    inner = {"attn_norm", "ffn_norm"} if norms else set()
+    inner = {"attn_norm", "post_attention_norm" if name == "qwen3.5" else "ffn_norm"} if norms else set()
     last = "token_embd_norm" if name == "lfm2" else "output_norm"
     assert {tensor.name.split(".")[-2] for tensor in extra} == {*inner, last}
     path = tmp_path / "out.gguf"

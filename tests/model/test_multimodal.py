@@ -21,10 +21,11 @@ from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
-from d2q_edge.model.multimodal import text_config, text_names
+from d2q_edge.model.multimodal import is_multimodal, text_config, text_names
 from d2q_edge.model.whole_model import WholeModel
 from d2q_edge.options import Options
 from tests.family_models import write_model
+from tests.real_configs import REAL
 
 CPU = torch.device("cpu")
 TOKENS = np.random.default_rng(5).integers(0, 4000, (2, 100))
@@ -135,6 +136,46 @@ def test_published_config() -> None:
     assert family.sliding_window(0) == 1024 and family.sliding_window(5) is None
     assert family.tied_embeddings
     assert text_config(PUBLISHED)["eos_token_id"] == [1, 106]
+
+
+MINISTRAL = {
+    "architectures": ["Mistral3ForConditionalGeneration"],
+    "model_type": "mistral3",
+    "text_config": {**REAL["Ministral-3-3B"][1], "architectures": None},
+    "vision_config": {"hidden_size": 1024, "model_type": "pixtral"},
+}
+QWEN35 = {
+    "architectures": ["Qwen3_5ForConditionalGeneration"],
+    "model_type": "qwen3_5",
+    "text_config": {key: value for key, value in REAL["Qwen3.5-0.8B"][1].items() if key != "tie_word_embeddings"},
+    "tie_word_embeddings": True,
+    "vision_config": {"hidden_size": 768, "model_type": "qwen3_5_vision"},
+}
+
+
+@pytest.mark.parametrize(("config", "name"), [(MINISTRAL, "Ministral-3-3B"), (QWEN35, "Qwen3.5-0.8B")])
+def test_other_families(config: dict[str, Any], name: str) -> None:
+    family, text = family_for(text_config(config)), family_for(REAL[name][1])
+    assert type(family) is type(text)
+    assert family.tensor_shapes() == text.tensor_shapes()
+    assert family.rope_scaling == text.rope_scaling
+    assert is_multimodal(config)
+
+
+def test_another_text_model() -> None:
+    """Mistral Small 3.1 has Mistral 3's name for the whole, but the first Mistral's text model."""
+    config = {**MINISTRAL, "text_config": {"model_type": "mistral"}}
+    with pytest.raises(D2QError, match="text model is of the type 'mistral', but only ministral3 is supported in Mis"):
+        text_config(config)
+
+
+def test_parts_that_are_left_out() -> None:
+    """Qwen3.5's layers that predict further tokens are beside the text model."""
+    names = ["model.language_model.layers.0.linear_attn.A_log", "lm_head.weight"]
+    others = ["model.visual.blocks.0.norm1.weight", "mtp.fc.weight", "mtp.layers.0.mlp.up_proj.weight"]
+    assert text_names([*names, *others]) == {
+        "model.layers.0.linear_attn.A_log": names[0], "lm_head.weight": names[1],
+    }  # fmt: skip
 
 
 def test_names() -> None:

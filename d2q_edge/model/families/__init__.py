@@ -19,6 +19,7 @@ from d2q_edge.model.families.olmoe import Olmoe
 from d2q_edge.model.families.phi3 import Phi3
 from d2q_edge.model.families.qwen2 import Qwen2
 from d2q_edge.model.families.qwen3 import Qwen3
+from d2q_edge.model.families.qwen3_5 import Qwen3p5
 from d2q_edge.model.families.qwen3_moe import Qwen3Moe
 from d2q_edge.model.families.smollm3 import SmolLM3
 
@@ -38,6 +39,7 @@ FAMILIES: tuple[type[Family], ...] = (
     Lfm2,
     Olmo2,
     Olmo3,
+    Qwen3p5,
     Qwen3Moe,
     Olmoe,
 )

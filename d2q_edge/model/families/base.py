@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from d2q_edge.errors import D2QError
 from d2q_edge.model.families.gguf_keys import GGUFKeys
@@ -210,6 +211,14 @@ class Family(RotaryEmbedding, ABC):
         """Return the routers of block `index` with the shapes of their weights, named as in `block_norms`."""
         return {}
 
+    def block_kept_linears(self, index: int) -> dict[str, tuple[int, int]]:
+        """Return linear layers of block `index` that aren't quantized, but read what quantized layers read.
+
+        With the shapes of their weights; `residual_readers` has the norms in front of them. Unlike those of routers,
+        their weights have a file's stock type if all matrices have it.
+        """
+        return {}
+
     def block_constants(self, index: int) -> dict[str, tuple[int, ...]]:
         """Return what else block `index` has and nothing quantizes, such as a convolution's kernel: names and shapes.
 
@@ -258,8 +267,8 @@ class Family(RotaryEmbedding, ABC):
                     shapes[f"{prefix}{linear}.bias"] = self.linear_shape(linear)[:1]
             for norm, width in self.block_norms(index).items():
                 shapes[f"{prefix}{norm}.weight"] = (width,)
-            for router, router_shape in self.block_routers(index).items():
-                shapes[f"{prefix}{router}.weight"] = router_shape
+            for kept, kept_shape in (self.block_routers(index) | self.block_kept_linears(index)).items():
+                shapes[f"{prefix}{kept}.weight"] = kept_shape
             for name, shape in self.block_constants(index).items():
                 shapes[f"{prefix}{name}"] = shape
         shapes[f"{self.final_norm}.weight"] = (self.hidden_size,)
@@ -286,6 +295,13 @@ class Family(RotaryEmbedding, ABC):
     def export_values(self, hf_name: str, array: Values) -> Values:
         """Convert a float tensor's values for the file, whose norm weights (float32) include `norm_offset`."""
         return array + self.norm_offset if self._has_offset(hf_name) else array
+
+    def arranged(self, hf_name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Put the columns of a weight of the checkpoint into the order of the file, which `adapt_block` is for."""
+        return tensor
+
+    def adapt_block(self, index: int, block: nn.Module) -> None:
+        """Make transformers' module of block `index` compute with weights that are `arranged`, in place."""
 
     def import_rows(self, hf_name: str, array: Values) -> Values:
         """Undo `export_rows`."""

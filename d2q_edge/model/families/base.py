@@ -144,6 +144,10 @@ class Family(RotaryEmbedding, ABC):
             f"more than {window} tokens it isn't the same model",
         )
 
+    def state_elements(self, index: int) -> int:
+        """Return the numbers, f32, of what block `index` remembers of a text in place of keys and values."""
+        return 0
+
     def sliding_window(self, index: int) -> int | None:
         """Return the number of tokens that block `index` attends to, the current one included; None for all."""
         return self.ignored_window

@@ -65,6 +65,11 @@ class GatedDeltaNet(Family):
             f"{MODULE}.norm.weight": (self.state_size,),
         }
 
+    def state_elements(self, index: int) -> int:
+        if self.layer_types[index] == FULL:
+            return 0
+        return (self.taps - 1) * (2 * self.key_width + self.value_width) + self.value_width * self.state_size
+
     def linear_shape(self, linear: str) -> tuple[int, int]:
         own = {
             f"{MODULE}.in_proj_qkv": (2 * self.key_width + self.value_width, self.hidden_size),

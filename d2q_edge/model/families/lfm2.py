@@ -73,6 +73,9 @@ class Lfm2(Family):
             return {}
         return {"conv.conv.weight": (self.hidden_size, 1, self.taps)}
 
+    def state_elements(self, index: int) -> int:
+        return (self.taps - 1) * self.hidden_size if self.layer_types[index] == "conv" else 0
+
     def linear_shape(self, linear: str) -> tuple[int, int]:
         wide = self.intermediate_size, self.hidden_size
         own = {

@@ -56,9 +56,9 @@ class Need:
 
 
 def cache_bytes(family: Family, context: int = CONTEXT) -> int:
-    """Return the bytes of the KV cache in f16, as llama.cpp allocates it, and of the states of blocks without attention.
+    """Return the bytes of the KV cache in f16, as llama.cpp allocates it.
 
-    A layer with a sliding window keeps the window and a batch.
+    A layer with a sliding window keeps the window and a batch, one without attention its state.
 
     Args:
         family: of the model.

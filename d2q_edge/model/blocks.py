@@ -37,6 +37,9 @@ def model_config(checkpoint: Checkpoint) -> Any:
     config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True, trust_remote_code=False)
     # The config itself, unless the checkpoint is multimodal.
     config = config.get_text_config()
+    if config.model_type != checkpoint.config.get("model_type", config.model_type):
+        # The checkpoint is shown as another architecture's (granite4.py).
+        return AutoConfig.for_model(**checkpoint.config)
     # Weights are dequantized when they are read: transformers must not look for a quantizer.
     vars(config).pop("quantization_config", None)
     return config

@@ -248,6 +248,8 @@ def cut(file: Path, target: Path) -> Path:
         (key("llama.block_count", 3), r"has no tensor blk.2.attn_q.weight, which its keys call for .*3 blocks"),
         (key("llama.block_count", "two"), "its key llama.block_count is 'two'"),
         (key("llama.attention.head_count", [4, 2]), "llama.attention.head_count differs between blocks"),
+        (key("llama.attention.head_count_kv", [2, 1]), "its key llama.attention.head_count_kv differs between blocks"),
+        (key("llama.attention.head_count_kv", ["2", "2"]), "its key llama.attention.head_count_kv differs"),
         (key("llama.attention.layer_norm_rms_epsilon", "x"), "layer_norm_rms_epsilon is 'x', not a number"),
         (key("llama.attention.value_length", 8), "its keys and values differ in width"),
         (key("llama.rope.dimension_count", 8), "config.json: a partial_rotary_factor other than 1 isn't supported"),

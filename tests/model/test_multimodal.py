@@ -12,7 +12,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, Gemma3ForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Gemma3ForConditionalGeneration,
+)
 
 from d2q_edge.conversion import convert
 from d2q_edge.errors import D2QError
@@ -160,6 +165,49 @@ def test_other_families(config: dict[str, Any], name: str) -> None:
     assert family.tensor_shapes() == text.tensor_shapes()
     assert family.rope_scaling == text.rope_scaling
     assert is_multimodal(config)
+
+
+PIXTRAL = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16,
+    "image_size": 28, "patch_size": 14, "model_type": "pixtral",
+}  # fmt: skip
+QWEN_VISION = {
+    "hidden_size": 32, "intermediate_size": 64, "depth": 1, "num_heads": 2, "out_hidden_size": 64,
+    "model_type": "qwen3_5_vision",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "whole", "vision"), [("ministral3", "mistral3", PIXTRAL), ("qwen3.5", "qwen3_5", QWEN_VISION)]
+)
+def test_files_of_other_families(
+    stock_convert: Callable[[Path, str, str], Path], tmp_path: Path, name: str, whole: str, vision: dict[str, Any]
+) -> None:
+    """As transformers saves them: the file is that of the text model, and of llama.cpp's converter."""
+    plain = write_model(tmp_path / "plain" / "tiny", name)
+    directory = shutil.copytree(plain, tmp_path / "multimodal" / "tiny")
+    config = json.loads((plain / "config.json").read_text())
+    tokens = {key: config.pop(key) for key in list(config) if key.endswith("_token_id")}
+    model = AutoModelForImageTextToText.from_config(
+        AutoConfig.for_model(whole, text_config=config, vision_config=vision, tie_word_embeddings=False)
+    ).bfloat16()
+    text = AutoModelForCausalLM.from_pretrained(plain)
+    model.model.language_model.load_state_dict(text.model.state_dict())
+    model.lm_head.load_state_dict(text.lm_head.state_dict())
+    model.save_pretrained(directory)
+    settings = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**settings, **tokens}))
+    files = {}
+    for each in (plain, directory):
+        export(each, tmp_path / "out.gguf", "f16", force=True)
+        file = GGUFFile(tmp_path / "out.gguf")
+        files[each] = dict(file.kv), {tensor: file.raw(tensor).copy() for tensor in file.tensors}
+    theirs = GGUFFile(stock_convert(directory, "f16", "qwen2"))
+    assert files[directory][0] == files[plain][0] == theirs.kv
+    assert list(files[directory][1]) == list(theirs.tensors)
+    for tensor, values in files[directory][1].items():
+        assert np.array_equal(values, files[plain][1][tensor]) and np.array_equal(values, theirs.raw(tensor)), tensor
 
 
 def test_another_text_model() -> None:

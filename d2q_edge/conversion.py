@@ -155,7 +155,7 @@ def execute(job: Job, *, force: bool = False, verify: bool = True) -> Conversion
         check_output(job.output, force=force, size=job.size)
     if job.calibration is None:
         if job.processes.is_main:
-            content = RoundedContent(job.checkpoint, job.types, job.processes.device)
+            content = RoundedContent(job.checkpoint, job.family, job.types, job.processes.device)
             job.file.write(job.output, content, force, verify=verify)
         return _result(job, Report())
     return _quantize(job, job.calibration, force=force, verify=verify)

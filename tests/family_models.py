@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.checkpoints import EXAMPLE
+from tests.model.tokenizer.families import FAMILIES as TOKENIZERS
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -35,6 +36,17 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+MINISTRAL_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
 GEMMA3: dict[str, Any] = {
     "model_type": "gemma3_text",
     "num_hidden_layers": 7,
@@ -43,6 +55,34 @@ GEMMA3: dict[str, Any] = {
     "query_pre_attn_scalar": 32,
     "sliding_window": 64,
     "tie_word_embeddings": True,
+}
+LFM2 = {
+    "model_type": "lfm2",
+    "num_hidden_layers": 4,
+    "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+    "intermediate_size": 288,
+    "block_multiple_of": 64,
+    "norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
+QWEN35: dict[str, Any] = {
+    "model_type": "qwen3_5_text",
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+    "full_attention_interval": 2,
+    "head_dim": 32,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 500.0,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+    },
 }
 LONGROPE = {
     "rope_type": "longrope",
@@ -62,6 +102,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 32},
     "mistral-window": {"model_type": "mistral", "sliding_window": 64},
+    "ministral3": {"model_type": "ministral3", "head_dim": 32, "rope_parameters": MINISTRAL_ROPE},
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 32},
     "smollm3": {"model_type": "smollm3", "num_hidden_layers": 5, "tie_word_embeddings": True},
@@ -73,6 +114,26 @@ MODELS: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
         },
     },
+    "olmo2": {"model_type": "olmo2"},
+    "olmo3": {"model_type": "olmo3", "num_hidden_layers": 5, "sliding_window": 64},
+    "granite": {
+        "model_type": "granite",
+        "attention_multiplier": 0.4,
+        "embedding_multiplier": 12.0,
+        "logits_scaling": 0.5,
+        "residual_multiplier": 0.5,
+    },
+    "ernie4_5": {
+        "model_type": "ernie4_5",
+        "head_dim": 32,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    },
+    "lfm2": LFM2,
+    "qwen3.5": QWEN35,
+    "qwen3.5-equal": {**QWEN35, "linear_num_value_heads": 2, "linear_num_key_heads": 2, "tie_word_embeddings": True},
     "phi3": {"model_type": "phi3", "num_key_value_heads": 4, "sliding_window": 64},
     "phi4-mini": {
         "model_type": "phi3",
@@ -103,10 +164,20 @@ ROPE_MODELS: dict[str, dict[str, Any]] = {
     "llama-linear": {**MODELS["llama2"], "rope_parameters": LINEAR},
     "llama-yarn": {**MODELS["llama2"], "rope_parameters": {**YARN, "beta_fast": 32.0, "beta_slow": 1.0}},
     "mistral-yarn": {**MODELS["mistral"], "rope_parameters": {**YARN, "attention_factor": 1.138629436111989}},
+    "ministral3-yarn": {**MODELS["ministral3"], "rope_parameters": {**MINISTRAL_ROPE, "rope_theta": 1000.0}},
     "qwen2-yarn": {**MODELS["qwen2"], "rope_parameters": YARN},
     "qwen3-yarn": {**MODELS["qwen3"], "rope_parameters": YARN},
     "smollm3-linear": {**MODELS["smollm3"], "rope_parameters": LINEAR},
     "smollm3-yarn": {**MODELS["smollm3"], "rope_parameters": YARN},
+    "granite-yarn": {**MODELS["granite"], "rope_parameters": YARN},
+    "olmo2-yarn": {**MODELS["olmo2"], "rope_parameters": YARN},
+    "olmo3-yarn": {
+        **MODELS["olmo3"],
+        "rope_parameters": {
+            "full_attention": {**YARN, "factor": 8.0, "attention_factor": 1.2079441541679836},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+        },
+    },
     "qwen3moe-yarn": {**EXPERT_MODELS["qwen3moe"], "rope_parameters": YARN},
     "olmoe-yarn": {**EXPERT_MODELS["olmoe"], "rope_parameters": YARN},
 }
@@ -116,6 +187,8 @@ ROPE_MODELS: dict[str, dict[str, Any]] = {
 def write_model(directory: Path, name: str, *, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
     """Save a variant with a tokenizer and seeded random weights, large enough for attention to be concentrated."""
     settings = {**SIZES, **(MODELS | EXPERT_MODELS | ROPE_MODELS)[name], **changes}
+    if "layer_types" in settings:
+        settings["layer_types"] = settings["layer_types"][: settings["num_hidden_layers"]]
     config = AutoConfig.for_model(**settings)
     model = AutoModelForCausalLM.from_config(config)
     gemma = config.model_type == "gemma3_text"
@@ -124,7 +197,9 @@ def write_model(directory: Path, name: str, *, dtype: torch.dtype = torch.bfloat
         for parameter_name, parameter in model.named_parameters():
             values = torch.randn(parameter.shape, generator=generator)
             if "norm" in parameter_name:
-                parameter.copy_((0 if gemma else 1) + 0.3 * values)
+                # Some norms add the one themselves.
+                own = gemma or (config.model_type == "qwen3_5_text" and "linear_attn" not in parameter_name)
+                parameter.copy_((0 if own else 1) + 0.3 * values)
                 if gemma and parameter_name == "model.norm.weight":
                     parameter.add_(7)
             elif gemma and "embed" in parameter_name:
@@ -141,8 +216,13 @@ def write_model(directory: Path, name: str, *, dtype: torch.dtype = torch.bfloat
         entries = json.loads(path.read_text())
         del entries["tie_word_embeddings"]
         path.write_text(json.dumps(entries))
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(EXAMPLE / file, directory)
+    source = EXAMPLE
+    if config.model_type == "ernie4_5":
+        # llama.cpp's converter knows this architecture with a SentencePiece tokenizer only.
+        source = TOKENIZERS["llama2"].write(directory.parent / "tokenizer")
+    for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"):
+        if (source / file).exists():
+            shutil.copy(source / file, directory)
     if config.model_type == "phi3":
         # llama.cpp's converter looks for a tokenizer.model unless the class is this one, Phi-4's.
         path = directory / "tokenizer_config.json"

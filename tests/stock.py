@@ -32,6 +32,10 @@ def convert(tree: Path, pre: str, jobs: Sequence[tuple[Path, str, Path]]) -> Non
     """
     root = tree / "vendor/llama.cpp"
     arguments = [[str(model), "--outtype", type_name, "--outfile", str(out)] for model, type_name, out in jobs]
+    for (model, _, _), each in zip(jobs, arguments, strict=True):
+        if "qwen3_5" in (model / "config.json").read_text():
+            # Without the layers that predict further tokens, which we leave out as well.
+            each.append("--no-mtp")
     # Importing it must not leave __pycache__ in the tree.
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     result = subprocess.run(

@@ -78,7 +78,7 @@ def draw_scales(family: Family, sigma: float, seed: int) -> dict[str, Scales]:
     scales = {name: Scales() for name in family.tensor_shapes()}
     for index in range(family.num_layers):
         prefix = family.block_prefix(index)
-        for group in family.linear_groups:
+        for group in family.block_groups(index):
             if group.norm is not None:
                 factors = draw_factors(family.hidden_size, sigma, generator)
                 scales[f"{prefix}{group.norm}.weight"].rows = factors

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from d2q_edge.formats.gguf_writer import block_and_type_size
+from d2q_edge.model.blocks import ATTENTION
 from d2q_edge.model.families import Family, family_for
 from d2q_edge.pipeline.type_plan import plan_types
 
@@ -57,18 +58,21 @@ class Need:
 def cache_bytes(family: Family, context: int = CONTEXT) -> int:
     """Return the bytes of the KV cache in f16, as llama.cpp allocates it.
 
-    A layer with a sliding window keeps the window and a batch.
+    A layer with a sliding window keeps the window and a batch, one without attention its state.
 
     Args:
         family: of the model.
         context: n_ctx, tokens.
     """
-    cells = 0
+    cells = states = 0
     for layer in range(family.num_layers):
+        states += 4 * family.state_elements(layer)
+        if all(sublayer.module != ATTENTION for sublayer in family.block_sublayers(layer)):
+            continue
         window = family.sliding_window(layer)
         kept = context if window is None else math.ceil((window + BATCH) / PADDING) * PADDING
         cells += min(context, kept)
-    return cells * 2 * family.num_kv_heads * family.head_dim * 2
+    return cells * 2 * family.num_kv_heads * family.head_dim * 2 + states
 
 
 def need(config: Mapping[str, Any]) -> Need:

@@ -127,9 +127,9 @@ class StreamPair:
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def advance(self, original: nn.Module, quantized: nn.Module) -> None:
-        """Run both models' hidden states through a block, sublayer by sublayer, as quantizing it does."""
+    def advance(self, index: int, original: nn.Module, quantized: nn.Module) -> None:
+        """Run both models' hidden states through block number `index`, sublayer by sublayer, as quantizing it does."""
         for states, block in ((self.original, original), (self.quantized, quantized)):
-            for index in self.own:
-                for sublayer in self.runner.family.sublayers:
-                    states[index] = self.runner.sublayer_forward(block, sublayer, states[index])
+            for batch in self.own:
+                for sublayer in self.runner.family.block_sublayers(index):
+                    states[batch] = self.runner.sublayer_forward(block, sublayer, states[batch])

@@ -28,10 +28,10 @@ KEPT = torch.bfloat16
 """Dtype of the hidden states that are kept."""
 
 
-def guided_modules(family: Family) -> list[str]:
-    """Return what gradients are measured of, by its name in a block: linear layers, but a mixture of experts as one."""
+def guided_modules(family: Family, index: int) -> list[str]:
+    """Return what gradients are measured of in block `index`: linear layers, but a mixture of experts as one."""
     experts = EXPERTS.partition(".")[0]
-    names = [layer for layer in family.block_linears if not layer.startswith(EXPERTS)]
+    names = [layer for layer in family.block_linears(index) if not layer.startswith(EXPERTS)]
     return names + ([experts] if family.num_experts else [])
 
 
@@ -63,7 +63,7 @@ def squared_output_gradients(runner: BlockRunner, batches: Sequence[torch.Tensor
             block = runner.load(index, following=index - 1)
             squares: dict[str, list[torch.Tensor]] = defaultdict(list)
             for number, kept in enumerate(states):
-                found, gradients[number] = _block_gradients(runner, block, kept.pop(), gradients[number])
+                found, gradients[number] = _block_gradients(runner, index, block, kept.pop(), gradients[number])
                 for name, values in found.items():
                     squares[name].append(values)
             for name, parts in squares.items():
@@ -74,9 +74,7 @@ def _loss_gradients(
     runner: BlockRunner, batches: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
     """Return for every batch the gradient of the summed loss by the last block's output: float32, of its shape."""
-    family, norm = runner.family, runner.final_norm()
-    table = family.embedding if family.tied_embeddings else family.head
-    head = runner.checkpoint.tensor(f"{table}.weight").to(runner.device).float()
+    norm, head = runner.final_norm(), runner.head()
     return [
         _loss_gradient(norm, head, tokens[:, 1:].to(runner.device), hidden)
         for tokens, hidden in zip(batches, outputs, strict=True)
@@ -98,7 +96,7 @@ def _loss_gradient(norm: nn.Module, head: torch.Tensor, targets: torch.Tensor, h
 
 
 def _block_gradients(
-    runner: BlockRunner, block: nn.Module, hidden: torch.Tensor, gradient: torch.Tensor
+    runner: BlockRunner, index: int, block: nn.Module, hidden: torch.Tensor, gradient: torch.Tensor
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Run a block backwards: return the squares by module, and the gradient by the block's input."""
     squares: dict[str, torch.Tensor] = {}
@@ -111,7 +109,8 @@ def _block_gradients(
         tensor.register_hook(partial(keep, name))
 
     handles = [
-        block.get_submodule(name).register_forward_hook(partial(hook, name)) for name in guided_modules(runner.family)
+        block.get_submodule(name).register_forward_hook(partial(hook, name))
+        for name in guided_modules(runner.family, index)
     ]
     try:
         inputs = hidden.float().requires_grad_()

@@ -25,10 +25,12 @@ from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.formats.gguf_writer import GGUFTensor, write_gguf
 from d2q_edge.formats.tensor_types import F32
 from d2q_edge.model import lora
-from d2q_edge.model.families.llama import interleave_halves
+from d2q_edge.model.families import FAMILIES
+from d2q_edge.model.families.delta_net import MODULE as DELTA_NET
+from d2q_edge.model.families.llama import Llama, interleave_halves
 from d2q_edge.runtime.adapters import check_adapter
 
-_INTERLEAVED = "llama", "smollm3"
+_INTERLEAVED = {family.gguf_arch for family in FAMILIES if issubclass(family, Llama)}
 """Architectures whose rows of q and k llama.cpp's converter reorders (families/llama.py)."""
 _A, _B = ".lora_a", ".lora_b"
 
@@ -141,7 +143,9 @@ def _read_peft(source: str, model: GGUFFile) -> _Adapter:
     names = _gguf_names(model)
     for name, each in found.loras.items():
         known = names.get_name(name, try_suffixes=(".weight",))
-        if each.is_embedding or each.magnitude is not None or known is None:
+        # DeltaNet's heads have another order in the file (families/delta_net.py).
+        moved = f".{DELTA_NET}." in name
+        if each.is_embedding or each.magnitude is not None or known is None or moved:
             raise _unsupported(name)
         a, b = (lora.read(entry).float().numpy() for entry in (each.a, each.b))
         adapter.pairs[str(known)] = a, _ordered(model, name, b * np.float32(alphas[name] / alpha))

@@ -25,6 +25,7 @@ from d2q_edge.formats.gguf_writer import STOCK_TYPES, AddMetadata, GGUFTensor, L
 from d2q_edge.model.adapted_checkpoint import adapted
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import Family, family_for
+from d2q_edge.model.families.base import Values
 from d2q_edge.model.peft_files import adapter_files
 from d2q_edge.model.tokenizer import Tokenizer, read_tokenizer, tokenizer_of
 from d2q_edge.model.weight_files import IGNORED_SUFFIXES
@@ -50,13 +51,17 @@ def stored_floats(checkpoint: Checkpoint, name: str, device: torch.device | str 
 def float_tensor(family: Family, hf_name: str, type_name: str, load: Load) -> GGUFTensor:
     """Describe a tensor that is encoded when it is written; `load` returns floats in the checkpoint's order of rows.
 
-    As in llama.cpp's converter, everything one-dimensional and routers become f32, and a matrix whose width doesn't fit
-    the blocks of the stock type `type_name` gets another one (`fitting_type`).
+    As in llama.cpp's converter, everything one-dimensional, routers and constants become f32, and a matrix whose width
+    doesn't fit the blocks of the stock type `type_name` gets another one (`fitting_type`).
     """
-    name, shape = family.gguf_name(hf_name), family.tensor_shapes()[hf_name]
-    is_matrix = len(shape) >= 2 and name.endswith(".weight") and not family.is_router(hf_name)
+    name, shape = family.gguf_name(hf_name), family.export_shape(hf_name)
+    is_matrix = len(shape) >= 2 and name.endswith(".weight") and not family.stays_float(hf_name)
     kind = fitting_type(type_name, shape[-1]) if is_matrix else "f32"
-    return GGUFTensor(name, shape, kind, lambda: family.export_rows(hf_name, family.export_values(hf_name, load())))
+
+    def values() -> Values:
+        return family.export_rows(hf_name, family.export_values(hf_name, load())).reshape(shape)
+
+    return GGUFTensor(name, shape, kind, values)
 
 
 def packed_tensor(family: Family, hf_name: str, type_name: str, load: Load) -> GGUFTensor:
@@ -217,8 +222,8 @@ def export(
             print(note, file=sys.stderr)
         tensors = model_tensors(checkpoint, family, type_name)
         matrices = [tensor for tensor in tensors if len(tensor.shape) >= 2]
-        routers = {family.gguf_name(name) for name in family.tensor_shapes() if family.is_router(name)}
-        if others := [tensor for tensor in matrices if tensor.type != type_name and tensor.name not in routers]:
+        floats = {family.gguf_name(name) for name in family.tensor_shapes() if family.stays_float(name)}
+        if others := [tensor for tensor in matrices if tensor.type != type_name and tensor.name not in floats]:
             kinds = ", ".join(sorted({tensor.type for tensor in others}))
             found = f"{len(others)} of {len(matrices)} matrices become {kinds}"
             print(f"{found}: their width isn't a multiple of {type_name}'s block size", file=sys.stderr)

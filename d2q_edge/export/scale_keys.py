@@ -45,7 +45,7 @@ def scale_keys(family: Family, scales: BlockScales | None) -> dict[str, Value]:
 
 def _arrays(family: Family) -> Iterator[_Array]:
     for index in range(family.num_layers):
-        for group in family.linear_groups:
+        for group in family.block_groups(index):
             if group.norm or group.absorber:
                 yield _group_array(family, index, group)
     if not family.tied_embeddings:
@@ -59,7 +59,7 @@ def _group_array(family: Family, index: int, group: LinearGroup) -> _Array:
 
     layer, rows = group.linears[0], None
     chosen = np.arange(family.linear_shape(layer)[1])
-    if group.absorber is not None:
+    if group.absorber in family.block_linears(index):
         rows = name(group.absorber)
         every, chosen = np.unique(family.absorber_rows(group.absorber), return_index=True)
         if not np.array_equal(every, np.arange(family.linear_shape(group.absorber)[0])[-len(every) :]):

@@ -40,6 +40,6 @@ class BlockReader:
         prefix = self._family.block_prefix(index)
         for name in self._family.tensor_shapes():
             if name.startswith(prefix):
-                tensor = self._checkpoint.tensor(name)
+                tensor = self._family.arranged(name, self._checkpoint.tensor(name))
                 # torch keeps pinned memory for reuse, because pinning takes longer than reading.
                 yield name.removeprefix(prefix), tensor.pin_memory() if pin else tensor

@@ -19,6 +19,9 @@ from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.experts import separate_experts
 from d2q_edge.model.families import Family, LinearGroup, Sublayer
 
+ATTENTION = "self_attn"
+"""The module of a block that wants positions and a mask."""
+
 
 def model_config(checkpoint: Checkpoint) -> Any:
     """Return transformers' config of a checkpoint; it raises all kinds of exceptions for an invalid config.json."""
@@ -34,6 +37,9 @@ def model_config(checkpoint: Checkpoint) -> Any:
     config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True, trust_remote_code=False)
     # The config itself, unless the checkpoint is multimodal.
     config = config.get_text_config()
+    if config.model_type != checkpoint.config.get("model_type", config.model_type):
+        # The checkpoint is shown as another architecture's (granite4.py).
+        return AutoConfig.for_model(**checkpoint.config)
     # Weights are dequantized when they are read: transformers must not look for a quantizer.
     vars(config).pop("quantization_config", None)
     return config
@@ -71,7 +77,7 @@ class BlockRunner:
             raise D2QError(f"transformers can't build the model of {checkpoint.directory} ({error})") from error
         self._reader = BlockReader(checkpoint, family, ahead=device.type == "cuda")
         self._layers = model.model.layers
-        self._final_norm: nn.Module = model.model.norm
+        self._final_norm: nn.Module = model.get_submodule(family.final_norm)
         self._layer_types: list[str] = getattr(config, "layer_types", None) or []
         # Rebuilt outside of the meta device, because its frequencies are computed, not loaded.
         self._rotary: nn.Module = type(model.model.rotary_emb)(config=config).to(device)
@@ -95,6 +101,7 @@ class BlockRunner:
         `following` is the block that will be loaded next, by default the one after it.
         """
         block: nn.Module = copy.deepcopy(self._layers[index])
+        self.family.adapt_block(index, block)
         # Moved before the cast to float32: half the bytes.
         weights = {name: tensor.to(self.device).float() for name, tensor in self._reader.read(index)}
         self._reader.begin(index + 1 if following is None else following)
@@ -112,6 +119,12 @@ class BlockRunner:
         norm.load_state_dict({"weight": weight}, assign=True)
         return norm.eval().requires_grad_(False)
 
+    def head(self) -> torch.Tensor:
+        """Return the weight of lm_head times the scale of the logits, float32 [vocabulary, hidden]."""
+        name = self.family.embedding if self.family.tied_embeddings else self.family.head
+        weight = self.checkpoint.tensor(f"{name}.weight").to(self.device)
+        return weight.float() if self.family.logit_scale == 1 else weight.float() * self.family.logit_scale
+
     def forward(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Return a block's output for its input, both float32 [windows, context, hidden] on the runner's device."""
         output: torch.Tensor = block(hidden, **self._attention_inputs(block, hidden))
@@ -122,19 +135,23 @@ class BlockRunner:
         output = self._run_module(block, sublayer, residual)
         if sublayer.output_norm is not None:
             output = block.get_submodule(sublayer.output_norm)(output)
-        return residual + output
+        return residual + self.family.residual_scale * output
 
-    def group_input(self, block: nn.Module, group: LinearGroup, residual: torch.Tensor) -> torch.Tensor:
+    def group_input(
+        self, block: nn.Module, sublayer: Sublayer, group: LinearGroup, residual: torch.Tensor
+    ) -> torch.Tensor:
         """Return what the layers of a linear group read, float32 [windows * context, in_features], and compute no more.
 
         `residual` is the stream before the group's sublayer, float32 [windows, context, hidden].
         """
+        if group.reads_stream:
+            return residual.flatten(0, -2)
         if group.norm is not None:
             normed: torch.Tensor = block.get_submodule(group.norm)(residual)
             return normed.flatten(0, -2)
         layer = group.linears[0]
         with _captured_inputs(block, (layer,), stop=True) as inputs:
-            self._run_module(block, self.family.sublayer_of(group), residual)
+            self._run_module(block, sublayer, residual)
         return inputs[layer]
 
     def sublayer_trace(
@@ -163,22 +180,25 @@ class BlockRunner:
         return inputs[layer]
 
     def _run_module(self, block: nn.Module, sublayer: Sublayer, residual: torch.Tensor) -> torch.Tensor:
-        normed = block.get_submodule(sublayer.norm)(residual)
+        normed = residual if sublayer.norm is None else block.get_submodule(sublayer.norm)(residual)
         module = block.get_submodule(sublayer.module)
-        inputs = self._attention_inputs(block, residual) if sublayer.module == "self_attn" else {}
+        inputs = self._attention_inputs(block, residual) if sublayer.module == ATTENTION else {}
         output: torch.Tensor | tuple[torch.Tensor, ...] = module(normed, **inputs)
         # Attention also returns its weights, and a mixture of experts its router's output.
         return output[0] if isinstance(output, tuple) else output
 
     def _attention_inputs(self, block: nn.Module, hidden: torch.Tensor) -> dict[str, Any]:
         """Return positions and mask; without a mask, transformers' scaled-dot-product attention is causal."""
-        attention: Any = block.get_submodule("self_attn")
-        index, context = attention.layer_idx, hidden.shape[1]
+        context = hidden.shape[1]
         positions = torch.arange(context, device=hidden.device)
+        attention: Any = getattr(block, ATTENTION, None)
+        # Blocks without attention, such as convolutions, get positions as well, and make nothing of them.
+        index: int | None = None if attention is None else attention.layer_idx
         # A model whose layer types have different ropes has one module for all of them.
-        kind = (self._layer_types[index],) if isinstance(getattr(self._rotary, "rope_type", None), dict) else ()
+        by_type = isinstance(getattr(self._rotary, "rope_type", None), dict)
+        kind = (self._layer_types[index],) if by_type and index is not None else ()
         mask = None
-        window = self.family.sliding_window(index)
+        window = None if index is None else self.family.sliding_window(index)
         if window is not None and window < context:
             distance = positions[:, None] - positions
             mask = ((distance >= 0) & (distance < window))[None, None]

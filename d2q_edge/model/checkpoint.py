@@ -14,6 +14,7 @@ from d2q_edge.errors import D2QError
 from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.model.dequantize import ordinary_weights
 from d2q_edge.model.families import family_for
+from d2q_edge.model.granite4 import granite_config, granite_entries, is_granite4
 from d2q_edge.model.hub import locate
 from d2q_edge.model.links import check_links
 from d2q_edge.model.multimodal import is_multimodal, text_config, text_names
@@ -89,6 +90,8 @@ class Checkpoint:
         config = causal_architecture(config)
         entries = {name: entries[stored] for name, stored in names.items()}
         config, entries, more = ordinary_weights(config, entries)
+        if is_granite4(config):
+            config, entries = granite_config(config), granite_entries(entries)
         notes += [*changes, *more]
         if EMBEDDING not in entries and HEAD in entries and family_for(config).tied_embeddings:
             entries = {EMBEDDING if name == HEAD else name: entry for name, entry in entries.items()}

@@ -86,7 +86,7 @@ class GGUFCheckpoint(Checkpoint):
         if self.gguf.tensors[source].type_name.upper() in DTYPES:
             tensor = torch.from_numpy(self.gguf.raw(source, part).copy()).view(dtype).reshape(shape)
         else:
-            tensor = torch.from_numpy(self.gguf.dequantize(source, part))
+            tensor = torch.from_numpy(self.gguf.dequantize(source, part)).reshape(shape)
         if not is_finite(tensor):
             raise D2QError(f"tensor {source} in {self.directory} contains NaN or infinite values; the file is damaged")
         moved = self._family.import_values(name, self._family.import_rows(name, tensor))
@@ -125,7 +125,7 @@ def _find_tensors(file: GGUFFile, family: Family) -> dict[str, tuple[str, int | 
     stacks = {family.gguf_name(stack) for stack in family.stacks}
     extra = family.extra_tensors()
     for source, names in parts.items():
-        shape = family.tensor_shapes()[names[0]]
+        shape = family.export_shape(names[0])
         _check(file, family, source, (len(names), *shape) if source in stacks else shape)
     for source, array in extra.items():
         _check(file, family, source, array.shape)

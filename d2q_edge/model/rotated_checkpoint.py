@@ -29,8 +29,9 @@ class RotatedCheckpoint(Checkpoint):
         Raises:
             D2QError: the config isn't one of a supported family, or rotation isn't exact for the family.
         """
-        self._tied = family_for(source.config).tied_embeddings
-        config: dict[str, Any] = {**source.config, "tie_word_embeddings": False}
+        original = family_for(source.config)
+        self._tied = original.tied_embeddings
+        config: dict[str, Any] = {**source.config, **dict.fromkeys(original.tied_keys, False)}
         family = family_for(config)
         if not family.can_rotate:
             raise D2QError(
@@ -51,10 +52,10 @@ class RotatedCheckpoint(Checkpoint):
         self._writers: set[str] = set()
         for index in range(family.num_layers):
             prefix = family.block_prefix(index)
-            for linear, norm in family.residual_readers.items():
+            for linear, norm in family.residual_readers(index).items():
                 self._norm_of[f"{prefix}{linear}.weight"] = f"{prefix}{norm}.weight"
-            self._writers.update(f"{prefix}{linear}" for linear in family.residual_writers)
-        self._folded = set(self._norm_of.values())
+            self._writers.update(f"{prefix}{linear}" for linear in family.residual_writers(index))
+        self._folded, self._offset = set(self._norm_of.values()), family.norm_offset
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of every tensor; raise D2QError as `Checkpoint.dtype`."""
@@ -68,9 +69,10 @@ class RotatedCheckpoint(Checkpoint):
         tensor = self._source.tensor(self._embedding if tied else name)
         module, _, kind = name.rpartition(".")
         if name in self._folded:
-            return torch.ones_like(tensor, dtype=self._dtype)
+            return torch.full_like(tensor, 1 - self._offset, dtype=self._dtype)
         if name in self._norm_of:
-            return self._rotation.inputs(tensor, self._source.tensor(self._norm_of[name]), self._dtype)
+            norm = self._source.tensor(self._norm_of[name])
+            return self._rotation.inputs(tensor, norm.double() + self._offset, self._dtype)
         if module in self._writers and kind == "weight":
             return self._rotation.outputs(tensor, self._dtype)
         if module in self._writers or name == self._embedding:

@@ -11,7 +11,8 @@ from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import Family
 
 Weights: TypeAlias = Mapping[str, torch.Tensor]
-"""Replaced tensors by full name: tensors of the checkpoint, and "NORM.bias" for any norm."""
+"""Replaced tensors by full name: tensors of the checkpoint, with columns as `Family.arranged`, and "NORM.bias" for any
+norm."""
 
 
 class WholeModel:
@@ -22,11 +23,14 @@ class WholeModel:
         config = model_config(checkpoint)
         model = empty_model(config, "sdpa")
         tensors = {
-            name: (weights[name] if name in weights else checkpoint.tensor(name)).to(device, torch.float32)
+            name: weights[name] if name in weights else family.arranged(name, checkpoint.tensor(name))
             for name in family.tensor_shapes()
         }
         if family.tied_embeddings:
             tensors[f"{family.head}.weight"] = tensors[f"{family.embedding}.weight"]
+        tensors = {name: tensor.to(device, torch.float32) for name, tensor in tensors.items()}
+        for index, block in enumerate(model.model.layers):
+            family.adapt_block(index, block)
         model.eval().requires_grad_(False)
         model.load_state_dict(tensors, assign=True)
         # Rebuilt outside of the meta device, because these are computed, not loaded.
@@ -35,7 +39,7 @@ class WholeModel:
             model.model.embed_tokens.embed_scale = torch.tensor(family.embedding_scale, device=device)
         for name in weights.keys() - tensors.keys():
             add_bias(model.get_submodule(name.removesuffix(".bias")), weights[name].to(device, torch.float32))
-        self._model, self.device = model, device
+        self._model, self._logit_scale, self.device = model, family.logit_scale, device
 
     def module(self, name: str) -> nn.Module:
         """Return a module by its name in the checkpoint."""
@@ -59,4 +63,4 @@ class WholeModel:
     def log_probabilities(self, states: torch.Tensor) -> torch.Tensor:
         """Return the log-probabilities of all next tokens, float32 [..., vocab_size]."""
         logits: torch.Tensor = self._model.lm_head(states)
-        return logits.log_softmax(-1)
+        return (logits if self._logit_scale == 1 else logits * self._logit_scale).log_softmax(-1)

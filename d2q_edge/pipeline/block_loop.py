@@ -96,7 +96,7 @@ def quantize_blocks(
             original = runner.load(index)
             if finished[index]:
                 result = work.read_block(index)
-                quantized = _replay(context, original, result)
+                quantized = _replay(context, index, original, result)
                 progress.skip_block(index)
             else:
                 result, quantized = _quantize_block(context, index, original, types, solver, options, progress)
@@ -104,7 +104,7 @@ def quantize_blocks(
                 progress.finish_block(index, result.metrics.layer_errors)
             if validation_streams is not None:
                 with report.timed("validation"):
-                    validation_streams.advance(original, quantized)
+                    validation_streams.advance(index, original, quantized)
             report.add_block(family.block_prefix(index), result)
         if finished[last]:
             final = work.read_block(last)
@@ -129,11 +129,12 @@ def _quantize_block(
 ) -> tuple[QuantizedBlock, nn.Module]:
     """Quantize one block, and move both models' hidden states past it; return the result and the quantized module."""
     family, result = context.family, QuantizedBlock()
-    layer_types = {layer: types[f"{family.block_prefix(index)}{layer}.weight"] for layer in family.block_linears}
+    layer_types = {layer: types[f"{family.block_prefix(index)}{layer}.weight"] for layer in family.block_linears(index)}
     if options.dsq:
         result.update(scale_columns(context, index, original))
     quantized = context.runner.share(original)
-    for sublayer, following in zip_longest(family.sublayers, family.sublayers[1:]):
+    sublayers = family.block_sublayers(index)
+    for sublayer, following in zip_longest(sublayers, sublayers[1:]):
         for group, statistics in sublayer_statistics(context, index, sublayer, original, quantized):
             weights = {layer: quantized.get_submodule(layer).get_parameter("weight") for layer in group.linears}
             with context.report.timed("solve"):
@@ -148,11 +149,11 @@ def _quantize_block(
     return result, quantized
 
 
-def _replay(context: Context, original: nn.Module, result: QuantizedBlock) -> nn.Module:
+def _replay(context: Context, index: int, original: nn.Module, result: QuantizedBlock) -> nn.Module:
     """Apply a finished block, and move both models' hidden states past it by the same steps as when it was made."""
     scales = {layer: torch.from_numpy(s).to(context.device) for layer, s in result.column_scales.items()}
-    absorb_scales(context.family, original, scales)
+    absorb_scales(context.family, index, original, scales)
     quantized = context.runner.share(original)
     result.apply(quantized)
-    context.streams.advance(original, quantized)
+    context.streams.advance(index, original, quantized)
     return quantized

@@ -30,8 +30,8 @@ def scale_columns(context: Context, index: int, block: nn.Module) -> QuantizedBl
         D2QError: inputs are too large.
     """
     family, prefix = context.family, context.family.block_prefix(index)
-    groups = {group.linears[0]: group for group in family.linear_groups if group.norm or group.absorber}
-    energies = _input_energies(context, groups, block)
+    groups = {group.linears[0]: group for group in family.block_groups(index) if group.norm or group.absorber}
+    energies = _input_energies(context, index, groups, block)
     for layer, energy in energies.items():
         context.processes.all_reduce(energy.sums)
         check_sums(energy.sums, f"{prefix}{layer}")
@@ -40,25 +40,27 @@ def scale_columns(context: Context, index: int, block: nn.Module) -> QuantizedBl
         conditional = _conditional_energies(context, energies)
         for layer, group in groups.items():
             layers = [block.get_submodule(each) for each in group.linears]
-            weights = weight_energy(layers, _token_shares(family, group, energies))
+            weights = weight_energy(layers, _token_shares(family, index, group, energies))
             scales = column_scales(weights, conditional[layer], _absorber_rows(family, group, context.device))
             result.column_scales[layer] = float_array(scales)
-            result.floats |= _absorb(family, block, group, scales)
+            result.floats |= _absorb(family, index, block, group, scales)
     return result
 
 
-def absorb_scales(family: Family, block: nn.Module, scales: Mapping[str, torch.Tensor]) -> None:
-    """Absorb the column scales of a finished block, by the first layer of each group, in place."""
-    for group in family.linear_groups:
+def absorb_scales(family: Family, index: int, block: nn.Module, scales: Mapping[str, torch.Tensor]) -> None:
+    """Absorb the column scales of finished block `index`, by the first layer of each group, in place."""
+    for group in family.block_groups(index):
         if group.linears[0] in scales:
-            _absorb(family, block, group, scales[group.linears[0]])
+            _absorb(family, index, block, group, scales[group.linears[0]])
 
 
-def _input_energies(context: Context, groups: Mapping[str, LinearGroup], block: nn.Module) -> dict[str, InputEnergy]:
+def _input_energies(
+    context: Context, index: int, groups: Mapping[str, LinearGroup], block: nn.Module
+) -> dict[str, InputEnergy]:
     """Sum up the energy of every group's input over this process's batches."""
     family = context.family
     # Experts only see their own tokens; the router sees all.
-    watched = {(_routers(family, group) or (layer,))[0]: layer for layer, group in groups.items()}
+    watched = {(_routers(family, index, group) or (layer,))[0]: layer for layer, group in groups.items()}
     energies = {layer: InputEnergy(family.linear_shape(layer)[1], context.device) for layer in groups}
     for batch in context.streams.own:
         if batch % ENERGY_BATCH_STRIDE == 0 or family.num_experts:
@@ -79,19 +81,21 @@ def _conditional_energies(context: Context, energies: Mapping[str, InputEnergy])
     return found
 
 
-def _token_shares(family: Family, group: LinearGroup, energies: Mapping[str, InputEnergy]) -> list[torch.Tensor] | None:
+def _token_shares(
+    family: Family, index: int, group: LinearGroup, energies: Mapping[str, InputEnergy]
+) -> list[torch.Tensor] | None:
     """Return the share of the tokens that each layer of a group sees; None where all see all tokens."""
-    if not _routers(family, group):
+    if not _routers(family, index, group):
         return None
     every = energies[group.linears[0]].tokens
     downs = [expert_linears(number)[2] for number in range(family.num_experts)]
     return [energies[down].tokens / every for down in downs for _ in ("gate", "up")]
 
 
-def _routers(family: Family, group: LinearGroup) -> tuple[str, ...]:
+def _routers(family: Family, index: int, group: LinearGroup) -> tuple[str, ...]:
     """Return the routers that read the same input as a group."""
-    readers = family.residual_readers
-    return tuple(router for router in family.block_routers() if readers[router] == group.norm)
+    readers = family.residual_readers(index)
+    return tuple(router for router in family.block_routers(index) if readers[router] == group.norm)
 
 
 def _absorber_rows(family: Family, group: LinearGroup, device: torch.device) -> torch.Tensor | None:
@@ -99,17 +103,18 @@ def _absorber_rows(family: Family, group: LinearGroup, device: torch.device) -> 
     return None if group.absorber is None else torch.from_numpy(family.absorber_rows(group.absorber)).to(device)
 
 
-def _absorb(family: Family, block: nn.Module, group: LinearGroup, scales: torch.Tensor) -> dict[str, F32]:
+def _absorb(family: Family, index: int, block: nn.Module, group: LinearGroup, scales: torch.Tensor) -> dict[str, F32]:
     """Scale a group's columns and what absorbs the scales; return the changed parameters that won't be quantized."""
-    routers = _routers(family, group)
-    layers = [block.get_submodule(layer) for layer in (*group.linears, *routers)]
+    kept = [name for name in family.block_kept_linears(index) if family.residual_readers(index)[name] == group.norm]
+    unquantized = (*_routers(family, index, group), *kept)
+    layers = [block.get_submodule(layer) for layer in (*group.linears, *unquantized)]
     absorber = group.norm or group.absorber
     if absorber is None:
         raise ValueError(f"nothing absorbs column scales of {group.linears[0]}")
     module = block.get_submodule(absorber)
     offset = family.norm_offset if group.norm else 0.0
     absorb(layers, module, scales, _absorber_rows(family, group, scales.device), offset)
-    kept = ("weight", "bias") if group.norm else ("bias",)
-    changed = [f"{absorber}.{name}" for name, _ in module.named_parameters(recurse=False) if name in kept]
-    changed += [f"{router}.weight" for router in routers]
+    names = ("bias",) if absorber in family.block_linears(index) else ("weight", "bias")
+    changed = [f"{absorber}.{name}" for name, _ in module.named_parameters(recurse=False) if name in names]
+    changed += [f"{layer}.weight" for layer in unquantized]
     return {name: float_array(block.get_parameter(name)) for name in changed}

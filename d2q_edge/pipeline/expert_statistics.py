@@ -24,7 +24,7 @@ MEMORY = 2**30
 
 def has_experts(family: Family, sublayer: Sublayer) -> bool:
     """Tell whether a sublayer is a mixture of experts."""
-    return any(router.startswith(f"{sublayer.module}.") for router in family.block_routers())
+    return bool(family.num_experts) and EXPERTS.startswith(f"{sublayer.module}.")
 
 
 def expert_statistics(
@@ -115,7 +115,7 @@ def _collect(
 
 def _inputs(block: nn.Module, sublayer: Sublayer, residual: torch.Tensor) -> torch.Tensor:
     """Return what router and experts read: float32 [tokens, hidden]."""
-    inputs: torch.Tensor = block.get_submodule(sublayer.norm)(residual)
+    inputs: torch.Tensor = residual if sublayer.norm is None else block.get_submodule(sublayer.norm)(residual)
     return inputs.flatten(0, -2)
 
 

@@ -26,7 +26,7 @@ def sublayer_statistics(
 
     Args:
         context, index: hidden states in front of the sublayer, number of the block.
-        sublayer: attention or mlp, dense or with experts.
+        sublayer: of the block, dense or with experts.
         original, quantized: the block and its copy, in which the caller replaces the weights of each group.
 
     Raises:
@@ -36,14 +36,21 @@ def sublayer_statistics(
         yield from expert_statistics(context, index, sublayer, original, quantized)
         _advance_original(context, index, sublayer, original)
         return
-    groups = [group for group in context.family.linear_groups if context.family.sublayer_of(group) == sublayer]
+    groups = context.family.sublayer_groups(index, sublayer)
     for group in groups:
         name = f"{context.family.block_prefix(index)}{group.linears[0]}"
-        yield group, _dense_statistics(context, name, group, original, quantized, advance=group is groups[-1])
+        yield group, _dense_statistics(context, name, sublayer, group, original, quantized, advance=group is groups[-1])
 
 
 def _dense_statistics(
-    context: Context, name: str, group: LinearGroup, original: nn.Module, quantized: nn.Module, *, advance: bool
+    context: Context,
+    name: str,
+    sublayer: Sublayer,
+    group: LinearGroup,
+    original: nn.Module,
+    quantized: nn.Module,
+    *,
+    advance: bool,
 ) -> InputStatistics:
     """Collect one group's statistics; with `advance` the same pass moves the original's hidden states on."""
     runner, streams, layer = context.runner, context.streams, group.linears[0]
@@ -55,13 +62,12 @@ def _dense_statistics(
         hidden = streams.original[batch]
         with context.report.timed("forward"):
             if advance:
-                sublayer = context.family.sublayer_of(group)
                 inputs, moved = runner.sublayer_trace(original, sublayer, (layer,), hidden)
                 x_original, streams.original[batch] = inputs[layer], moved
                 check.add(moved)
             else:
-                x_original = runner.group_input(original, group, hidden)
-            x_quantized = runner.group_input(quantized, group, streams.quantized[batch])
+                x_original = runner.group_input(original, sublayer, group, hidden)
+            x_quantized = runner.group_input(quantized, sublayer, group, streams.quantized[batch])
         with context.report.timed("statistics"):
             own = weights[batch].to(context.device) if weights else None
             statistics.add_batch(x_quantized, x_original, own)

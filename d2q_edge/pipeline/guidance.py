@@ -91,7 +91,7 @@ def measure_guidance(
     names = [
         runner.family.block_prefix(index) + name
         for index in range(runner.family.num_layers)
-        for name in guided_modules(runner.family)
+        for name in guided_modules(runner.family, index)
     ]
     squares: dict[str, dict[int, torch.Tensor]] = {name: {} for name in names}
     # All processes write into the directory, but one must make it.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,7 +158,8 @@ def plan_memory(
             f"this conversion needs {_at_least(peak * processes)} GiB of memory, but {given}; use a machine with more, "
             "or --no-calibration"
         )
-    measured = FLOAT * tokens * family.num_layers * len(guided_modules(family)) if guidance else 0
+    modules = sum(len(guided_modules(family, index)) for index in range(family.num_layers)) if guidance else 0
+    measured = FLOAT * tokens * modules
     disk = packed + measured + (streams * processes if isinstance(place, Path) else 0)
     # A plan may be asked for before there is a directory.
     beside = next(parent for parent in output.absolute().parents if parent.exists())
@@ -178,10 +180,10 @@ def _at_least(size: int) -> str:
 def _working(family: Family, batch_tokens: int, processes: int, search: int) -> int:
     """Return the bytes that quantizing a block takes on the computing device, without the hidden states."""
     solving = squares = 0
-    for group in family.linear_groups:
-        columns, rows = family.linear_shape(group.linears[0])[1], group_rows(family, group)
-        squares += columns**2
-        solving = max(solving, SQUARES * columns**2 + MATRICES * rows * columns // processes)
+    for groups in dict.fromkeys(family.block_groups(index) for index in range(family.num_layers)):
+        shapes = [(family.linear_shape(group.linears[0])[1], group_rows(family, group)) for group in groups]
+        squares = max(squares, sum(columns**2 for columns, _ in shapes))
+        solving = max(solving, *(SQUARES * c**2 + MATRICES * rows * c // processes for c, rows in shapes))
     batch = batch_tokens * (HIDDEN * family.hidden_size + INNER * family.intermediate_size)
     blocks = 2 * _largest_block(family)
     return blocks + FLOAT * max(solving, squares + batch) + search + statistics_bytes(family)
@@ -200,9 +202,11 @@ def group_rows(family: Family, group: LinearGroup) -> int:
 
 
 def _largest_block(family: Family) -> int:
-    """Return the bytes of a block's weights as float32."""
-    prefix = family.block_prefix(0)
-    return FLOAT * sum(_elements(family, name) for name in family.tensor_shapes() if name.startswith(prefix))
+    """Return the bytes of the largest block's weights as float32."""
+    sizes: Counter[int | None] = Counter()
+    for name in family.tensor_shapes():
+        sizes[family.block_of(name)] += _elements(family, name)
+    return FLOAT * max(size for index, size in sizes.items() if index is not None)
 
 
 def _elements(family: Family, name: str) -> int:

@@ -21,8 +21,12 @@ def corrected_norms(family: Family, options: Options) -> list[str]:
     """Return the full names of the norms that may get a bias: those after a quantized sublayer, and the final one."""
     if not options.dac:
         return []
-    inner = [sublayer.norm for sublayer in family.sublayers[1:]]
-    blocks = [f"{family.block_prefix(index)}{norm}" for index in range(family.num_layers) for norm in inner]
+    blocks = [
+        f"{family.block_prefix(index)}{sublayer.norm}"
+        for index in range(family.num_layers)
+        for sublayer in family.block_sublayers(index)[1:]
+        if sublayer.norm is not None
+    ]
     return [*blocks, family.final_norm]
 
 

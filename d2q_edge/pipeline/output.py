@@ -41,14 +41,14 @@ class Content(Protocol):
 class RoundedContent(Content):
     """The checkpoint's weights, rounded to nearest one at a time, without calibration."""
 
-    def __init__(self, checkpoint: Checkpoint, types: TypePlan, device: torch.device) -> None:
-        self.checkpoint, self.types, self.device = checkpoint, types, device
+    def __init__(self, checkpoint: Checkpoint, family: Family, types: TypePlan, device: torch.device) -> None:
+        self.checkpoint, self.family, self.types, self.device = checkpoint, family, types, device
         self.searches = {name: CodebookSearch(own, device) for name, own in tensor_types.BY_NAME.items()}
 
     def packed(self, name: str) -> U8:
         type_name = self.types.linears[name]
         with torch.inference_mode():
-            weights = self.checkpoint.tensor(name).to(self.device, torch.float32)
+            weights = self.family.arranged(name, self.checkpoint.tensor(name)).to(self.device, torch.float32)
             return round_layer(weights, self.searches[type_name]).pack(tensor_types.BY_NAME[type_name])
 
     def floats(self, name: str) -> torch.Tensor:

@@ -48,8 +48,12 @@ class Refinement:
 
 def refined_norms(family: Family) -> list[str]:
     """Return the full names of the norms that get a bias: all that read the residual stream."""
-    inner = [group.norm for group in family.linear_groups if group.norm is not None]
-    blocks = [f"{family.block_prefix(index)}{norm}" for index in range(family.num_layers) for norm in inner]
+    blocks = [
+        f"{family.block_prefix(index)}{group.norm}"
+        for index in range(family.num_layers)
+        for group in family.block_groups(index)
+        if group.norm is not None
+    ]
     return [*blocks, family.final_norm]
 
 
@@ -184,7 +188,7 @@ class _Student:
         """Put tunable norms in the place of all norms; those that read the residual stream may have a bias."""
         norms = {}
         biased = refined_norms(self.family)
-        every = [(self._prefix(index), n) for index in range(self.family.num_layers) for n in self.family.block_norms()]
+        every = [(self._prefix(i), norm) for i in range(self.family.num_layers) for norm in self.family.block_norms(i)]
         plain = [prefix + norm for prefix, norm in every]
         biases = {prefix + norm: b for prefix, block in self.blocks.items() for norm, b in block.norm_biases.items()}
         for name in dict.fromkeys([*biased, *plain]):

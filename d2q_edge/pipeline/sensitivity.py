@@ -123,10 +123,7 @@ def _forward(runner: BlockRunner, block: nn.Module, hidden: torch.Tensor) -> tor
 
 def _divergences(runner: BlockRunner, states: dict[str, torch.Tensor]) -> dict[str, float]:
     """Return the mean KL divergence of every variant from the original."""
-    family, checkpoint = runner.family, runner.checkpoint
-    name = family.embedding if family.tied_embeddings else family.head
-    head = checkpoint.tensor(f"{name}.weight").to(runner.device, torch.float32)
-    norm = runner.final_norm()
+    norm, head = runner.final_norm(), runner.head()
     step = max(1, LOGITS // (4 * len(head)))
     flat = {name: hidden.reshape(-1, hidden.shape[-1]).split(step) for name, hidden in states.items()}
     sums = dict.fromkeys((name for name in states if name), 0.0)

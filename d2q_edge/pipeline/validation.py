@@ -46,9 +46,7 @@ class Validation:
 def validate(streams: StreamPair, final: QuantizedBlock, processes: ProcessGroup) -> Validation:
     """Compare both models after the last block; `final` is the result for final norm and lm_head."""
     runner = streams.runner
-    family, norm = runner.family, runner.final_norm()
-    embedding_or_head = family.embedding if family.tied_embeddings else family.head
-    head = runner.checkpoint.tensor(f"{embedding_or_head}.weight").to(runner.device).float()
+    family, norm, head = runner.family, runner.final_norm(), runner.head()
     bias = torch.zeros(1)
     if family.final_norm in final.norm_biases:
         bias = torch.from_numpy(final.norm_biases[family.final_norm])

@@ -127,7 +127,7 @@ class TestStreamPair:
         pair = StreamPair(runner, windows, 24, CPU, SINGLE_PROCESS, torch.float32)
         first, second = runner.load(0), runner.load(1)
         embedded = runner.embed(torch.from_numpy(windows))
-        pair.advance(first, second)
+        pair.advance(0, first, second)
         for states, block in ((pair.original, first), (pair.quantized, second)):
             found = torch.cat([states[index] for index in range(3)])
             torch.testing.assert_close(found, runner.forward(block, embedded), rtol=1e-5, atol=1e-5)

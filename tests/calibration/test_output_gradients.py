@@ -15,6 +15,7 @@ from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
 from tests.family_models import write_model
 
+NAMES = ("llama3", "qwen2", "gemma3", "phi4-mini", "granite", "ministral3", "olmo3", "lfm2", "qwen3.5", "qwen3moe")
 TOKENS = torch.randint(0, 4000, (5, 24), generator=torch.Generator().manual_seed(0))
 
 
@@ -38,7 +39,7 @@ def expected(model: Path, names: set[str]) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", ["llama3", "qwen2", "gemma3", "phi4-mini", "qwen3moe"])
+@pytest.mark.parametrize("name", NAMES)
 def test_as_autograd(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output_gradients, "KEPT", torch.float32)
     monkeypatch.setattr(output_gradients, "LOGITS", 2**20)
@@ -48,7 +49,7 @@ def test_as_autograd(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch)
     runner = BlockRunner(checkpoint, family, torch.device("cpu"))
     with torch.inference_mode():
         found = dict(squared_output_gradients(runner, TOKENS.split(3)))
-    names = {f"{family.block_prefix(index)}{module}" for index in range(2) for module in guided_modules(family)}
+    names = {f"{family.block_prefix(index)}{module}" for index in range(2) for module in guided_modules(family, index)}
     assert found.keys() == names
     for module, squares in expected(model, names).items():
         assert [len(part) for part in found[module]] == [3 * 24, 2 * 24]

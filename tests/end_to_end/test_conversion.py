@@ -112,7 +112,7 @@ class TestContent:
                 assert converted.file.tensors[family.gguf_name(name)].type_name == weight.type.name
         assert packed == 14
         changed = changed_tensors(work, family)
-        norms = [f"{family.block_prefix(index)}{norm}.weight" for index in (0, 1) for norm in family.block_norms()]
+        norms = [f"{family.block_prefix(index)}{norm}.weight" for index in (0, 1) for norm in family.block_norms(index)]
         absorbing = {name for name in norms if name.endswith("layernorm.weight")}
         assert (len(absorbing), absorbing & changed.keys()) == (4, set() if converted.plain else absorbing)
         for name, values in changed.items():

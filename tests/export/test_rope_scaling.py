@@ -24,6 +24,7 @@ from tests.family_models import EXPERT_MODELS, ROPE_MODELS, YARN, write_model
 
 TOKENS = np.random.default_rng(0).integers(0, 4000, 200).astype(np.int32)
 """More than the original context of 64."""
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,11 @@ def rescaled(model: Path, copy: Path, *, old: bool = False, **changes: Any) -> P
     """A copy with other settings; `old` for the spelling of transformers 4."""
     shutil.copytree(model, copy)
     config = json.loads((copy / "config.json").read_text())
-    rope = {**config.pop("rope_parameters"), **changes}
+    rope = config.pop("rope_parameters")
+    if "full_attention" in rope:
+        rope["full_attention"] |= changes
+    else:
+        rope |= changes
     if old:
         config["rope_theta"] = rope.pop("rope_theta")
         rope["type"] = rope.pop("rope_type")
@@ -78,28 +83,40 @@ def test_logits_are_those_of_transformers(models: dict[str, Path], tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("changes", "written"),
+    ("name", "changes", "written"),
     [
-        ({"attention_factor": 1.0}, True),
-        ({"mscale": 1.0, "mscale_all_dim": 0.5}, True),
-        ({"mscale": 3.0}, False),
-        ({"factor": 0.5}, False),
+        ("qwen2-yarn", {"attention_factor": 1.0}, True),
+        ("qwen2-yarn", {"mscale": 1.0, "mscale_all_dim": 0.5}, True),
+        ("qwen2-yarn", {"mscale": 3.0}, False),
+        ("qwen2-yarn", {"factor": 0.5}, False),
+        ("ministral3-yarn", {"mscale_all_dim": 0.5}, False),
+        ("ministral3-yarn", {"mscale": 2.0, "mscale_all_dim": 0.5}, True),
+        ("ministral3-yarn", {"attention_factor": 1.2}, True),
     ],
 )
-def test_attention_factors(models: dict[str, Path], tmp_path: Path, changes: dict[str, Any], written: bool) -> None:
+def test_attention_factors(
+    models: dict[str, Path], tmp_path: Path, name: str, changes: dict[str, Any], written: bool
+) -> None:
     """What llama.cpp's converter writes of them, or doesn't, has no effect in llama.cpp."""
-    model = rescaled(models["qwen2-yarn"], tmp_path / "model", **changes)
+    model = rescaled(models[name], tmp_path / "model", **changes)
     export(model, tmp_path / "out.gguf", "f32")
     actual = llama_logits(tmp_path / "out.gguf", TOKENS)
     assert errors(actual, original_logits(model, TOKENS)).max() < 0.01
-    assert ("qwen2.rope.scaling.attn_factor" in GGUFFile(tmp_path / "out.gguf").kv) == written
+    file = GGUFFile(tmp_path / "out.gguf")
+    assert (f"{file.kv['general.architecture']}.rope.scaling.attn_factor" in file.kv) == written
+    checkpoints = [Checkpoint.open(each) for each in (file.path, model)]
+    runners = [BlockRunner(each, family_for(each.config), CPU) for each in checkpoints]
+    hidden = torch.randn((1, 200, 64), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        outputs = [runner.forward(runner.load(0), hidden) for runner in runners]
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama-linear", "smollm3-yarn"])
 @torch.inference_mode()
 def test_blocks_are_the_model(models: dict[str, Path], name: str) -> None:
     checkpoint = Checkpoint.open(models[name])
-    runner = BlockRunner(checkpoint, family_for(checkpoint.config), torch.device("cpu"))
+    runner = BlockRunner(checkpoint, family_for(checkpoint.config), CPU)
     tokens = torch.from_numpy(TOKENS).long()[None]
     hidden = runner.embed(tokens)
     for index in range(runner.family.num_layers):

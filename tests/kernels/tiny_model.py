@@ -16,7 +16,19 @@ F32 = npt.NDArray[np.float32]
 WIDTH, FEED_FORWARD, HEADS, VOCABULARY = 256, 512, 4, 96
 HEAD_DIM = WIDTH // HEADS
 EXPERTS, USED_EXPERTS = 4, 2
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3", "gemma3", "phi3", "qwen3moe", "olmoe")
+ARCHITECTURES = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "gemma3",
+    "phi3",
+    "mistral3",
+    "granite",
+    "ernie4_5",
+    "qwen3moe",
+    "olmoe",
+)
 
 
 def kv_heads(arch: str) -> int:
@@ -103,6 +115,8 @@ def write(
         writer.add_expert_count(EXPERTS)
         writer.add_expert_used_count(USED_EXPERTS)
         writer.add_expert_feed_forward_length(FEED_FORWARD)
+    if arch == "granite":
+        writer.add_logit_scale(1.0)
     writer.add_tokenizer_model("no_vocab")
     for key, value in (text or {}).items():
         writer.add_string(key, value)

@@ -78,15 +78,14 @@ def test_sublayers_follow_the_residual_stream(make_checkpoint: Make) -> None:
     runner = runner_for(make_checkpoint())
     block, residual = runner.load(0), runner.embed(TOKENS)
     seen, output = runner.trace(block, LAYERS, residual)
-    for group in runner.family.linear_groups:
-        inputs = runner.group_input(block, group, residual)
-        torch.testing.assert_close(inputs, seen[group.linears[0]], rtol=1e-5, atol=1e-5)
-        sublayer = runner.family.sublayer_of(group)
-        if group.norm is None:
-            traced, moved = runner.sublayer_trace(block, sublayer, group.linears, residual)
-            torch.testing.assert_close(traced[group.linears[0]], inputs)
-            residual = runner.sublayer_forward(block, sublayer, residual)
-            assert torch.equal(moved, residual)
+    for sublayer in runner.family.block_sublayers(0):
+        for group in runner.family.sublayer_groups(0, sublayer):
+            inputs = runner.group_input(block, sublayer, group, residual)
+            torch.testing.assert_close(inputs, seen[group.linears[0]], rtol=1e-5, atol=1e-5)
+        traced, moved = runner.sublayer_trace(block, sublayer, group.linears, residual)
+        torch.testing.assert_close(traced[group.linears[0]], inputs)
+        residual = runner.sublayer_forward(block, sublayer, residual)
+        assert torch.equal(moved, residual)
     torch.testing.assert_close(residual, output, rtol=1e-5, atol=1e-5)
     assert [name for name, module in block.named_modules() if module._forward_pre_hooks] == []
 

@@ -114,7 +114,7 @@ def test_names_and_shapes() -> None:
 
 def test_linear_groups() -> None:
     family = make("qwen3moe")
-    inputs, output, experts, *downs = family.linear_groups
+    inputs, output, experts, *downs = family.block_groups(0)
     assert inputs.norm == "input_layernorm"
     assert output.absorber == "self_attn.v_proj"
     assert experts.norm == "post_attention_layernorm"
@@ -124,12 +124,12 @@ def test_linear_groups() -> None:
     assert [(group.linears, group.absorber) for group in downs] == [
         ((f"mlp.experts.{i}.down_proj",), f"mlp.experts.{i}.up_proj") for i in range(8)
     ]
-    assert family.residual_readers["mlp.gate"] == "post_attention_layernorm"
-    assert family.residual_readers["mlp.experts.7.up_proj"] == "post_attention_layernorm"
-    assert family.residual_writers == ("self_attn.o_proj", *(f"mlp.experts.{i}.down_proj" for i in range(8)))
+    assert family.residual_readers(0)["mlp.gate"] == "post_attention_layernorm"
+    assert family.residual_readers(0)["mlp.experts.7.up_proj"] == "post_attention_layernorm"
+    assert family.residual_writers(0) == ("self_attn.o_proj", *(f"mlp.experts.{i}.down_proj" for i in range(8)))
     assert family.absorber_rows("mlp.experts.2.up_proj").tolist() == list(range(64))
     assert family.num_experts == 8, "one model's linear_groups are not another's"
-    assert len(make("olmoe").linear_groups) == 3 + 6
+    assert len(make("olmoe").block_groups(0)) == 3 + 6
 
 
 def test_gguf_names() -> None:
@@ -137,9 +137,9 @@ def test_gguf_names() -> None:
     assert family.gguf_name("model.layers.1.mlp.experts.5.down_proj.weight") == "blk.1.ffn_down_exps.weight"
     assert family.gguf_name("model.layers.1.mlp.gate.weight") == "blk.1.ffn_gate_inp.weight"
     assert family.gguf_name("model.layers.1.self_attn.q_norm.weight") == "blk.1.attn_q_norm.weight"
-    assert family.is_router("model.layers.1.mlp.gate.weight")
-    assert not family.is_router("model.layers.1.mlp.experts.1.gate_proj.weight")
-    assert not family.is_router("lm_head.weight")
+    assert family.stays_float("model.layers.1.mlp.gate.weight")
+    assert not family.stays_float("model.layers.1.mlp.experts.1.gate_proj.weight")
+    assert not family.stays_float("lm_head.weight")
 
 
 def test_a_stack_has_one_type() -> None:

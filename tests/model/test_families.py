@@ -55,27 +55,32 @@ def test_what_makes_each_family() -> None:
 
 def test_linear_groups_follow_the_block() -> None:
     family = make("qwen3")
-    assert [group.norm for group in family.linear_groups] == [
+    assert [group.norm for group in family.block_groups(0)] == [
         "input_layernorm",
         None,
         "post_attention_layernorm",
         None,
     ]
-    assert family.block_linears[:4] == ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+    assert family.block_linears(0)[:4] == (
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+    )
     assert family.block_prefix(3) == "model.layers.3."
 
 
 def test_residual_readers_and_writers() -> None:
     attention, mlp = "input_layernorm", "post_attention_layernorm"
     for name in FAMILY_CONFIG:
-        assert make(name).residual_readers == {
+        assert make(name).residual_readers(0) == {
             "self_attn.q_proj": attention,
             "self_attn.k_proj": attention,
             "self_attn.v_proj": attention,
             "mlp.gate_proj": mlp,
             "mlp.up_proj": mlp,
         }
-        assert make(name).residual_writers == ("self_attn.o_proj", "mlp.down_proj")
+        assert make(name).residual_writers(0) == ("self_attn.o_proj", "mlp.down_proj")
 
 
 @pytest.mark.parametrize(

@@ -46,11 +46,12 @@ def test_tensors_are_those_of_transformers(tmp_path: Path, name: str) -> None:
         assert model.config.tie_word_embeddings
         del expected[f"{family.head}.weight"]
     assert dict(family.tensor_shapes()) == expected
-    for sublayer in family.sublayers:
+    for sublayer in family.block_sublayers(0):
         block = model.model.layers[0]
         for module in (sublayer.module, sublayer.norm, sublayer.output_norm):
             assert module is None or block.get_submodule(module)
-    assert family.embedding_scale == pytest.approx(getattr(model.model.embed_tokens, "scalar_embed_scale", 1.0))
+    scale = getattr(model.model.embed_tokens, "scalar_embed_scale", getattr(model.model, "embedding_multiplier", 1.0))
+    assert family.embedding_scale == pytest.approx(scale)
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -61,14 +62,22 @@ def test_keys_that_llama_cpp_reads(tmp_path: Path, name: str) -> None:
     keys = {key.partition(".")[2]: value.value for key, value in writer.kv_data[0].items()}
     assert keys["block_count"] == REAL[name][1]["num_hidden_layers"]
     assert keys["embedding_length"] == REAL[name][1]["hidden_size"]
-    assert keys["attention.head_count_kv"] == REAL[name][1]["num_key_value_heads"]
-    assert keys["rope.freq_base"] == REAL[name][1].get("rope_theta", 10000.0)
+    heads = keys["attention.head_count_kv"]
+    # A list where blocks without attention have none.
+    assert set(heads if isinstance(heads, list) else [heads]) - {0} == {REAL[name][1]["num_key_value_heads"]}
+    rope = REAL[name][1].get("rope_parameters") or REAL[name][1]
+    assert keys["rope.freq_base"] == rope.get("rope_theta", 10000.0)
 
 
 @pytest.mark.parametrize("name", REAL)
 @pytest.mark.parametrize(
     "keys",
-    [("num_key_value_heads",), ("rope_theta", "rope_local_base_freq"), ("rms_norm_eps",), ("sliding_window",)],
+    [
+        ("num_key_value_heads",),
+        ("rope_theta", "rope_local_base_freq"),
+        ("rms_norm_eps", "norm_eps"),
+        ("sliding_window",),
+    ],
     ids=lambda keys: keys[0],
 )
 def test_defaults_are_those_of_transformers(tmp_path: Path, name: str, keys: tuple[str, ...]) -> None:
@@ -84,12 +93,12 @@ def test_defaults_are_those_of_transformers(tmp_path: Path, name: str, keys: tup
     family = family_for(entries)
     assert family.num_kv_heads == config.num_key_value_heads
     assert family.head_dim == getattr(config, "head_dim", family.hidden_size // family.num_heads)
-    assert family.norm_eps == config.rms_norm_eps
+    assert family.norm_eps == getattr(config, family.norm_eps_key)
     assert family.rope_theta == full["rope_theta"]
     assert family.tied_embeddings == config.tie_word_embeddings
     windowed = not hasattr(config, "layer_types") or "sliding_attention" in config.layer_types
     if name != "Llama-2-7b" and family.model_type != "llama":
-        assert family.sliding_window(0) == (config.sliding_window if windowed else None)
+        assert family.sliding_window(0) == (getattr(config, "sliding_window", None) if windowed else None)
     if isinstance(family, Gemma3):
         assert family.sliding_rope_theta == sliding["rope_theta"]
 
@@ -122,6 +131,7 @@ def test_settings_of_some_models() -> None:
 def test_what_is_noted() -> None:
     noted = [name for name in REAL if make(name).notes]
     assert noted == ["Phi-3-mini-4k"]
+    assert make("Ministral-3-3B", sliding_window=4096).notes[0].startswith("the model attends to the last 4096 tokens")
     assert make("Mistral-7B-v0.3", sliding_window=4096).notes == (
         "the model attends to the last 4096 tokens, llama.cpp's llama to all of them: in texts of more than 4096 "
         "tokens it isn't the same model",
@@ -188,6 +198,45 @@ def test_gemmas_norms_get_their_one_in_the_file() -> None:
         ("Phi-4-mini", {"lm_head_bias": True}, "lm_head_bias is set"),
         ("Phi-4-mini", {"partial_rotary_factor": 0.5}, "long_factor must have 32 numbers"),
         ("Phi-3-mini-128k", {"max_position_embeddings": "128k"}, "max_position_embeddings must be"),
+        ("OLMo-2-1B", {"tie_word_embeddings": True}, "tie_word_embeddings is set, which llama.cpp's olmo2 doesn't"),
+        ("OLMo-2-1B", {"head_dim": 64}, "olmo2 models need num_attention_heads . head_dim = hidden_size"),
+        ("Olmo-3-7B", {"layer_types": ["full_attention"] * 31}, "layer_types must name the attention of all 32 layers"),
+        ("Olmo-3-7B", {"layer_types": ["chunked_attention"] * 32}, "each one of sliding_attention, full_attention"),
+        ("Olmo-3-7B", {"rope_theta": 10000}, "layers with a sliding window have another rope_theta than those without"),
+        (
+            "Olmo-3-7B",
+            {"rope_parameters": {"sliding_attention": {"rope_type": "yarn"}}},
+            "of the sliding-window layers",
+        ),
+        ("Ministral-3-3B", {"rope_parameters": {"rope_type": "default"}}, "'default' isn't supported for mistral3"),
+        (
+            "Ministral-3-3B",
+            {"rope_parameters": {**REAL["Ministral-3-3B"][1]["rope_parameters"], "llama_4_scaling_beta": None}},
+            "llama_4_scaling_beta must be a positive number, not None",
+        ),
+        ("Granite-3.3-2B", {"residual_multiplier": 0}, "residual_multiplier must be a positive number, not 0"),
+        ("Granite-3.3-2B", {"head_dim": 128}, "granite models need num_attention_heads . head_dim = hidden_size"),
+        ("ERNIE-4.5-0.3B", {"use_bias": True}, "use_bias is set, which llama.cpp's ernie4_5 doesn't support"),
+        ("LFM2-350M", {"conv_bias": True}, "conv_bias is set, which llama.cpp's lfm2 doesn't support"),
+        ("LFM2-350M", {"layer_types": ["conv"] * 15}, "layer_types must name the kind of all 16 blocks"),
+        ("LFM2-350M", {"full_attn_idxs": 5}, "layer_types must name the kind of all 16 blocks"),
+        (
+            "LFM2-350M",
+            {"block_ffn_dim_multiplier": None},
+            "block_ffn_dim_multiplier must be a positive number",
+        ),
+        ("LFM2-350M", {"block_ffn_dim_multiplier": 1e-9}, "block_ffn_dim_multiplier makes no sense"),
+        ("Qwen3.5-0.8B", {"linear_key_head_dim": 64}, "qwen35 needs linear_key_head_dim = linear_value_head_dim"),
+        ("Qwen3.5-0.8B", {"linear_num_value_heads": 24}, "linear_num_value_heads to be a multiple of"),
+        (
+            "Qwen3.5-0.8B",
+            {"linear_key_head_dim": 1, "linear_value_head_dim": 1},
+            "linear_num_value_heads . linear_value_head_dim must be a multiple of 32",
+        ),
+        ("Qwen3.5-0.8B", {"layer_types": ["mamba"] * 24}, "each one of linear_attention, full_attention"),
+        ("Qwen3.5-0.8B", {"rope_parameters": {"partial_rotary_factor": 0.001}}, "0.001 doesn't suit heads of 256"),
+        ("Qwen3.5-0.8B", {"rope_parameters": {"mrope_section": [11]}}, "mrope_section must be three whole numbers"),
+        ("Qwen3.5-0.8B", {"rope_parameters": {"mrope_section": [-1, 1, 1]}}, "mrope_section must not be negative"),
         (
             "Phi-3-mini-128k",
             {"rope_scaling": {**REAL["Phi-3-mini-128k"][1]["rope_scaling"], "attention_factor": 1.5}},
@@ -200,6 +249,24 @@ def test_refused_configs(name: str, changes: dict[str, Any], pattern: str) -> No
     with pytest.raises(D2QError, match=pattern) as caught:
         make(name, **changes)
     assert "\n" not in str(caught.value)
+
+
+def test_value_heads_of_delta_net_by_hand() -> None:
+    """Two key heads with three value heads each, of two rows: llama.cpp wants the first ones of all key heads first."""
+    family = make(
+        "Qwen3.5-0.8B", linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=16,
+        linear_value_head_dim=16,
+    )  # fmt: skip
+    prefix = "model.layers.0.linear_attn"
+    assert family.export_rows(f"{prefix}.A_log", np.arange(6)).tolist() == [0, 3, 1, 4, 2, 5]
+    rows = np.asarray(family.export_rows(f"{prefix}.in_proj_qkv.weight", np.arange(4 * 16 + 6 * 16)))
+    assert rows[:64].tolist() == list(range(64)), "q and k stay"
+    assert rows[64::16].tolist() == [64 + 16 * head for head in (0, 3, 1, 4, 2, 5)]
+    columns = family.arranged(f"{prefix}.out_proj.weight", torch.arange(96)[None])
+    assert columns[0, ::16].tolist() == [16 * head for head in (0, 3, 1, 4, 2, 5)]
+    # One scale for a channel of all heads, which DeltaNet's norm absorbs.
+    assert family.absorber_rows("linear_attn.norm").tolist() == list(range(16)) * 6
+    assert family.export_rows("model.layers.3.self_attn.q_proj.weight", rows) is rows
 
 
 def test_gemma_of_62_layers_scales_by_the_width_of_a_head() -> None:

@@ -12,7 +12,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, Gemma3ForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Gemma3ForConditionalGeneration,
+)
 
 from d2q_edge.conversion import convert
 from d2q_edge.errors import D2QError
@@ -21,10 +26,11 @@ from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
-from d2q_edge.model.multimodal import text_config, text_names
+from d2q_edge.model.multimodal import is_multimodal, text_config, text_names
 from d2q_edge.model.whole_model import WholeModel
 from d2q_edge.options import Options
 from tests.family_models import write_model
+from tests.real_configs import REAL
 
 CPU = torch.device("cpu")
 TOKENS = np.random.default_rng(5).integers(0, 4000, (2, 100))
@@ -135,6 +141,89 @@ def test_published_config() -> None:
     assert family.sliding_window(0) == 1024 and family.sliding_window(5) is None
     assert family.tied_embeddings
     assert text_config(PUBLISHED)["eos_token_id"] == [1, 106]
+
+
+MINISTRAL = {
+    "architectures": ["Mistral3ForConditionalGeneration"],
+    "model_type": "mistral3",
+    "text_config": {**REAL["Ministral-3-3B"][1], "architectures": None},
+    "vision_config": {"hidden_size": 1024, "model_type": "pixtral"},
+}
+QWEN35 = {
+    "architectures": ["Qwen3_5ForConditionalGeneration"],
+    "model_type": "qwen3_5",
+    "text_config": {key: value for key, value in REAL["Qwen3.5-0.8B"][1].items() if key != "tie_word_embeddings"},
+    "tie_word_embeddings": True,
+    "vision_config": {"hidden_size": 768, "model_type": "qwen3_5_vision"},
+}
+
+
+@pytest.mark.parametrize(("config", "name"), [(MINISTRAL, "Ministral-3-3B"), (QWEN35, "Qwen3.5-0.8B")])
+def test_other_families(config: dict[str, Any], name: str) -> None:
+    family, text = family_for(text_config(config)), family_for(REAL[name][1])
+    assert type(family) is type(text)
+    assert family.tensor_shapes() == text.tensor_shapes()
+    assert family.rope_scaling == text.rope_scaling
+    assert is_multimodal(config)
+
+
+PIXTRAL = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16,
+    "image_size": 28, "patch_size": 14, "model_type": "pixtral",
+}  # fmt: skip
+QWEN_VISION = {
+    "hidden_size": 32, "intermediate_size": 64, "depth": 1, "num_heads": 2, "out_hidden_size": 64,
+    "model_type": "qwen3_5_vision",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "whole", "vision"), [("ministral3", "mistral3", PIXTRAL), ("qwen3.5", "qwen3_5", QWEN_VISION)]
+)
+def test_files_of_other_families(
+    stock_convert: Callable[[Path, str, str], Path], tmp_path: Path, name: str, whole: str, vision: dict[str, Any]
+) -> None:
+    """As transformers saves them: the file is that of the text model, and of llama.cpp's converter."""
+    plain = write_model(tmp_path / "plain" / "tiny", name)
+    directory = shutil.copytree(plain, tmp_path / "multimodal" / "tiny")
+    config = json.loads((plain / "config.json").read_text())
+    tokens = {key: config.pop(key) for key in list(config) if key.endswith("_token_id")}
+    model = AutoModelForImageTextToText.from_config(
+        AutoConfig.for_model(whole, text_config=config, vision_config=vision, tie_word_embeddings=False)
+    ).bfloat16()
+    text = AutoModelForCausalLM.from_pretrained(plain)
+    model.model.language_model.load_state_dict(text.model.state_dict())
+    model.lm_head.load_state_dict(text.lm_head.state_dict())
+    model.save_pretrained(directory)
+    settings = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**settings, **tokens}))
+    files = {}
+    for each in (plain, directory):
+        export(each, tmp_path / "out.gguf", "f16", force=True)
+        file = GGUFFile(tmp_path / "out.gguf")
+        files[each] = dict(file.kv), {tensor: file.raw(tensor).copy() for tensor in file.tensors}
+    theirs = GGUFFile(stock_convert(directory, "f16", "qwen2"))
+    assert files[directory][0] == files[plain][0] == theirs.kv
+    assert list(files[directory][1]) == list(theirs.tensors)
+    for tensor, values in files[directory][1].items():
+        assert np.array_equal(values, files[plain][1][tensor]) and np.array_equal(values, theirs.raw(tensor)), tensor
+
+
+def test_another_text_model() -> None:
+    """Mistral Small 3.1 has Mistral 3's name for the whole, but the first Mistral's text model."""
+    config = {**MINISTRAL, "text_config": {"model_type": "mistral"}}
+    with pytest.raises(D2QError, match="text model is of the type 'mistral', but only ministral3 is supported in Mis"):
+        text_config(config)
+
+
+def test_parts_that_are_left_out() -> None:
+    """Qwen3.5's layers that predict further tokens are beside the text model."""
+    names = ["model.language_model.layers.0.linear_attn.A_log", "lm_head.weight"]
+    others = ["model.visual.blocks.0.norm1.weight", "mtp.fc.weight", "mtp.layers.0.mlp.up_proj.weight"]
+    assert text_names([*names, *others]) == {
+        "model.layers.0.linear_attn.A_log": names[0], "lm_head.weight": names[1],
+    }  # fmt: skip
 
 
 def test_names() -> None:

@@ -129,10 +129,10 @@ def collected_statistics(
     found = {}
     for index in range(setup.family.num_layers):
         prefix, finished = setup.family.block_prefix(index), work.read_block(index)
-        types = {layer: setup.types[f"{prefix}{layer}.weight"] for layer in setup.family.block_linears}
+        types = {layer: setup.types[f"{prefix}{layer}.weight"] for layer in setup.family.block_linears(index)}
         original = runner.load(index)
         quantized = runner.share(original)
-        for sublayer in setup.family.sublayers:
+        for sublayer in setup.family.block_sublayers(index):
             for group, statistics in sublayer_statistics(context, index, sublayer, original, quantized):
                 weights = {layer: quantized.get_submodule(layer).get_parameter("weight") for layer in group.linears}
                 solved = solver.solve(weights, types, statistics)

@@ -28,7 +28,7 @@ def test_quantized_activations_that_overflow(make_checkpoint: Make, number: int,
     context = Context(runner, streams, SINGLE_PROCESS, Report(CPU))
     original = runner.load(0)
     quantized = runner.share(original)
-    sublayer = runner.family.sublayers[number]
+    sublayer = runner.family.block_sublayers(0)[number]
     advance_quantized(context, 0, sublayer, original, quantized, None)
     linear = quantized.get_submodule(layer)
     broken = linear.get_parameter("weight").clone()

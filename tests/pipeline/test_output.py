@@ -59,7 +59,7 @@ class Setup:
         blocks = []
         for index in range(2):
             block, prefix = QuantizedBlock(), self.family.block_prefix(index)
-            for layer in self.family.block_linears:
+            for layer in self.family.block_linears(index):
                 name = f"{prefix}{layer}.weight"
                 own = tensor_types.BY_NAME[self.types.linears[name]]
                 data = generator.integers(0, 16, (shapes[name][0], own.row_bytes(shapes[name][1]))).astype(np.uint8)
@@ -148,7 +148,7 @@ class TestQuantizedContent:
         """On the conversion's device, where they come in 16 bits; the head as floats, divided there."""
         meta = torch.device("meta")
         content = QuantizedContent(setup.checkpoint, setup.family, setup.work, meta, refined=refined)
-        rounded = RoundedContent(setup.checkpoint, setup.types, CPU)
+        rounded = RoundedContent(setup.checkpoint, setup.family, setup.types, CPU)
         rounded.device = meta  # a search couldn't be there
         for found in (content, rounded):
             table = found.floats("model.embed_tokens.weight")
@@ -218,7 +218,7 @@ def test_planned_tensors_have_no_data(setup: Setup) -> None:
 
 
 def test_rounded_content(setup: Setup) -> None:
-    content = RoundedContent(setup.checkpoint, setup.types, CPU)
+    content = RoundedContent(setup.checkpoint, setup.family, setup.types, CPU)
     for name in ("model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.k_proj.weight"):
         kind = tensor_types.BY_NAME[setup.types.linears[name]]
         layer = round_layer(setup.checkpoint.tensor(name).float(), CodebookSearch(kind))

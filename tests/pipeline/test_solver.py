@@ -24,7 +24,7 @@ def test_feedback_beats_rounding_on_the_example() -> None:
     text = PROSE.read_text("utf-8")
     tokens = torch.tensor(AutoTokenizer.from_pretrained(EXAMPLE)(text[:20000])["input_ids"][:4096]).view(-1, 512)
     block = runner.load(0)
-    first = {group.linears[0]: group for group in setup.family.linear_groups}
+    first = {group.linears[0]: group for group in setup.family.block_groups(0)}
     seen, _ = runner.trace(block, tuple(first), runner.embed(tokens))
     search, solver = CodebookSearch(tensor_types.D2Q2), GroupSolver(CPU, 0.5, 0, SINGLE_PROCESS)
     for name, group in first.items():

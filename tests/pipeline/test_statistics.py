@@ -38,7 +38,7 @@ def test_statistics_are_those_of_the_formulas(make_checkpoint: Make, tmp_path: P
     layers = [name.removesuffix(".weight") for name in names]
     originals = inputs(setup.whole_model({}), layers)
     for index in range(2):
-        for group in setup.family.linear_groups:
+        for group in setup.family.block_groups(index):
             prefix = setup.family.block_prefix(index)
             layer = f"{prefix}{group.linears[0]}"
             before = names[: layers.index(layer)]

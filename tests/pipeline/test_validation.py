@@ -74,7 +74,7 @@ def test_the_final_norm_as_it_will_be_in_the_file(make_checkpoint: Make, tied: b
     setup = Setup(make_checkpoint("qwen3", tie_word_embeddings=tied))
     runner, windows = setup.runner(), WINDOWS[:5, :11]
     streams = StreamPair(runner, windows, 22, CPU, SINGLE_PROCESS, torch.float32)
-    streams.advance(runner.load(0), runner.load(1))
+    streams.advance(0, runner.load(0), runner.load(1))
     generator = np.random.default_rng(0)
     bias = generator.normal(0, 1, 64).astype(np.float32)
     scales = np.ones(64) if tied else generator.uniform(0.5, 2, 64)

@@ -68,7 +68,7 @@ def test_statistics_and_corrections(make_checkpoint: Make, monkeypatch: pytest.M
     biases = [f"model.layers.{index}.{NORM}.bias" for index in range(2)]
     assert set(weights) == {*runner.family.linear_weights(), *biases, "model.norm.bias"}
 
-    linear_groups = [(index, group.linears[0]) for index in range(2) for group in runner.family.linear_groups]
+    linear_groups = [(index, group.linears[0]) for index in range(2) for group in runner.family.block_groups(0)]
     for (index, layer), (statistics, fit, alpha) in zip(linear_groups, solved, strict=True):
         module = f"model.layers.{index}.{layer}"
         original = seen_at(model, {}, module)

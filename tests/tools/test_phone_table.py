@@ -21,6 +21,9 @@ MORE = {
     "Llama-3.2-3B": 3_212_749_824,
     "Qwen3-4B": 4_022_468_096,
     "gemma-3-1b": 999_885_952,
+    "LFM2-700M": 742_489_344,
+    "LFM2-1.2B": 1_170_340_608,
+    "LFM2-2.6B": 2_569_272_320,
 }
 """Parameters of models that are not in real_configs.py."""
 
@@ -52,6 +55,16 @@ def test_cache() -> None:
     assert phone_table.cache_bytes(gemma, 600) == 26 * 600 * 2 * 256 * 2
     window = {**MODELS["gemma-3-1b"], "sliding_window": 513}
     assert phone_table.cache_bytes(family_for(window)) == (4 * 4096 + 22 * 1280) * 2 * 256 * 2, "a multiple of 256"
+
+
+def test_blocks_without_attention() -> None:
+    """By hand, as llama.cpp computes n_embd_r and n_embd_s."""
+    lfm = family_for(MODELS["LFM2-700M"])
+    # 6 of 16 blocks have attention, 8 heads of 64; the others keep two inputs of 1536 channels.
+    assert phone_table.cache_bytes(lfm) == 6 * 2 * 8 * 64 * 2 * 4096 + 10 * 2 * 1536 * 4
+    qwen = family_for(MODELS["Qwen3.5-0.8B"])
+    # 6 of 24 have attention, 2 heads of 256; the others 16 states of 128 x 128, and three inputs of 6144 channels.
+    assert phone_table.cache_bytes(qwen) == 6 * 2 * 2 * 256 * 2 * 4096 + 18 * 4 * (16 * 128 * 128 + 3 * 6144)
 
 
 def test_phones() -> None:

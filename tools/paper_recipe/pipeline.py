@@ -7,6 +7,7 @@ the output of the quantized layers before it. Rotation is a matter of the checkp
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -50,7 +51,7 @@ class Recipe:
     def bits_per_weight(self, family: Family, bits: int) -> float:
         """Return the mean over the blocks' linear layers, with float16 scales and minimums."""
         total = stored = 0.0
-        for layer in family.block_linears:
+        for layer in chain.from_iterable(map(family.block_linears, range(family.num_layers))):
             rows, columns = family.linear_shape(layer)
             floats = bits if self._is_dual(layer) else 2
             total += rows * columns
@@ -106,7 +107,7 @@ class _Driver:
     def quantize(self, index: int, block: nn.Module) -> None:
         """Quantize one block and move both streams past it."""
         prefix = self.runner.family.block_prefix(index)
-        linear_groups = self.runner.family.linear_groups
+        linear_groups = self.runner.family.block_groups(index)
         inputs, outputs = self._run_original(block, linear_groups)
         corrected = [group for group in linear_groups[1:] if group.norm is not None and self.recipe.correct]
         # The teacher: the same input as the student's, through this block before any of it is quantized.

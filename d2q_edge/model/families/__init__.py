@@ -6,20 +6,43 @@ from typing import Any
 from d2q_edge.errors import D2QError
 from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.model.families.base import Family
+from d2q_edge.model.families.ernie4_5 import Ernie4p5
 from d2q_edge.model.families.gemma3 import Gemma3
+from d2q_edge.model.families.granite import Granite
 from d2q_edge.model.families.layout import LinearGroup, Sublayer
+from d2q_edge.model.families.lfm2 import Lfm2
 from d2q_edge.model.families.llama import Llama
+from d2q_edge.model.families.ministral3 import Ministral3
 from d2q_edge.model.families.mistral import Mistral
+from d2q_edge.model.families.olmo2 import Olmo2, Olmo3
 from d2q_edge.model.families.olmoe import Olmoe
 from d2q_edge.model.families.phi3 import Phi3
 from d2q_edge.model.families.qwen2 import Qwen2
 from d2q_edge.model.families.qwen3 import Qwen3
+from d2q_edge.model.families.qwen3_5 import Qwen3p5
 from d2q_edge.model.families.qwen3_moe import Qwen3Moe
 from d2q_edge.model.families.smollm3 import SmolLM3
 
 __all__ = ["FAMILIES", "Family", "LinearGroup", "Sublayer", "family_for", "family_of_file"]
 
-FAMILIES: tuple[type[Family], ...] = (Llama, Mistral, Qwen2, Qwen3, SmolLM3, Gemma3, Phi3, Qwen3Moe, Olmoe)
+FAMILIES: tuple[type[Family], ...] = (
+    Llama,
+    Mistral,
+    Ministral3,
+    Qwen2,
+    Qwen3,
+    SmolLM3,
+    Gemma3,
+    Phi3,
+    Granite,
+    Ernie4p5,
+    Lfm2,
+    Olmo2,
+    Olmo3,
+    Qwen3p5,
+    Qwen3Moe,
+    Olmoe,
+)
 
 
 def family_of_file(file: GGUFFile) -> type[Family]:

@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from d2q_edge.errors import D2QError
 from d2q_edge.model.families.gguf_keys import GGUFKeys
@@ -53,19 +54,28 @@ class Family(RotaryEmbedding, ABC):
     default_kv_heads: ClassVar[int | None] = None  # None: as many as query heads
     default_head_dim: ClassVar[int | None] = None  # None: hidden_size / query heads
     tied_by_default: ClassVar[bool] = False
+    # Keys of config.json: of the norms' epsilon, and of tied embeddings, the first of which that is there counts.
+    norm_eps_key: ClassVar[str] = "rms_norm_eps"
+    tied_keys: ClassVar[tuple[str, ...]] = ("tie_word_embeddings",)
 
     embedding_scale: float = 1.0  # factor of the embeddings in front of the first block
+    residual_scale: float = 1.0  # factor of what every sublayer adds to the residual stream
+    logit_scale: float = 1.0  # factor of what the head puts out
     num_experts: int = 0  # experts of every block; 0 where it has an ordinary MLP
     experts_per_token: int = 0  # experts that a token is routed to (top_k)
     ignored_window: int | None = None  # tokens that the model's attention is limited to, but llama.cpp's isn't
 
+    # The block's layout, where all blocks are alike; see block_groups and block_sublayers.
     linear_groups: tuple[LinearGroup, ...] = (
         LinearGroup("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
         LinearGroup(None, ("self_attn.o_proj",), absorber="self_attn.v_proj"),
         LinearGroup("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
         LinearGroup(None, ("mlp.down_proj",), absorber="mlp.up_proj"),
     )
-    sublayers = (Sublayer("self_attn", "input_layernorm"), Sublayer("mlp", "post_attention_layernorm"))
+    sublayers: tuple[Sublayer, ...] = (
+        Sublayer("self_attn", "input_layernorm"),
+        Sublayer("mlp", "post_attention_layernorm"),
+    )
     embedding: ClassVar[str] = "model.embed_tokens"
     final_norm: ClassVar[str] = "model.norm"
     head: ClassVar[str] = "lm_head"
@@ -75,7 +85,7 @@ class Family(RotaryEmbedding, ABC):
         super().__init__(config)
         self.num_layers = self._int("num_hidden_layers", maximum=MAX_LAYERS)
         self.hidden_size = self._int("hidden_size")
-        self.intermediate_size = self._int("intermediate_size")
+        self.intermediate_size = self._feed_forward_width()
         self.num_heads = self._int("num_attention_heads")
         given = self.default_kv_heads is None or "num_key_value_heads" in config
         self.num_kv_heads = self._int("num_key_value_heads", default=self.num_heads if given else self.default_kv_heads)
@@ -83,8 +93,9 @@ class Family(RotaryEmbedding, ABC):
         self.head_dim = self._int("head_dim", default=self.default_head_dim or width)
         self.vocab_size = self._int("vocab_size")
         self.context_length = self._int("max_position_embeddings")
-        self.norm_eps = self._float("rms_norm_eps", default=self.default_norm_eps)
-        self.tied_embeddings = self._flag("tie_word_embeddings", default=self.tied_by_default)
+        self.norm_eps = self._float(self.norm_eps_key, default=self.default_norm_eps)
+        tied = next((key for key in self.tied_keys if config.get(key) is not None), self.tied_keys[0])
+        self.tied_embeddings = self._flag(tied, default=self.tied_by_default)
         if self.num_heads % self.num_kv_heads:
             raise D2QError(
                 f"config.json: num_attention_heads ({self.num_heads}) must be a multiple of num_key_value_heads "
@@ -100,20 +111,26 @@ class Family(RotaryEmbedding, ABC):
         self._read_rope()
         self._refuse_unsupported()
 
-    @property
-    def block_linears(self) -> tuple[str, ...]:
-        """Return all linear layers of one block in forward order, relative to the block."""
-        return tuple(linear for group in self.linear_groups for linear in group.linears)
+    def block_groups(self, index: int) -> tuple[LinearGroup, ...]:
+        """Return the linear groups of block `index`, in forward order."""
+        return self.linear_groups
 
-    @property
-    def residual_readers(self) -> Mapping[str, str]:
-        """Return the block's layers that read the residual stream, each with the norm in front of it."""
-        return {linear: group.norm for group in self.linear_groups if group.norm for linear in group.linears}
+    def block_sublayers(self, index: int) -> tuple[Sublayer, ...]:
+        """Return the sublayers of block `index`, in forward order."""
+        return self.sublayers
 
-    @property
-    def residual_writers(self) -> tuple[str, ...]:
-        """Return the block's linear layers whose output is added to the residual stream: those without a norm."""
-        return tuple(linear for group in self.linear_groups if group.norm is None for linear in group.linears)
+    def block_linears(self, index: int) -> tuple[str, ...]:
+        """Return all linear layers of block `index` that are quantized, in forward order, relative to the block."""
+        return tuple(linear for group in self.block_groups(index) for linear in group.linears)
+
+    def residual_readers(self, index: int) -> Mapping[str, str]:
+        """Return the layers of block `index` that read the residual stream, each with the norm in front of it."""
+        return {linear: group.norm for group in self.block_groups(index) if group.norm for linear in group.linears}
+
+    def residual_writers(self, index: int) -> tuple[str, ...]:
+        """Return the linear layers of block `index` whose output is added to the residual stream."""
+        inner = (group for group in self.block_groups(index) if group.norm is None and not group.reads_stream)
+        return tuple(linear for group in inner for linear in group.linears)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -127,13 +144,18 @@ class Family(RotaryEmbedding, ABC):
             f"more than {window} tokens it isn't the same model",
         )
 
+    def state_elements(self, index: int) -> int:
+        """Return the numbers, f32, of what block `index` remembers of a text in place of keys and values."""
+        return 0
+
     def sliding_window(self, index: int) -> int | None:
         """Return the number of tokens that block `index` attends to, the current one included; None for all."""
         return self.ignored_window
 
-    def sublayer_of(self, group: LinearGroup) -> Sublayer:
-        """Return the sublayer that a linear group belongs to."""
-        return next(sublayer for sublayer in self.sublayers if group.linears[0].startswith(f"{sublayer.module}."))
+    def sublayer_groups(self, index: int, sublayer: Sublayer) -> tuple[LinearGroup, ...]:
+        """Return the linear groups of a sublayer of block `index`."""
+        prefix = f"{sublayer.module}."
+        return tuple(group for group in self.block_groups(index) if group.linears[0].startswith(prefix))
 
     def block_prefix(self, index: int) -> str:
         """Return the prefix that turns a name relative to block `index` into a full one."""
@@ -152,11 +174,11 @@ class Family(RotaryEmbedding, ABC):
     def linear_weights(self) -> list[str]:
         """Return the full names of the weights of all blocks' linear layers, in forward order."""
         return [
-            f"{self.block_prefix(i)}{linear}.weight" for i in range(self.num_layers) for linear in self.block_linears
+            f"{self.block_prefix(i)}{linear}.weight" for i in range(self.num_layers) for linear in self.block_linears(i)
         ]
 
     def linear_shape(self, linear: str) -> tuple[int, int]:
-        """Return (out_features, in_features) of a block's linear layer, the shape of its weight."""
+        """Return (out_features, in_features) of a linear layer, by its name in its block; the shape of its weight."""
         attention, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         return {
             "self_attn.q_proj": (attention, self.hidden_size),
@@ -179,23 +201,41 @@ class Family(RotaryEmbedding, ABC):
         return rows.repeat(self.num_heads // self.num_kv_heads, axis=1).reshape(-1)
 
     def biased_linears(self) -> tuple[str, ...]:
-        """Return the block's linear layers that have a bias."""
+        """Return the linear layers that have a bias, by their names in their blocks."""
         return ()
 
-    def block_norms(self) -> dict[str, int]:
-        """Return the block's norms with their widths, relative to the block, without ".weight"."""
-        names = [norm for sublayer in self.sublayers for norm in (sublayer.norm, sublayer.output_norm) if norm]
+    def block_norms(self, index: int) -> dict[str, int]:
+        """Return the norms of block `index` with their widths, relative to the block, without ".weight"."""
+        sublayers = self.block_sublayers(index)
+        names = [norm for sublayer in sublayers for norm in (sublayer.norm, sublayer.output_norm) if norm]
         heads = ("self_attn.q_norm", "self_attn.k_norm") if self.qk_norms else ()
         return dict.fromkeys(names, self.hidden_size) | dict.fromkeys(heads, self.head_dim)
 
-    def block_routers(self) -> dict[str, tuple[int, int]]:
-        """Return the block's routers with the shapes of their weights, named as in `block_norms`."""
+    def block_routers(self, index: int) -> dict[str, tuple[int, int]]:
+        """Return the routers of block `index` with the shapes of their weights, named as in `block_norms`."""
         return {}
 
-    def is_router(self, hf_name: str) -> bool:
-        """Return whether a tensor is a router's weight, which stays f32 whatever the file's type."""
+    def block_kept_linears(self, index: int) -> dict[str, tuple[int, int]]:
+        """Return linear layers of block `index` that aren't quantized, but read what quantized layers read.
+
+        With the shapes of their weights; `residual_readers` has the norms in front of them. Unlike those of routers,
+        their weights have a file's stock type if all matrices have it.
+        """
+        return {}
+
+    def block_constants(self, index: int) -> dict[str, tuple[int, ...]]:
+        """Return what else block `index` has and nothing quantizes, such as a convolution's kernel: names and shapes.
+
+        The names are relative to the block, with ".weight" where they have it.
+        """
+        return {}
+
+    def stays_float(self, hf_name: str) -> bool:
+        """Return whether a tensor of two or more dimensions is f32 in the file whatever the file's type."""
         index, inner = self.split_name(hf_name)
-        return index is not None and inner.removesuffix(".weight") in self.block_routers()
+        if index is None:
+            return False
+        return inner.removesuffix(".weight") in self.block_routers(index) or inner in self.block_constants(index)
 
     @property
     def stacks(self) -> Mapping[str, tuple[str, ...]]:
@@ -223,18 +263,27 @@ class Family(RotaryEmbedding, ABC):
         shapes: dict[str, tuple[int, ...]] = {f"{self.embedding}.weight": (self.vocab_size, self.hidden_size)}
         for index in range(self.num_layers):
             prefix = self.block_prefix(index)
-            for linear in self.block_linears:
+            linears = self.block_linears(index)
+            for linear in linears:
                 shapes[f"{prefix}{linear}.weight"] = self.linear_shape(linear)
             for linear in self.biased_linears():
-                shapes[f"{prefix}{linear}.bias"] = self.linear_shape(linear)[:1]
-            for norm, width in self.block_norms().items():
+                if linear in linears:
+                    shapes[f"{prefix}{linear}.bias"] = self.linear_shape(linear)[:1]
+            for norm, width in self.block_norms(index).items():
                 shapes[f"{prefix}{norm}.weight"] = (width,)
-            for router, shape in self.block_routers().items():
-                shapes[f"{prefix}{router}.weight"] = shape
+            for kept, kept_shape in (self.block_routers(index) | self.block_kept_linears(index)).items():
+                shapes[f"{prefix}{kept}.weight"] = kept_shape
+            for name, shape in self.block_constants(index).items():
+                shapes[f"{prefix}{name}"] = shape
         shapes[f"{self.final_norm}.weight"] = (self.hidden_size,)
         if not self.tied_embeddings:
             shapes[f"{self.head}.weight"] = (self.vocab_size, self.hidden_size)
         return MappingProxyType(shapes)
+
+    def export_shape(self, hf_name: str) -> tuple[int, ...]:
+        """Return a tensor's shape in the file, where depthwise kernels [channels, 1, taps] have two dimensions."""
+        shape = self.tensor_shapes()[hf_name]
+        return (shape[0], *shape[2:]) if len(shape) == 3 and shape[1] == 1 else shape
 
     def gguf_name(self, hf_name: str) -> str:
         """Return a tensor's GGUF name, such as "blk.0.attn_q.weight"; raise KeyError if the architecture has none."""
@@ -250,6 +299,13 @@ class Family(RotaryEmbedding, ABC):
     def export_values(self, hf_name: str, array: Values) -> Values:
         """Convert a float tensor's values for the file, whose norm weights (float32) include `norm_offset`."""
         return array + self.norm_offset if self._has_offset(hf_name) else array
+
+    def arranged(self, hf_name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Put the columns of a weight of the checkpoint into the order of the file, which `adapt_block` is for."""
+        return tensor
+
+    def adapt_block(self, index: int, block: nn.Module) -> None:
+        """Make transformers' module of block `index` compute with weights that are `arranged`, in place."""
 
     def import_rows(self, hf_name: str, array: Values) -> Values:
         """Undo `export_rows`."""
@@ -271,13 +327,13 @@ class Family(RotaryEmbedding, ABC):
         writer.add_embedding_length(self.hidden_size)
         writer.add_feed_forward_length(self.intermediate_size)
         writer.add_head_count(self.num_heads)
-        writer.add_head_count_kv(self.num_kv_heads)
+        writer.add_head_count_kv(self._recorded_kv_heads())
         self._add_rope(writer)
         writer.add_layer_norm_rms_eps(self.norm_eps)
         if self.num_experts:
             writer.add_expert_count(self.num_experts)
             writer.add_expert_used_count(self.experts_per_token)
-        if self.records_default_head_dim or self.config.get("head_dim") is not None:
+        if self._records_head_dim():
             writer.add_key_length(self.head_dim)
             writer.add_value_length(self.head_dim)
         writer.add_file_type(file_type)
@@ -296,9 +352,19 @@ class Family(RotaryEmbedding, ABC):
             config["head_dim"] = keys.head_dim
         return config
 
+    def _feed_forward_width(self) -> int:
+        return self._int("intermediate_size")
+
+    def _recorded_kv_heads(self) -> int | list[int]:
+        """Return the number of key-value heads, or those of every block."""
+        return self.num_kv_heads
+
+    def _records_head_dim(self) -> bool:
+        return self.records_default_head_dim or self.config.get("head_dim") is not None
+
     def _has_offset(self, hf_name: str) -> bool:
         index, inner = self.split_name(hf_name.removesuffix(".weight"))
-        is_norm = inner == self.final_norm if index is None else inner in self.block_norms()
+        is_norm = inner == self.final_norm if index is None else inner in self.block_norms(index)
         return bool(self.norm_offset) and is_norm
 
     @cached_property

@@ -41,9 +41,8 @@ class MixtureOfExperts(Family):
             *(LinearGroup(None, (down,), absorber=up) for _, up, down in experts),
         )
 
-    @property
-    def residual_readers(self) -> Mapping[str, str]:
-        return {**super().residual_readers, ROUTER: NORM}
+    def residual_readers(self, index: int) -> Mapping[str, str]:
+        return {**super().residual_readers(index), ROUTER: NORM}
 
     @cached_property
     def stacks(self) -> Mapping[str, tuple[str, ...]]:
@@ -60,7 +59,7 @@ class MixtureOfExperts(Family):
         wide = self.expert_width, self.hidden_size
         return wide[::-1] if linear.endswith(".down_proj") else wide
 
-    def block_routers(self) -> dict[str, tuple[int, int]]:
+    def block_routers(self, index: int) -> dict[str, tuple[int, int]]:
         return {ROUTER: (self.num_experts, self.hidden_size)}
 
     def gguf_name(self, hf_name: str) -> str:

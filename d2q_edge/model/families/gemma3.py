@@ -81,19 +81,10 @@ class Gemma3(Family):
 
     def _rope_settings(self) -> Mapping[str, Any]:
         """Return the settings of the full-attention layers; also read the sliding-window layers' rotary base."""
-        both = self.config.get("rope_parameters") or {}
-        if not isinstance(both, Mapping) or not both.keys() <= {"full_attention", "sliding_attention"}:
-            raise D2QError("config.json: rope_parameters must be an object with full_attention and sliding_attention")
-        full, sliding = (both.get(kind) or {} for kind in ("full_attention", "sliding_attention"))
-        scaling = self.config.get("rope_scaling") or {}
-        if not all(isinstance(settings, Mapping) for settings in (full, sliding, scaling)):
-            raise D2QError("config.json: rope_scaling must be an object")
-        if sliding.get("rope_type", "default") != "default":
-            raise D2QError("config.json: scaled rotary embeddings of the sliding-window layers aren't supported")
-        self._read_rotary_share(sliding)
+        full, sliding = self._ropes_by_type()
         theta = sliding.get("rope_theta", self.config.get("rope_local_base_freq"))
         self.sliding_rope_theta = positive_float("rope_local_base_freq", 10000.0 if theta is None else theta)
-        return {**full, **scaling}
+        return full
 
     def _check_attention(self) -> None:
         config = self.config

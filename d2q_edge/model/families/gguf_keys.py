@@ -55,6 +55,15 @@ class GGUFKeys:
             raise D2QError(f"{self.file.path} is malformed: its key {self.arch}.{key} is {value!r:.40}, not a number")
         return float(str(np.float32(value)))
 
+    def kv_heads(self, default: int) -> int:
+        """Return the number of key-value heads; blocks without attention have none."""
+        value = self.value("attention.head_count_kv", default)
+        counts = [count for count in value if count != 0] if isinstance(value, list) else []
+        if len(set(map(repr, counts))) > 1 or (counts and type(counts[0]) is not int):
+            key = f"{self.arch}.attention.head_count_kv"
+            raise D2QError(f"{self.file.path} can't be converted: its key {key} differs between blocks")
+        return counts[0] if counts else self.whole("attention.head_count_kv", default)
+
     def text(self, key: str, default: str) -> str:
         """Return a text."""
         value = self.value(key, default)
@@ -87,7 +96,7 @@ class GGUFKeys:
             "intermediate_size": self.whole("feed_forward_length"),
             "num_hidden_layers": self.whole("block_count"),
             "num_attention_heads": heads,
-            "num_key_value_heads": self.whole("attention.head_count_kv", heads),
+            "num_key_value_heads": self.kv_heads(heads),
             "max_position_embeddings": self.whole("context_length"),
             "rms_norm_eps": self.decimal("attention.layer_norm_rms_epsilon"),
             "tie_word_embeddings": "output.weight" not in tensors,

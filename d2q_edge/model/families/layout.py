@@ -11,18 +11,21 @@ class LinearGroup:
     scales c cost no bits, because W x = W' (c * x): whatever produces the input x absorbs them. That is the norm, whose
     weight is multiplied by c, or the absorber, a linear layer A whose row `Family.absorber_rows(...)[j]` is multiplied
     by c[j]. Columns with the same row share their scale.
-
     """
 
-    norm: str | None  # produces the input; None if it comes from attention or from the gated activation
+    norm: str | None  # produces the input; None if another layer of the block, or the residual stream itself, does
     linears: tuple[str, ...]  # in forward order
     absorber: str | None = None  # without a norm: to whose rows the input's columns are proportional (v for o)
+    reads_stream: bool = False  # the input is the residual stream as it is, so that nothing can absorb scales
 
 
 @dataclass(frozen=True)
 class Sublayer:
-    """One residual branch of a block, residual + output_norm(module(norm(residual))), with names relative to it."""
+    """One residual branch of a block, residual + scale * output_norm(module(norm(residual))); names relative to it.
+
+    The scale is the model's (`Family.residual_scale`).
+    """
 
     module: str
-    norm: str
+    norm: str | None  # None where the module reads the residual stream as it is
     output_norm: str | None = None  # None where the module's output is added as it is

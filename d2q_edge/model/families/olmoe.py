@@ -18,8 +18,8 @@ class Olmoe(MixtureOfExperts):
     default_norm_eps = 1e-5
     normalizes_top_k = False
 
-    def block_norms(self) -> dict[str, int]:
-        return super().block_norms() | dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), self.hidden_size)
+    def block_norms(self, index: int) -> dict[str, int]:
+        return super().block_norms(index) | dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), self.hidden_size)
 
     def _refuse_unsupported(self) -> None:
         super()._refuse_unsupported()

@@ -52,15 +52,19 @@ class RotaryEmbedding(Settings):
         writer.add_rope_freq_base(self.rope_theta)
 
     @property
+    def _own_multiplier(self) -> float:
+        """Return llama.cpp's multiplier of cosines and sines in YaRN."""
+        return 0.1 * math.log(max(float(self.rope_scaling["factor"]), 1.0)) + 1
+
+    @property
     def _multiplier(self) -> float:
         """Return transformers' multiplier of cosines and sines in YaRN, relative to llama.cpp's."""
         scaling, logarithm = self.rope_scaling, 0.1 * math.log(max(float(self.rope_scaling["factor"]), 1.0))
         if scaling.get("attention_factor") is not None:
-            return float(scaling["attention_factor"]) / (logarithm + 1)
+            return float(scaling["attention_factor"]) / self._own_multiplier
         over, under = scaling.get("mscale"), scaling.get("mscale_all_dim")
-        if over and under:
-            return float((over * logarithm + 1) / (under * logarithm + 1) / (logarithm + 1))
-        return 1.0
+        wanted = (over * logarithm + 1) / (under * logarithm + 1) if over and under else logarithm + 1
+        return float(wanted / self._own_multiplier)
 
     @property
     def _rope_notes(self) -> tuple[str, ...]:
@@ -75,6 +79,20 @@ class RotaryEmbedding(Settings):
             f"YaRN scales the model's context to {scaled:.0f} tokens, but max_position_embeddings in config.json, "
             f"which the file repeats, says {self.context_length}",
         )
+
+    def _ropes_by_type(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """Return the settings of layers with full attention and with a sliding window, where they differ."""
+        both = self.config.get("rope_parameters") or {}
+        if not isinstance(both, Mapping) or not both.keys() <= {"full_attention", "sliding_attention"}:
+            raise D2QError("config.json: rope_parameters must be an object with full_attention and sliding_attention")
+        full, sliding = (both.get(kind) or {} for kind in ("full_attention", "sliding_attention"))
+        scaling = self.config.get("rope_scaling") or {}
+        if not all(isinstance(settings, Mapping) for settings in (full, sliding, scaling)):
+            raise D2QError("config.json: rope_scaling must be an object")
+        if sliding.get("rope_type", "default") != "default":
+            raise D2QError("config.json: scaled rotary embeddings of the sliding-window layers aren't supported")
+        self._read_rotary_share(sliding)
+        return {**full, **scaling}, sliding
 
     def _rope_settings(self) -> Mapping[str, Any]:
         """Return `rope_parameters` (transformers 5), or else `rope_scaling`, which lacks rope_theta."""

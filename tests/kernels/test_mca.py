@@ -56,7 +56,7 @@ def test_ours_need_fewer_cycles(patched_tree: Path, tmp_path: Path) -> None:
         assert cycles["d2q2"] < cycles["q2_K"], cpu
         assert cycles["d2q3"] < cycles["q3_K"], cpu
         assert cycles["d2q2 x8"] < 0.8 * cycles["d2q2"], cpu
-        assert cycles["d2q3 x8"] < 0.85 * cycles["d2q3"], cpu
+        assert cycles["d2q3 x8"] < 0.95 * cycles["d2q3"], cpu
         for name in ("d2q2_64", "d2q3_64"):
             assert cycles[f"{name} x8"] < 0.95 * cycles[name], cpu
         assert cycles["gemm i8mm"] < cycles["gemm dotprod"] < 0.5 * cycles["d2q2"], cpu

@@ -84,6 +84,8 @@ GRAMMARS = [
     'root ::= a\na ::= b\nb ::= a "x" | a', "root ::= undefined", "\x00", "root ::= [^]", 'root ::= ("a"*)*',
     "root ::= " + "(" * 20_000, "root ::= " + '"a" | ' * 5000, 'root ::= "\\xZZ"', 'root ::= "a"{3,1}', "root",
 ]  # fmt: skip
+CHAIN = {f"s{i}": {"type": "array", "items": {"$ref": f"#/$defs/s{i + 1}"}} for i in range(20_000)} | {"s20000": {}}
+"""Schemas each of which leads to the next."""
 SCHEMAS: list[Any] = [
     {"type": "x"}, {"type": 3}, {"$ref": "#/a/b"}, {"$ref": "#"}, {"$ref": "https://x.invalid/s"},
     {"$ref": "file:///etc/x"}, {"type": "string", "pattern": "("}, {"type": "string", "pattern": "^[a-$"},
@@ -92,13 +94,13 @@ SCHEMAS: list[Any] = [
     {"type": "string", "minLength": -1, "maxLength": -5}, {"properties": 3}, {"type": "object", "properties": {"a": 3}},
     {"anyOf": 3}, {"allOf": [3]}, {"type": ["integer", 3]}, {"type": "integer", "minimum": "x"}, {"format": "x"}, [],
     {"type": "integer", "minimum": 10, "maximum": -10}, "x",
-    {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
+    {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}, {"$defs": CHAIN, "$ref": "#/$defs/s0"},
 ]  # fmt: skip
 
 
 NESTED = "@nested"
 """Stands for schemas within each other, deeper than Python's json can write."""
-DEPTHS = 50, 5000
+DEPTHS = 50, 50_000
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 // Times dot products of the d2q types and of stock types, interleaved: for each round and type one line with the
-// nanoseconds per dot product, rows in the cache and rows streamed from memory. bench_kernels.py builds and runs it.
+// nanoseconds per dot product, rows in the cache and rows streamed from memory. "_x8" is the kernel for eight rows that were
+// interleaved when the model was loaded. bench_kernels.py builds and runs it.
 // usage: bench_kernels COLUMNS ROUNDS STREAM_BYTES
 
 #define GGML_COMMON_DECL_C
@@ -8,6 +9,7 @@
 #include "ggml-quants.h"
 #include "ggml-cpu/quants.h"
 #include "d2q/d2q-cpu.h"
+#include "d2q/d2q-repack.h"
 #include "d2q/d2q-quants.h"
 
 #include <stdarg.h>
@@ -35,14 +37,17 @@ typedef struct {
     dot_t        dot;
     quantize_t   quantize;
     uint8_t    * cached, * streamed;
+    bool         x8;
 } type_t;
 
-#define K_TYPE(name, id, size)  {#name, id, 256, size, true,  ggml_vec_dot_##name##_q8_K, quantize_##name, NULL, NULL}
-#define TYPE_0(name, id, b, size) {#name, id, b, size, false, ggml_vec_dot_##name##_q8_0, quantize_##name, NULL, NULL}
+#define K_TYPE(name, id, size)  {#name, id, 256, size, true,  ggml_vec_dot_##name##_q8_K, quantize_##name, NULL, NULL, false}
+#define TYPE_0(name, id, b, size) {#name, id, b, size, false, ggml_vec_dot_##name##_q8_0, quantize_##name, NULL, NULL, false}
+#define X8(name, id, b, size, q8_K) {#name "_x8", id, b, size, q8_K, NULL, quantize_##name, NULL, NULL, true}
 static type_t types[] = {
     K_TYPE(d2q2, 80, 74), K_TYPE(q2_K, 10, 84), K_TYPE(iq2_xs, 17, 74), K_TYPE(iq2_s, 22, 82),
     K_TYPE(d2q3, 81, 106), K_TYPE(q3_K, 11, 110), K_TYPE(iq3_xxs, 18, 98), K_TYPE(q4_K, 12, 144),
     TYPE_0(d2q2_64, 82, 64, 20), TYPE_0(d2q3_64, 83, 64, 28), TYPE_0(q4_0, 2, 32, 18),
+    X8(d2q2, 80, 256, 74, true), X8(d2q3, 81, 256, 106, true), X8(d2q2_64, 82, 64, 20, false), X8(d2q3_64, 83, 64, 28, false),
 };
 #define TYPES ((int) (sizeof(types)/sizeof(types[0])))
 
@@ -72,9 +77,13 @@ static volatile float sink;
 
 static double time_rows(const type_t * t, int columns, const uint8_t * rows, int n, const void * y) {
     const size_t size = (size_t) (columns/t->block*t->size);
-    float sum = 0, s;
+    float sum = 0, s, eight[D2Q_ROWS];
     const double start = now();
-    for (int r = 0; r < n; r++) {
+    for (int r = 0; t->x8 && r < n; r += D2Q_ROWS) {
+        d2q_gemv((enum ggml_type) t->id, columns, rows + (size_t) r*size, D2Q_ROWS, y, eight);
+        sum += eight[0];
+    }
+    for (int r = 0; !t->x8 && r < n; r++) {
         t->dot(columns, &s, 0, rows + (size_t) r*size, 0, y, 0, 1);
         sum += s;
     }
@@ -90,11 +99,12 @@ int main(int argc, char ** argv) {
     }
     const int    columns = atoi(argv[1]), rounds = atoi(argv[2]);
     const size_t stream = strtoull(argv[3], NULL, 10);
-    enum { DISTINCT = 8 };
+    enum { DISTINCT = D2Q_ROWS };
     const int    cached_rows = columns > 8192 ? 64 : 192; // below the size of a second-level cache
 
     for (int i = 0; i < 1 << 16; i++) { ggml_table_f32_f16[i] = GGML_COMPUTE_FP16_TO_FP32((ggml_fp16_t) i); }
     d2q_cpu_init();
+    d2q_repack_init();
     iq2xs_init_impl(GGML_TYPE_IQ2_XS);
     iq2xs_init_impl(GGML_TYPE_IQ2_S);
     iq3xs_init_impl(256);
@@ -107,13 +117,17 @@ int main(int argc, char ** argv) {
 
     for (int i = 0; i < TYPES; i++) {
         type_t * t = &types[i];
-        const size_t size = ggml_row_size(t->id, columns), n = stream/size;
+        const size_t size = ggml_row_size(t->id, columns), n = stream/size/D2Q_ROWS*D2Q_ROWS;
         uint8_t * rows = malloc(size*DISTINCT);
         t->quantize(w, rows, DISTINCT, columns, ones);
         t->cached   = aligned_alloc(64, (size*(size_t) cached_rows + 63)/64*64);
         t->streamed = aligned_alloc(64, (size*n + 63)/64*64);
         for (int r = 0; r < cached_rows; r++) { memcpy(t->cached + (size_t) r*size, rows + (size_t) (r%DISTINCT)*size, size); }
         for (size_t r = 0; r < n; r++) { memcpy(t->streamed + r*size, rows + r%DISTINCT*size, size); }
+        if (t->x8) {
+            for (int r = 0; r < cached_rows; r += D2Q_ROWS) { d2q_repack(t->id, columns, D2Q_ROWS, rows, t->cached + (size_t) r*size); }
+            for (size_t r = 0; r < n; r += D2Q_ROWS) { memcpy(t->streamed + r*size, t->cached, size*D2Q_ROWS); }
+        }
         free(rows);
     }
     for (int round = 0; round < rounds; round++) {
@@ -123,7 +137,7 @@ int main(int argc, char ** argv) {
             time_rows(t, columns, t->cached, cached_rows, y); // warms the cache
             double cached = INFINITY;
             for (int repeat = 0; repeat < 3; repeat++) { cached = MIN(cached, time_rows(t, columns, t->cached, cached_rows, y)); }
-            const double streamed = time_rows(t, columns, t->streamed, (int) (stream/ggml_row_size(t->id, columns)), y);
+            const double streamed = time_rows(t, columns, t->streamed, (int) (stream/ggml_row_size(t->id, columns)/D2Q_ROWS*D2Q_ROWS), y);
             printf("%s %.3f %.3f\n", t->name, cached, streamed);
         }
     }

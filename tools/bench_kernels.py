@@ -1,7 +1,7 @@
 """Compare the speed of our dot products with stock llama.cpp's, interleaved in one process.
 
 Compiles ggml's kernels and ours from the patched source with tools/bench_kernels.c, for AVX2 only and for this machine
-(x86 only). Prints a table; --json prints a map from instruction set to `type/stock_type` to the median ratio of their
+(x86 only). "_x8" is our kernel for interleaved rows, which is compared with our own dot product. Prints a table; --json prints a map from instruction set to `type/stock_type` to the median ratio of their
 times over rounds and widths (below 1 ours is faster), --markdown the same ratios as the README's table.
 
 --roofline prints the machine's read bandwidth instead, and what generation with each --model takes of it.
@@ -29,6 +29,8 @@ SOURCES = (
     "d2q/d2q-cpu.c",
     "d2q/d2q-q8.c",
     "d2q/d2q-x86.c",
+    "d2q/d2q-repack.c",
+    "d2q/d2q-repack-x86.c",
     "d2q/d2q-quants.c",
     "d2q/d2q-encode.c",
 )
@@ -42,6 +44,7 @@ PAIRS = (
     ("d2q3", "q4_K"),
     ("d2q2_64", "q4_0"),
     ("d2q3_64", "q4_0"),
+    *((f"{name}_x8", name) for name in ("d2q2", "d2q3", "d2q2_64", "d2q3_64")),
 )
 
 
@@ -90,7 +93,8 @@ def markdown(result: dict[str, dict[str, float]]) -> str:
     lines = [f"| time of a dot product | {' | '.join(result)} |", "|---" * (1 + len(result)) + "|"]
     for ours, stock in PAIRS:
         values = " | ".join(f"{seen[f'{ours}/{stock}']:.2f}" for seen in result.values())
-        lines.append(f"| {ours} / {stock.upper()} | {values} |")
+        against = stock if stock.startswith("d2q") else stock.upper()
+        lines.append(f"| {ours} / {against} | {values} |")
     return "\n".join(lines)
 
 

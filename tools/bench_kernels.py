@@ -2,8 +2,8 @@
 
 Compiles ggml's kernels and ours from the patched source with tools/bench_kernels.c, for AVX2 only and for this machine
 (x86 only). "_x8" is our kernel for interleaved rows, which is compared with our own dot product. Prints a table; --json
-prints a map from instruction set to `type/stock_type` to the median ratio of their times over rounds and widths (below 1
-ours is faster), --markdown the same ratios as the README's table.
+prints a map from instruction set to `type/stock_type` to the median ratio of their times over rounds and widths (below
+1 ours is faster), --markdown the same ratios as the README's table.
 
 --roofline prints the machine's read bandwidth instead, and what generation with each --model takes of it.
 """

@@ -24,7 +24,8 @@
 #define D2Q_PAIR_WORDS 0
 #endif
 
-// [half of the block][row][...]: a half's four groups of one row lie together, and the eight rows one after the other
+// [half of the block][row][...]: a half's four groups of one row lie together, and the eight rows one after the other. The
+// fields are in the order in which they are read, which is what hardware prefetches.
 typedef struct {
     ggml_half d[D2Q_ROWS];
     uint8_t   cb[2][D2Q_ROWS][4];
@@ -34,8 +35,8 @@ typedef struct {
 typedef struct {
     ggml_half d[D2Q_ROWS];
     uint8_t   cb[2][D2Q_ROWS][4];
-    uint8_t   qs[2][D2Q_ROWS][32];
     uint8_t   qh[D2Q_ROWS][32];
+    uint8_t   qs[2][D2Q_ROWS][32];
 } block_d2q3x8;
 
 typedef struct {

@@ -116,6 +116,7 @@ class ServerOptions:
         threads: number of CPU threads; None takes all CPUs that this process may use.
         cache_type_k, cache_type_v: types that llama.cpp stores the context's keys and values in.
         lora: GGUF files of adapters.
+        repack: let llama.cpp rearrange weights in memory for speed, where it can.
     """
 
     host: str = "127.0.0.1"
@@ -127,6 +128,7 @@ class ServerOptions:
     cache_type_k: str = LoadOptions.cache_type_k
     cache_type_v: str = LoadOptions.cache_type_v
     lora: tuple[Path, ...] = ()
+    repack: bool = LoadOptions.repack
 
 
 @dataclass(frozen=True)

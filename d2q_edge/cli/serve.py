@@ -19,6 +19,7 @@ from d2q_edge.options import CACHE_TYPES, ServerOptions
 @field_option(ServerOptions, "cache_type_k", type=click.Choice(CACHE_TYPES), help="Type of the context's keys.")
 @field_option(ServerOptions, "cache_type_v", type=click.Choice(CACHE_TYPES), help="Type of the context's values.")
 @click.option("--lora", type=PATH, multiple=True, help="Adapter, a GGUF file; may be repeated.")
+@field_option(ServerOptions, "repack", help="Let llama.cpp rearrange weights for speed.")
 @threads_option
 def command(file: Path, rest: tuple[str, ...], **options: object) -> None:
     """Serve a GGUF FILE with llama.cpp's server, through the OpenAI HTTP API.

@@ -165,9 +165,10 @@ def benchmark(
     runs: dict[tuple[str, str], Sequence[object]] = {(name, ""): ("-m", path, *plain) for name, path in files.items()}
     if stock:
         runs |= {("", form): ("-m", stock, *flags) for form, flags in forms.items()}
+    # First, because it says why a file can't be loaded.
+    loading = {name: load(path, options.repack) for name, path in files.items()}
     times = run_rounds(runs, options, tools)
     speeds = {name: median_speeds(options, times, (name, "")) for name in files}
-    loading = {name: load(path, options.repack) for name, path in files.items()}
     if stock is None:
         return Benchmark(options, speeds, None, None, loading)
     stock_speeds = [median_speeds(options, times, ("", form)) for form in forms]

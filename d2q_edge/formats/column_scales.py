@@ -110,6 +110,9 @@ def _expanded(file: GGUFFile, array: F32, width: int) -> F32:
     if len(array) == width:
         return array
     heads = file.kv[f"{file.kv['general.architecture']}.attention.head_count_kv"]
+    if isinstance(heads, list):
+        # A number for each block, zero where it has no attention.
+        heads = max(heads)
     groups: npt.NDArray[np.float32] = array.reshape(heads, 1, -1).repeat(width // len(array), axis=1).reshape(-1)
     if len(groups) != width:
         raise ValueError(f"{len(array)} scales for {width} columns")

@@ -77,6 +77,8 @@ def arguments(file: GGUFFile, options: ServerOptions, page: Path) -> list[str]:
     found += ["--ctx-size", str(context * options.parallel), "--parallel", str(options.parallel)]
     found += ["--threads", threads, "--threads-batch", threads]
     found += ["--cache-type-k", options.cache_type_k, "--cache-type-v", options.cache_type_v]
+    if not options.repack:
+        found.append("--no-repack")
     for adapter in options.lora:
         found += ["--lora", _quoted(str(adapter))]
     return [*found, *DEFAULTS, *(("--path", str(page)) if page.is_dir() else ())]

@@ -71,7 +71,7 @@ def _find(name: str, path: str) -> list[str] | None:
     On a Mac without the developer tools, cc only offers to install them; BusyBox's patch lacks options that we use.
     """
     commands: list[Sequence[str]] = [(program,) for program in NEEDED[name]]
-    if name in COMPILERS and (chosen := os.environ.get(COMPILERS[name][0])):
+    if name in COMPILERS and (chosen := os.environ.get(COMPILERS[name][0], "").strip()):
         # CMake takes this one or none.
         commands = [(chosen,)] if shutil.which(chosen, path=path) else [chosen.split()]
     for program, *arguments in commands:

@@ -282,7 +282,7 @@ class TestHelp:
                 "--cache-type-v", "--no-repack",
             ):  # fmt: skip
                 assert option in said[command]
-        for command in ("eval", "bench"):
+        for command in ("eval", "bench", "serve"):
             assert "--no-repack" in said[command]
         for option in ("--with-stock", "--output", "--calibration", "--text", "--chunks", "--report", "--json"):
             assert option in said["compare"]

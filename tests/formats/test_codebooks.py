@@ -50,8 +50,8 @@ def test_tables_are_in_order() -> None:
     for table in (PAIR_TABLE, SCALAR_TABLE[:, :, None]):
         sizes = np.square(table.astype(int)).sum((1, 2))
         assert (np.diff(sizes) >= 0).all()
-    # Neighbors differ in the low bit, which is the state of the trellis: both states have entries everywhere. That is how
-    # the tables begin to be learned; a few entries have moved past their neighbors.
+    # Neighbors differ in the low bit, the state of the trellis: both states have entries everywhere. So learning
+    # begins; a few entries have moved past their neighbors.
     assert (np.diff(SCALAR_TABLE.reshape(256, 2, 8).astype(int), axis=2) >= 0).mean() > 0.99
 
 

@@ -170,7 +170,7 @@ class TestAbsorb:
         scales = computed_scales(checkpoint, bound) if computed else random_scales(bound)
         changed = dict(tensors)
         for index in range(bound.num_layers):
-            for group in bound.block_groups(0):
+            for group in bound.block_groups(index):
                 absorber = group.norm or group.absorber
                 assert absorber is not None
                 rows = torch.from_numpy(bound.absorber_rows(group.absorber)) if group.absorber else None
@@ -218,8 +218,8 @@ def computed_scales(checkpoint: Checkpoint, family: Family) -> Scales:
     hidden = runner.embed(TOKENS)
     for index in range(family.num_layers):
         block, prefix = runner.load(index), family.block_prefix(index)
-        seen, hidden = runner.trace(block, tuple(group.linears[0] for group in family.block_groups(0)), hidden)
-        for group in family.block_groups(0):
+        seen, hidden = runner.trace(block, tuple(group.linears[0] for group in family.block_groups(index)), hidden)
+        for group in family.block_groups(index):
             rows = torch.from_numpy(family.absorber_rows(group.absorber)) if group.absorber else None
             energy = weight_energy([block.get_submodule(name) for name in group.linears])
             found[prefix + group.linears[0]] = column_scales(energy, conditional_energy([seen[group.linears[0]]]), rows)

@@ -57,10 +57,11 @@ def ask(url: str, path: str, body: Any) -> Any:
 
 class TestBeforeTheStart:
     def test_options_are_llama_servers(self, chat_file: Path, tmp_path: Path) -> None:
-        options = ServerOptions("::1", 9, 100, 3, "key", 5, "q8_0", "q4_0", (Path("a"), Path("b")))
+        options = ServerOptions("::1", 9, 100, 3, "key", 5, "q8_0", "q4_0", (Path("a"), Path("b")), repack=False)
         line = " ".join(arguments(GGUFFile(chat_file), options, tmp_path / "none"))
         assert line.startswith(f"--model {chat_file} --alias chat --host ::1 --port 9 --ctx-size 300 --parallel 3 ")
-        assert " --threads 5 --threads-batch 5 --cache-type-k q8_0 --cache-type-v q4_0 --lora a --lora b " in line
+        assert " --threads 5 --threads-batch 5 --cache-type-k q8_0 --cache-type-v q4_0 " in line
+        assert " --no-repack --lora a --lora b " in line
         assert "key" not in line.split(), "everybody on the machine could read it"
         assert "--path" not in line
 

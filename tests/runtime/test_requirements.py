@@ -100,6 +100,8 @@ def test_compiler_of_the_environment_counts(programs: Path, environment: Environ
     make_program(programs / "ccache", 'test "$1" = gcc-42')
     environment(CC="ccache gcc-42")
     requirements.check_programs(str(programs))
+    environment(CC="  ")
+    requirements.check_programs(str(programs))
     environment(CC="gcc-41")
     assert "install a C compiler first" in refusal(programs)
 

@@ -124,7 +124,8 @@ class Lfm2(Family):
         if not self._flag("block_auto_adjust_ff_dim", default=True):
             return width
         multiple = self._int("block_multiple_of", default=256)
-        factor = positive_float("block_ffn_dim_multiplier", self.config.get("block_ffn_dim_multiplier", 1.0))
+        multiplier = self.config.get("block_ffn_dim_multiplier")
+        factor = positive_float("block_ffn_dim_multiplier", 1.0 if multiplier is None else multiplier)
         # Rounded down twice, then up, as transformers and llama.cpp's converter do it.
         scaled = factor * int(2 * width / 3)
         if not 1 <= scaled < 2**31:

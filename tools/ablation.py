@@ -32,7 +32,7 @@ from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import Family, family_for
 from d2q_edge.model.rotated_checkpoint import RotatedCheckpoint
 from d2q_edge.model.whole_model import Weights, WholeModel
-from d2q_edge.options import Options
+from d2q_edge.options import HIGHEST_BITS, LOWEST_BITS, Options
 from d2q_edge.pipeline.block_loop import quantize_blocks
 from d2q_edge.pipeline.device import choose_device
 from d2q_edge.pipeline.refinement import refine
@@ -273,12 +273,19 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--chunks", type=int, default=100, help="of each text at most (default: %(default)s)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--bits", type=float, nargs="+", default=[2, 3], help="fractions mix our types over the layers")
+    parser.add_argument("--bits", type=_bits, nargs="+", default=[2, 3], help="fractions mix our types over the layers")
     parser.add_argument("--only", nargs="+", choices=tuple(ROWS), metavar="ROW", help=f"of {', '.join(ROWS)}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
     arguments = parser.parse_args(argv)
     arguments.text = arguments.text or [("builtin", "builtin")]
     return arguments
+
+
+def _bits(value: str) -> float:
+    bits = float(value)
+    if is_mixed(bits) and not LOWEST_BITS <= bits <= HIGHEST_BITS:
+        raise argparse.ArgumentTypeError(f"{value} isn't 2, 3, or between {LOWEST_BITS} and {HIGHEST_BITS}")
+    return bits
 
 
 def _named_text(value: str) -> tuple[str, str]:

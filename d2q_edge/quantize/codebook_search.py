@@ -20,11 +20,10 @@ SHORTLIST = 3
 WINDOWED_SHORTLIST = 32
 """The same where an entry also depends on the code before: 1.3 % above the best of all, 48 would be 0.5 % above."""
 WINDOWED_SCALE = 0.93
-"""The rank, a bound from below there, takes block scales that are too large by this factor (Gaussian weights), except
-where the largest weight of a block decides its scale."""
+"""The rank, a bound from below there, prefers block scales that are too large by this factor (Gaussian weights)."""
 WINDOWED_SCALE_STEPS = (0.91, 1.0, 1.08)
-"""Multiples of that scale of which the best is taken by exact errors where all codebooks are measured: 2 % less error.
-Without the Triton kernels it would take too long."""
+"""Multiples of that scale of which the best is taken by the errors that the search finds: 2 % less error of Gaussian
+weights in the end, more where an outlier decides the scale."""
 SCALE_STEPS = ((0.7, 1.0, 1.4, 2.0, 2.8, 4.0), (0.84, 1.19), (0.92, 1.09))
 """Block scales that are tried: multiples of the block's RMS over the table's, then, twice, of the best so far."""
 REACH, KNEE = 100.0, 48.0
@@ -65,12 +64,11 @@ class CodebookSearch:
         Args:
             tensor_type: the block format.
             device: where the tables are, and what is searched for.
-            exhaustive: measure all codebooks of a windowed type, and its scales, exactly in torch too.
+            exhaustive: measure all codebooks of a windowed type in torch too.
         """
         self.tensor_type = tensor_type
-        self._exhaustive = tensor_type.windowed and (exhaustive or triton.is_available(torch.device(device)))
         self._shortlist = WINDOWED_SHORTLIST if tensor_type.windowed else SHORTLIST
-        if self._exhaustive:
+        if tensor_type.windowed and exhaustive:
             self._shortlist = CODEBOOKS
         self._chunk = CUDA_CHUNK if torch.device(device).type == "cuda" else CHUNK
         if tensor_type.has_codebooks:
@@ -174,11 +172,8 @@ class CodebookSearch:
         return scales
 
     def _correct_scales(self, vectors: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """Correct the approximate scales [rows] of windowed types; where all is measured, by exact errors."""
+        """Correct the approximate scales [rows] of windowed types by the errors that the search finds."""
         blocks = vectors.reshape(len(scales), -1)
-        if not self._exhaustive:
-            reached = torch.minimum(blocks.abs().amax(1) / self.edge, scales)
-            return stored_scale(torch.maximum(scales * WINDOWED_SCALE, reached))
         trials = torch.stack([stored_scale(scales * (WINDOWED_SCALE * step)) for step in WINDOWED_SCALE_STEPS])
         _, errors = self.search((blocks / trials[:, :, None]).view(-1, GROUP, 1))
         best = (errors.view(*trials.shape, -1).sum(2) * trials.square()).argmin(0, keepdim=True)

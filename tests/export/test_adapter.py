@@ -110,7 +110,7 @@ def error(actual: F32, expected: F32) -> float:
     return float(np.sqrt(np.square(actual - expected).mean() / np.square(expected).mean()))
 
 
-@pytest.mark.parametrize("name", ["llama3", "smollm2", "qwen3", "gemma3", "phi4-mini", "granite3", "lfm2"])
+@pytest.mark.parametrize("name", ["llama3", "smollm2", "qwen3", "gemma3", "phi4-mini", "granite", "lfm2"])
 def test_the_effect_is_that_on_the_original(tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
     model = write_random_model(tmp_path / "model", name, dtype=torch.float32)
     adapter = adapter_for(tmp_path / "adapter", model)

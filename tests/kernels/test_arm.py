@@ -100,7 +100,7 @@ def test_model_says_the_same_as_here(
         if a != b:
             assert lead < 0.2
             break
-    assert here.tokens[:2] == there.tokens[:2]
+    assert here.tokens[0] == there.tokens[0]
 
 
 def test_program_for_the_phone_writes_the_same_text(example_files: ExampleFiles, patched_tree: Path) -> None:

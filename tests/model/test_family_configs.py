@@ -222,7 +222,7 @@ def test_gemmas_norms_get_their_one_in_the_file() -> None:
         ("LFM2-350M", {"full_attn_idxs": 5}, "layer_types must name the kind of all 16 blocks"),
         (
             "LFM2-350M",
-            {"block_ffn_dim_multiplier": None},
+            {"block_ffn_dim_multiplier": "1"},
             "block_ffn_dim_multiplier must be a positive number",
         ),
         ("LFM2-350M", {"block_ffn_dim_multiplier": 1e-9}, "block_ffn_dim_multiplier makes no sense"),

@@ -119,7 +119,7 @@ def test_mixtures_of_extreme_bits() -> None:
     assert set(mixed(2.31).linears.values()) == {"d2q2"}
     assert mixed(2.31).linear_bits_per_weight == 2.3125
     kinds = list(mixed(4.3).linears.values())
-    assert kinds.count("q4_0") > 10 and "d2q2" not in kinds
+    assert kinds.count("q4_0") > 6 and "d2q2" not in kinds
 
 
 @pytest.mark.parametrize("favourite", ["down_proj", "layers.1.", "v_proj"])

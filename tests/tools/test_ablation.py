@@ -139,7 +139,7 @@ def test_layout() -> None:
 
 
 def test_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--text", "books"], ["--bits", "4"], ["--only", "GPTZ"]):
+    for arguments in (["--text", "books"], ["--bits", "5"], ["--only", "GPTZ"]):
         with pytest.raises(SystemExit) as caught:
             ablation.main([str(EXAMPLE), *arguments])
         assert caught.value.code == 2

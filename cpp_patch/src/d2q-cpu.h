@@ -22,6 +22,10 @@
 extern "C" {
 #endif
 
+static inline bool d2q_is_own(enum ggml_type type) {
+    return type == GGML_TYPE_D2Q2 || type == GGML_TYPE_D2Q3 || type == GGML_TYPE_D2Q2_64 || type == GGML_TYPE_D2Q3_64;
+}
+
 void quantize_row_d2q2   (const float * GGML_RESTRICT x, void * GGML_RESTRICT y, int64_t k);
 void quantize_row_d2q3   (const float * GGML_RESTRICT x, void * GGML_RESTRICT y, int64_t k);
 void quantize_row_d2q2_64(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, int64_t k);

@@ -6,13 +6,9 @@
 
 #include <assert.h>
 
-static bool is_d2q(enum ggml_type type) {
-    return type == GGML_TYPE_D2Q2 || type == GGML_TYPE_D2Q3 || type == GGML_TYPE_D2Q2_64 || type == GGML_TYPE_D2Q3_64;
-}
-
 bool d2q_has_gemm(enum ggml_type type) {
 #if defined(D2Q_GEMM)
-    return is_d2q(type);
+    return d2q_is_own(type);
 #else
     GGML_UNUSED(type);
     return false;
@@ -20,7 +16,7 @@ bool d2q_has_gemm(enum ggml_type type) {
 }
 
 int d2q_chunk_size(enum ggml_type type, int64_t n_rows, int64_t n_columns, int n_threads, int stock) {
-    if (is_d2q(type) && (n_rows == 1 || n_columns == 1)) {
+    if (d2q_is_own(type) && (n_rows == 1 || n_columns == 1)) {
         const int64_t all = n_rows > n_columns ? n_rows : n_columns, shares = 4*(int64_t) n_threads;
         const int size = (int) ((all + shares - 1)/shares);
         return size > stock ? size : stock;

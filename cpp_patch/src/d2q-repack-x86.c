@@ -121,7 +121,7 @@ static inline __m256i d2q_offset_q8_0(__m256i q8) {
 }
 
 #define D2Q_GEMV_Q8_K(type)                                                                                       \
-    static void type##_gemv(int blocks, const void * vx, const void * vy, float * result) {                           \
+    D2Q_GEMV(type##_gemv) {                                                                                           \
         const block_##type##x8 * GGML_RESTRICT x = vx;                                                            \
         const block_q8_K       * GGML_RESTRICT y = vy;                                                            \
         __m256 acc[D2Q_ROWS];                                                                                     \
@@ -152,7 +152,7 @@ static inline __m256i d2q_offset_q8_0(__m256i q8) {
     }
 
 #define D2Q_GEMV_Q8_0(type)                                                                                       \
-    static void type##_gemv(int blocks, const void * vx, const void * vy, float * result) {                           \
+    D2Q_GEMV(type##_gemv) {                                                                                           \
         const block_##type##x8 * GGML_RESTRICT x = vx;                                                            \
         const block_q8_0       * GGML_RESTRICT y = vy;                                                            \
         __m256 acc[D2Q_ROWS];                                                                                     \
@@ -179,19 +179,5 @@ D2Q_GEMV_Q8_K(d2q2)
 D2Q_GEMV_Q8_K(d2q3)
 D2Q_GEMV_Q8_0(d2q2_64)
 D2Q_GEMV_Q8_0(d2q3_64)
-
-typedef void (*gemv_t)(int blocks, const void * x, const void * y, float * result);
-
-void d2q_gemv(enum ggml_type type, int n, const void * rows, int64_t n_rows, const void * column, float * result) {
-    static const struct { gemv_t gemv; int weights; size_t size; } kernels[4] = {
-        {d2q2_gemv,    QK_K,      sizeof(block_d2q2x8)},    {d2q3_gemv,    QK_K,      sizeof(block_d2q3x8)},
-        {d2q2_64_gemv, QK_D2Q_64, sizeof(block_d2q2_64x8)}, {d2q3_64_gemv, QK_D2Q_64, sizeof(block_d2q3_64x8)},
-    };
-    const int kind = type == GGML_TYPE_D2Q2 ? 0 : type == GGML_TYPE_D2Q3 ? 1 : type == GGML_TYPE_D2Q2_64 ? 2 : 3;
-    const int blocks = n/kernels[kind].weights;
-    for (int64_t r = 0; r < n_rows; r += D2Q_ROWS) {
-        kernels[kind].gemv(blocks, (const char *) rows + (size_t) (r/D2Q_ROWS)*(size_t) blocks*kernels[kind].size, column, result + r);
-    }
-}
 
 #endif

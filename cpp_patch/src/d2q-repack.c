@@ -4,8 +4,7 @@
 
 bool d2q_can_repack(enum ggml_type type, int64_t n_rows) {
 #if defined(D2Q_REPACK)
-    return n_rows % D2Q_ROWS == 0
-        && (type == GGML_TYPE_D2Q2 || type == GGML_TYPE_D2Q3 || type == GGML_TYPE_D2Q2_64 || type == GGML_TYPE_D2Q3_64);
+    return n_rows % D2Q_ROWS == 0 && d2q_is_own(type);
 #else
     GGML_UNUSED(type); GGML_UNUSED(n_rows);
     return false;
@@ -66,9 +65,25 @@ void d2q_repack(enum ggml_type type, int64_t n, int64_t n_rows, const void * row
     }
 }
 
-// targets without kernels: never called, because nothing is interleaved
-#if !defined(D2Q_REPACK)
+#if defined(D2Q_REPACK)
 
+typedef void (*gemv_t)(int blocks, const void * x, const void * y, float * result);
+
+void d2q_gemv(enum ggml_type type, int n, const void * rows, int64_t n_rows, const void * column, float * result) {
+    static const struct { gemv_t gemv; int weights; size_t size; } kernels[4] = {
+        {d2q2_gemv,    QK_K,      sizeof(block_d2q2x8)},    {d2q3_gemv,    QK_K,      sizeof(block_d2q3x8)},
+        {d2q2_64_gemv, QK_D2Q_64, sizeof(block_d2q2_64x8)}, {d2q3_64_gemv, QK_D2Q_64, sizeof(block_d2q3_64x8)},
+    };
+    const int kind = type == GGML_TYPE_D2Q2 ? 0 : type == GGML_TYPE_D2Q3 ? 1 : type == GGML_TYPE_D2Q2_64 ? 2 : 3;
+    const int blocks = n/kernels[kind].weights;
+    for (int64_t r = 0; r < n_rows; r += D2Q_ROWS) {
+        kernels[kind].gemv(blocks, (const char *) rows + (size_t) (r/D2Q_ROWS)*(size_t) blocks*kernels[kind].size, column, result + r);
+    }
+}
+
+#else
+
+// targets without kernels: never called, because nothing is interleaved
 void d2q_repack_init(void) {}
 
 void d2q_gemv(enum ggml_type type, int n, const void * rows, int64_t n_rows, const void * column, float * result) {

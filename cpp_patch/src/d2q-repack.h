@@ -113,10 +113,17 @@ void d2q_repack(enum ggml_type type, int64_t n, int64_t n_rows, const void * row
 // result[r] = row r times column, for n_rows interleaved rows, a multiple of eight
 void d2q_gemv(enum ggml_type type, int n, const void * rows, int64_t n_rows, const void * column, float * result);
 
+// the kernels of d2q_gemv (d2q-repack-x86.c, d2q-repack-arm.c): one block after another of eight rows
+#define D2Q_GEMV(name) void name(int blocks, const void * vx, const void * vy, float * result)
+
+D2Q_GEMV(d2q2_gemv);
+D2Q_GEMV(d2q3_gemv);
+D2Q_GEMV(d2q2_64_gemv);
+D2Q_GEMV(d2q3_64_gemv);
+
 // the weights of such a tensor are interleaved: it lies in the buffer type of d2q-repack.cpp, which marks it
 static inline bool d2q_is_repacked(const struct ggml_tensor * weights) {
-    return weights->extra != NULL && (weights->type == GGML_TYPE_D2Q2 || weights->type == GGML_TYPE_D2Q3
-        || weights->type == GGML_TYPE_D2Q2_64 || weights->type == GGML_TYPE_D2Q3_64);
+    return weights->extra != NULL && d2q_is_own(weights->type);
 }
 
 #ifdef __cplusplus

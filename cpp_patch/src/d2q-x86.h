@@ -1,4 +1,5 @@
-// What the x86 kernels share (d2q-x86.c, d2q-tiled.h): loads, the byte multiply-add, the codebooks with an offset.
+// What the x86 kernels share (d2q-x86.c, d2q-repack-x86.c, d2q-tiled.h): loads, indices, the byte multiply-add, the
+// codebooks with an offset.
 #pragma once
 
 #include "d2q-cpu.h"

@@ -20,7 +20,7 @@ OWN_TYPES = MappingProxyType({2: (D2Q2, D2Q2_64), 3: (D2Q3, D2Q3_64)})
 """By --bits: the type for widths that 256 divides, and the one for widths that only 64 divides."""
 SQUARED_ERROR = MappingProxyType({"d2q2": 0.0597, "d2q2_64": 0.0577, "d2q3": 0.0153, "d2q3_64": 0.0150, "q4_0": 0.0065})
 """Of weights rounded to nearest, relative to the weights' squares: Gaussian weights, which the layers of qwen3-34m and
-llama-54m equal within 2 %. A layer's sensitivity scales with it. Without a GPU the search finds 5 % more at 3 bits."""
+llama-54m equal within 2 %. A layer's sensitivity scales with it. Without a GPU the search finds 2 % more at 3 bits."""
 FALLBACK = "q4_0"
 """For the rare width that 64 doesn't divide but 32 does."""
 HEAD_TYPES = ((2.75, "q5_k"), (math.inf, "q6_k"))

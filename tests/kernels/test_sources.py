@@ -84,7 +84,8 @@ def _build(compiler: str, tree: Path, output: Path, flags: Sequence[str]) -> Non
 
 
 def _build_tiled(tree: Path, output: Path, flags: Sequence[str]) -> None:
-    own = [tree / source.OWN_SOURCES / f"d2q-{name}.c" for name in ("quants", "encode", "cpu", "q8", "x86", "repack")]
+    names = "quants", "encode", "cpu", "q8", "x86", "repack", "repack-x86"
+    own = [tree / source.OWN_SOURCES / f"d2q-{name}.c" for name in names]
     subprocess.run([*_c("gcc", tree, flags), "-c", *own], check=True, cwd=output.parent)
     objects = [output.parent / path.with_suffix(".o").name for path in own]
     stock = tree / "vendor/llama.cpp/ggml/src/ggml-cpu/tiled/tiled-kernel.cpp"

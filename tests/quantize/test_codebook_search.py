@@ -43,7 +43,7 @@ def test_search_is_nearly_exhaustive(kind: TensorType, name: str) -> None:
     # The reported error is that of the reported codebook.
     own = (vectors - search.nearest(vectors, codebooks)[0]).square().sum((1, 2))
     torch.testing.assert_close(errors, own, rtol=1e-3, atol=1e-2)
-    assert float(errors.double().sum() / best.sum()) < (1.03 if kind.windowed else 1.002)
+    assert float(errors.double().sum() / best.sum()) < (1.015 if kind.windowed else 1.002)
 
 
 @pytest.mark.parametrize("name", ["normal", "heavy", "outlier"])
@@ -83,7 +83,7 @@ def test_block_scales_are_near_the_best_of_a_dense_grid(kind: TensorType, name: 
     base = weights.square().mean(1).sqrt() / search.unit
     grid = torch.stack([error(stored_scale(base * factor)) for factor in torch.linspace(0.5, 2.4, 40)])
     # A windowed type's error is less smooth: a dense grid finds what is good by chance, too.
-    limit = 1.02 if not kind.windowed else 1.05 if thoroughly else 1.1
+    limit = 1.05 if kind.windowed else 1.02
     assert float(error(search.block_scales(weights)).sum() / grid.amin(0).sum()) < limit
 
 

@@ -2,7 +2,8 @@
 
 GuidedQuant (arXiv 2505.07004, equation 7) and OAC (arXiv 2405.15025): an error in the output z of a layer changes the
 loss to second order by about (g^T error)^2, with g = dL/dz. This computes the mean of g^2 over the output channels, for
-L the cross entropy of the next tokens, summed over the text.
+L the cross entropy of the next tokens, summed over the text; and, from some of the tokens, the second moments of g
+(quantize/output_hessian.py).
 
 Memory holds one block at a time: a first pass keeps the hidden states in front of every block; then block after block
 from the last one is run again with gradients.
@@ -12,6 +13,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,8 +21,9 @@ import torch
 from torch import nn
 
 from d2q_edge.model.blocks import BlockRunner
-from d2q_edge.model.families import Family
+from d2q_edge.model.families import Family, LinearGroup
 from d2q_edge.model.families.experts import EXPERTS
+from d2q_edge.quantize.output_hessian import OutputHessian
 
 LOGITS = 2**28
 """Bytes of logits at a time."""
@@ -35,23 +38,44 @@ def guided_modules(family: Family, index: int) -> list[str]:
     return names + ([experts] if family.num_experts else [])
 
 
+def observed_groups(family: Family, index: int) -> list[LinearGroup]:
+    """Return the linear groups of block `index` whose gradients' second moments are measured: all but experts."""
+    return [group for group in family.block_groups(index) if not group.linears[0].startswith(EXPERTS)]
+
+
 def kept_bytes(family: Family, tokens: int) -> int:
     """Return the memory that the hidden states of so many tokens take."""
     return (family.num_layers + 1) * tokens * family.hidden_size * KEPT.itemsize
 
 
-def squared_output_gradients(runner: BlockRunner, batches: Sequence[torch.Tensor]) -> Iterator[tuple[str, list[Any]]]:
-    """Yield the mean squares of every guided module's output gradient, block by block from the last one.
+@dataclass(frozen=True)
+class BlockGradients:
+    """What is measured of one block.
+
+    Attributes:
+        index: of the block.
+        squares: means over the channels, by the module's name in the block, for every batch: float32
+            [windows * context], on the CPU.
+        hessians: second moments of the gradients of all layers of a group, by the first layer's name in the block.
+    """
+
+    index: int
+    squares: dict[str, list[torch.Tensor]]
+    hessians: dict[str, OutputHessian]
+
+
+def output_gradients(
+    runner: BlockRunner, batches: Sequence[torch.Tensor], observed: int = 0
+) -> Iterator[BlockGradients]:
+    """Measure the gradients by the outputs of every guided module, block by block from the last one.
 
     Args:
         runner: of the original model.
         batches: token ids, each int64 [windows, context].
-
-    Yields:
-        The full name of a module, and for every batch float32 [windows * context] on the CPU.
+        observed: number of batches, the first ones, that count in the second moments.
     """
-    family = runner.family
-    with torch.inference_mode(False), _deterministic(runner.device):
+    family, device = runner.family, runner.device
+    with torch.inference_mode(False), _deterministic(device):
         states = [[hidden.to(KEPT)] for hidden in runner.embed_all(batches)]
         for index in range(family.num_layers):
             block = runner.load(index)
@@ -62,12 +86,19 @@ def squared_output_gradients(runner: BlockRunner, batches: Sequence[torch.Tensor
         for index in reversed(range(family.num_layers)):
             block = runner.load(index, following=index - 1)
             squares: dict[str, list[torch.Tensor]] = defaultdict(list)
+            groups = observed_groups(family, index) if observed else []
+            hessians = {
+                group.linears: OutputHessian.zeros(sum(family.linear_shape(name)[0] for name in group.linears), device)
+                for group in groups
+            }
             for number, kept in enumerate(states):
                 found, gradients[number] = _block_gradients(runner, index, block, kept.pop(), gradients[number])
                 for name, values in found.items():
-                    squares[name].append(values)
-            for name, parts in squares.items():
-                yield f"{family.block_prefix(index)}{name}", parts
+                    squares[name].append(values.square().mean(-1).cpu())
+                if number < observed:
+                    for layers, hessian in hessians.items():
+                        hessian.add_batch(torch.cat([found[name] for name in layers], 1))
+            yield BlockGradients(index, squares, {layers[0]: hessian for layers, hessian in hessians.items()})
 
 
 def _loss_gradients(
@@ -98,11 +129,11 @@ def _loss_gradient(norm: nn.Module, head: torch.Tensor, targets: torch.Tensor, h
 def _block_gradients(
     runner: BlockRunner, index: int, block: nn.Module, hidden: torch.Tensor, gradient: torch.Tensor
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Run a block backwards: return the squares by module, and the gradient by the block's input."""
-    squares: dict[str, torch.Tensor] = {}
+    """Run a block backwards: return the gradients by the modules' outputs [tokens, channels], and that by its input."""
+    found: dict[str, torch.Tensor] = {}
 
     def keep(name: str, values: torch.Tensor) -> None:
-        squares[name] = values.square().mean(-1).flatten().cpu()
+        found[name] = values.flatten(0, -2)
 
     def hook(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
         tensor = output[0] if isinstance(output, tuple) else output
@@ -120,7 +151,7 @@ def _block_gradients(
     finally:
         for handle in handles:
             handle.remove()
-    return squares, before
+    return found, before
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from d2q_edge.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from d2q_edge.formats.quantized_block import QuantizedBlock
 from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.options import Options
-from d2q_edge.pipeline.column_scaling import absorb_scales, scale_columns
+from d2q_edge.pipeline.column_scaling import absorb_scales, group_hessian, scale_columns
 from d2q_edge.pipeline.context import Context
 from d2q_edge.pipeline.group_statistics import sublayer_statistics
 from d2q_edge.pipeline.guidance import measure_guidance
@@ -138,7 +138,8 @@ def _quantize_block(
         for group, statistics in sublayer_statistics(context, index, sublayer, original, quantized):
             weights = {layer: quantized.get_submodule(layer).get_parameter("weight") for layer in group.linears}
             with context.report.timed("solve"):
-                solved = solver.solve(weights, layer_types, statistics)
+                hessian = group_hessian(context, index, group, result.column_scales)
+                solved = solver.solve(weights, layer_types, statistics, hessian)
                 solved.apply(quantized)
             result.update(solved)
             progress.add_layers(index, solved.metrics.layer_errors)

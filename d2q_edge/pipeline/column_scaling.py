@@ -15,6 +15,7 @@ from d2q_edge.model.families import Family, LinearGroup
 from d2q_edge.model.families.experts import expert_linears
 from d2q_edge.pipeline.context import Context, check_sums
 from d2q_edge.quantize.dsq import InputEnergy, absorb, column_scales, weight_energy
+from d2q_edge.quantize.output_hessian import OutputHessian
 
 ENERGY_BATCH_STRIDE = 4
 """Every fourth batch is enough for the column scales."""
@@ -52,6 +53,28 @@ def absorb_scales(family: Family, index: int, block: nn.Module, scales: Mapping[
     for group in family.block_groups(index):
         if group.linears[0] in scales:
             _absorb(family, index, block, group, scales[group.linears[0]])
+
+
+def group_hessian(context: Context, index: int, group: LinearGroup, scales: Mapping[str, F32]) -> OutputHessian | None:
+    """Return G of a group's rows (guidance), given the column scales of block `index`, by the groups' first layers.
+
+    Rows that absorb scales are larger by them, and the gradients at their outputs smaller. Every process must call it.
+
+    Raises:
+        D2QError: G was kept on disk, and the file is damaged.
+    """
+    if context.guidance is None:
+        return None
+    family, device = context.family, context.device
+    hessian = context.guidance.output_hessian(index, group.linears[0], device)
+    if hessian is None:
+        return None
+    factors = {layer: torch.ones(family.linear_shape(layer)[0], device=device) for layer in group.linears}
+    for reader in family.block_groups(index):
+        if reader.absorber in factors and reader.linears[0] in scales:
+            rows = _absorber_rows(family, reader, device)
+            factors[reader.absorber][rows] = torch.from_numpy(scales[reader.linears[0]]).to(device)
+    return hessian.scaled(torch.cat(list(factors.values())))
 
 
 def _input_energies(

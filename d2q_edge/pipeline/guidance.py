@@ -1,26 +1,31 @@
-"""Weight the calibration tokens by the original model's gradients: guided Hessians.
+"""Let the original model's gradients guide the rounding (calibration/output_gradients.py measures them).
 
 GuidedQuant (arXiv 2505.07004): a token counts in a layer's H and dXXT by the squared gradient of the loss at the
-layer's output (calibration/output_gradients.py).
+layer's output. YAQA (arXiv 2505.22988): the errors of a layer's rows count together, by G (quantize/output_hessian.py).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from d2q_edge.calibration.output_gradients import guided_modules, kept_bytes, squared_output_gradients
+from d2q_edge.calibration.output_gradients import BlockGradients, guided_modules, kept_bytes, output_gradients
 from d2q_edge.distributed.process_group import ProcessGroup
 from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.pipeline.work_dir import WorkDir
+from d2q_edge.quantize.output_hessian import OutputHessian
 from d2q_edge.utils.progress import Progress
 
 POWER = 0.5
 CLIP = 50.0
 """Squared gradients are clipped at so many times their mean, and then raised to POWER."""
+OUTPUT_TOKENS = 16384
+"""Tokens that count in the output Hessians, of all processes together."""
 PASS_TOKENS = 16384
 """Tokens between two saves, at most, where loading the blocks once more costs little of the time."""
 
@@ -30,11 +35,29 @@ Weights = Mapping[str, Mapping[int, torch.Tensor]]
 
 
 class Guidance:
-    """Weights of this process's calibration tokens."""
+    """Weights of this process's calibration tokens, and the output Hessians."""
 
-    def __init__(self, squares: Weights, processes: ProcessGroup) -> None:
-        """Take the squared gradients by module and batch, float32 [tokens], of all tokens of this process."""
-        self._squares, self._processes = squares, processes
+    def __init__(self, squares: Weights, processes: ProcessGroup, work: WorkDir | None = None) -> None:
+        """Take the squared gradients by module and batch, float32 [tokens], of all tokens of this process.
+
+        `work` has the output Hessians.
+        """
+        self._squares, self._processes, self._work = squares, processes, work
+
+    def output_hessian(self, index: int, layer: str, device: torch.device) -> OutputHessian | None:
+        """Return G of the group of block `index` whose first layer is `layer`, on a device; None if there is none.
+
+        Every process must call this.
+
+        Raises:
+            D2QError: the file that has it is damaged.
+        """
+        if self._work is None:
+            return None
+        arrays, _ = self._work.read_outputs(self._processes.rank, index)
+        found = OutputHessian.from_arrays(arrays, layer).to(device)
+        self._processes.all_reduce(found.pieces)
+        return found if found.pieces else None
 
     def weights(self, prefix: str, modules: Sequence[str]) -> dict[int, torch.Tensor]:
         """Return the weights of all tokens for layers that read the same input, by batch: float32 [tokens], mean 1.
@@ -68,7 +91,7 @@ def measure_guidance(
     work: WorkDir,
     processes: ProcessGroup,
 ) -> Guidance:
-    """Measure the squared gradients of all calibration tokens, some batches at a time; each pass is kept in `work`.
+    """Measure the gradients for all calibration tokens, some batches at a time; each pass is kept in `work`.
 
     Args:
         runner: of the original model.
@@ -87,7 +110,10 @@ def measure_guidance(
     if runner.device.type != "cuda":
         most = min(most, PASS_TOKENS // batch_tokens)
     size = max(1, most)
-    passes = [own[start : start + size] for start in range(0, len(own), size)]
+    stride = math.ceil(len(batches) * batch_tokens / OUTPUT_TOKENS)
+    observed = [batch for batch in own if batch % stride == 0]
+    order = observed + [batch for batch in own if batch % stride]
+    passes = [order[start : start + size] for start in range(0, len(order), size)]
     names = [
         runner.family.block_prefix(index) + name
         for index in range(runner.family.num_layers)
@@ -98,16 +124,33 @@ def measure_guidance(
     processes.main_first(work.create)
     with Progress("Measuring gradients", len(passes) * len(names), "layers", quiet=not processes.is_main) as progress:
         for number, members in enumerate(passes):
-            found = work.read_gradients(processes.rank, number, list(members))
+            found = work.read_gradients(processes.rank, number, members)
             if found is None:
                 found = {}
-                for name, parts in squared_output_gradients(runner, [batches[index] for index in members]):
-                    found[name] = torch.cat(parts).numpy()
-                    progress.update()
-                work.write_gradients(processes.rank, number, list(members), found)
+                seen = max(0, len(observed) - number * size)
+                for block in output_gradients(runner, [batches[index] for index in members], seen):
+                    for module, parts in block.squares.items():
+                        found[runner.family.block_prefix(block.index) + module] = torch.cat(parts).numpy()
+                        progress.update()
+                    if seen:
+                        _add_outputs(work, processes.rank, number, block)
+                work.write_gradients(processes.rank, number, members, found)
             else:
                 progress.skip(len(names))
             sizes = [batches[index].numel() for index in members]
             for name in names:
                 squares[name].update(zip(members, torch.from_numpy(found[name]).split(sizes), strict=True))
-    return Guidance(squares, processes)
+    return Guidance(squares, processes, work)
+
+
+def _add_outputs(work: WorkDir, rank: int, number: int, block: BlockGradients) -> None:
+    """Add the output Hessians of a block in pass `number` to those of earlier passes, unless that is done."""
+    before, passes = work.read_outputs(rank, block.index)
+    if passes > number:
+        return
+    arrays: dict[str, Any] = {}
+    for layer, hessian in block.hessians.items():
+        if number:
+            hessian.add(OutputHessian.from_arrays(before, layer).to(hessian.pieces[0].device))
+        arrays |= hessian.to_arrays(layer)
+    work.write_outputs(rank, block.index, number + 1, arrays)

@@ -12,6 +12,8 @@ from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.descent import descend
 from d2q_edge.quantize.gptaq import layer_feedback, quantize_layer
 from d2q_edge.quantize.matmul import matmul_precision
+from d2q_edge.quantize.output_hessian import OutputHessian
+from d2q_edge.quantize.row_feedback import RowFeedback
 from d2q_edge.quantize.statistics import InputStatistics
 
 
@@ -24,7 +26,11 @@ class GroupSolver:
         self._searches: dict[str, CodebookSearch] = {}
 
     def solve(
-        self, weights: Mapping[str, torch.Tensor], types: Mapping[str, str], statistics: InputStatistics
+        self,
+        weights: Mapping[str, torch.Tensor],
+        types: Mapping[str, str],
+        statistics: InputStatistics,
+        hessian: OutputHessian | None = None,
     ) -> QuantizedBlock:
         """Quantize layers that share an input.
 
@@ -32,29 +38,39 @@ class GroupSolver:
             weights: layer to its weight matrix, float32 [rows, columns].
             types: layer to its tensor type; a layer of a stock type keeps its precision here.
             statistics: of the input.
+            hessian: G of all their rows; None takes rows for independent.
 
         Returns:
             The layers' weights, and their errors as metrics.
 
         Raises:
-            D2QError: the Hessian can't be factored.
+            D2QError: a Hessian can't be factored.
         """
         result = QuantizedBlock()
         for type_name in dict.fromkeys(types[layer] for layer in weights):
             same = {layer: weight for layer, weight in weights.items() if types[layer] == type_name}
             if type_name in tensor_types.BY_NAME:
-                self._solve_type(same, type_name, statistics, result)
+                own = hessian
+                if hessian is not None and len(same) < len(weights):
+                    chosen = [torch.full((len(w),), types[layer] == type_name) for layer, w in weights.items()]
+                    own = hessian.rows(torch.cat(chosen).to(self.device))
+                self._solve_type(same, type_name, statistics, own, result)
             else:
                 result.floats |= {f"{layer}.weight": float_array(weight) for layer, weight in same.items()}
         return result
 
     def _solve_type(
-        self, weights: Mapping[str, torch.Tensor], type_name: str, statistics: InputStatistics, result: QuantizedBlock
+        self,
+        weights: Mapping[str, torch.Tensor],
+        type_name: str,
+        statistics: InputStatistics,
+        hessian: OutputHessian | None,
+        result: QuantizedBlock,
     ) -> None:
         search = self._search(type_name)
-        # One below the other: all rows of all layers are independent.
+        # One below the other: they share everything but their rows.
         together = torch.cat(list(weights.values()))
-        data, values, errors = self._quantize(together, statistics, search)
+        data, values, errors = self._quantize(together, statistics, search, hessian)
         start = 0
         for layer, weight in weights.items():
             rows = slice(start, start + len(weight))
@@ -64,16 +80,33 @@ class GroupSolver:
             start += len(weight)
 
     def _quantize(
-        self, weights: torch.Tensor, statistics: InputStatistics, search: CodebookSearch
+        self,
+        weights: torch.Tensor,
+        statistics: InputStatistics,
+        search: CodebookSearch,
+        hessian: OutputHessian | None,
     ) -> tuple[U8, torch.Tensor, torch.Tensor]:
         """Return packed blocks, dequantized weights and `output_errors` of all rows; each process makes its share."""
-        own = self.processes.shard(weights)
+        kind, size = search.tensor_type, weights.shape[1]
+        data = torch.empty(len(weights), kind.row_bytes(size), dtype=torch.uint8, device=self.device)
+        values, errors = torch.empty_like(weights), weights.new_empty(len(weights), 2)
         with matmul_precision("highest"):
-            feedback = layer_feedback(statistics, search.tensor_type, self.alpha, processes=self.processes)
-            layer = quantize_layer(own, feedback, search)
-            layer = descend(layer, own, statistics, feedback, search, self.rounds)
-        shards = layer.packed(search.tensor_type), layer.weights, output_errors(own, layer.weights, statistics.hessian)
-        data, values, errors = (self.processes.all_gather(shard, len(weights)) for shard in shards)
+            feedback = layer_feedback(statistics, kind, self.alpha, processes=self.processes)
+            rows = RowFeedback(len(weights), size, hessian, self.device)
+            for number, chosen in enumerate(rows.classes):
+                part = weights[chosen]
+                own, target, shift = self.processes.shard(part), feedback.target(part), rows.shift(number)
+                compensated = own
+                if shift is not None:
+                    # GPTAQ's own target for this would differ by a second-order term.
+                    target, compensated = target + shift, own + self.processes.shard(shift)
+                layer = quantize_layer(compensated, feedback, search)
+                layer = descend(layer, self.processes.shard(target), statistics, feedback, search, self.rounds)
+                shards = layer.packed(kind), layer.weights, output_errors(own, layer.weights, statistics.hessian)
+                data[chosen], values[chosen], errors[chosen] = (
+                    self.processes.all_gather(shard, len(chosen)) for shard in shards
+                )
+                rows.add_error(number, values[chosen] - target)
         return _to_host(data), values, errors
 
     def _search(self, type_name: str) -> CodebookSearch:

@@ -21,11 +21,11 @@ from d2q_edge.utils import files
 from d2q_edge.utils.json_files import parse_json
 
 OWN_FILE = re.compile(
-    r"settings\.(json|partial)|((block|refined)-\d+|gradients-\d+-\d+|refining)\.(safetensors|partial)|complete\.gguf"
+    r"settings\.(json|partial)|((block|refined)-\d+|(gradients|outputs)-\d+-\d+|refining)\.(safetensors|partial)|complete\.gguf"
     r"|\.complete\.gguf\.partial"
 )
 """Names that may be in a work directory; one that holds anything else is never deleted."""
-LAYOUT = 2
+LAYOUT = 3
 """Of the files in it; part of the fingerprint, so that files of another version are not read."""
 _FINGERPRINT, _PUBLISHED = "conversion", "published"
 
@@ -103,6 +103,16 @@ class WorkDir:
         # With other memory, a pass has other batches.
         return arrays if metadata.get("batches") == batches else None
 
+    def write_outputs(self, rank: int, index: int, passes: int, moments: Mapping[str, Array]) -> None:
+        """Keep the output Hessians of block `index` after a process's first passes; raises like `write_block`."""
+        save_tensors(self._outputs(rank, index), moments, {"passes": passes})
+
+    def read_outputs(self, rank: int, index: int) -> tuple[dict[str, Any], int]:
+        """Read what `write_outputs` kept, and the number of passes: nothing, and none, if there is nothing yet."""
+        path = self._outputs(rank, index)
+        arrays, metadata = load_tensors(path) if path.is_file() else ({}, {"passes": 0})
+        return arrays, metadata["passes"]
+
     def publish(self) -> None:
         """Move the complete file to its place.
 
@@ -163,6 +173,9 @@ class WorkDir:
 
     def _gradients(self, rank: int, number: int) -> Path:
         return self.path / f"gradients-{rank}-{number}.safetensors"
+
+    def _outputs(self, rank: int, index: int) -> Path:
+        return self.path / f"outputs-{rank}-{index:04d}.safetensors"
 
     def _file(self, index: int, refined: bool) -> Path:
         return self.path / f"{'refined' if refined else 'block'}-{index:04d}.safetensors"

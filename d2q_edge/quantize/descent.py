@@ -30,7 +30,7 @@ from d2q_edge.quantize.statistics import InputStatistics
 
 def descend(
     layer: QuantizedLayer,
-    weights: torch.Tensor,
+    target: torch.Tensor,
     statistics: InputStatistics,
     feedback: Feedback,
     search: CodebookSearch,
@@ -40,13 +40,13 @@ def descend(
 
     Args:
         layer: from `quantize_layer`; it stays as it is.
-        weights: float32 [rows, columns], the original ones.
+        target: T, float32 [rows, columns], from `Feedback.target`.
         statistics: of the layer's input.
         feedback, search: as given to `quantize_layer`.
     """
     if not rounds:
         return layer
-    descent = CoordinateDescent(layer, weights, statistics, feedback, search)
+    descent = CoordinateDescent(layer, target, statistics, feedback, search)
     for _ in range(rounds):
         descent.fit_scales()
         descent.choose_codes()
@@ -66,7 +66,7 @@ class CoordinateDescent:
     def __init__(
         self,
         layer: QuantizedLayer,
-        weights: torch.Tensor,
+        target: torch.Tensor,
         statistics: InputStatistics,
         feedback: Feedback,
         search: CodebookSearch,
@@ -74,7 +74,7 @@ class CoordinateDescent:
         self.search, self.kind = search, search.tensor_type
         self.hessian = statistics.hessian
         self.hessian.diagonal().add_(feedback.damping)
-        self.target = feedback.target(weights)
+        self.target = target
         self._target_hessian = product(self.target, self.hessian)
         blocks = layer.scales.shape[1]
         factors = group_factors(self.hessian, search.levels.shape[2])

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from d2q_edge.calibration import output_gradients
-from d2q_edge.calibration.output_gradients import guided_modules, squared_output_gradients
+from d2q_edge.calibration.output_gradients import guided_modules, observed_groups
 from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
@@ -20,14 +20,14 @@ TOKENS = torch.randint(0, 4000, (5, 24), generator=torch.Generator().manual_seed
 
 
 def expected(model: Path, names: set[str]) -> dict[str, torch.Tensor]:
-    """Return what `squared_output_gradients` should find, in float64."""
+    """Return the gradient by every module's output, [tokens, channels] in float64."""
     whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, experts_implementation="eager").eval()
     found: dict[str, torch.Tensor] = {}
 
     def hook(name: str) -> Callable[..., None]:
         def watch(_module: nn.Module, _inputs: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
             tensor = output[0] if isinstance(output, tuple) else output
-            tensor.register_hook(lambda gradient: found.__setitem__(name, gradient.square().mean(-1).flatten()))
+            tensor.register_hook(lambda gradient: found.__setitem__(name, gradient.flatten(0, -2)))
 
         return watch
 
@@ -48,11 +48,23 @@ def test_as_autograd(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch)
     family = family_for(checkpoint.config)
     runner = BlockRunner(checkpoint, family, torch.device("cpu"))
     with torch.inference_mode():
-        found = dict(squared_output_gradients(runner, TOKENS.split(3)))
-    names = {f"{family.block_prefix(index)}{module}" for index in range(2) for module in guided_modules(family, index)}
-    assert found.keys() == names
-    for module, squares in expected(model, names).items():
-        assert [len(part) for part in found[module]] == [3 * 24, 2 * 24]
-        torch.testing.assert_close(
-            torch.cat(found[module]).double(), squares, rtol=2e-3, atol=1e-4 * float(squares.max())
-        )
+        blocks = list(output_gradients.output_gradients(runner, TOKENS.split(3), observed=1))
+    assert [block.index for block in blocks] == [1, 0]
+    every = {f"{family.block_prefix(index)}{module}" for index in range(2) for module in guided_modules(family, index)}
+    gradients = expected(model, every)
+    for block in blocks:
+        prefix = family.block_prefix(block.index)
+        assert sorted(block.squares) == sorted(guided_modules(family, block.index))
+        for module, found in block.squares.items():
+            squares = gradients[prefix + module].square().mean(-1)
+            assert [len(part) for part in found] == [3 * 24, 2 * 24]
+            torch.testing.assert_close(torch.cat(found).double(), squares, rtol=2e-3, atol=1e-4 * float(squares.max()))
+        groups = observed_groups(family, block.index)
+        assert list(block.hessians) == [group.linears[0] for group in groups]
+        assert groups or name == "qwen3moe"
+        for group in groups:
+            # The first batch alone.
+            rows = torch.cat([gradients[prefix + layer][: 3 * 24] for layer in group.linears], 1)
+            moments = sum(torch.outer(row, row) / row.norm() for row in rows if row.norm() > 0)
+            (piece,) = block.hessians[group.linears[0]].pieces
+            torch.testing.assert_close(piece.double(), moments, rtol=2e-3, atol=1e-3 * float(moments.abs().max()))

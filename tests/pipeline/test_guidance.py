@@ -70,7 +70,7 @@ class TestMeasuring:
         parted = self.measure(setup, pieces, few).weights("model.layers.1.", ("mlp.gate_proj", "mlp.up_proj"))
         assert len(list(pieces.path.glob("gradients-*"))) == 3
         assert all(torch.equal(whole[batch], parted[batch]) for batch in range(6))
-        monkeypatch.setattr(guidance, "squared_output_gradients", None)
+        monkeypatch.setattr(guidance, "output_gradients", None)
         again = self.measure(setup, pieces, few).weights("model.layers.1.", ("mlp.gate_proj", "mlp.up_proj"))
         assert all(torch.equal(whole[batch], again[batch]) for batch in range(6))
         with pytest.raises(TypeError):

@@ -44,10 +44,12 @@ class Case:
         return quantize_layer(self.weights, self.feedback(kind), SEARCHES[kind])
 
     def descend(self, layer: QuantizedLayer, kind: TensorType, rounds: int = 2) -> QuantizedLayer:
-        return descend(layer, self.weights, self.statistics, self.feedback(kind), SEARCHES[kind], rounds)
+        feedback = self.feedback(kind)
+        return descend(layer, feedback.target(self.weights), self.statistics, feedback, SEARCHES[kind], rounds)
 
     def descent(self, layer: QuantizedLayer, kind: TensorType) -> CoordinateDescent:
-        return CoordinateDescent(layer, self.weights, self.statistics, self.feedback(kind), SEARCHES[kind])
+        feedback = self.feedback(kind)
+        return CoordinateDescent(layer, feedback.target(self.weights), self.statistics, feedback, SEARCHES[kind])
 
 
 def make(columns: int, alpha: float = 0.5, rows: int = 16, dead: slice = slice(0)) -> Case:

@@ -11,7 +11,7 @@ from the last one is run again with gradients.
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -65,7 +65,10 @@ class BlockGradients:
 
 
 def output_gradients(
-    runner: BlockRunner, batches: Sequence[torch.Tensor], observed: int = 0
+    runner: BlockRunner,
+    batches: Sequence[torch.Tensor],
+    observed: int = 0,
+    earlier: Callable[[int], Mapping[str, OutputHessian]] = lambda _: {},
 ) -> Iterator[BlockGradients]:
     """Measure the gradients by the outputs of every guided module, block by block from the last one.
 
@@ -73,6 +76,7 @@ def output_gradients(
         runner: of the original model.
         batches: token ids, each int64 [windows, context].
         observed: number of batches, the first ones, that count in the second moments.
+        earlier: returns the second moments of a block over earlier batches, to add to.
     """
     family, device = runner.family, runner.device
     with torch.inference_mode(False), _deterministic(device):
@@ -86,11 +90,12 @@ def output_gradients(
         for index in reversed(range(family.num_layers)):
             block = runner.load(index, following=index - 1)
             squares: dict[str, list[torch.Tensor]] = defaultdict(list)
-            groups = observed_groups(family, index) if observed else []
-            hessians = {
-                group.linears: OutputHessian.zeros(sum(family.linear_shape(name)[0] for name in group.linears), device)
-                for group in groups
-            }
+            before = earlier(index)
+            hessians: dict[tuple[str, ...], OutputHessian] = {}
+            for group in observed_groups(family, index) if observed else []:
+                rows = sum(family.linear_shape(name)[0] for name in group.linears)
+                known = before.get(group.linears[0], OutputHessian.zeros(rows))
+                hessians[group.linears] = known.to(device)
             for number, kept in enumerate(states):
                 found, gradients[number] = _block_gradients(runner, index, block, kept.pop(), gradients[number])
                 for name, values in found.items():

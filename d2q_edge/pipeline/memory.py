@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 
 from d2q_edge.calibration.hidden_states import DTYPE, Place
-from d2q_edge.calibration.output_gradients import LOGITS, guided_modules, kept_bytes
+from d2q_edge.calibration.output_gradients import LOGITS, guided_modules, kept_bytes, observed_groups
 from d2q_edge.errors import D2QError
 from d2q_edge.formats import k_quants
 from d2q_edge.model.families import Family, LinearGroup
 from d2q_edge.model.families.experts import EXPERTS
 from d2q_edge.pipeline.expert_statistics import routing_bytes, statistics_bytes
+from d2q_edge.quantize.output_hessian import piece_sizes
 from d2q_edge.utils.machine import available_memory
 
 GIB = 2**30
@@ -27,8 +28,8 @@ FLOAT = 4
 """Bytes of a float32."""
 SQUARES = 9
 """Matrices [columns, columns] at once: H and dXXT, their sums and permutations, the factors, and temporaries."""
-MATRICES = 8
-"""Matrices [rows, columns] at once: weights, targets, units, gradients, and temporaries."""
+MATRICES = 9
+"""Matrices [rows, columns] at once: weights, targets and their shifts, units, gradients, and temporaries."""
 HIDDEN, INNER = 10, 5
 """Activations of a batch, in multiples of its hidden states and of its intermediate ones."""
 GRADIENT_HIDDEN, GRADIENT_INNER = 30, 12
@@ -160,6 +161,9 @@ def plan_memory(
         )
     modules = sum(len(guided_modules(family, index)) for index in range(family.num_layers)) if guidance else 0
     measured = FLOAT * tokens * modules
+    if guidance:
+        moments = [_moments(family, index) for index in range(family.num_layers)]
+        measured += processes * FLOAT * sum(moments)
     disk = packed + measured + (streams * processes if isinstance(place, Path) else 0)
     # A plan may be asked for before there is a directory.
     beside = next(parent for parent in output.absolute().parents if parent.exists())
@@ -192,7 +196,18 @@ def _working(family: Family, batch_tokens: int, processes: int, search: int) -> 
 def _backward(family: Family, batch_tokens: int, table: int) -> int:
     """Return the bytes that running a block, or the lm_head, backwards takes on the computing device."""
     batch = batch_tokens * (GRADIENT_HIDDEN * family.hidden_size + GRADIENT_INNER * family.intermediate_size)
-    return _largest_block(family) + max(FLOAT * batch, FLOAT * table + 2 * LOGITS)
+    rows = max(
+        sum(family.linear_shape(layer)[0] for layer in family.block_linears(index) if not layer.startswith(EXPERTS))
+        for index in range(family.num_layers)
+    )
+    # Output gradients of all layers, and those of a group side by side, weighted; the moments twice where they add up.
+    observed = 2 * batch_tokens * rows + 2 * max(_moments(family, index) for index in range(family.num_layers))
+    return _largest_block(family) + max(FLOAT * (batch + observed), FLOAT * table + 2 * LOGITS)
+
+
+def _moments(family: Family, index: int) -> int:
+    """Return the number of elements of the output Hessians of block `index`."""
+    return sum(size**2 for group in observed_groups(family, index) for size in piece_sizes(group_rows(family, group)))
 
 
 def group_rows(family: Family, group: LinearGroup) -> int:

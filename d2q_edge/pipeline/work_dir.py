@@ -103,15 +103,15 @@ class WorkDir:
         # With other memory, a pass has other batches.
         return arrays if metadata.get("batches") == batches else None
 
-    def write_outputs(self, rank: int, index: int, passes: int, moments: Mapping[str, Array]) -> None:
-        """Keep the output Hessians of block `index` after a process's first passes; raises like `write_block`."""
-        save_tensors(self._outputs(rank, index), moments, {"passes": passes})
+    def write_outputs(self, rank: int, index: int, batches: list[int], moments: Mapping[str, Array]) -> None:
+        """Keep the output Hessians of block `index` over a process's batches so far; raises like `write_block`."""
+        save_tensors(self._outputs(rank, index), moments, {"batches": batches})
 
-    def read_outputs(self, rank: int, index: int) -> tuple[dict[str, Any], int]:
-        """Read what `write_outputs` kept, and the number of passes: nothing, and none, if there is nothing yet."""
+    def read_outputs(self, rank: int, index: int) -> tuple[dict[str, Any], list[int]]:
+        """Read what `write_outputs` kept, and the batches: nothing, of none, if there is nothing yet."""
         path = self._outputs(rank, index)
-        arrays, metadata = load_tensors(path) if path.is_file() else ({}, {"passes": 0})
-        return arrays, metadata["passes"]
+        arrays, metadata = load_tensors(path) if path.is_file() else ({}, {"batches": []})
+        return arrays, metadata["batches"]
 
     def publish(self) -> None:
         """Move the complete file to its place.

@@ -1,6 +1,7 @@
 """Weights of calibration tokens: their form, what they do to H, resuming, several processes."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from d2q_edge.calibration import output_gradients
 from d2q_edge.distributed.process_group import SINGLE_PROCESS
 from d2q_edge.options import Options
-from d2q_edge.pipeline import guidance, memory
+from d2q_edge.pipeline import column_scaling, guidance, memory
 from d2q_edge.pipeline.guidance import CLIP, POWER, Guidance, measure_guidance
 from d2q_edge.pipeline.work_dir import WorkDir
 from d2q_edge.quantize.statistics import InputStatistics
@@ -51,6 +52,12 @@ def test_weighted_statistics() -> None:
     torch.testing.assert_close(statistics.dXXT.double(), shift, rtol=1e-4, atol=1e-5)
 
 
+def assert_same(one: WorkDir, other: WorkDir) -> None:
+    """Compare the output Hessians that two work directories keep."""
+    for path in other.path.glob("outputs-*"):
+        assert (one.path / path.name).read_bytes() == path.read_bytes()
+
+
 class TestMeasuring:
     @pytest.fixture
     def setup(self, make_checkpoint: Make) -> Setup:
@@ -69,12 +76,45 @@ class TestMeasuring:
         few = output_gradients.kept_bytes(setup.family, 160)
         parted = self.measure(setup, pieces, few).weights("model.layers.1.", ("mlp.gate_proj", "mlp.up_proj"))
         assert len(list(pieces.path.glob("gradients-*"))) == 3
+        for index in range(setup.family.num_layers):
+            (once, every), (added, batches) = work.read_outputs(0, index), pieces.read_outputs(0, index)
+            assert every == batches == list(range(6))
+            assert once.keys() == added.keys()
+            assert len(once) == 4
+            assert all(np.array_equal(added[name], array) for name, array in once.items())
         assert all(torch.equal(whole[batch], parted[batch]) for batch in range(6))
         monkeypatch.setattr(guidance, "output_gradients", None)
         again = self.measure(setup, pieces, few).weights("model.layers.1.", ("mlp.gate_proj", "mlp.up_proj"))
         assert all(torch.equal(whole[batch], again[batch]) for batch in range(6))
         with pytest.raises(TypeError):
             self.measure(setup, pieces)  # other passes
+        monkeypatch.undo()
+        pieces.write_outputs(0, 1, [0, 1], {})  # as a run with other passes has left it
+        self.measure(setup, pieces)
+        assert_same(pieces, work)
+
+    def test_output_hessians(self, setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Few batches are enough, evenly spread; rows that absorb column scales have smaller gradients."""
+        monkeypatch.setattr(guidance, "OUTPUT_TOKENS", 240)
+        work = WorkDir(tmp_path / "a", {})
+        found = self.measure(setup, work)
+        assert work.read_outputs(0, 1)[1] == [0, 2, 4]
+        context = SimpleNamespace(guidance=found, family=setup.family, device=torch.device("cpu"))
+        gate, down = (setup.family.block_groups(1)[number] for number in (2, 3))
+        scales = np.linspace(0.5, 2, 256, dtype=np.float32)
+        plain, scaled = (
+            column_scaling.group_hessian(context, 1, gate, known)  # type: ignore[arg-type]
+            for known in ({}, {down.linears[0]: scales})
+        )
+        assert plain is not None
+        assert scaled is not None
+        assert gate.linears == ("mlp.gate_proj", "mlp.up_proj")
+        factors = np.r_[np.ones(256), scales]
+        np.testing.assert_allclose(
+            scaled.pieces[0].numpy(), plain.pieces[0].numpy() / np.outer(factors, factors), rtol=1e-5
+        )
+        context.guidance = None
+        assert column_scaling.group_hessian(context, 1, gate, {}) is None  # type: ignore[arg-type]
 
     def test_it_decides_the_result(self, setup: Setup, tmp_path: Path) -> None:
         results = {}
@@ -116,6 +156,7 @@ def test_memory_is_planned(tmp_path: Path) -> None:
     ]
     assert plans[0].gradients == 0
     assert plans[1].gradients == memory.GRADIENT_STATES
-    assert plans[1].disk - plans[0].disk == 4 * 65536 * of.num_layers * 7
+    moments = sum(size**2 for rows in (3072, 2048, 16384, 2048) for size in [512] * (rows // 512))
+    assert plans[1].disk - plans[0].disk == 4 * (65536 * 7 + moments) * of.num_layers
     assert plans[1].host >= plans[0].host
     assert np.isfinite(plans[1].host)

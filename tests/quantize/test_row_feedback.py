@@ -47,18 +47,15 @@ def test_moments(monkeypatch: pytest.MonkeyPatch) -> None:
     assert start == 50
 
 
-def test_stored_and_added(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stored_between_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output_hessian, "PIECE", 32)
     hessian = observed(gradients(100, 48))
     arrays = hessian.to_arrays("a") | observed(gradients(100, 8)).to_arrays("a.b")
     found = OutputHessian.from_arrays(arrays, "a")
     assert len(found.pieces) == len(hessian.pieces) == 2
-    for one, other in zip(found.pieces, hessian.pieces, strict=True):
-        size = other.diagonal().sqrt()
-        assert float(((one - other) / size[:, None] / size).abs().max()) < 5e-4
-        torch.testing.assert_close(one.diagonal(), other.diagonal(), rtol=1e-6, atol=0)
-    found.add(hessian)
-    torch.testing.assert_close(found.pieces[1], 2 * hessian.pieces[1], rtol=1e-2, atol=1e-2 * float(size.max()) ** 2)
+    found.add_batch(gradients(100, 48, 1))
+    hessian.add_batch(gradients(100, 48, 1))
+    assert all(torch.equal(one, other) for one, other in zip(found.pieces, hessian.pieces, strict=True))
     assert not OutputHessian.from_arrays(arrays, "c").pieces
 
 

@@ -15,6 +15,7 @@ from d2q_edge.quantize.rtn import round_layer
 from d2q_edge.quantize.statistics import InputStatistics
 from tests.quantize.slow_descent import Matrix, least_squares, slow_feedback, slow_nearest
 
+pytestmark = pytest.mark.usefixtures("either")
 KINDS = pytest.mark.parametrize("kind", (*ALL, Q4_0), ids=lambda kind: kind.name)
 FLOAT16 = 7e-4
 """Half a unit in float16's last place, and what float32 loses."""

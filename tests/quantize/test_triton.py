@@ -23,6 +23,7 @@ pytestmark = [
         find_spec("triton") is None and not EXPECTED, reason="the dev extra has Triton on Linux on x86-64 only"
     ),
     pytest.mark.slow,
+    pytest.mark.usefixtures("in_torch"),
 ]
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

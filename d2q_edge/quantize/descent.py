@@ -176,7 +176,7 @@ def choose_block(
     hessian: torch.Tensor,
     factors: Sequence[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return new units, codebooks and codes of one block of all rows. It is one compiled kernel, where there is one.
+    """Return new units, codebooks and codes of one block of all rows, by one compiled kernel where there is one.
 
     Args:
         search: the codebooks.

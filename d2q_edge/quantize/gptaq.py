@@ -134,7 +134,7 @@ def quantize_layer(weights: torch.Tensor, feedback: Feedback, search: CodebookSe
 def quantize_block(
     search: CodebookSearch, weights: torch.Tensor, U: torch.Tensor, P: torch.Tensor | None, inv_U_jj: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """Quantize one block of every row, with error feedback inside the block. It is one compiled kernel, where there is one.
+    """Quantize one block of every row, with error feedback inside the block, by one compiled kernel where there is one.
 
     Args:
         search: the codebooks.

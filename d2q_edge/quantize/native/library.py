@@ -50,10 +50,9 @@ def load(directory: Path) -> ctypes.CDLL:
                 return ctypes.CDLL(str(path))
         with suppress(OSError):
             path.unlink()
-    compiler = _compiler()
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch) / "library.so"
-        _compile(compiler, made)
+        _compile(made)
         # Without a cache the library is compiled again by the next process.
         with suppress(OSError):
             return ctypes.CDLL(str(_keep(made, directory, key)))
@@ -71,21 +70,20 @@ def _file_name(key: str, path: Path) -> str:
     return f"{key}-{hashlib.sha256(path.read_bytes()).hexdigest()[:HASH_LENGTH]}.so"
 
 
-def _compiler() -> list[str]:
-    """Return the command of the first compiler that is installed: CC's, if there is one."""
-    commands = [os.environ.get("CC", "").split(), *([name] for name in COMPILERS)]
-    for program, *arguments in filter(None, commands):
-        if found := shutil.which(program):
-            return [found, *arguments]
-    raise OSError("none is installed")
-
-
-def _compile(compiler: list[str], target: Path) -> None:
-    command = [*compiler, *FLAGS, "-o", str(target), *map(str, sorted(SOURCES.glob("*.c"))), "-lm"]
-    result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
-    if result.returncode or not target.is_file():
-        lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
-        raise OSError(next((line for line in lines if "error" in line), f"{compiler[0]} fails"))
+def _compile(target: Path) -> None:
+    """Compile with CC, if that is set, or else with the first compiler that works."""
+    chosen = os.environ.get("CC", "").split()
+    reason = "none is installed"
+    for program, *arguments in [chosen] if chosen else [[name] for name in COMPILERS]:
+        if shutil.which(program):
+            sources = map(str, sorted(SOURCES.glob("*.c")))
+            command = [program, *arguments, *FLAGS, "-o", str(target), *sources, "-lm"]
+            result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+            if not result.returncode and target.is_file():
+                return
+            lines = [line for line in result.stderr.splitlines() if "error" in line]
+            reason = " ".join([f"{program} fails", *lines[:1]])
+    raise OSError(reason)
 
 
 def _keep(made: Path, directory: Path, key: str) -> Path:

@@ -25,13 +25,12 @@ def run(name: str, tables: Tables, rows: int, *tensors: torch.Tensor | None) -> 
         tensors: the other arguments, contiguous; None becomes a null pointer.
     """
     kernel = getattr(library(), f"d2q_{name}")
-    pointers = [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
     threads = torch.get_num_threads()
     size = max(-(-rows // (threads * PARTS * LEAST)), 1) * LEAST if threads > 1 else rows
 
     def part(begin: int) -> None:
-        # `tensors` live until the last part has ended, even where this call is interrupted.
-        assert tensors
+        # Made here, so that the tensors live until the last part has ended, even where `run` is interrupted.
+        pointers = (ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors)
         kernel(tables.pointer, ctypes.c_int64(begin), ctypes.c_int64(min(begin + size, rows)), *pointers)
 
     begins = range(0, rows, size) if rows else range(0)

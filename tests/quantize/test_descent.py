@@ -212,7 +212,8 @@ def test_every_choice_is_the_best_of_its_candidates(
         errors = np.stack([case.errors(torch.from_numpy(candidate)) for candidate in candidates])
         found = case.errors(torch.from_numpy(state))
         assert (found <= errors[0] * (1 + 1e-6)).all()
-        agreed.append(np.isclose(found, errors.min(0), rtol=1e-6))
+        # The compiled kernels try more codebooks.
+        agreed.append(found <= errors.min(0) * (1 + 1e-6))
     assert np.mean(changed) > 0.3
     # A near tie is decided otherwise now and then.
     assert np.mean(agreed) > 0.95

@@ -32,6 +32,13 @@ void rank_codebooks(const struct codebooks *table, const float *values, uint16_t
 // Finds the best codebook for the values [32], in units of d and in code order, and its squared error.
 int best_codebook(const struct codebooks *table, const float *values, float *error);
 
+// Codebooks per group that are tried with error feedback. With 16 the error of a layer's output is the same, with 4 it
+// is 0.5 % larger, with the one that is nearest to the weights 4 % (SmolLM2).
+enum { NOMINEES = 8 };
+
+// Finds the codebooks [NOMINEES] with the best ranks for the values [32], in units of d and in code order.
+void nominate(const struct codebooks *table, const float *values, int *chosen);
+
 // Chooses the scale d of one block of weights in code order.
 float block_scale(const struct codebooks *table, const float *weights);
 
@@ -48,12 +55,16 @@ struct bundle {
     lanes codes[GROUP];
     lanes quantized[GROUP];
     lanes errors[GROUP];
+    lanes codebook;
 };
 
 // Quantizes one group of LANES rows with the codebooks chosen, whose entries are multiplied by the scales.
 void quantize_group(
     const struct codebooks *table, const struct feedback *feedback, const int *chosen, lanes scales, struct bundle *group
 );
+
+// Takes the rows of another bundle where they are better.
+void take_better(struct bundle *best, lane_ints better, const struct bundle *other);
 
 // Copies the entries [V * 16] of each row's codebook.
 void load_levels(const struct codebooks *table, const int *chosen, lanes *levels);

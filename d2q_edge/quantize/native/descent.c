@@ -1,6 +1,12 @@
-// Chooses the groups of one block of columns again. Counterpart of descent.choose_block.
+// Chooses the groups of one block of columns again. Counterpart of descent.choose_block, which tries the codebook that is
+// nearest to a group's optimum; here several are tried.
 
 #include "codebooks.h"
+
+// Returns where a column of the order of quantization is stored: those of a code are side by side while quantized.
+static inline int stored(const struct codebooks *table, int column) {
+    return column % table->width * (GROUP / table->width) + column / table->width;
+}
 
 // Returns off H off^T of every row.
 static lanes weighted(const lanes *off, const float *hessian, int64_t stride) {
@@ -10,42 +16,33 @@ static lanes weighted(const lanes *off, const float *hessian, int64_t stride) {
     return total;
 }
 
-// One group of LANES rows: units, codebooks and codes, as they are and as they become.
-struct choice {
-    lanes units[GROUP], codes[GROUP], codebook;
-};
-
-// Chooses one group again; `target` are the optima, `error` the objective of the present units.
+// Chooses one group again.
+//
+// `target` are the optima, in storage order; `error` is the objective of the present units. `best` has these units as
+// its quantized weights, in the order of quantization, with their codebooks and codes.
 static void choose_group(
     const struct codebooks *table, const struct feedback *feedback, const float *hessian, int64_t stride,
-    const lanes *target, lanes error, struct choice *choice
+    const lanes *target, lanes error, struct bundle *best
 ) {
-    const int width = table->width, per_group = GROUP / width;
-    int candidates[2][LANES];
+    int candidates[1 + NOMINEES][LANES];
     for (int i = 0; i < LANES; i++) {
-        float values[GROUP], unused;
-        for (int j = 0; j < GROUP; j++) values[j] = ((lane *)target)[(j % width * per_group + j / width) * LANES + i];
-        candidates[0][i] = (int)choice->codebook[i];
-        candidates[1][i] = best_codebook(table, values, &unused);
+        float values[GROUP];
+        int nominees[NOMINEES];
+        for (int j = 0; j < GROUP; j++) values[j] = ((lane *)target)[stored(table, j) * LANES + i];
+        nominate(table, values, nominees);
+        candidates[0][i] = (int)best->codebook[i];
+        for (int n = 0; n < NOMINEES; n++) candidates[1 + n][i] = nominees[n];
     }
-    // The present codebook first, then the nearest one; each is taken only where it is better.
-    for (int turn = 0; turn < 2; turn++) {
-        struct bundle group;
-        lanes rounded[GROUP], off[GROUP], codebook = all(0);
-        for (int j = 0; j < GROUP; j++) group.work[j] = target[j % width * per_group + j / width];
-        quantize_group(table, feedback, candidates[turn], all(1), &group);
-        for (int j = 0; j < GROUP; j++) {
-            const int stored = j % width * per_group + j / width;
-            rounded[stored] = group.quantized[j];
-            off[stored] = group.quantized[j] - target[stored];
-        }
+    // The present codebook first; each is taken only where it is better.
+    for (int n = 0; n < 1 + NOMINEES; n++) {
+        struct bundle trial = {0};
+        lanes off[GROUP];
+        for (int j = 0; j < GROUP; j++) trial.work[j] = target[stored(table, j)];
+        quantize_group(table, feedback, candidates[n], all(1), &trial);
+        for (int j = 0; j < GROUP; j++) off[stored(table, j)] = trial.quantized[j] - target[stored(table, j)];
         const lanes found = weighted(off, hessian, stride);
-        const lane_ints better = less(found, error);
+        take_better(best, less(found, error), &trial);
         error = smaller(found, error);
-        for (int i = 0; i < LANES; i++) codebook[i] = (float)candidates[turn][i];
-        choice->codebook = where(better, codebook, choice->codebook);
-        for (int j = 0; j < GROUP; j++) choice->units[j] = where(better, rounded[j], choice->units[j]);
-        for (int j = 0; j < per_group; j++) choice->codes[j] = where(better, group.codes[j], choice->codes[j]);
     }
 }
 
@@ -65,8 +62,8 @@ void d2q_choose_block(
         }
         for (int number = 0; number < table->groups; number++) {
             const int first = number * GROUP, stop = first + GROUP;
-            struct choice choice;
-            lanes before[GROUP], step[GROUP] = {{0}}, target[GROUP];
+            struct bundle choice = {0};
+            lanes before[GROUP], step[GROUP] = {{0}}, target[GROUP], moved[GROUP];
             for (int i = 0; i < LANES; i++) {
                 const int64_t own = row + (i < rows ? i : rows - 1), place = own * table->groups + number;
                 for (int j = 0; j < GROUP; j++) ((lane *)before)[j * LANES + i] = units[own * size + first + j];
@@ -76,19 +73,19 @@ void d2q_choose_block(
             add_product(step, 1, slope + first, inverse_hessian + number * GROUP * GROUP, GROUP, GROUP, GROUP);
             for (int j = 0; j < GROUP; j++) {
                 target[j] = before[j] - step[j];
-                choice.units[j] = before[j];
+                choice.quantized[j] = before[stored(table, j)];
             }
             const float *corner = hessian + (int64_t)first * size + first;
             const struct feedback feedback = {
                 U + number * GROUP * GROUP, 0, GROUP, inverse + number * per_group * table->width * table->width
             };
             choose_group(table, &feedback, corner, size, target, weighted(step, corner, size), &choice);
-            lanes moved[GROUP];
-            for (int j = 0; j < GROUP; j++) moved[j] = choice.units[j] - before[j];
+            for (int j = 0; j < GROUP; j++) moved[stored(table, j)] = choice.quantized[j] - before[stored(table, j)];
             add_product(slope + stop, 1, moved, corner + GROUP, size, GROUP, size - stop);
             for (int i = 0; i < rows; i++) {
                 const int64_t place = (row + i) * table->groups + number;
-                for (int j = 0; j < GROUP; j++) units[(row + i) * size + first + j] = ((lane *)choice.units)[j * LANES + i];
+                float *own = units + (row + i) * size + first;
+                for (int j = 0; j < GROUP; j++) own[stored(table, j)] = ((lane *)choice.quantized)[j * LANES + i];
                 for (int j = 0; j < per_group; j++) {
                     codes[place * per_group + j] = (uint8_t)((lane *)choice.codes)[j * LANES + i];
                 }

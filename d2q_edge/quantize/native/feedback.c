@@ -108,6 +108,7 @@ void quantize_group(
     const struct codebooks *table, const struct feedback *feedback, const int *chosen, lanes scales, struct bundle *group
 ) {
     lanes levels[2 * ENTRIES];
+    for (int i = 0; i < LANES; i++) group->codebook[i] = (float)chosen[i];
     load_levels(table, chosen, levels);
     for (int entry = 0; entry < table->width * ENTRIES; entry++) levels[entry] *= scales;
     if (table->width == 2) {
@@ -124,4 +125,14 @@ void quantize_group(
             add_product(rest, 1, group->work + first, feedback->P + corner, feedback->stride, CHAIN, later);
         }
     }
+}
+
+void take_better(struct bundle *best, lane_ints better, const struct bundle *other) {
+    for (int i = 0; i < GROUP; i++) {
+        best->work[i] = where(better, other->work[i], best->work[i]);
+        best->codes[i] = where(better, other->codes[i], best->codes[i]);
+        best->quantized[i] = where(better, other->quantized[i], best->quantized[i]);
+        best->errors[i] = where(better, other->errors[i], best->errors[i]);
+    }
+    best->codebook = where(better, other->codebook, best->codebook);
 }

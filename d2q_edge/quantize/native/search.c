@@ -74,33 +74,30 @@ static int32_t least_key(const lane_ints *keys) {
     return result;
 }
 
-// Writes the best codebooks by rank, the best first; returns how many: all, in their order, where ranks don't tell.
-static int make_shortlist(const struct codebooks *table, const float *values, int *chosen) {
+// Writes the best codebooks by rank, the best first; returns how many: fewer than wanted where ranks don't tell.
+static int make_shortlist(const struct codebooks *table, const float *values, int wanted, int *chosen) {
     uint16_t ranks[CODEBOOKS];
     lane_ints keys[CODEBOOKS / LANES];
-    int count = 0;
-    if (table->shortlist < CODEBOOKS) {
-        rank_codebooks(table, values, ranks);
-        // Of equal ranks the first.
-        for (int i = 0; i < CODEBOOKS; i++) ((lane_int *)keys)[i] = ranks[i] * CODEBOOKS + i;
-        for (; count < table->shortlist; count++) {
-            const int32_t least = least_key(keys);
-            if (least / CODEBOOKS == WORST_RANK) break;
-            chosen[count] = least % CODEBOOKS;
-            ((lane_int *)keys)[least % CODEBOOKS] = INT32_MAX;
-        }
+    rank_codebooks(table, values, ranks);
+    // Of equal ranks the first.
+    for (int i = 0; i < CODEBOOKS; i++) ((lane_int *)keys)[i] = ranks[i] * CODEBOOKS + i;
+    for (int count = 0; count < wanted; count++) {
+        const int32_t least = least_key(keys);
+        if (least / CODEBOOKS == WORST_RANK) return count;
+        chosen[count] = least % CODEBOOKS;
+        ((lane_int *)keys)[least % CODEBOOKS] = INT32_MAX;
     }
+    return wanted;
+}
+
+int best_codebook(const struct codebooks *table, const float *values, float *error) {
+    int chosen[CODEBOOKS], count = 0;
+    if (table->shortlist < CODEBOOKS) count = make_shortlist(table, values, table->shortlist, chosen);
     if (count == 0) {
         for (; count < CODEBOOKS; count++) chosen[count] = count;
     }
     // Whole vectors.
     for (; count % LANES; count++) chosen[count] = chosen[0];
-    return count;
-}
-
-int best_codebook(const struct codebooks *table, const float *values, float *error) {
-    int chosen[CODEBOOKS];
-    const int count = make_shortlist(table, values, chosen);
     int best = chosen[0];
     *error = INFINITY;
     for (int start = 0; start < count; start += LANES) {
@@ -114,6 +111,15 @@ int best_codebook(const struct codebooks *table, const float *values, float *err
         }
     }
     return best;
+}
+
+void nominate(const struct codebooks *table, const float *values, int *chosen) {
+    int count = make_shortlist(table, values, NOMINEES, chosen);
+    if (count == 0) {
+        float unused;
+        chosen[count++] = best_codebook(table, values, &unused);
+    }
+    for (; count < NOMINEES; count++) chosen[count] = chosen[0];
 }
 
 // Finds the codebooks [end - begin] and errors of groups of values [32] in code order.

@@ -137,25 +137,29 @@ def test_quantize_block(kind: TensorType, with_P: bool) -> None:
     p = block.P.double().numpy() if with_P else np.zeros_like(u)
     assert torch.equal(block.weights, Block.make(kind, rows).weights), "the weights stay as they are"
     assert torch.equal(scales, native.block_scales(search, block.weights))
-    agreed, above = [], []
+    agreed, losses = [], []
     for row in range(rows):
         own = work[row].double().numpy(), errors[row].double().numpy()
         for group in range(kind.groups):
             here, before = slice(group * 32, group * 32 + 32), slice(group * 32)
             start = weights[row, here] + own[0][before] @ p[before, here] - own[1][before] @ u[before, here]
             scale, codebook = float(scales[row]), int(codebooks[row, group])
-            found = slow_errors(kind, torch.from_numpy(start / scale).view(-1, width))
-            above.append((found[codebook] + 1e-3) / (found.min() + 1e-3))
-            levels = search.levels[codebook].double().numpy() * scale
-            expected, *arrays = slow_group(start, levels, u[here, here], p[here, here], width, windowed=kind.windowed)
+            nearest = int(slow_errors(kind, torch.from_numpy(start / scale).view(-1, width)).argmin())
+            (expected, *arrays), (_, _, other, _) = (
+                slow_group(start, search.levels[each].double().numpy() * scale, *factors, width, windowed=kind.windowed)
+                for factors in [(u[here, here], p[here, here])]
+                for each in (codebook, nearest)
+            )
+            losses.append((np.square(own[1][here]).sum() + 1e-12) / (np.square(other).sum() + 1e-12))
             per_group = 32 // width
             agreed.append(codes[row, group * per_group : (group + 1) * per_group].tolist() == expected)
             if agreed[-1]:
                 for array, tensor in zip(arrays, (quantized, errors, work), strict=True):
                     size = scale * (1 + np.abs(start / scale).max())
                     np.testing.assert_allclose(tensor[row, here].numpy() / size, array / size, rtol=1e-4, atol=1e-5)
-    # The codebook is the best one, or a near tie is decided otherwise now and then; so are codes.
-    assert np.mean(above) < 1.001 and max(above) < 1.01
+    # The codebook has no greater loss than the nearest one, and mostly a smaller one.
+    assert max(losses) < 1.01 and np.mean(losses) < 0.98
+    # A near tie of codes is decided otherwise now and then.
     assert np.mean(agreed) > 0.97
     index = table_index(codes) if kind.windowed else codes
     entries = search.levels[codebooks.long().repeat_interleave(32 // width, 1), index.long()].flatten(1)
@@ -164,7 +168,7 @@ def test_quantize_block(kind: TensorType, with_P: bool) -> None:
 
 @KINDS
 def test_choose_block(kind: TensorType, in_torch: None) -> None:
-    """As torch with all codebooks, but for near ties; test_descent.py has the choices from their definition."""
+    """It is better than torch's, which tries fewer codebooks; test_descent.py has the choices from their definition."""
     rows = 61
     block, (scales, codebooks, codes, rounded, *_) = quantize(kind, rows)
     width = SEARCHES[kind].levels.shape[2]
@@ -175,20 +179,16 @@ def test_choose_block(kind: TensorType, in_torch: None) -> None:
     before = [each.clone() for each in state]
     found = native.choose_block(SEARCHES[kind], *state, *factors)
     assert all(torch.equal(*pair) for pair in zip(state, before, strict=True))
-    thorough = CodebookSearch(kind)
-    thorough._shortlist = 256
-    expected = descent.choose_block(thorough, *state, factors)
+    expected = descent.choose_block(SEARCHES[kind], *state, factors)
     assert [part.dtype for part in found] == [part.dtype for part in expected]
-    same = (found[2] == expected[2]).all(1)
-    assert float(same.float().mean()) > 0.9
-    assert torch.equal(found[0][same], expected[0][same])
+    assert [part.shape for part in found] == [part.shape for part in expected]
 
     def objective(values: torch.Tensor) -> torch.Tensor:
         off = (values - target).double()
         return ((off @ block.hessian.double()) * off).sum(1)
 
     assert bool((objective(found[0]) <= objective(units) * (1 + 1e-5) + 1e-3).all())
-    assert float(objective(found[0]).sum()) < 1.001 * float(objective(expected[0]).sum())
+    assert float(objective(found[0]).sum()) < float(objective(expected[0]).sum())
     index = table_index(found[2]) if kind.windowed else found[2]
     entries = SEARCHES[kind].levels[found[1].repeat_interleave(32 // width, 1), index.long()]
     assert torch.equal(gptaq.storage_order(entries.flatten(1), kind), found[0])

@@ -1,4 +1,4 @@
-"""Choose block scales and codebooks by squared error: in torch, or on a CUDA device in Triton.
+"""Choose block scales and codebooks by squared error: in torch, or in compiled code (native/, triton/).
 
 The search bins the values of a group and sums up, per codebook, the squared errors of the bins' centers: a rank of all
 256 codebooks, of which only a shortlist is measured exactly (docs/accuracy.md has its cost; tests/reference_encoder.py
@@ -7,12 +7,14 @@ possible: a bound from below, so that the shortlist is longer; the Triton kernel
 all codebooks. q4_0, which has two codebooks only, has its own search (uniform.py).
 """
 
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
 
 from d2q_edge.formats.codebooks import CODEBOOKS, PAIR_TABLE, SCALAR_TABLE
 from d2q_edge.formats.tensor_types import GROUP, SCALE_MAX, SCALE_TINY, TensorType, table_index
-from d2q_edge.quantize import triton, uniform
+from d2q_edge.quantize import native, triton, uniform
 from d2q_edge.quantize.trellis import best_codes, by_next_state, path_errors
 
 SHORTLIST = 3
@@ -37,6 +39,12 @@ CUDA_CHUNK = 4 * CHUNK
 def stored_scale(scale: torch.Tensor) -> torch.Tensor:
     """Round positive scales (float32, any shape) to what a block can store: float16, neither zero nor infinite."""
     return scale.clamp(SCALE_TINY, SCALE_MAX).half().float()
+
+
+def bin_centers(bins: int, device: torch.device | str) -> torch.Tensor:
+    """Return the values at the middle of so many bins, float32 [bins]."""
+    position = ((torch.arange(bins, device=device) + 0.5) / (bins / 2) - 1) * EDGE
+    return position * KNEE / (1 - position.abs())
 
 
 class CodebookSearch:
@@ -67,6 +75,7 @@ class CodebookSearch:
             exhaustive: measure all codebooks of a windowed type in torch too.
         """
         self.tensor_type = tensor_type
+        self._exhaustive = exhaustive
         self._shortlist = WINDOWED_SHORTLIST if tensor_type.windowed else SHORTLIST
         if tensor_type.windowed and exhaustive:
             self._shortlist = CODEBOOKS
@@ -89,6 +98,11 @@ class CodebookSearch:
             self.error_table = self._make_error_table()
             self.error_table_f16 = self.error_table.half()
 
+    @cached_property
+    def native_tables(self) -> "native.Tables":
+        """What the C code reads; on a CPU only."""
+        return native.Tables(self, exhaustive=self._exhaustive)
+
     def vectors(self, weights: torch.Tensor) -> torch.Tensor:
         """Split rows [rows, n * 32] into the vectors that get a code: [rows * n, 32 / V, V], in code order."""
         groups = weights.reshape(-1, GROUP)
@@ -109,6 +123,8 @@ class CodebookSearch:
             return uniform.search(vectors)
         if triton.is_available(vectors.device):
             return triton.search(self, vectors)
+        if native.is_available(self.tensor_type, vectors.device):
+            return native.search(self, vectors)
         codebooks, errors = [], []
         for part in vectors.split(self._chunk):
             candidates = self._approximate_errors(part).topk(self._shortlist, dim=1, largest=False).indices
@@ -134,11 +150,14 @@ class CodebookSearch:
             The entries, float32 like the vectors, and the codes, int64 [groups, 32 / V].
         """
         levels = self.levels[codebooks]
-        if self.tensor_type.windowed:
+        if native.is_available(self.tensor_type, vectors.device):
+            codes = native.nearest_codes(self, vectors, codebooks)
+        elif self.tensor_type.windowed:
             codes = best_codes(vectors[:, :, 0], self.ways, codebooks)
-            return levels.gather(1, table_index(codes).long()[:, :, None]), codes.long()
-        codes = (vectors[:, :, None] - levels[:, None]).square().sum(3).argmin(2)
-        return levels.gather(1, codes[:, :, None].expand(-1, -1, levels.shape[2])), codes
+        else:
+            codes = (vectors[:, :, None] - levels[:, None]).square().sum(3).argmin(2)
+        index = table_index(codes) if self.tensor_type.windowed else codes
+        return levels.gather(1, index.long()[:, :, None].expand(-1, -1, levels.shape[2])), codes.long()
 
     def block_scales(self, weights: torch.Tensor) -> torch.Tensor:
         """Choose the scale d of each block by the approximate error of SCALE_STEPS; of windowed types then corrected.
@@ -152,6 +171,8 @@ class CodebookSearch:
         if not self.tensor_type.has_codebooks:
             return stored_scale(uniform.block_scales(weights))
         vectors = self.vectors(weights)
+        if native.is_available(self.tensor_type, weights.device):
+            return native.block_scales(self, vectors.reshape(weights.shape))
         if triton.is_available(weights.device):
             scales = triton.block_scales(self, vectors.reshape(weights.shape))
         else:
@@ -198,7 +219,6 @@ class CodebookSearch:
         return F.embedding_bag(index, self.error_table, mode="sum")
 
     def _make_error_table(self) -> torch.Tensor:
-        position = ((torch.arange(self.bins, device=self.levels.device) + 0.5) / (self.bins / 2) - 1) * EDGE
-        centers = position * KNEE / (1 - position.abs())
+        centers = bin_centers(self.bins, self.levels.device)
         points = torch.cartesian_prod(centers, centers) if self.levels.shape[2] == 2 else centers[:, None]
         return torch.stack([torch.cdist(points, codebook).square().amin(1) for codebook in self.levels], 1)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 
 from d2q_edge.formats.tensor_types import GROUP
-from d2q_edge.quantize import triton
+from d2q_edge.quantize import native, triton
 from d2q_edge.quantize.codebook_search import CodebookSearch, stored_scale
 from d2q_edge.quantize.feedback import diagonal_blocks, invert_code_blocks, quantize_group
 from d2q_edge.quantize.gptaq import Feedback
@@ -176,7 +176,7 @@ def choose_block(
     hessian: torch.Tensor,
     factors: Sequence[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return new units, codebooks and codes of one block of all rows. On a GPU it is one Triton kernel.
+    """Return new units, codebooks and codes of one block of all rows, by one compiled kernel where there is one.
 
     Args:
         search: the codebooks.
@@ -187,6 +187,8 @@ def choose_block(
     """
     if triton.is_available(units.device):
         return triton.choose_block(search, gradient, units, codebooks, codes, hessian, *factors)
+    if native.is_available(search.tensor_type, units.device):
+        return native.choose_block(search, gradient, units, codebooks, codes, hessian, *factors)
     rows, per_group = len(units), codes.shape[1] // codebooks.shape[1]
     order = _group_order(search.levels.shape[2], units.device)
     gradient, units, codebooks, codes = gradient.clone(), units.clone(), codebooks.clone(), codes.clone()

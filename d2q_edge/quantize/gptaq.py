@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from d2q_edge.formats.tensor_types import GROUP, TensorType
-from d2q_edge.quantize import triton
+from d2q_edge.quantize import native, triton
 from d2q_edge.quantize.cholesky import inverse_cholesky, times_upper, times_upper_transposed, upper_times_upper
 from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.collective import SINGLE_PROCESS, Collective
@@ -134,7 +134,7 @@ def quantize_layer(weights: torch.Tensor, feedback: Feedback, search: CodebookSe
 def quantize_block(
     search: CodebookSearch, weights: torch.Tensor, U: torch.Tensor, P: torch.Tensor | None, inv_U_jj: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """Quantize one block of every row, with error feedback inside the block. On a GPU it is one Triton kernel.
+    """Quantize one block of every row, with error feedback inside the block, by one compiled kernel where there is one.
 
     Args:
         search: the codebooks.
@@ -148,6 +148,8 @@ def quantize_block(
     """
     if triton.is_available(weights.device):
         return triton.quantize_block(search, weights, U, P, inv_U_jj)
+    if native.is_available(search.tensor_type, weights.device):
+        return native.quantize_block(search, weights, U, P, inv_U_jj)
     work = weights.clone()
     scales = search.block_scales(storage_order(work, search.tensor_type))
     quantized, errors = torch.empty_like(work), torch.empty_like(work)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from d2q_edge.errors import D2QError
 from d2q_edge.runtime.process import run_logged, say
+from d2q_edge.utils.machine import user_cache
 
 PACKAGE = "llama-cpp-python"
 VERSION = "0.3.36"
@@ -30,8 +31,7 @@ HASH_LENGTH = 12
 
 def cache_directory() -> Path:
     """Return the directory of source, wheels, tools and logs: d2q-edge/runtime in the user's cache directory."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "d2q-edge" / "runtime"
+    return user_cache() / "runtime"
 
 
 def patch_directory() -> Path:

@@ -35,6 +35,12 @@ def cache_key(patch: str) -> str:
     return f"{patch}-{hashlib.sha256(repr(machine).encode()).hexdigest()[:8]}"
 
 
+def user_cache() -> Path:
+    """Return d2q-edge's directory in the user's cache directory; it may not exist."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "d2q-edge"
+
+
 def usable_cpus() -> int:
     """Return the number of CPUs that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

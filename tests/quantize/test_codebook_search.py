@@ -7,6 +7,8 @@ from d2q_edge.formats.tensor_types import ALL, D2Q2, D2Q3, TensorType
 from d2q_edge.quantize.codebook_search import CodebookSearch, stored_scale
 from tests.quantize.slow_trellis import nearest_errors
 
+pytestmark = pytest.mark.usefixtures("either")
+
 
 def exhaustive(search: CodebookSearch, vectors: torch.Tensor) -> torch.Tensor:
     """Least error of every group over all codebooks, entry by entry in float64: [groups]."""

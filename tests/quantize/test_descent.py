@@ -15,6 +15,7 @@ from d2q_edge.quantize.rtn import round_layer
 from d2q_edge.quantize.statistics import InputStatistics
 from tests.quantize.slow_descent import Matrix, least_squares, slow_feedback, slow_nearest
 
+pytestmark = pytest.mark.usefixtures("either")
 KINDS = pytest.mark.parametrize("kind", (*ALL, Q4_0), ids=lambda kind: kind.name)
 FLOAT16 = 7e-4
 """Half a unit in float16's last place, and what float32 loses."""
@@ -213,7 +214,8 @@ def test_every_choice_is_the_best_of_its_candidates(
         errors = np.stack([case.errors(torch.from_numpy(candidate)) for candidate in candidates])
         found = case.errors(torch.from_numpy(state))
         assert (found <= errors[0] * (1 + 1e-6)).all()
-        agreed.append(np.isclose(found, errors.min(0), rtol=1e-6))
+        # The compiled kernels try more codebooks.
+        agreed.append(found <= errors.min(0) * (1 + 1e-6))
     assert np.mean(changed) > 0.3
     # A near tie is decided otherwise now and then.
     assert np.mean(agreed) > 0.95

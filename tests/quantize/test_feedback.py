@@ -1,17 +1,15 @@
 """Error feedback inside a group against a slow float64 loop over rows and columns."""
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 
 from d2q_edge.formats.tensor_types import D2Q2, D2Q3, Q4_0, TensorType
 from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.feedback import diagonal_blocks, invert_code_blocks, quantize_group
-from tests.quantize.slow_trellis import best_path
+from tests.quantize.slow_feedback import F64, slow_group
 
 KINDS = pytest.mark.parametrize("kind", [D2Q2, D2Q3, Q4_0], ids=lambda kind: kind.name)
-F64 = npt.NDArray[np.float64]
 
 
 class Case:
@@ -34,42 +32,11 @@ class Case:
         return quantize_group(self.weights, self.search, self.codebooks, self.scales, self.U, inv_U_jj, self.P)
 
     def slowly(self, row: int) -> tuple[list[int], F64, F64, F64]:
-        w, u = self.weights[row].double().numpy().copy(), self.U.double().numpy()
         levels = self.search.levels[self.codebooks[row]].double().numpy() * float(self.scales[row])
-        if self.search.tensor_type.windowed:
-            return self.slow_paths(w, u, levels[:, 0])
-        codes, quantized, errors = [], np.zeros(32), np.zeros(32)
-        for first in range(0, 32, self.width):
-            j = np.arange(first, first + self.width)
-            inverse = np.linalg.inv(u[np.ix_(j, j)])
-            costs = [float((((w[j] - level) @ inverse) ** 2).sum()) for level in levels]
-            codes.append(int(np.argmin(costs)))
-            quantized[j] = levels[codes[-1]]
-            errors[j] = (w[j] - quantized[j]) @ inverse
-            later = np.arange(first + self.width, 32)
-            w[later] -= errors[j] @ u[np.ix_(j, later)]
-            if self.P is not None:
-                w[later] += w[j] @ self.P.double().numpy()[np.ix_(j, later)]
-        return codes, quantized, errors, w
-
-    def slow_paths(self, w: F64, u: F64, levels: F64) -> tuple[list[int], F64, F64, F64]:
+        u = self.U.double().numpy()
         p = np.zeros((32, 32)) if self.P is None else self.P.double().numpy()
-
-        def follow(carried: F64, column: int, entry: float) -> F64:
-            seen = carried.copy()
-            error = (seen[column] - entry) / u[column, column]
-            seen[column + 1 :] += seen[column] * p[column, column + 1 :] - error * u[column, column + 1 :]
-            return seen
-
-        def cost(carried: F64, column: int, entry: float) -> float:
-            return float(((carried[column] - entry) / u[column, column]) ** 2)
-
-        codes: list[int] = []
-        for first in (0, 16):
-            chain, w = best_path(w, range(first, first + 16), levels, cost, follow)
-            codes += chain
-        quantized = np.array([levels[code + 8 * (codes[j - 1] % 2 if j % 16 else 0)] for j, code in enumerate(codes)])
-        return codes, quantized, (w - quantized) / u.diagonal(), w
+        windowed = self.search.tensor_type.windowed
+        return slow_group(self.weights[row].double().numpy(), levels, u, p, self.width, windowed=windowed)
 
 
 @KINDS

@@ -13,6 +13,7 @@ from d2q_edge.quantize.quantized_layer import QuantizedLayer
 from d2q_edge.quantize.statistics import InputStatistics
 from tests.quantize.slow_trellis import best_path
 
+pytestmark = pytest.mark.usefixtures("either")
 Matrix = npt.NDArray[np.float64]
 
 

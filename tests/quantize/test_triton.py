@@ -5,7 +5,6 @@ tests/__init__.py turns the interpreter on. Without Triton the tests fail where 
 
 import platform
 import sys
-from dataclasses import dataclass, fields
 from importlib.util import find_spec
 
 import pytest
@@ -16,6 +15,7 @@ from d2q_edge.quantize import descent, gptaq, triton
 from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.descent import group_factors
 from d2q_edge.quantize.feedback import diagonal_blocks, invert_code_blocks
+from tests.quantize.block_of_columns import Block
 
 EXPECTED = sys.platform == "linux" and platform.machine() == "x86_64"
 pytestmark = [
@@ -23,6 +23,7 @@ pytestmark = [
         find_spec("triton") is None and not EXPECTED, reason="the dev extra has Triton on Linux on x86-64 only"
     ),
     pytest.mark.slow,
+    pytest.mark.usefixtures("in_torch"),
 ]
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -34,41 +35,6 @@ ROWS = pytest.mark.parametrize("rows", [7, 1000, 20001] if CUDA else [7])
 def programs(kind: TensorType, rows: int) -> int:
     """Rows for a kind: enough for a program of 16 rows, and another one, for one of the kinds in the interpreter."""
     return 25 if not CUDA and kind == D2Q2_64 else rows
-
-
-@dataclass
-class Block:
-    """One block of columns of a matrix, in processing order, and the factors of the Hessian."""
-
-    weights: torch.Tensor
-    U: torch.Tensor
-    P: torch.Tensor
-    hessian: torch.Tensor
-    noise: torch.Tensor
-
-    @classmethod
-    def make(cls, kind: TensorType, rows: int) -> "Block":
-        generator = torch.Generator().manual_seed(rows)
-        size = kind.block_size
-
-        def normal(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, generator=generator)
-
-        weights = normal(rows, size) * (0.2 + torch.rand(size, generator=generator))
-        # Nothing, next to nothing, more than float16 holds, and an outlier.
-        weights[:4] *= torch.tensor([0, 1e-9, 1e6, 1])[:, None]
-        weights[3, 5] = 40
-        wide = normal(size, 3 * size)
-        return cls(
-            weights,
-            normal(size, size).triu(1) * 0.1 + torch.diag(1 + torch.rand(size, generator=generator)),
-            normal(size, size).triu(1) * 0.05,
-            wide @ wide.T / size + 0.1 * torch.eye(size),
-            normal(rows, size),
-        )
-
-    def to(self, device: torch.device) -> "Block":
-        return Block(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 def searches(kind: TensorType) -> tuple[CodebookSearch, CodebookSearch]:

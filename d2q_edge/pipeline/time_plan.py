@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -106,7 +107,8 @@ def measure_speed(types: Iterable[str], device: torch.device, options: Options) 
         solver = GroupSolver(device, options.alpha, options.descent_rounds, SINGLE_PROCESS)
         search = {}
         for kind in types:
-            taken = _fastest(lambda kind=kind: solver.solve({"": weights}, {"": kind}, statistics), device, repeats=1)
+            solve = partial(solver.solve, {"": weights}, {"": kind}, statistics)
+            taken = _fastest(solve, device, repeats=1)
             multiplied = _solving_products(SOLVED_ROWS, SOLVED_COLUMNS) / products
             search[kind] = max(0.0, taken - multiplied) / weights.numel()
     return Speed(products, search)

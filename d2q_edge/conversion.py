@@ -4,7 +4,7 @@ import shlex
 import sys
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from d2q_edge.pipeline.planning import Job, draw_windows, plan
 from d2q_edge.pipeline.recipe import Calibration, fingerprint
 from d2q_edge.pipeline.refinement import Refinement, refine
 from d2q_edge.pipeline.report import Report
+from d2q_edge.pipeline.time_plan import TimePlan, plan_time
 from d2q_edge.pipeline.type_plan import TypePlan
 from d2q_edge.pipeline.work_dir import WorkDir, was_published
 from d2q_edge.utils.locks import sole_writer
@@ -47,6 +48,7 @@ class Conversion:
         report: what was measured; None when only planned.
         memory: what was taken at most; None when nothing was calibrated.
         refinement: what it did; None without it, or when an earlier run had finished it.
+        time: what it is estimated to take; None unless only planned.
     """
 
     types: TypePlan
@@ -56,6 +58,7 @@ class Conversion:
     report: Report | None = None
     memory: MemoryPlan | None = None
     refinement: Refinement | None = None
+    time: TimePlan | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for json.dump: sizes, the type of every matrix, and what was measured (Report)."""
@@ -83,6 +86,8 @@ class Conversion:
                 f"  {layer}: " + ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items()))
                 for layer, kinds in layers.items()
             ]
+        if self.time is not None and self.memory is not None:
+            lines += [self.memory.describe(), self.time.describe()]
         if self.report and self.report.seconds:
             lines.append("time: " + ", ".join(f"{phase} {spent:.1f} s" for phase, spent in self.report.seconds.items()))
         if found := self.report.validation if self.report else None:
@@ -133,7 +138,7 @@ def convert(
     processes = ProcessGroup.from_environment(choose_device(options.device))
     if dry_run:
         job = plan(model, output, options, processes)
-        return _result(job, None, job.memory)
+        return replace(_result(job, None, job.memory), time=_planned_time(job))
     with sole_writer(output) if processes.is_main else nullcontext():
         if processes.is_main and not was_published(output):
             # Before anything that takes time; with the size, when that is known.
@@ -221,6 +226,14 @@ def _result(
 ) -> Conversion:
     chats = job.tokenizer.chat_template is not None
     return Conversion(job.types, job.size, job.file.bits_per_weight, chats, report, memory, refinement)
+
+
+def _planned_time(job: Job) -> TimePlan | None:
+    """Estimate how long a calibrated conversion will take on one device."""
+    if job.calibration is None:
+        return None
+    tokens, context = job.calibration.windows.calibration.size, job.options.context
+    return plan_time(job.family, job.types, tokens, context, job.options, job.processes.device)
 
 
 def _print_start(job: Job, calibration: Calibration) -> None:

@@ -5,7 +5,7 @@ transformers is imported on first use, because that takes seconds.
 
 import copy
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -14,10 +14,12 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from d2q_edge.errors import D2QError
+from d2q_edge.model.attention import attention_for
 from d2q_edge.model.block_reader import BlockReader
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.experts import separate_experts
 from d2q_edge.model.families import Family, LinearGroup, Sublayer
+from d2q_edge.utils.machine import has_bfloat16_products
 
 ATTENTION = "self_attn"
 """The module of a block that wants positions and a mask."""
@@ -60,19 +62,23 @@ def add_bias(norm: nn.Module, bias: torch.Tensor) -> RemovableHandle:
     return norm.register_forward_hook(lambda _module, _arguments, output: output + bias)
 
 
-class _InputReached(Exception):
-    """End a forward pass at the layer whose input was wanted."""
+class _InputsReached(Exception):
+    """End a forward pass at the last layer whose input was wanted."""
 
 
 class BlockRunner:
-    """Load and run the decoder blocks of one checkpoint, in float32 on one device."""
+    """Load and run the decoder blocks of one checkpoint on one device, in float32.
+
+    On a CPU with bfloat16 products the factors of matrix products are rounded to it, and their results.
+    """
 
     def __init__(self, checkpoint: Checkpoint, family: Family, device: torch.device) -> None:
         """Build the model without weights; raise D2QError if transformers can't make sense of config.json."""
         self.checkpoint, self.family, self.device = checkpoint, family, device
+        self._coarse = device.type == "cpu" and has_bfloat16_products()
         try:
             config = model_config(checkpoint)
-            model = empty_model(config, _attention(device))
+            model = empty_model(config, attention_for(device))
         except Exception as error:
             raise D2QError(f"transformers can't build the model of {checkpoint.directory} ({error})") from error
         self._reader = BlockReader(checkpoint, family, ahead=device.type == "cuda")
@@ -127,15 +133,38 @@ class BlockRunner:
 
     def forward(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Return a block's output for its input, both float32 [windows, context, hidden] on the runner's device."""
-        output: torch.Tensor = block(hidden, **self._attention_inputs(block, hidden))
-        return output
+        with self._precision():
+            output: torch.Tensor = block(hidden, **self._attention_inputs(block, hidden))
+        return output.float()
 
     def sublayer_forward(self, block: nn.Module, sublayer: Sublayer, residual: torch.Tensor) -> torch.Tensor:
         """Return the residual stream after a sublayer for that before it, both float32 [windows, context, hidden]."""
-        output = self._run_module(block, sublayer, residual)
-        if sublayer.output_norm is not None:
-            output = block.get_submodule(sublayer.output_norm)(output)
-        return residual + self.family.residual_scale * output
+        return self._add_output(block, sublayer, self._run_module(block, sublayer, residual), residual)
+
+    def puts_out(self, block: nn.Module, sublayer: Sublayer, layer: str) -> bool:
+        """Tell whether the output of a sublayer's module is that of `layer`, so that `finish_sublayer` can be used."""
+        outputs: list[torch.Tensor] = []
+        handle = block.get_submodule(layer).register_forward_hook(lambda *call: outputs.append(call[2]))
+        try:
+            token = torch.zeros(1, 1, self.family.hidden_size, device=self.device)
+            result = self._module_output(block, sublayer, token)
+        finally:
+            handle.remove()
+        return any(result is output for output in outputs)
+
+    def finish_sublayer(
+        self, block: nn.Module, sublayer: Sublayer, layer: str, inputs: torch.Tensor, residual: torch.Tensor
+    ) -> torch.Tensor:
+        """Return `sublayer_forward`, to the last bit, given the input of the layer that puts out the module's result.
+
+        Args:
+            block, sublayer, residual: as for `sublayer_forward`.
+            layer: for which `puts_out` is true.
+            inputs: what `group_input` returned for it, float32 [windows * context, in_features].
+        """
+        with self._precision():
+            output: torch.Tensor = block.get_submodule(layer)(inputs.view(*residual.shape[:-1], -1))
+        return self._add_output(block, sublayer, output.float(), residual)
 
     def group_input(
         self, block: nn.Module, sublayer: Sublayer, group: LinearGroup, residual: torch.Tensor
@@ -161,6 +190,12 @@ class BlockRunner:
         with _captured_inputs(block, layers) as inputs:
             return inputs, self.sublayer_forward(block, sublayer, residual)
 
+    def inputs_of(self, block: nn.Module, layers: tuple[str, ...], hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the inputs of some linear layers, as `trace`, without computing anything after the last of them."""
+        with _captured_inputs(block, layers, stop=True) as inputs:
+            self.forward(block, hidden)
+        return inputs
+
     def trace(
         self, block: nn.Module, layers: tuple[str, ...], hidden: torch.Tensor
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -175,15 +210,27 @@ class BlockRunner:
 
     def input_of(self, block: nn.Module, layer: str, hidden: torch.Tensor) -> torch.Tensor:
         """Return the input of one linear layer, as `trace`, without computing anything after it."""
-        with _captured_inputs(block, (layer,), stop=True) as inputs:
-            self.forward(block, hidden)
-        return inputs[layer]
+        return self.inputs_of(block, (layer,), hidden)[layer]
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        return torch.autocast("cpu", torch.bfloat16) if self._coarse else nullcontext()
+
+    def _add_output(
+        self, block: nn.Module, sublayer: Sublayer, output: torch.Tensor, residual: torch.Tensor
+    ) -> torch.Tensor:
+        if sublayer.output_norm is not None:
+            output = block.get_submodule(sublayer.output_norm)(output)
+        return residual + self.family.residual_scale * output
 
     def _run_module(self, block: nn.Module, sublayer: Sublayer, residual: torch.Tensor) -> torch.Tensor:
+        return self._module_output(block, sublayer, residual).float()
+
+    def _module_output(self, block: nn.Module, sublayer: Sublayer, residual: torch.Tensor) -> torch.Tensor:
         normed = residual if sublayer.norm is None else block.get_submodule(sublayer.norm)(residual)
         module = block.get_submodule(sublayer.module)
         inputs = self._attention_inputs(block, residual) if sublayer.module == ATTENTION else {}
-        output: torch.Tensor | tuple[torch.Tensor, ...] = module(normed, **inputs)
+        with self._precision():
+            output: torch.Tensor | tuple[torch.Tensor, ...] = module(normed, **inputs)
         # Attention also returns its weights, and a mixture of experts its router's output.
         return output[0] if isinstance(output, tuple) else output
 
@@ -206,40 +253,21 @@ class BlockRunner:
         return {"position_embeddings": embeddings, "position_ids": positions[None], "attention_mask": mask}
 
 
-def _attention(device: torch.device) -> str:
-    """Return the attention implementation: bfloat16 on CUDA, whose kernels are ten times as fast as float32's."""
-    if device.type != "cuda":
-        return "sdpa"
-    from transformers import AttentionInterface
-
-    AttentionInterface.register("sdpa_bfloat16", _bfloat16_attention)
-    return "sdpa_bfloat16"
-
-
-def _bfloat16_attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **options: Any
-) -> tuple[torch.Tensor, None]:
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    output, _ = sdpa_attention_forward(module, query.bfloat16(), key.bfloat16(), value.bfloat16(), *rest, **options)
-    return output.to(query.dtype), None
-
-
 @contextmanager
 def _captured_inputs(
     block: nn.Module, layers: tuple[str, ...], *, stop: bool = False
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Capture the inputs of some layers of a block; with `stop` the forward pass ends at the first one."""
+    """Capture the inputs of some layers of a block; with `stop` the forward pass ends when all are known."""
     inputs: dict[str, torch.Tensor] = {}
 
     def hook(name: str, _: nn.Module, arguments: Any) -> None:
-        inputs[name] = arguments[0].reshape(-1, arguments[0].shape[-1])
-        if stop:
-            raise _InputReached
+        inputs[name] = arguments[0].reshape(-1, arguments[0].shape[-1]).float()
+        if stop and len(inputs) == len(layers):
+            raise _InputsReached
 
     handles = [block.get_submodule(name).register_forward_pre_hook(partial(hook, name)) for name in layers]
     try:
-        with suppress(_InputReached):
+        with suppress(_InputsReached):
             yield inputs
     finally:
         for handle in handles:

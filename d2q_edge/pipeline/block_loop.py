@@ -26,6 +26,7 @@ from d2q_edge.pipeline.column_scaling import absorb_scales, group_hessian, scale
 from d2q_edge.pipeline.context import Context
 from d2q_edge.pipeline.group_statistics import sublayer_statistics
 from d2q_edge.pipeline.guidance import measure_guidance
+from d2q_edge.pipeline.kept_inputs import KeptInputs
 from d2q_edge.pipeline.memory import GRADIENT_STATES, MemoryPlan
 from d2q_edge.pipeline.norm_correction import advance_quantized, quantize_final
 from d2q_edge.pipeline.progress import BlockProgress
@@ -90,7 +91,7 @@ def quantize_blocks(
         validation_streams = None
         if validation is not None and len(validation):
             validation_streams = StreamPair(runner, validation, batch_tokens, place, processes, dtype)
-        context = Context(runner, streams, processes, report, guidance)
+        context = Context(runner, streams, processes, report, guidance, KeptInputs(memory.inputs if memory else None))
         solver = GroupSolver(runner.device, options.alpha, options.descent_rounds, processes)
         for index in range(last):
             original = runner.load(index)

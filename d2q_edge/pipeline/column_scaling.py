@@ -88,7 +88,7 @@ def _input_energies(
     for batch in context.streams.own:
         if batch % ENERGY_BATCH_STRIDE == 0 or family.num_experts:
             with context.report.timed("forward"):
-                inputs, _ = context.runner.trace(block, tuple(watched), context.streams.original[batch])
+                inputs = context.runner.inputs_of(block, tuple(watched), context.streams.original[batch])
             with context.report.timed("statistics"):
                 for layer, values in inputs.items():
                     energies[watched[layer]].add_batch(values)

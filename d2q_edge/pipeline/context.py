@@ -1,6 +1,6 @@
 """Bundle what the steps of the block loop share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -10,6 +10,7 @@ from d2q_edge.errors import D2QError
 from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.model.families import Family
 from d2q_edge.pipeline.guidance import Guidance
+from d2q_edge.pipeline.kept_inputs import KeptInputs
 from d2q_edge.pipeline.report import Report
 
 
@@ -23,6 +24,7 @@ class Context:
         processes: that share the batches and the rows of every matrix.
         report: what is measured.
         guidance: weights of the calibration tokens; None counts all alike.
+        kept: what a sublayer's last layer reads in the quantized model, until it is solved.
     """
 
     runner: BlockRunner
@@ -30,6 +32,7 @@ class Context:
     processes: ProcessGroup
     report: Report
     guidance: Guidance | None = None
+    kept: KeptInputs = field(default_factory=lambda: KeptInputs(0))
 
     @property
     def family(self) -> Family:

@@ -58,6 +58,8 @@ def _dense_statistics(
     check = FiniteCheck(context.device)
     prefix = name.removesuffix(layer)
     weights = context.guidance.weights(prefix, group.linears) if context.guidance else {}
+    last = advance and group.norm is None and runner.puts_out(original, sublayer, layer)
+    context.kept.begin(layer)
     for batch in streams.own:
         hidden = streams.original[batch]
         with context.report.timed("forward"):
@@ -71,6 +73,8 @@ def _dense_statistics(
         with context.report.timed("statistics"):
             own = weights[batch].to(context.device) if weights else None
             statistics.add_batch(x_quantized, x_original, own)
+        if last:
+            context.kept.keep(batch, x_quantized)
     check.require("original", name)
     context.processes.all_reduce(statistics.sums)
     check_sums(statistics.sums, name)

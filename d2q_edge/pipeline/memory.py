@@ -37,6 +37,8 @@ GRADIENT_HIDDEN, GRADIENT_INNER = 30, 12
 GRADIENT_STATES = 2 * GIB
 """Bytes of the hidden states in front of all blocks while gradients are measured, at most, in the host's memory; on a
 GPU half of what is free."""
+KEPT_INPUTS = GIB // 2
+"""Bytes of inputs that are kept instead of computed twice, at most."""
 SEARCH = 256 * 2**20
 """Bytes of one step of a codebook search."""
 CUDA_SEARCH = 5 * SEARCH
@@ -67,6 +69,7 @@ class MemoryPlan:
         device: memory of a GPU; zero without one.
         disk: beside the output, apart from the output itself.
         gradients: for the hidden states in front of all blocks while gradients are measured, before the others.
+        inputs: of each process, for inputs of layers that are kept instead of computed twice.
     """
 
     place: Place
@@ -74,6 +77,7 @@ class MemoryPlan:
     device: int
     disk: int
     gradients: int = 0
+    inputs: int = 0
 
     def describe(self) -> str:
         """Format the plan as one line."""
@@ -120,7 +124,7 @@ def plan_memory(
     encoding = (HOST_ENCODING if device.type == "cuda" else ENCODING) * table
     writing = (encoding + WRITING * packed // family.num_layers) // processes
     free = available_memory() // processes if limit is None else limit // processes
-    on_device = gradients = 0
+    on_device = gradients = inputs = 0
     backward = _backward(family, batch_tokens, table) if guidance else 0
     states = kept_bytes(family, math.ceil(tokens / processes)) if guidance else 0
     routing = routing_bytes(family, tokens)
@@ -150,6 +154,11 @@ def plan_memory(
             peak += streams
         else:
             place = output.absolute().parent
+    if device.type == "cpu":
+        needed = host + working + (streams if place == device else 0)
+        wanted = FLOAT * math.ceil(tokens / processes) * _widest_inner_input(family)
+        inputs = min(wanted, KEPT_INPUTS // processes, max(0, free - needed))
+        peak = max(peak, needed + inputs)
     if device.type != "cuda" and guidance:
         peak = max(peak, host + backward + gradients)  # there are no streams yet
     if peak > free:
@@ -173,7 +182,7 @@ def plan_memory(
             f"{beside} has {available / GIB:.1f} GiB of free space, but unfinished work needs "
             f"{disk / GIB:.1f} GiB; free some, or write the output to another disk"
         )
-    return MemoryPlan(place, peak * processes, on_device, disk, gradients)
+    return MemoryPlan(place, peak * processes, on_device, disk, gradients, inputs)
 
 
 def _at_least(size: int) -> str:
@@ -191,6 +200,13 @@ def _working(family: Family, batch_tokens: int, processes: int, search: int) -> 
     batch = batch_tokens * (HIDDEN * family.hidden_size + INNER * family.intermediate_size)
     blocks = 2 * _largest_block(family)
     return blocks + FLOAT * max(solving, squares + batch) + search + statistics_bytes(family)
+
+
+def _widest_inner_input(family: Family) -> int:
+    """Return the most columns of a layer that reads what other layers of its sublayer put out."""
+    groups = [group for index in range(family.num_layers) for group in family.block_groups(index)]
+    inner = [group.linears[0] for group in groups if group.norm is None and not group.reads_stream]
+    return max((family.linear_shape(layer)[1] for layer in inner), default=0)
 
 
 def _backward(family: Family, batch_tokens: int, table: int) -> int:

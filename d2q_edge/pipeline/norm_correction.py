@@ -56,7 +56,11 @@ def advance_quantized(
     for batch in streams.own:
         hidden = streams.quantized[batch]
         with context.report.timed("forward"):
-            moved = runner.sublayer_forward(quantized, sublayer, hidden)
+            kept = context.kept.take(batch)
+            if kept is None:
+                moved = runner.sublayer_forward(quantized, sublayer, hidden)
+            else:
+                moved = runner.finish_sublayer(quantized, sublayer, *kept, hidden)
             if shift is not None and next_norm is not None:
                 norm = quantized.get_submodule(next_norm)
                 shift.add_batch(batch, norm(runner.sublayer_forward(original, sublayer, hidden)), norm(moved))

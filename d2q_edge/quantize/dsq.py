@@ -23,6 +23,7 @@ from torch import nn
 from d2q_edge.errors import D2QError
 from d2q_edge.quantize import matmul
 from d2q_edge.quantize.cholesky import inverse_columns, inverse_lower
+from d2q_edge.quantize.matmul import add_symmetric_product, mirrored
 
 BALANCE = 0.5
 """Exponent of the weights' energy in c^4; the rest is the input's."""
@@ -69,7 +70,7 @@ class InputEnergy:
     def add_batch(self, inputs: torch.Tensor) -> None:
         """Add a batch, float32 [..., columns]."""
         rows = inputs.reshape(-1, inputs.shape[-1])
-        self.gram += rows.T @ rows
+        add_symmetric_product(self.gram, rows, rows)
         self.tokens += len(rows)
 
     def conditional(self) -> torch.Tensor:
@@ -83,7 +84,7 @@ class InputEnergy:
         energy = self.gram.diagonal() / tokens
         # Channels of unit energy make the matrix as well conditioned as it can be.
         deviation = torch.where(energy > 0, energy, 1.0).sqrt()
-        correlation = self.gram / tokens
+        correlation = mirrored(self.gram / tokens)
         correlation /= deviation
         correlation /= deviation[:, None]
         correlation.diagonal().fill_(1 + DAMPING)

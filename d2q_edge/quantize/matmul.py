@@ -7,6 +7,9 @@ from typing import Literal
 
 import torch
 
+GRAM_STRIP = 192
+"""Columns of a symmetric product at a time: enough for a matrix product at full speed."""
+
 
 @contextmanager
 def matmul_precision(level: Literal["highest", "high"]) -> Iterator[None]:
@@ -49,6 +52,38 @@ def integer_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     right_high = _leading_bits(right)
     with matmul_precision("high"):
         return torch.addmm(left @ (right - right_high), left, right_high)
+
+
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add left^T right to `total` in place, for activations [tokens, columns], in the ambient precision."""
+    if is_accelerator(total.device):
+        total += left.T @ right
+    else:
+        total.addmm_(left.T, right)
+
+
+def add_symmetric_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add left^T right, which is symmetric, to `total` in place; on a CPU only its upper triangle, see `mirrored`.
+
+    It goes strip by strip, each without what is below the diagonal: little more than half of the work.
+    """
+    if is_accelerator(total.device):
+        add_product(total, left, right)
+        return
+    for start in range(0, len(total), GRAM_STRIP):
+        strip = slice(start, start + GRAM_STRIP)
+        total[strip, start:].addmm_(left[:, strip].T, right[:, start:])
+
+
+def mirrored(total: torch.Tensor) -> torch.Tensor:
+    """Copy the upper triangle of sums of `add_symmetric_product` to the lower one, in place, and return them."""
+    if not is_accelerator(total.device):
+        for start in range(0, len(total), GRAM_STRIP):
+            stop = start + GRAM_STRIP
+            square = total[start:stop, start:stop]
+            square.copy_(square.triu() + square.triu(1).T)
+            total[stop:, start:stop] = total[start:stop, stop:].T
+    return total
 
 
 def _leading_bits(values: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,8 @@ With X the layer's input in the quantized model and X~ that in the original mode
 
 import torch
 
+from d2q_edge.quantize.matmul import add_product, add_symmetric_product, mirrored
+
 
 class InputStatistics:
     """H and dXXT of one layer input, accumulated over batches of calibration tokens."""
@@ -23,8 +25,8 @@ class InputStatistics:
         difference = original.reshape(x.shape) - x
         self.tokens += len(x)
         weighted = x if weights is None else x * weights[:, None]
-        self._XXT += weighted.T @ x
-        self._dXXT += difference.T @ weighted
+        add_symmetric_product(self._XXT, weighted, x)
+        add_product(self._dXXT, difference, weighted)
 
     @property
     def sums(self) -> list[torch.Tensor]:
@@ -34,7 +36,7 @@ class InputStatistics:
     @property
     def hessian(self) -> torch.Tensor:
         """H, float32 [columns, columns]."""
-        return self._XXT * (2 / self.tokens.clamp(min=1))
+        return mirrored(self._XXT * (2 / self.tokens.clamp(min=1)))
 
     @property
     def dXXT(self) -> torch.Tensor:

@@ -10,9 +10,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from d2q_edge.errors import D2QError
+from d2q_edge.model import blocks
 from d2q_edge.model.blocks import BlockRunner, add_bias
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
+from tests.family_models import write_model
 from tests.model.test_families import LLAMA3_ROPE
 
 Make = Callable[..., Path]
@@ -33,6 +35,10 @@ def runner_for(model: Path) -> BlockRunner:
 
 def whole_model(model: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize(("family", "options"), MODELS)
@@ -116,6 +122,41 @@ def test_attention_is_causal(make_checkpoint: Make) -> None:
 
 
 @torch.inference_mode()
+def test_a_sublayer_can_be_finished(make_checkpoint: Make) -> None:
+    """From the input of its last layer, to the last bit; other layers don't put out the result."""
+    runner = runner_for(make_checkpoint())
+    block, residual = runner.load(0), runner.embed(TOKENS)
+    for sublayer, layer in zip(runner.family.block_sublayers(0), ("self_attn.o_proj", "mlp.down_proj"), strict=True):
+        seen, moved = runner.sublayer_trace(block, sublayer, (layer,), residual)
+        assert runner.puts_out(block, sublayer, layer)
+        assert torch.equal(runner.finish_sublayer(block, sublayer, layer, seen[layer], residual), moved)
+    attention, mlp = runner.family.block_sublayers(0)
+    assert not runner.puts_out(block, attention, "self_attn.v_proj")
+    assert not runner.puts_out(block, mlp, "mlp.up_proj")
+    assert [name for name, module in block.named_modules() if module._forward_hooks] == []
+
+
+@pytest.mark.parametrize("family", ["llama2", "gemma3", "qwen3.5"])
+@torch.inference_mode()
+def test_bfloat16_products_are_near(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """Where the CPU has them, factors and results have 8 bits, and everything else still has float32's 24."""
+    path = write_model(tmp_path, family)
+    exact = runner_for(path)
+    monkeypatch.setattr(blocks, "has_bfloat16_products", lambda: True)
+    coarse = runner_for(path)
+    hidden, loaded = exact.embed(TOKENS), exact.load(0)
+    expected, found = exact.forward(loaded, hidden), coarse.forward(loaded, hidden)
+    assert found.dtype == torch.float32
+    assert 1e-5 < relative_error(found, expected) < 0.01
+    for sublayer in exact.family.block_sublayers(0):
+        layers = exact.family.sublayer_groups(0, sublayer)[-1].linears
+        seen, moved = coarse.sublayer_trace(loaded, sublayer, layers, hidden)
+        assert seen[layers[0]].dtype == moved.dtype == torch.float32
+        assert torch.equal(coarse.finish_sublayer(loaded, sublayer, layers[0], seen[layers[0]], hidden), moved)
+        assert relative_error(moved, exact.sublayer_forward(loaded, sublayer, hidden)) < 0.01
+
+
+@torch.inference_mode()
 def test_hooks_do_not_stay(make_checkpoint: Make) -> None:
     runner = runner_for(make_checkpoint())
     block, hidden = runner.load(0), runner.embed(TOKENS)
@@ -141,6 +182,10 @@ def test_input_of_computes_nothing_after_it(make_checkpoint: Make) -> None:
         block.get_submodule(name).register_forward_hook(lambda *_, name=name: reached.append(name))
     runner.input_of(block, "mlp.gate_proj", runner.embed(TOKENS))
     assert reached == ["self_attn.q_proj", "self_attn.o_proj"]
+    reached.clear()
+    inputs = runner.inputs_of(block, ("self_attn.q_proj", "self_attn.o_proj"), runner.embed(TOKENS))
+    assert list(inputs) == ["self_attn.q_proj", "self_attn.o_proj"]
+    assert reached == ["self_attn.q_proj"]
 
 
 def test_a_copy_shares_weights_until_they_are_replaced(make_checkpoint: Make) -> None:

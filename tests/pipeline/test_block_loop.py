@@ -1,21 +1,38 @@
 """The loop over blocks: what its hidden states are, resuming, determinism, errors."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from d2q_edge.errors import D2QError
 from d2q_edge.formats.quantized_block import QuantizedBlock
+from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
 from d2q_edge.options import Options
+from d2q_edge.pipeline import block_loop
+from d2q_edge.pipeline.kept_inputs import KeptInputs
 from d2q_edge.pipeline.work_dir import WorkDir
 from tests.checkpoints import EXAMPLE
 from tests.conftest import ExampleFiles
-from tests.pipeline.common import EXACT, PLAIN, SMALL, WINDOWS, CapturingRunner, Make, Setup, StoppedAt, block_files
+from tests.family_models import write_model
+from tests.pipeline.common import (
+    CPU,
+    EXACT,
+    PLAIN,
+    SMALL,
+    WINDOWS,
+    CapturingRunner,
+    Make,
+    Setup,
+    StoppedAt,
+    block_files,
+)
 
 
 class TestStreams:
@@ -55,6 +72,59 @@ class TestStreams:
         for expected, found in zip(runner.streams(), again.streams(), strict=True):
             assert torch.equal(found, expected)
         assert block_files(work) == files
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "lfm2", "qwen3.5", "qwen3moe"])
+def test_kept_inputs_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """Whether all of them are kept, some, or none, the blocks are the same to the last bit."""
+    setup = Setup(write_model(tmp_path / "model", family))
+    files = []
+    for memory in (0, 2 * 80 * 64 * 4, None):
+        monkeypatch.setattr(block_loop, "KeptInputs", lambda _, memory=memory: KeptInputs(memory))
+        work = WorkDir(tmp_path / f"{memory}.gguf", {})
+        setup.run(work, **EXACT)
+        files.append(block_files(work))
+    assert files[0] == files[1] == files[2]
+
+
+def test_nothing_is_computed_twice(make_checkpoint: Make, tmp_path: Path) -> None:
+    """A batch passes the quantized model's layers once, the original's attention twice (DAC), its MLP once."""
+    setup = Setup(make_checkpoint("qwen3", **SMALL))
+    calls: Counter[tuple[str, str]] = Counter()
+
+    class Counting(BlockRunner):
+        def load(self, index: int, following: int | None = None) -> nn.Module:
+            return self._count(super().load(index, following), "original")
+
+        def share(self, block: nn.Module) -> nn.Module:
+            copied = super().share(block)
+            for module in copied.modules():
+                module._forward_pre_hooks.clear()
+            return self._count(copied, "quantized")
+
+        def _count(self, block: nn.Module, model: str) -> nn.Module:
+            for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
+                layer = block.get_submodule(name)
+                layer.register_forward_pre_hook(lambda _, given, key=(model, name): self._add(key, given[0]))
+            return block
+
+        def _add(self, key: tuple[str, str], given: torch.Tensor) -> None:
+            # Not the token that is tried out.
+            calls[key] += given.shape[0] * given.shape[1] == 80
+
+    runner = Counting(setup.checkpoint, setup.family, CPU)
+    setup.run(WorkDir(tmp_path / "out.gguf", {}), Options(dsq=False, guidance=False), runner=runner, **EXACT)
+    batches = 3 * len(WINDOWS) // 2
+    assert calls == {
+        ("original", "self_attn.q_proj"): 2 * batches,
+        ("original", "self_attn.o_proj"): 2 * batches,
+        ("original", "mlp.up_proj"): batches,
+        ("original", "mlp.down_proj"): batches,
+        ("quantized", "self_attn.q_proj"): batches,
+        ("quantized", "self_attn.o_proj"): 2 * batches,
+        ("quantized", "mlp.up_proj"): batches,
+        ("quantized", "mlp.down_proj"): 2 * batches,
+    }
 
 
 @torch.inference_mode()

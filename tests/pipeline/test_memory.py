@@ -54,6 +54,7 @@ def gpu_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 def test_hidden_states_go_where_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     streams = 2 * 65536 * 2048 * 2
+    monkeypatch.setattr(memory, "KEPT_INPUTS", 0)
     roomy = plan("llama-3.2-1b", tmp_path)
     assert roomy.place == CPU
     assert roomy.disk == 1000
@@ -75,6 +76,22 @@ def test_hidden_states_go_where_there_is_room(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(memory, "available_memory", lambda: tight.host - 1)
     with pytest.raises(D2QError, match=r"needs \d\.\d GiB of memory, but \d\.\d GiB are free; use a machine with more"):
         plan("llama-3.2-1b", tmp_path, limit=None)
+
+
+def test_inputs_are_kept_where_memory_is_left(tmp_path: Path, gpu_memory: Callable[[int], None]) -> None:
+    """They take what the hidden states leave, and never push those to the disk."""
+    roomy = plan("llama-3.2-1b", tmp_path)
+    assert roomy.inputs == memory.KEPT_INPUTS
+    assert plan("llama-3.2-1b", tmp_path, 512).inputs == 512 * 8192 * 4
+    assert plan("llama-3.2-1b", tmp_path, processes=2).inputs == memory.KEPT_INPUTS // 2
+    for less in (10**6, roomy.inputs):
+        tight = plan("llama-3.2-1b", tmp_path, limit=roomy.host - less)
+        assert (tight.place, tight.inputs, tight.host) == (CPU, roomy.inputs - less, roomy.host - less)
+    on_disk = plan("llama-3.2-1b", tmp_path, limit=roomy.host - roomy.inputs - 1)
+    assert isinstance(on_disk.place, Path)
+    assert on_disk.inputs > 0, "the streams have left room for them"
+    gpu_memory(100 * GIB)
+    assert plan("llama-3.2-1b", tmp_path, device=GPU).inputs == 0
 
 
 def test_a_full_disk_is_noticed_before_the_work(tmp_path: Path) -> None:

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from d2q_edge.quantize.matmul import integer_product, matmul_precision, product
+from d2q_edge.quantize.matmul import (
+    GRAM_STRIP,
+    add_product,
+    add_symmetric_product,
+    integer_product,
+    matmul_precision,
+    mirrored,
+    product,
+)
 
 DEVICES = [
     "cpu",
@@ -31,6 +39,27 @@ def test_product_with_integers_is_nearly_exact(device: str) -> None:
     exact = left.double() @ right.double()
     size = left.double().abs() @ right.double().abs()
     assert float(((found - exact).abs() / size).max()) < 2**-20
+
+
+@pytest.mark.parametrize("columns", [8, GRAM_STRIP, 2 * GRAM_STRIP + 40])
+@pytest.mark.parametrize("device", DEVICES)
+def test_sums_of_products(device: str, columns: int) -> None:
+    """Over two batches, symmetric ones with weights on the tokens."""
+    generator = torch.Generator().manual_seed(0)
+    total, symmetric = torch.zeros(2, columns, columns, device=device)
+    exact, exact_symmetric = torch.zeros(2, columns, columns, dtype=torch.float64)
+    for tokens in (30, 100):
+        left, right = torch.randn(2, tokens, columns, generator=generator)
+        weighted = left * torch.rand(tokens, 1, generator=generator)
+        add_product(total, left.to(device), right.to(device))
+        add_symmetric_product(symmetric, weighted.to(device), left.to(device))
+        exact += left.double().T @ right.double()
+        exact_symmetric += weighted.double().T @ left.double()
+    torch.testing.assert_close(total.cpu().double(), exact, rtol=1e-5, atol=1e-4)
+    found = mirrored(symmetric).cpu()
+    torch.testing.assert_close(found.double(), exact_symmetric, rtol=1e-5, atol=1e-4)
+    if device == "cpu":
+        assert torch.equal(found, found.T)
 
 
 def test_precision_is_set_back() -> None:

@@ -103,7 +103,7 @@ def output_gradients(
                 if number < observed:
                     for layers, hessian in hessians.items():
                         hessian.add_batch(torch.cat([found[name] for name in layers], 1))
-            yield BlockGradients(index, squares, {layers[0]: hessian for layers, hessian in hessians.items()})
+            yield BlockGradients(index, squares, {layers[0]: sums.complete() for layers, sums in hessians.items()})
 
 
 def _loss_gradients(

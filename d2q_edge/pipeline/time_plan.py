@@ -19,10 +19,12 @@ from d2q_edge.model.families import Family, LinearGroup, Sublayer
 from d2q_edge.model.families.experts import EXPERTS
 from d2q_edge.options import Options
 from d2q_edge.pipeline.column_scaling import ENERGY_BATCH_STRIDE
+from d2q_edge.pipeline.guidance import OUTPUT_TOKENS
 from d2q_edge.pipeline.memory import group_rows
 from d2q_edge.pipeline.solver import GroupSolver
 from d2q_edge.pipeline.type_plan import TypePlan
 from d2q_edge.quantize.matmul import is_accelerator, matmul_precision
+from d2q_edge.quantize.output_hessian import piece_sizes
 from d2q_edge.quantize.routing import MINIMUM_TOKENS_PER_CHANNEL
 from d2q_edge.quantize.statistics import InputStatistics
 from d2q_edge.utils.progress import duration
@@ -135,6 +137,11 @@ def estimate(family: Family, types: TypePlan, tokens: int, context: int, options
             if kind in speed.search:
                 solving += copies * _solving_products(rows, columns) / speed.products
                 solving += copies * rows * columns * speed.search[kind]
+                if options.guidance and not group.linears[0].startswith(EXPERTS):
+                    # Output Hessians, and the shifts of the rows still to come: half of each is zero or symmetric.
+                    moments = sum(size**2 for size in piece_sizes(rows)) / 2
+                    whole += moments * min(tokens, OUTPUT_TOKENS) / BACKWARD
+                    solving += moments * columns / speed.products
     head = tokens * family.hidden_size * family.vocab_size
     phases = {"gradients": (BACKWARD * whole + 3 * head) * FORWARD / speed.products} if options.guidance else {}
     phases |= {

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from d2q_edge.quantize.matmul import add_symmetric_product, mirrored
+
 PIECE = 512
 """Rows of a piece, at most; larger ones gained nothing (measured up to 2,048)."""
 TINY = torch.finfo(torch.float32).tiny
@@ -53,11 +55,17 @@ class OutputHessian:
         return {f"{name}.{number}": piece.cpu().numpy() for number, piece in enumerate(self.pieces)}
 
     def add_batch(self, gradients: torch.Tensor) -> None:
-        """Add the gradients of the loss by the layers' outputs, float32 [tokens, rows]."""
+        """Add the gradients of the loss by the layers' outputs, float32 [tokens, rows]; `complete` is to follow."""
         # The fourth root of the squared norm on either side.
         scaled = gradients * gradients.square().sum(1, keepdim=True).clamp(min=TINY).pow(-0.25)
         for piece, part in zip(self.pieces, scaled.split([len(piece) for piece in self.pieces], dim=1), strict=True):
-            piece.addmm_(part.T, part)
+            add_symmetric_product(piece, part, part)
+
+    def complete(self) -> "OutputHessian":
+        """Complete the sums in place after the last batch, and return them."""
+        for piece in self.pieces:
+            mirrored(piece)
+        return self
 
     def to(self, device: torch.device) -> "OutputHessian":
         """Return it on a device."""

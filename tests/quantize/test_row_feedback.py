@@ -28,7 +28,7 @@ def observed(values: torch.Tensor) -> OutputHessian:
     """Return the second moments of gradients [tokens, rows]."""
     hessian = OutputHessian.zeros(values.shape[1])
     hessian.add_batch(values)
-    return hessian
+    return hessian.complete()
 
 
 def test_moments(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,8 @@ with H damped. Two moves are repeated:
 - All block scales of a row: Q = sum_b d_b u_b is linear in the scales d_b, which makes it a least-squares problem.
 - The codebook and codes of a group, given all other groups (block coordinate descent as in CDQuant, arXiv 2406.17542):
   the group's unrounded optimum is t = q - g inv(H_gg), with g its part of (Q - T) H. Error feedback inside the group
-  finds codes for the present codebook and for the one nearest to t, which are kept where the objective falls.
+  finds codes for the present codebook and for the one nearest to t, which are kept where the objective falls; native/
+  tries eight near ones.
 Neither raises the objective, but for the rounding of a scale to float16.
 """
 

@@ -10,7 +10,7 @@ from d2q_edge.formats.codebooks import CODEBOOKS, SCALAR_STATES
 from d2q_edge.quantize.codebook_search import EDGE, KNEE, REACH, SCALE_STEPS, CodebookSearch, bin_centers
 
 SHORTLIST = 8
-"""Codebooks per group that are measured exactly: 0.01 % above the best of all."""
+"""Codebooks per group that are measured exactly: at most 0.01 % above the best of all 256."""
 RANKS_PER_UNIT, WORST_RANK = 4, 65535
 """Ranks are squared errors in quarters; the largest one stands for all larger ones."""
 PATH_BINS = 256

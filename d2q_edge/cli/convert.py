@@ -56,7 +56,7 @@ OF_CALIBRATION = frozenset({"calibration", "calibration_tokens", "context", "dsq
 @option("memory_limit", type=Number(0.5), metavar="GIB", help="Memory to use at most.  [default: what is free]")
 @option("pre_tokenizer", metavar="NAME", help="llama.cpp's name of the pre-tokenizer, if unrecognized.")
 @click.option("--no-verify", is_flag=True, help="Keep a file that llama.cpp tokenizes differently.")
-@click.option("--dry-run", is_flag=True, help="Print the plan and the exact file size only.")
+@click.option("--dry-run", is_flag=True, help="Print time, memory and exact file size only.")
 @click.option("--force", is_flag=True, help="Replace an existing file, or other unfinished work.")
 @click.option("--report", type=PATH, help="Write the measurements to a JSON file.")
 @click.option("--model-card", is_flag=True, help="Write a model card, README.md, beside the file.")

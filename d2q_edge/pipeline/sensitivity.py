@@ -20,6 +20,7 @@ from d2q_edge.formats import tensor_types
 from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.kl_divergence import kl_divergence
+from d2q_edge.quantize.matmul import with_float64
 from d2q_edge.quantize.rtn import round_layer
 from d2q_edge.utils.progress import Progress
 
@@ -131,6 +132,6 @@ def _divergences(runner: BlockRunner, states: dict[str, torch.Tensor]) -> dict[s
         expected = (norm(hidden.to(runner.device)) @ head.T).log_softmax(1)
         for name in sums:
             found = (norm(flat[name][piece].to(runner.device)) @ head.T).log_softmax(1)
-            sums[name] += float(kl_divergence(expected, found).sum(dtype=torch.float64))
+            sums[name] += float(with_float64(kl_divergence(expected, found)).sum(dtype=torch.float64))
     tokens = states[""].shape[0] * states[""].shape[1]
     return {name: total / tokens for name, total in sums.items()}

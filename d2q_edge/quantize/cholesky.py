@@ -9,7 +9,7 @@ import torch
 from d2q_edge.errors import D2QError
 from d2q_edge.quantize import matmul
 from d2q_edge.quantize.collective import SINGLE_PROCESS, Collective
-from d2q_edge.quantize.matmul import product
+from d2q_edge.quantize.matmul import product, with_float64
 
 STRIP = 1024
 """Columns that are computed at a time, without the zeros beyond them."""
@@ -30,14 +30,15 @@ def inverse_cholesky(
     """
     mean = hessian.diagonal().mean()
     for dtype, share in ((torch.float32, damping), (torch.float64, damping), (torch.float64, 10 * damping)):
-        exchanged = hessian.flip(0, 1).to(dtype)
-        exchanged.diagonal().add_(share * mean)
+        exchanged = hessian.flip(0, 1)
+        exchanged = exchanged if dtype == torch.float32 else with_float64(exchanged).to(dtype)
+        exchanged.diagonal().add_((share * mean).to(exchanged.device))
         lower, failed = torch.linalg.cholesky_ex(exchanged)
         del exchanged
         # All processes must go on in the same precision.
         processes.all_reduce([failed])
         if not failed:
-            U = inverse_lower(lower, processes).flip(0, 1).float()
+            U = inverse_lower(lower, processes).flip(0, 1).to(hessian)
             if bool(U.isfinite().all()):
                 return U, share * mean
     raise D2QError(

@@ -31,6 +31,11 @@ def is_accelerator(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
+def with_float64(values: torch.Tensor) -> torch.Tensor:
+    """Return values on a device that has float64: copied to the CPU from Apple's GPUs, which have none."""
+    return values.cpu() if values.device.type == "mps" else values
+
+
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Return left @ right for float32 matrices, with an error below 2^-20 |left| @ |right|.
 

@@ -9,7 +9,10 @@ import torch
 from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.options import Options
 from d2q_edge.pipeline.block_loop import quantize_blocks
+from d2q_edge.pipeline.sensitivity import measure
+from d2q_edge.pipeline.type_plan import rounding_types
 from d2q_edge.pipeline.work_dir import WorkDir
+from d2q_edge.quantize.cholesky import inverse_cholesky
 from tests.fake_mps import MPS, FakeMps, FakeTensor, Refused, attention, has_kernel
 from tests.family_models import write_model
 from tests.pipeline.common import EXACT, WINDOWS, Setup, block_files
@@ -54,3 +57,25 @@ def test_blocks_are_quantized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, f
         assert block_files(work)
         assert bool(fake.seen) == (device == MPS)
     assert results[1] == pytest.approx(results[0], rel=0.05)
+
+
+def test_a_hessian_that_float32_cannot_factor() -> None:
+    """Float64, which follows, is the CPU's."""
+    column = torch.arange(1.0, 41.0)[:, None]
+    hessian = column @ column.T
+    expected, _ = inverse_cholesky(hessian, 1e-9)
+    with FakeMps():
+        found, _ = inverse_cholesky(hessian.to(MPS), 1e-9)
+        assert isinstance(found, FakeTensor)
+        assert torch.equal(found.cpu(), expected)
+
+
+@pytest.mark.slow
+def test_sensitivity_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    setup = Setup(write_model(tmp_path / "model", "qwen3"))
+    types = rounding_types(setup.family)
+    expected = measure(setup.runner(), types, WINDOWS[:2])
+    with FakeMps():
+        found = measure(BlockRunner(setup.checkpoint, setup.family, MPS), types, WINDOWS[:2])
+    assert found == pytest.approx(expected, rel=1e-3)

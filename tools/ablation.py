@@ -131,7 +131,7 @@ def ours(subject: Subject, bits: float, options: Options, *, refined: bool = Fal
         work = WorkDir(Path(directory) / "model", {})
         quantize_blocks(BlockRunner(checkpoint, family, subject.device), plan.linears, subject.windows, work, options)
         if refined:
-            refine(checkpoint, family, subject.more_windows, work, subject.device)
+            refine(BlockRunner(checkpoint, family, subject.device), subject.more_windows, work)
         for index in range(work.finished):
             block = work.read_block(index, refined=refined)
             prefix = family.block_prefix(index) if index < family.num_layers else ""

@@ -51,7 +51,7 @@ def squared_output_gradients(runner: BlockRunner, batches: Sequence[torch.Tensor
         The full name of a module, and for every batch float32 [windows * context] on the CPU.
     """
     family = runner.family
-    with torch.inference_mode(False), _deterministic(runner.device):
+    with torch.inference_mode(False), deterministic(runner.device):
         states = [[hidden.to(KEPT)] for hidden in runner.embed_all(batches)]
         for index in range(family.num_layers):
             block = runner.load(index)
@@ -124,16 +124,20 @@ def _block_gradients(
 
 
 @contextmanager
-def _deterministic(device: torch.device) -> Iterator[None]:
+def deterministic(device: torch.device) -> Iterator[None]:
     """Make CUDA's attention add gradients in a fixed order, so that a repeated conversion gives the same file."""
     if device.type != "cuda":
         yield
         return
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # That is for programs which read what they didn't write, and takes time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]

@@ -83,6 +83,14 @@ class BlockRunner:
         self._rotary: nn.Module = type(model.model.rotary_emb)(config=config).to(device)
         self._reader.begin(0)
 
+    @property
+    def capturable(self) -> bool:
+        """Whether a block runs on a GPU without anything that depends on the values it computes (CUDA graphs)."""
+        kinds = getattr(self._rotary, "rope_type", "")
+        kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
+        lengths = any("dynamic" in kind or kind == "longrope" for kind in kinds)
+        return self.device.type == "cuda" and not self.family.num_experts and not lengths
+
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the embeddings of token ids [windows, context]: float32 [windows, context, hidden]."""
         return next(self.embed_all([tokens]))

@@ -9,6 +9,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,7 @@ def measure(checkpoint: Checkpoint, bits: float, steps: int, context: int, devic
 
 
 @torch.inference_mode()
-def _rounded(runner: BlockRunner, index: int, types: dict[str, str], searches: Searches) -> QuantizedBlock:
+def _rounded(runner: BlockRunner, index: int, types: Mapping[str, str], searches: Searches) -> QuantizedBlock:
     block, result = runner.load(index), QuantizedBlock()
     for layer in runner.family.block_linears(index):
         kind = types[f"{runner.family.block_prefix(index)}{layer}.weight"]

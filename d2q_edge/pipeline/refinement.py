@@ -141,7 +141,8 @@ def refine(
     with deterministic(runner.device), matmul_precision("high"):
         tokens = torch.from_numpy(windows)
         expected = original_states(runner, tokens, processes, micro_tokens)
-        student = TunableModel(runner, [work.read_block(index) for index in range(last + 1)])
+        blocks = [work.read_block(index) for index in range(last + 1)]
+        student = TunableModel(runner, blocks, quiet=not processes.is_main)
         objective = _Divergence(student, tokens, expected, processes, micro_tokens)
         layers = student.layers()
         with StateWriter(work, layers, runner.device, active=processes.is_main) as writer:
@@ -198,13 +199,16 @@ def original_states(
 class TunableModel:
     """The quantized model with everything tunable that the file can hold."""
 
-    def __init__(self, runner: BlockRunner, blocks: Sequence[QuantizedBlock]) -> None:
-        """Build the model from its finished blocks, the last of which is what follows the last decoder block."""
+    def __init__(self, runner: BlockRunner, blocks: Sequence[QuantizedBlock], *, quiet: bool = False) -> None:
+        """Build the model from its finished blocks, the last of which is what follows the last decoder block.
+
+        `quiet` shows no progress.
+        """
         family, self.runner = runner.family, runner
         searches = Searches(runner.device)
         self.blocks = [
             TunableBlock(runner, index, runner.load(index), block, searches)
-            for index, block in enumerate(track(blocks[:-1], "Building the model", "block"))
+            for index, block in enumerate(track(blocks[:-1], "Building the model", "block", quiet=quiet))
         ]
         self.final = blocks[-1]
         final = torch.nn.Module()
@@ -266,7 +270,7 @@ class _Divergence:
     @torch.no_grad()
     def loss(self, items: Sequence[int]) -> float:
         total = 0.0
-        for part in self._own(items).split(self._micro):
+        for part in self._parts(self._own(items)):
             total += float(self._compare(part, self._student.states(self._tokens[part]))[0])
         return total
 
@@ -279,7 +283,7 @@ class _Divergence:
         self._count = len(items)
 
     def backward(self) -> None:
-        for part in self._windows.split(self._micro):
+        for part in self._parts(self._windows):
             with torch.enable_grad():
                 found = self._student.states(self._tokens[part])
             _, gradient = self._compare(part, found)
@@ -291,6 +295,10 @@ class _Divergence:
         total, gradient = head_divergence(expected, found.flatten(0, 1), self._student.head)
         context = found.shape[1]
         return total / context, gradient.view(found.shape) / context
+
+    def _parts(self, windows: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Split windows, if there are any, into what one forward pass takes."""
+        return windows.split(self._micro) if len(windows) else ()
 
     def _own(self, items: Sequence[int]) -> torch.Tensor:
         """Return this process's share, int64 [windows]."""

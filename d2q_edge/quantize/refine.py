@@ -38,7 +38,7 @@ class Schedule:
         code_rate: the same for one step: few steps don't tell which codes should change.
     """
 
-    passes: int = 6
+    passes: int = 12
     batch: int = 16
     scale_rate: float = 1e-3
     code_travel: float = 16.5

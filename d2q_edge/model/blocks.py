@@ -89,7 +89,12 @@ class BlockRunner:
         kinds = getattr(self._rotary, "rope_type", "")
         kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
         lengths = any("dynamic" in kind or kind == "longrope" for kind in kinds)
-        return self.device.type == "cuda" and not self.family.num_experts and not lengths
+        plain = {ATTENTION, "mlp"} >= {
+            sublayer.module
+            for index in range(self.family.num_layers)
+            for sublayer in self.family.block_sublayers(index)
+        }
+        return self.device.type == "cuda" and plain and not self.family.num_experts and not lengths
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the embeddings of token ids [windows, context]: float32 [windows, context, hidden]."""

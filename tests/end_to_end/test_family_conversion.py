@@ -236,4 +236,5 @@ def test_refinement(tmp_path: Path, name: str) -> None:
         log_probabilities(WholeModel(job.checkpoint, job.family, weights, CPU), validation)
         for weights in ({}, file_weights(tmp_path / "out.gguf", job.family))
     )
-    assert divergence(original, refined) == pytest.approx(result.after, rel=1e-3)
+    # Of the original, bfloat16 states are compared.
+    assert divergence(original, refined) == pytest.approx(result.after, rel=5e-3)

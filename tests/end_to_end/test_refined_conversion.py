@@ -30,7 +30,7 @@ from tests.interruption import interrupted
 
 CPU = torch.device("cpu")
 OPTIONS = Options(calibration_tokens=256, context=32, refine=True, refine_scope="model")
-BLOCKS = replace(OPTIONS, refine_scope="blocks")
+BLOCKS = replace(OPTIONS, refine_scope="blocks", calibration_tokens=2048)
 PASSES = 6
 STEPS = 3
 """Of a pass: 64 windows, of which two are for validation, in batches of 16."""

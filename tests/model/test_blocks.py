@@ -174,3 +174,27 @@ def test_embeddings_are_on_the_runners_device(make_checkpoint: Make) -> None:
     runner.device = torch.device("meta")
     embedded = runner.embed(TOKENS)
     assert (embedded.device, embedded.dtype) == (runner.device, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "expected"),
+    [
+        ("llama", {}, True),
+        ("qwen3moe", {}, False),
+        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, False),
+    ],
+    ids=["plain", "experts", "dynamic_rope"],
+)
+def test_what_a_cuda_graph_can_hold(
+    make_checkpoint: Make, family: str, options: dict[str, Any], expected: bool
+) -> None:
+    """What depends on values that are computed can't be recorded."""
+    runner = BlockRunner.__new__(BlockRunner)
+    runner.device = torch.device("cuda")
+    path = make_checkpoint(family)
+    real = runner_for(path)
+    runner.family, runner._rotary = real.family, real._rotary
+    if options:
+        runner._rotary.rope_type = options["rope_scaling"]["rope_type"]
+    assert runner.capturable == expected
+    assert not real.capturable, "it is on a CPU"

@@ -22,7 +22,7 @@ from d2q_edge.pipeline.memory import MemoryPlan
 from d2q_edge.pipeline.output import QuantizedContent, RoundedContent
 from d2q_edge.pipeline.planning import Job, draw_windows, plan
 from d2q_edge.pipeline.recipe import Calibration, fingerprint
-from d2q_edge.pipeline.refinement import Refinement, refine
+from d2q_edge.pipeline.refinement import Refinement, refine, refinement_tokens
 from d2q_edge.pipeline.report import Report
 from d2q_edge.pipeline.time_plan import TimePlan, plan_time
 from d2q_edge.pipeline.type_plan import TypePlan
@@ -31,9 +31,6 @@ from d2q_edge.utils.locks import sole_writer
 from d2q_edge.utils.progress import track
 
 __all__ = ["Conversion", "Job", "convert", "execute", "plan"]
-
-REFINE_FACTOR = 8
-"""Refinement uses that many times the tokens that a CPU calibrates on, as far as the text goes."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ class Conversion:
         chats: whether the file has a chat template.
         report: what was measured; None when only planned.
         memory: what was taken at most; None when nothing was calibrated.
-        refinement: what it did; None without it, or when an earlier run had finished it.
+        refinement: what it did; None without it, or when an earlier run had tuned the whole model.
         time: what it is estimated to take; None unless only planned.
     """
 
@@ -96,9 +93,9 @@ class Conversion:
                 f"± {found.kl_divergence_stderr:.4f} (estimate, with embeddings and head unrounded)"
             )
         if self.refinement:
+            what = "KL divergence" if self.refinement.scope == "model" else "mean error of the blocks' outputs"
             lines.append(
-                f"refinement: KL divergence on validation text {self.refinement.before:.4f}, "
-                f"then {self.refinement.after:.4f}" + ("" if self.refinement.codes else "; no memory to tune codes")
+                f"refinement: {what} on validation text {self.refinement.before:.4f}, then {self.refinement.after:.4f}"
             )
         if self.report:
             file = shlex.quote(str(output))
@@ -195,13 +192,12 @@ def _quantize(job: Job, calibration: Calibration, *, force: bool, verify: bool) 
         validation=calibration.windows.validation,
         memory=job.memory,
         processes=processes,
+        refine_blocks=job.scope is not None,
     )
-    refinement = None
+    refinement = _tuned_blocks(job, work)
+    if job.scope == "model":
+        refinement = _refine(job, calibration, runner, work, report)
     if processes.is_main:
-        if options.refine and not work.has_block(job.family.num_layers, refined=True):
-            tokens = REFINE_FACTOR * options.tokens_on("cpu")
-            more = draw_windows(job.checkpoint, job.tokenizer, calibration.parts, options, tokens).calibration
-            refinement = refine(job.checkpoint, job.family, more, work, processes.device, seed=options.seed)
         with report.timed("writing"):
             _write(job, work, force=force, verify=verify)
         work.remove()
@@ -209,9 +205,33 @@ def _quantize(job: Job, calibration: Calibration, *, force: bool, verify: bool) 
     return _result(job, report, job.memory, refinement)
 
 
+def _tuned_blocks(job: Job, work: WorkDir) -> Refinement | None:
+    """Return what tuning the blocks did, unless the whole model is tuned after that."""
+    if job.scope != "blocks":
+        return None
+    errors = [work.read_block(index).metrics.output_errors for index in range(job.family.num_layers)]
+    before, after = (sum(each) / len(errors) for each in zip(*errors, strict=True))
+    return Refinement("blocks", before, after)
+
+
+def _refine(
+    job: Job, calibration: Calibration, runner: BlockRunner, work: WorkDir, report: Report
+) -> Refinement | None:
+    """Tune the whole model, if no earlier run did."""
+    finished = work.has_block(job.family.num_layers, refined=True)
+    job.processes.barrier()
+    if finished:
+        return None
+    options = job.options
+    tokens = refinement_tokens(options)
+    windows = draw_windows(job.checkpoint, job.tokenizer, calibration.parts, options, tokens).calibration
+    with report.timed("model refinement"):
+        return refine(runner, windows, work, seed=options.seed, processes=job.processes)
+
+
 def _write(job: Job, work: WorkDir, *, force: bool, verify: bool) -> None:
     """Write the file in the work directory, and move it to its place."""
-    content = QuantizedContent(job.checkpoint, job.family, work, job.processes.device, refined=job.options.refine)
+    content = QuantizedContent(job.checkpoint, job.family, work, job.processes.device, refined=job.scope == "model")
     job.file.write(work.complete, content, force=True, verify=verify)
     if job.output.exists() and not force:
         raise D2QError(
@@ -241,6 +261,9 @@ def _print_start(job: Job, calibration: Calibration) -> None:
     if job.memory is not None:
         print(job.memory.describe(), file=sys.stderr)
     print(calibration.describe(), file=sys.stderr)
+    if job.scope is not None:
+        then = ", then the whole model by KL divergence" if job.scope == "model" else ""
+        print(f"refining every block as soon as it is quantized{then}", file=sys.stderr)
 
 
 def _check_weights(checkpoint: Checkpoint, processes: ProcessGroup) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from d2q_edge.errors import D2QError
 
 ROTATIONS = "auto", "on", "off"
+REFINE_SCOPES = "auto", "blocks", "model"
 LOWEST_BITS, HIGHEST_BITS = 2.31, 4.3
 """Range of --bits: the mean over the blocks' linear layers. 2.31 stands for d2q2's 2.3125."""
 MIN_CONTEXT = 8
@@ -35,7 +36,9 @@ class Options:
         guidance: weight calibration tokens by the gradients of the loss (pipeline/guidance.py).
         alpha: weight of the input's error in the feedback (quantize/gptaq.py); 0 is GPTQ; 0.5 was best on qwen3-34m.
         descent_rounds: of coordinate descent (quantize/descent.py); a third one gains less than a tenth of two.
-        refine: tune the whole model afterwards (quantize/refine.py).
+        refine: tune scales, norms and codes by gradients (quantize/refine.py).
+        refine_scope: what is tuned together: "blocks", each as soon as it is quantized (pipeline/block_refinement.py),
+            "model" (pipeline/refinement.py), or "auto", the model on a GPU that it fits on, else blocks.
         embedding_type, head_type: stock types; None chooses.
         device: "auto", "cpu", "cuda" or "mps".
         memory_limit: bytes of the computer's memory that may be taken; None for what is free.
@@ -56,6 +59,7 @@ class Options:
     alpha: float = 0.5
     descent_rounds: int = 2
     refine: bool = False
+    refine_scope: str = "auto"
     embedding_type: str | None = None
     head_type: str | None = None
     device: str = "auto"
@@ -83,8 +87,9 @@ class Options:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise D2QError(f"{name} must be a number, not {value!r}")
-        if self.rotation not in ROTATIONS:
-            raise D2QError(f"rotation must be one of {', '.join(ROTATIONS)}, not {self.rotation!r}")
+        for name, known in (("rotation", ROTATIONS), ("refine_scope", REFINE_SCOPES)):
+            if getattr(self, name) not in known:
+                raise D2QError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)

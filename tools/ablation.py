@@ -23,7 +23,6 @@ from d2q_edge.calibration.chat_template import ChatTemplate
 from d2q_edge.calibration.mixture import load_parts
 from d2q_edge.calibration.text import load_evaluation
 from d2q_edge.calibration.windows import split_windows
-from d2q_edge.conversion import REFINE_FACTOR
 from d2q_edge.errors import D2QError
 from d2q_edge.export.model_file import model_tokenizer
 from d2q_edge.formats import tensor_types
@@ -35,7 +34,7 @@ from d2q_edge.model.whole_model import Weights, WholeModel
 from d2q_edge.options import HIGHEST_BITS, LOWEST_BITS, Options
 from d2q_edge.pipeline.block_loop import quantize_blocks
 from d2q_edge.pipeline.device import choose_device
-from d2q_edge.pipeline.refinement import refine
+from d2q_edge.pipeline.refinement import REFINE_FACTOR, refine
 from d2q_edge.pipeline.sensitivity import choose_windows, measure
 from d2q_edge.pipeline.type_plan import TypePlan, is_mixed, plan_types, rounding_types
 from d2q_edge.pipeline.work_dir import WorkDir
@@ -129,9 +128,10 @@ def ours(subject: Subject, bits: float, options: Options, *, refined: bool = Fal
     weights: dict[str, torch.Tensor] = {}
     with tempfile.TemporaryDirectory() as directory:
         work = WorkDir(Path(directory) / "model", {})
-        quantize_blocks(BlockRunner(checkpoint, family, subject.device), plan.linears, subject.windows, work, options)
+        runner = BlockRunner(checkpoint, family, subject.device)
+        quantize_blocks(runner, plan.linears, subject.windows, work, options, refine_blocks=refined)
         if refined:
-            refine(checkpoint, family, subject.more_windows, work, subject.device)
+            refine(runner, subject.more_windows, work)
         for index in range(work.finished):
             block = work.read_block(index, refined=refined)
             prefix = family.block_prefix(index) if index < family.num_layers else ""

@@ -51,6 +51,7 @@ class HiddenStates:
         self._bytes = [count * shape[0] * shape[1] * dtype.itemsize for count in windows]
         self._place = place
         self._kept: dict[int, torch.Tensor] = {}
+        self._written: set[int] = set()
         if isinstance(place, Path):
             try:
                 place.mkdir(parents=True, exist_ok=True)
@@ -62,19 +63,44 @@ class HiddenStates:
     def __len__(self) -> int:
         return len(self._windows)
 
+    @property
+    def context(self) -> int:
+        """Tokens of a window."""
+        return self._shape[0]
+
+    def copy(self) -> HiddenStates:
+        """Return the same states, which stay when these are replaced; raises D2QError if the file can't be made."""
+        shape, windows = self._shape, self._windows
+        result = HiddenStates(windows, shape, self.device, self._place, self._dtype)
+        if isinstance(self._place, Path):
+            for index in self._written:
+                result[index] = self[index]
+        else:
+            # Batches are replaced, never changed.
+            result._kept = dict(self._kept)
+        return result
+
     def tokens(self, index: int) -> int:
         """Return the number of tokens in batch `index`."""
         return self._windows[index] * self._shape[0]
 
     def __getitem__(self, index: int) -> torch.Tensor:
+        return self._read(index, 0, self._windows[index])
+
+    def window(self, index: int, number: int) -> torch.Tensor:
+        """Return window `number` of batch `index`, float32 [1, context, hidden] on the computing device."""
+        return self._read(index, number, number + 1)
+
+    def _read(self, index: int, start: int, end: int) -> torch.Tensor:
         if isinstance(self._place, Path):
-            buffer = bytearray(self._bytes[index])
-            self._file.seek(sum(self._bytes[:index]))
+            size = self._bytes[index] // self._windows[index]
+            buffer = bytearray((end - start) * size)
+            self._file.seek(sum(self._bytes[:index]) + start * size)
             if self._file.readinto(buffer) != len(buffer):
                 raise D2QError(f"hidden states kept in {self._place} can't be read back; is the disk full?")
-            kept = torch.frombuffer(buffer, dtype=self._dtype).view(self._windows[index], *self._shape)
+            kept = torch.frombuffer(buffer, dtype=self._dtype).view(end - start, *self._shape)
         else:
-            kept = self._kept[index]
+            kept = self._kept[index][start:end]
         return kept.to(self.device).float()
 
     def __setitem__(self, index: int, hidden: torch.Tensor) -> None:
@@ -82,6 +108,7 @@ class HiddenStates:
         if not isinstance(self._place, Path):
             self._kept[index] = kept.to(self._place)
             return
+        self._written.add(index)
         data = kept.cpu().contiguous().view(torch.uint8).numpy().reshape(-1)
         try:
             self._file.seek(sum(self._bytes[:index]))
@@ -129,7 +156,14 @@ class StreamPair:
 
     def advance(self, index: int, original: nn.Module, quantized: nn.Module) -> None:
         """Run both models' hidden states through block number `index`, sublayer by sublayer, as quantizing it does."""
-        for states, block in ((self.original, original), (self.quantized, quantized)):
-            for batch in self.own:
-                for sublayer in self.runner.family.block_sublayers(index):
-                    states[batch] = self.runner.sublayer_forward(block, sublayer, states[batch])
+        self._advance(self.original, index, original)
+        self.advance_quantized(index, quantized)
+
+    def advance_quantized(self, index: int, quantized: nn.Module) -> None:
+        """Run the quantized model's hidden states alone through block number `index`."""
+        self._advance(self.quantized, index, quantized)
+
+    def _advance(self, states: HiddenStates, index: int, block: nn.Module) -> None:
+        for batch in self.own:
+            for sublayer in self.runner.family.block_sublayers(index):
+                states[batch] = self.runner.sublayer_forward(block, sublayer, states[batch])

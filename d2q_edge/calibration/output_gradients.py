@@ -79,7 +79,7 @@ def output_gradients(
         earlier: returns the second moments of a block over earlier batches, to add to.
     """
     family, device = runner.family, runner.device
-    with torch.inference_mode(False), _deterministic(device):
+    with torch.inference_mode(False), deterministic(device):
         states = [[hidden.to(KEPT)] for hidden in runner.embed_all(batches)]
         for index in range(family.num_layers):
             block = runner.load(index)
@@ -160,16 +160,20 @@ def _block_gradients(
 
 
 @contextmanager
-def _deterministic(device: torch.device) -> Iterator[None]:
+def deterministic(device: torch.device) -> Iterator[None]:
     """Make CUDA's attention add gradients in a fixed order, so that a repeated conversion gives the same file."""
     if device.type != "cuda":
         yield
         return
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # That is for programs which read what they didn't write, and takes time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]

@@ -13,7 +13,16 @@ from click.core import ParameterSource
 from d2q_edge.cli.common import PATH, Number, field_option, wait_passively
 from d2q_edge.distributed.launch import is_main, is_worker, launch
 from d2q_edge.errors import D2QError
-from d2q_edge.options import CPU_TOKENS, GPU_TOKENS, HIGHEST_BITS, LOWEST_BITS, MIN_CONTEXT, ROTATIONS, Options
+from d2q_edge.options import (
+    CPU_TOKENS,
+    GPU_TOKENS,
+    HIGHEST_BITS,
+    LOWEST_BITS,
+    MIN_CONTEXT,
+    REFINE_SCOPES,
+    ROTATIONS,
+    Options,
+)
 
 option = partial(field_option, Options)
 OF_EXPORT = frozenset({"model", "revision", "adapter", "output", "stock_type", "pre_tokenizer", "no_verify", "force"})
@@ -47,7 +56,8 @@ OF_CALIBRATION = frozenset({"calibration", "calibration_tokens", "context", "dsq
 @option("dsq", help="Scale columns, at no cost in size.")
 @option("dac", help="Correct the mean shift by norm biases.")
 @option("guidance", help="Weight calibration tokens by the gradients of the loss.")
-@option("refine", help="Tune scales and codes afterwards: better, and much slower.")
+@option("refine", help="Tune scales and codes by gradients: better, and slower.")
+@option("refine_scope", type=click.Choice(REFINE_SCOPES), help="What is tuned together: the model wants a large GPU.")
 @click.option("--no-calibration", is_flag=True, help="Round to nearest: fast, and worse.")
 @option("embedding_type", help="Stock type of the embeddings.  [default: by --bits]")
 @option("head_type", help="Stock type of an untied lm_head.  [default: by --bits]")

@@ -132,9 +132,8 @@ def _measured(file: str, report: Mapping[str, Any]) -> list[str]:
             "converting, with embeddings and head unrounded.)"
         )
     if found := report.get("refinement"):
-        sections.append(
-            f"Tuning the whole model brought it from {found['before']:.4f} to {found['after']:.4f} on validation text."
-        )
+        what = "KL divergence" if found["scope"] == "model" else "mean squared error of the blocks' outputs"
+        sections.append(f"Tuning brought the {what} from {found['before']:.4f} to {found['after']:.4f} on other text.")
     return [
         *sections,
         "To measure it on your own text, against a file that `d2q-edge convert --type f16` makes:",

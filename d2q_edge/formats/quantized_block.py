@@ -43,10 +43,12 @@ class BlockMetrics:
     Attributes:
         layer_errors: linear layer to the relative squared error of its output, tr(E H E^T) / tr(W H W^T).
         norm_shifts: norm to the statistics of its mean shift (quantize/dac.py), as plain values.
+        output_errors: relative squared error of the block's output before and after it was tuned; empty if it wasn't.
     """
 
     layer_errors: dict[str, float] = field(default_factory=dict)
     norm_shifts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    output_errors: list[float] = field(default_factory=list)
 
 
 @dataclass

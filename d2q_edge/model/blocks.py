@@ -5,7 +5,7 @@ transformers is imported on first use, because that takes seconds.
 
 import copy
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,6 @@ from d2q_edge.model.block_reader import BlockReader
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.experts import separate_experts
 from d2q_edge.model.families import Family, LinearGroup, Sublayer
-from d2q_edge.utils.machine import has_bfloat16_products
 
 ATTENTION = "self_attn"
 """The module of a block that wants positions and a mask."""
@@ -67,15 +66,11 @@ class _InputsReached(Exception):
 
 
 class BlockRunner:
-    """Load and run the decoder blocks of one checkpoint on one device, in float32.
-
-    On a CPU with bfloat16 products the factors of matrix products are rounded to it, and their results.
-    """
+    """Load and run the decoder blocks of one checkpoint, in float32 on one device."""
 
     def __init__(self, checkpoint: Checkpoint, family: Family, device: torch.device) -> None:
         """Build the model without weights; raise D2QError if transformers can't make sense of config.json."""
         self.checkpoint, self.family, self.device = checkpoint, family, device
-        self._coarse = device.type == "cpu" and has_bfloat16_products()
         try:
             config = model_config(checkpoint)
             model = empty_model(config, attention_for(device))
@@ -88,6 +83,19 @@ class BlockRunner:
         # Rebuilt outside of the meta device, because its frequencies are computed, not loaded.
         self._rotary: nn.Module = type(model.model.rotary_emb)(config=config).to(device)
         self._reader.begin(0)
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a block runs on a GPU without anything that depends on the values it computes (CUDA graphs)."""
+        kinds = getattr(self._rotary, "rope_type", "")
+        kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
+        lengths = any("dynamic" in kind or kind == "longrope" for kind in kinds)
+        plain = {ATTENTION, "mlp"} >= {
+            sublayer.module
+            for index in range(self.family.num_layers)
+            for sublayer in self.family.block_sublayers(index)
+        }
+        return self.device.type == "cuda" and plain and not self.family.num_experts and not lengths
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the embeddings of token ids [windows, context]: float32 [windows, context, hidden]."""
@@ -133,9 +141,8 @@ class BlockRunner:
 
     def forward(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Return a block's output for its input, both float32 [windows, context, hidden] on the runner's device."""
-        with self._precision():
-            output: torch.Tensor = block(hidden, **self._attention_inputs(block, hidden))
-        return output.float()
+        output: torch.Tensor = block(hidden, **self._attention_inputs(block, hidden))
+        return output
 
     def sublayer_forward(self, block: nn.Module, sublayer: Sublayer, residual: torch.Tensor) -> torch.Tensor:
         """Return the residual stream after a sublayer for that before it, both float32 [windows, context, hidden]."""
@@ -147,7 +154,7 @@ class BlockRunner:
         handle = block.get_submodule(layer).register_forward_hook(lambda *call: outputs.append(call[2]))
         try:
             token = torch.zeros(1, 1, self.family.hidden_size, device=self.device)
-            result = self._module_output(block, sublayer, token)
+            result = self._run_module(block, sublayer, token)
         finally:
             handle.remove()
         return any(result is output for output in outputs)
@@ -162,9 +169,8 @@ class BlockRunner:
             layer: for which `puts_out` is true.
             inputs: what `group_input` returned for it, float32 [windows * context, in_features].
         """
-        with self._precision():
-            output: torch.Tensor = block.get_submodule(layer)(inputs.view(*residual.shape[:-1], -1))
-        return self._add_output(block, sublayer, output.float(), residual)
+        output: torch.Tensor = block.get_submodule(layer)(inputs.view(*residual.shape[:-1], -1))
+        return self._add_output(block, sublayer, output, residual)
 
     def group_input(
         self, block: nn.Module, sublayer: Sublayer, group: LinearGroup, residual: torch.Tensor
@@ -212,9 +218,6 @@ class BlockRunner:
         """Return the input of one linear layer, as `trace`, without computing anything after it."""
         return self.inputs_of(block, (layer,), hidden)[layer]
 
-    def _precision(self) -> AbstractContextManager[Any]:
-        return torch.autocast("cpu", torch.bfloat16) if self._coarse else nullcontext()
-
     def _add_output(
         self, block: nn.Module, sublayer: Sublayer, output: torch.Tensor, residual: torch.Tensor
     ) -> torch.Tensor:
@@ -223,14 +226,10 @@ class BlockRunner:
         return residual + self.family.residual_scale * output
 
     def _run_module(self, block: nn.Module, sublayer: Sublayer, residual: torch.Tensor) -> torch.Tensor:
-        return self._module_output(block, sublayer, residual).float()
-
-    def _module_output(self, block: nn.Module, sublayer: Sublayer, residual: torch.Tensor) -> torch.Tensor:
         normed = residual if sublayer.norm is None else block.get_submodule(sublayer.norm)(residual)
         module = block.get_submodule(sublayer.module)
         inputs = self._attention_inputs(block, residual) if sublayer.module == ATTENTION else {}
-        with self._precision():
-            output: torch.Tensor | tuple[torch.Tensor, ...] = module(normed, **inputs)
+        output: torch.Tensor | tuple[torch.Tensor, ...] = module(normed, **inputs)
         # Attention also returns its weights, and a mixture of experts its router's output.
         return output[0] if isinstance(output, tuple) else output
 
@@ -261,7 +260,7 @@ def _captured_inputs(
     inputs: dict[str, torch.Tensor] = {}
 
     def hook(name: str, _: nn.Module, arguments: Any) -> None:
-        inputs[name] = arguments[0].reshape(-1, arguments[0].shape[-1]).float()
+        inputs[name] = arguments[0].reshape(-1, arguments[0].shape[-1])
         if stop and len(inputs) == len(layers):
             raise _InputsReached
 

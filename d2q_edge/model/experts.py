@@ -45,7 +45,8 @@ class Experts(nn.ModuleList):
         for number, expert in enumerate(self):
             tokens, place = torch.where(chosen == number)
             if len(tokens):
-                result.index_add_(0, tokens, expert(hidden[tokens]) * weights[tokens, place, None])
+                output = expert(hidden[tokens]) * weights[tokens, place, None]
+                result.index_add_(0, tokens, output.to(result.dtype))
         return result
 
 

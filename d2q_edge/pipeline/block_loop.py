@@ -2,11 +2,11 @@
 
 The calibration tokens run through the original and the quantized model side by side. For every block: load it, scale
 its columns (DSQ), and for every linear group collect the statistics of its input, solve (GPTAQ and coordinate descent)
-and apply; correct the next norm (DAC); move both models' hidden states on; save. What follows the last block, final
-norm and lm_head, is treated alike.
+and apply; correct the next norm (DAC); move both models' hidden states on; tune the block, where that is asked for;
+save. What follows the last block, final norm and lm_head, is treated alike.
 
 Only the hidden states, one block twice, and the statistics of one group are in memory at a time. Rotation has happened
-before: it changes the weights that the runner loads. Refinement comes after: it needs all blocks.
+before: it changes the weights that the runner loads. Refinement of the whole model comes after: it needs all blocks.
 """
 
 from collections.abc import Mapping
@@ -22,6 +22,7 @@ from d2q_edge.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from d2q_edge.formats.quantized_block import QuantizedBlock
 from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.options import Options
+from d2q_edge.pipeline.block_refinement import refine_block
 from d2q_edge.pipeline.column_scaling import absorb_scales, group_hessian, scale_columns
 from d2q_edge.pipeline.context import Context
 from d2q_edge.pipeline.group_statistics import sublayer_statistics
@@ -52,6 +53,7 @@ def quantize_blocks(
     processes: ProcessGroup = SINGLE_PROCESS,
     batch_tokens: int = BATCH_TOKENS,
     dtype: torch.dtype = DTYPE,
+    refine_blocks: bool = False,
 ) -> Report:
     """Quantize all blocks, and keep each in `work` as soon as it is finished.
 
@@ -66,6 +68,7 @@ def quantize_blocks(
         processes: that share the work; all of them call this.
         batch_tokens: tokens per forward pass.
         dtype: of the hidden states between blocks.
+        refine_blocks: tune every block as soon as it is quantized.
 
     Raises:
         D2QError: a weight or an activation is NaN or infinite, or a block can't be saved.
@@ -100,7 +103,11 @@ def quantize_blocks(
                 quantized = _replay(context, index, original, result)
                 progress.skip_block(index)
             else:
+                inputs = streams.quantized.copy() if refine_blocks else None
                 result, quantized = _quantize_block(context, index, original, types, solver, options, progress)
+                if inputs is not None:
+                    with report.timed("refinement"):
+                        result, quantized = refine_block(context, index, inputs, original, result, seed=options.seed)
                 writer.write(index, result)
                 progress.finish_block(index, result.metrics.layer_errors)
             if validation_streams is not None:

@@ -34,6 +34,9 @@ HIDDEN, INNER = 10, 5
 """Activations of a batch, in multiples of its hidden states and of its intermediate ones."""
 GRADIENT_HIDDEN, GRADIENT_INNER = 30, 12
 """The same while a block runs backwards, which keeps what its layers read."""
+TUNING = 8
+"""The block in float32, as often as it is in memory while it is tuned: the original, the quantized one, latent points,
+weights, gradients, moments, and temporaries."""
 GRADIENT_STATES = 2 * GIB
 """Bytes of the hidden states in front of all blocks while gradients are measured, at most, in the host's memory; on a
 GPU half of what is free."""
@@ -101,6 +104,7 @@ def plan_memory(
     processes: int = 1,
     *,
     guidance: bool = False,
+    refine: bool = False,
 ) -> MemoryPlan:
     """Choose where the hidden states are kept, and make sure that everything fits.
 
@@ -113,12 +117,15 @@ def plan_memory(
         limit: bytes of memory that may be taken; None for what is free.
         processes: number of processes that share the work on this machine.
         guidance: gradients are measured.
+        refine: every block is tuned, from hidden states that are kept meanwhile.
 
     Raises:
         D2QError: it doesn't fit in the memory (or the limit), the GPU's memory, or on the disk.
     """
-    streams = 2 * math.ceil(tokens / processes) * family.hidden_size * DTYPE.itemsize
+    streams = (3 if refine else 2) * math.ceil(tokens / processes) * family.hidden_size * DTYPE.itemsize
     working = _working(family, batch_tokens, processes, CUDA_SEARCH if device.type == "cuda" else SEARCH)
+    if refine:
+        working = max(working, _tuning(family, batch_tokens))
     # The main process alone writes, and nothing else is done then.
     table = max(_elements(family, f"{name}.weight") for name in (family.embedding, family.head))
     encoding = (HOST_ENCODING if device.type == "cuda" else ENCODING) * table
@@ -183,6 +190,12 @@ def plan_memory(
             f"{disk / GIB:.1f} GiB; free some, or write the output to another disk"
         )
     return MemoryPlan(place, peak * processes, on_device, disk, gradients, inputs)
+
+
+def _tuning(family: Family, batch_tokens: int) -> int:
+    """Return the bytes that tuning a block takes on the computing device, without the hidden states."""
+    batch = batch_tokens * (GRADIENT_HIDDEN * family.hidden_size + GRADIENT_INNER * family.intermediate_size)
+    return TUNING * _largest_block(family) + FLOAT * batch
 
 
 def _at_least(size: int) -> str:

@@ -28,7 +28,7 @@ from d2q_edge.pipeline.memory import MemoryPlan, plan_memory
 from d2q_edge.pipeline.norm_correction import corrected_norms
 from d2q_edge.pipeline.output import Output
 from d2q_edge.pipeline.recipe import Calibration, d2q_metadata
-from d2q_edge.pipeline.refinement import refined_norms
+from d2q_edge.pipeline.refinement import choose_scope, refined_norms
 from d2q_edge.pipeline.type_plan import TypePlan, check_request, is_mixed, plan_types, rounding_types
 from d2q_edge.runtime.source_tokenizer import source_tokenizer
 
@@ -48,6 +48,7 @@ class Job:
         file, size: what will be written, and its size in bytes.
         calibration, memory: None where weights are rounded to nearest.
         processes: that share the work.
+        scope: what refinement tunes together, "blocks" or "model"; None without it.
     """
 
     options: Options
@@ -62,6 +63,7 @@ class Job:
     calibration: Calibration | None
     memory: MemoryPlan | None
     processes: ProcessGroup
+    scope: str | None = None
 
 
 def plan(model: str | Path, output: str | Path, options: Options, processes: ProcessGroup | None = None) -> Job:
@@ -106,11 +108,12 @@ def plan(model: str | Path, output: str | Path, options: Options, processes: Pro
     if is_mixed(options.bits):
         measured = _measure_sensitivity(checkpoint, family, options, calibration, processes)
     types = plan_types(family, options.bits, options.embedding_type, options.head_type, measured)
+    scope = choose_scope(family, options, processes.device)
     norm_biases: list[str] = []
     if calibration is not None:
         norm_biases = refined_norms(family) if options.refine else corrected_norms(family, options)
     file_type = FILE_TYPES[types.nearest_bits if is_mixed(options.bits) else int(options.bits)]
-    metadata = d2q_metadata(types, options, rotated, calibration)
+    metadata = d2q_metadata(types, options, rotated, calibration, scope)
     scaled = calibration is not None and options.dsq
     file = Output(checkpoint, family, tokenizer, types, norm_biases, metadata, file_type, scaled)
     size = file.size()
@@ -120,12 +123,10 @@ def plan(model: str | Path, output: str | Path, options: Options, processes: Pro
     if calibration is not None:
         tokens = calibration.windows.calibration.size + calibration.windows.validation.size
         device, limit, count = processes.device, options.memory_limit, processes.world_size
-        memory = plan_memory(
-            family, tokens, BATCH_TOKENS, device, output, types.linear_bytes, limit, count, guidance=options.guidance
-        )
-    return Job(
-        options, output, source, checkpoint, family, tokenizer, types, file, size, calibration, memory, processes
-    )
+        how = {"guidance": options.guidance, "refine": options.refine}
+        memory = plan_memory(family, tokens, BATCH_TOKENS, device, output, types.linear_bytes, limit, count, **how)
+    made = source, checkpoint, family, tokenizer, types, file, size, calibration, memory
+    return Job(options, output, *made, processes, scope)
 
 
 def draw_windows(
@@ -146,8 +147,6 @@ def _check_options(family: Family, options: Options) -> None:
         )
     if options.refine and not options.calibrate:
         raise D2QError("--refine tunes the model on calibration text; leave out --no-calibration")
-    if options.refine and family.num_experts:
-        raise D2QError("--refine can't tune a mixture of experts; leave it out")
 
 
 def _measure_sensitivity(

@@ -45,8 +45,13 @@ class Calibration:
         )
 
 
-def d2q_metadata(types: TypePlan, options: Options, rotated: bool, calibration: Calibration | None) -> dict[str, Value]:
-    """Return the d2q.* keys: what a reader of the file needs, and what it takes to make the file again."""
+def d2q_metadata(
+    types: TypePlan, options: Options, rotated: bool, calibration: Calibration | None, scope: str | None = None
+) -> dict[str, Value]:
+    """Return the d2q.* keys: what a reader of the file needs, and what it takes to make the file again.
+
+    `scope` is what refinement tunes together, if anything.
+    """
     recipe: dict[str, Any] = {"bits": options.bits, "method": "rtn", "rotation": rotated, "dsq": False, "dac": False}
     if rotated:
         recipe["seed"] = options.seed
@@ -67,6 +72,8 @@ def d2q_metadata(types: TypePlan, options: Options, rotated: bool, calibration: 
             "context": options.context,
             "seed": options.seed,
         }
+        if scope is not None:
+            recipe["refine_scope"] = scope
         if is_mixed(options.bits):
             recipe |= {
                 "allocation": "divergence",

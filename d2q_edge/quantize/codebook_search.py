@@ -55,6 +55,8 @@ class CodebookSearch:
         levels: entries in units of the block scale d, float32 [256, K, V]: K = 16 pairs (V = 2), or K = 16 scalars
             (V = 1), 8 for each state of a trellis. Of q4_0 [2, 16, 1].
         columns: the same, transposed: float32 [256, V, K].
+        safe: half of the least distance between two entries of a codebook, float32 [256, or 2]: what is nearer to an
+            entry than that has none that is nearer still. Of windowed types empty.
         ways: scalars' entries by next state, float32 [256, 2, 8] (trellis.py); of other types empty.
         planes: scalars' entries of all codebooks by index, float32 [16, 256]; of other types empty.
         bins: bins per dimension. Zero for q4_0, as are all attributes below.
@@ -89,6 +91,11 @@ class CodebookSearch:
         self.ways = self.planes = torch.zeros(0, device=device)
         if tensor_type.windowed:
             self.ways, self.planes = by_next_state(self.levels[..., 0]), self.levels[..., 0].T.contiguous()
+        self.safe = torch.zeros(0, device=device)
+        if not tensor_type.windowed:
+            apart = (self.levels[:, :, None] - self.levels[:, None]).square().sum(3)
+            # Equal entries, and each to itself, are as good as each other.
+            self.safe = torch.where(apart > 0, apart, torch.inf).amin((1, 2)).sqrt() / 2
         self.bins, self.edge, self.unit = 0, 0.0, 0.0
         self.error_table = self.error_table_f16 = torch.zeros(0, device=device)
         if tensor_type.has_codebooks:

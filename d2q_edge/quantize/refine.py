@@ -1,31 +1,29 @@
-"""Tune a quantized model by gradient descent on its KL divergence from the original model.
+"""Tune the parameters of quantized layers by gradient descent on any loss, such as a KL divergence.
 
-The loss is the mean of KL(original || quantized) of the next-token probabilities over all tokens. Adam with a cosine
-schedule tunes block scales (their logarithms), norm weights and biases and, where they are free, the codes (latent
+Adam with a cosine schedule tunes block scales (their logarithms), norm weights and biases, and the codes (latent
 points, see tunable.py). As Adam's step has a fixed size, the sum of all steps, Schedule.code_travel, decides how
 consistently the gradients must ask for another entry before a code changes: with half of it hardly any code changes;
 with three times as much one in fourteen does, and the validation loss rises (measured on qwen3-34m).
 
-Some windows are for validation: their loss is measured after every pass, and in the end the best state, which may be
-the first, is restored.
+The loss is a mean over items, such as windows of text. Some items are for validation: their loss is measured after
+every pass, and in the end the best state, which may be the first, is restored.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
-from d2q_edge.quantize.kl_divergence import kl_divergence
+from d2q_edge.quantize.adam import Moments, corrected
+from d2q_edge.quantize.captured_step import CapturedStep
+from d2q_edge.quantize.collective import SINGLE_PROCESS, Collective
 from d2q_edge.utils.progress import Progress
 
 EARLY_STOPPING_EVERY = 32
-"""One window in so many, or the last one, isn't tuned on; its loss chooses the best pass."""
-BETAS = (0.9, 0.99)
+"""One item in so many, or the last one, isn't tuned on; its loss chooses the best pass."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +31,15 @@ class Schedule:
     """How long and how fast to tune.
 
     Attributes:
-        passes: over the windows.
-        batch: windows per step.
-        micro_tokens: tokens per forward pass; gradients add up to a batch.
+        passes: over the items.
+        batch: items per step.
         scale_rate: initial learning rate of everything but the codes.
         code_travel: how far a code's latent point can move in all, in units of d.
         code_rate: the same for one step: few steps don't tell which codes should change.
     """
 
-    passes: int = 6
+    passes: int = 12
     batch: int = 16
-    micro_tokens: int = 4096
     scale_rate: float = 1e-3
     code_travel: float = 16.5
     code_rate: float = 0.2
@@ -58,22 +54,44 @@ class Schedule:
 SCHEDULE = Schedule()
 
 
-class LanguageModel(Protocol):
-    """A model as refinement uses it."""
+class Tunable(Protocol):
+    """A layer that is tuned; its nn.Parameters collect gradients."""
 
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """Return all parameters that require gradients, by name."""
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Return what a backward pass collects gradients for."""
 
-    def states(self, tokens: torch.Tensor, /) -> torch.Tensor:
-        """Return the lm_head's inputs for tokens [windows, context]: [windows, context, hidden]."""
+    def tuned(self) -> dict[str, torch.Tensor]:
+        """Return what may be changed in place before `refresh`, float32, by name; "latent" are codes."""
 
-    def log_probabilities(self, states: torch.Tensor, /) -> torch.Tensor:
-        """Return the log-probabilities of all next tokens: [..., vocabulary]."""
+    def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the gradient of each of `tuned`, float32, with its name."""
+
+    def refresh(self) -> None:
+        """Make what forward passes use of what was changed."""
+
+    def kept(self) -> dict[str, torch.Tensor]:
+        """Return a copy, on the CPU, that `restore` makes the present layer of."""
+
+    def restore(self, kept: dict[str, torch.Tensor], /) -> None:
+        """Go back to what `kept` returned."""
+
+
+class Objective(Protocol):
+    """What is tuned, and the loss of items, which are numbered from 0."""
+
+    def loss(self, items: Sequence[int], /) -> float:
+        """Return the sum of the losses of this process's share of the items."""
+
+    def prepare(self, items: Sequence[int], /) -> None:
+        """Put what `backward` reads of the items to where it was for the last ones."""
+
+    def backward(self) -> None:
+        """Add this process's share of the gradients of the mean loss of the prepared items."""
 
 
 @dataclass
 class RefinementLosses:
-    """KL divergence on the validation windows, nats per token: before the first pass, and after each pass."""
+    """Losses of the validation items: before the first pass, and after each pass."""
 
     before: float
     passes: list[float] = field(default_factory=list)
@@ -90,8 +108,8 @@ class State:
 
     Attributes:
         losses: so far.
-        tensors: float32: every parameter NAME, Adam's moments NAME.mean and NAME.square, and NAME.best, the parameter
-            in the best state.
+        tensors: everything that is tuned by LAYER.NAME, float32; Adam's moments LAYER.NAME.mean and LAYER.NAME.square,
+            bfloat16; and LAYER.NAME.best, what the layer kept in the best state.
     """
 
     losses: RefinementLosses
@@ -99,115 +117,146 @@ class State:
 
 
 def tune(
-    original: LanguageModel,
-    quantized: LanguageModel,
-    windows: npt.NDArray[np.int64],
+    objective: Objective,
+    layers: Mapping[str, Tunable],
+    count: int,
     seed: int = 0,
     *,
     schedule: Schedule = SCHEDULE,
     state: State | None = None,
     keep: Callable[[State], None] = lambda _: None,
+    group: Collective = SINGLE_PROCESS,
+    capture: bool = False,
+    quiet: bool = False,
 ) -> RefinementLosses:
-    """Tune the parameters of `quantized` that require gradients, in place.
+    """Tune layers in place.
 
     Args:
-        original: the teacher.
-        quantized: the student; its parameters named "latent" are codes.
-        windows: calibration tokens [windows, context].
-        seed: of the order of the windows.
+        objective: the loss, and its gradients.
+        layers: by name.
+        count: number of items.
+        seed: of the order of the items.
         schedule: how long and how fast.
         state: of an interrupted run with the same arguments, to resume from; its tensors are copied.
         keep: called with the state after every pass but the last; the next pass changes the state's tensors.
+        group: processes that share the items, and tune the same layers in the same way.
+        capture: replay steps as a CUDA graph: all of a step runs on a GPU, and waits for nothing.
+        quiet: show no progress.
     """
-    validation = np.arange(len(windows)) % EARLY_STOPPING_EVERY == min(EARLY_STOPPING_EVERY, len(windows)) - 1
-    train = torch.from_numpy(windows[~validation])
-    check = _micro_batches(torch.from_numpy(windows[validation]), schedule)
+    held = min(EARLY_STOPPING_EVERY, count)
+    check = [item for item in range(count) if item % EARLY_STOPPING_EVERY == held - 1]
+    train = torch.tensor([item for item in range(count) if item % EARLY_STOPPING_EVERY != held - 1])
     if not len(train):
-        return RefinementLosses(_mean_loss(original, quantized, check))
+        return RefinementLosses(_mean_loss(objective, check, group))
     batch = min(schedule.batch, len(train))
     per_pass = len(train) // batch
     steps = schedule.passes * per_pass
-    parameters = quantized.parameters()
-    codes = [name for name in parameters if name.endswith(".latent")]
-    groups = [[parameters[name] for name in parameters if name not in codes], [parameters[name] for name in codes]]
-    optimizer = torch.optim.Adam([{"params": group} for group in groups if group], betas=BETAS)
+    moments = {name: {own: Moments(value) for own, value in layer.tuned().items()} for name, layer in layers.items()}
+    take_step = _Step(objective, layers, moments, group, capture=capture)
     if state is None:
-        losses = RefinementLosses(_mean_loss(original, quantized, check))
-        best = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        losses = RefinementLosses(_mean_loss(objective, check, group))
+        best = {name: layer.kept() for name, layer in layers.items()}
     else:
         losses = state.losses
-        best = _restore(state, parameters, optimizer, len(losses.passes) * per_pass)
+        best = _restore(state, layers, moments)
     generator = torch.Generator().manual_seed(seed)
     done = len(losses.passes)
-    with Progress("Refining", steps, initial=done * per_pass) as progress:
+    with Progress("Refining", steps, initial=done * per_pass, quiet=quiet) as progress:
         for number in range(schedule.passes):
             order = torch.randperm(len(train), generator=generator)[: per_pass * batch].view(per_pass, batch)
             if number < done:
                 continue
             for step, chosen in enumerate(order, number * per_pass):
-                for group, rate in zip(optimizer.param_groups, schedule.rates(step, steps), strict=False):
-                    group["lr"] = rate
-                optimizer.zero_grad()
-                _backward(original, quantized, _micro_batches(train[chosen], schedule))
-                optimizer.step()
+                take_step(train[chosen].tolist(), schedule.rates(step, steps), step + 1)
                 progress.update()
-            losses.passes.append(_mean_loss(original, quantized, check))
-            progress.set_status(f"KL divergence {losses.passes[-1]:.4f}")
+            losses.passes.append(_mean_loss(objective, check, group))
+            progress.set_status(f"loss {losses.passes[-1]:.4f}")
             if losses.passes[-1] == losses.after:
-                for name, parameter in parameters.items():
-                    best[name].copy_(parameter.detach())
+                best = {name: layer.kept() for name, layer in layers.items()}
             if number + 1 < schedule.passes:
-                keep(State(losses, _tensors(parameters, optimizer, best)))
-    for name, parameter in parameters.items():
-        parameter.data.copy_(best[name])
+                keep(State(losses, _tensors(layers, moments, best)))
+    for name, layer in layers.items():
+        layer.restore(best[name])
     return losses
 
 
+class _Step:
+    """A step of the descent: gradients of some items, and everything moved by them."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        layers: Mapping[str, Tunable],
+        moments: Mapping[str, Mapping[str, Moments]],
+        group: Collective,
+        *,
+        capture: bool,
+    ) -> None:
+        self._objective, self._layers, self._moments, self._group = objective, layers, moments, group
+        device = next(iter(next(iter(layers.values())).tuned().values())).device
+        # Rate and correction of everything but the codes, and of the codes.
+        self._rates = torch.zeros(2, 2, device=device)
+        self._run = CapturedStep(self._compute, capture=capture)
+
+    def __call__(self, items: Sequence[int], rates: tuple[float, float], number: int) -> None:
+        self._objective.prepare(items)
+        self._rates.copy_(torch.tensor([corrected(rate, number) for rate in rates]))
+        self._run()
+
+    def _compute(self) -> None:
+        self._zero_gradients()
+        self._objective.backward()
+        others, codes = self._rates.unbind()
+        for name, layer in self._layers.items():
+            # Gradients of only one layer at a time are in memory in float32.
+            self._group.all_reduce([parameter.grad for parameter in layer.parameters() if parameter.grad is not None])
+            tuned = layer.tuned()
+            for own, gradient in layer.gradients():
+                self._moments[name][own].step(tuned[own], gradient, *(codes if own == "latent" else others))
+            layer.refresh()
+
+    def _zero_gradients(self) -> None:
+        """Begin with zeros; where no token comes by, such as an expert's, they stay."""
+        for layer in self._layers.values():
+            for parameter in layer.parameters():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                else:
+                    parameter.grad.zero_()
+
+
 def _tensors(
-    parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, best: dict[str, torch.Tensor]
+    layers: Mapping[str, Tunable],
+    moments: Mapping[str, Mapping[str, Moments]],
+    best: Mapping[str, Mapping[str, torch.Tensor]],
 ) -> dict[str, torch.Tensor]:
     """Return the tensors of a State."""
     tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in parameters.items():
-        moments = optimizer.state[parameter]
-        tensors |= {name: parameter.detach(), f"{name}.best": best[name]}
-        tensors |= {f"{name}.mean": moments["exp_avg"], f"{name}.square": moments["exp_avg_sq"]}
+    for name, layer in layers.items():
+        for own, value in layer.tuned().items():
+            full, moment = f"{name}.{own}", moments[name][own]
+            tensors |= {full: value, f"{full}.mean": moment.mean, f"{full}.square": moment.square}
+        tensors |= {f"{name}.{own}.best": value for own, value in best[name].items()}
     return tensors
 
 
 def _restore(
-    state: State, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, step: int
-) -> dict[str, torch.Tensor]:
-    """Restore parameters and moments from a State; return the best parameters."""
-    for name, parameter in parameters.items():
-        parameter.data.copy_(state.tensors[name])
-        optimizer.state[parameter] = {
-            "step": torch.tensor(float(step)),
-            "exp_avg": state.tensors[f"{name}.mean"].to(parameter.device, copy=True),
-            "exp_avg_sq": state.tensors[f"{name}.square"].to(parameter.device, copy=True),
-        }
-    return {name: state.tensors[f"{name}.best"].to(value.device, copy=True) for name, value in parameters.items()}
+    state: State, layers: Mapping[str, Tunable], moments: Mapping[str, Mapping[str, Moments]]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Restore layers and moments from a State; return what the layers kept in the best one."""
+    best: dict[str, dict[str, torch.Tensor]] = {}
+    for name, layer in layers.items():
+        for own, value in layer.tuned().items():
+            full, moment = f"{name}.{own}", moments[name][own]
+            value.copy_(state.tensors[full])
+            moment.mean.copy_(state.tensors[f"{full}.mean"])
+            moment.square.copy_(state.tensors[f"{full}.square"])
+        best[name] = {own: state.tensors[f"{name}.{own}.best"].clone() for own in layer.tuned()}
+        layer.refresh()
+    return best
 
 
-def _micro_batches(tokens: torch.Tensor, schedule: Schedule) -> Sequence[torch.Tensor]:
-    """Split windows [windows, context] into what one forward pass takes."""
-    return list(tokens.split(max(1, schedule.micro_tokens // tokens.shape[1])))
-
-
-def _loss(original: LanguageModel, quantized: LanguageModel, tokens: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        expected = original.log_probabilities(original.states(tokens))
-    return kl_divergence(expected, quantized.log_probabilities(quantized.states(tokens))).mean()
-
-
-@torch.enable_grad()
-def _backward(original: LanguageModel, quantized: LanguageModel, batch: Sequence[torch.Tensor]) -> None:
-    """Add the gradients of the mean loss of a batch."""
-    for part in batch:
-        (_loss(original, quantized, part) * len(part) / sum(map(len, batch))).backward()
-
-
-@torch.no_grad()
-def _mean_loss(original: LanguageModel, quantized: LanguageModel, batch: Sequence[torch.Tensor]) -> float:
-    total = sum(float(_loss(original, quantized, part)) * len(part) for part in batch)
-    return total / sum(map(len, batch))
+def _mean_loss(objective: Objective, items: Sequence[int], group: Collective) -> float:
+    total = torch.tensor([objective.loss(items)], dtype=torch.float64)
+    group.all_reduce([total])
+    return float(total) / len(items)

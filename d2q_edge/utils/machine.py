@@ -29,15 +29,6 @@ def _cpu() -> str:
     return "\n".join(sorted({match.group(0) for match in CPU_FIELDS.finditer(text)}))
 
 
-def has_bfloat16_products() -> bool:
-    """Tell whether this CPU multiplies bfloat16 matrices faster than float32 ones: AVX512-BF16 or AMX.
-
-    torch does it without them, too, but several times slower. ARM's and Apple's instructions don't count: nobody has
-    measured them.
-    """
-    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(_cpu().split())
-
-
 def cache_key(patch: str) -> str:
     """Return the folder name for what is built from `patch`, for this CPU, with the CMAKE_ARGS of the environment."""
     machine = (platform.system(), platform.machine(), platform.libc_ver(), _cpu(), os.environ.get("CMAKE_ARGS", ""))

@@ -269,8 +269,8 @@ class TestHelp:
         said = {command: d2q(*command.split(), "--help").out for command in COMMANDS}
         for option in (
             "--output", "--bits", "--type", "--calibration", "--calibration-tokens", "--context", "--seed",
-            "--rotation", "--dsq", "--no-dsq", "--dac", "--no-dac", "--refine", "--no-calibration", "--embedding-type",
-            "--head-type", "--device", "--dry-run", "--force", "--report",
+            "--rotation", "--dsq", "--no-dsq", "--dac", "--no-dac", "--refine", "--refine-scope", "--no-calibration",
+            "--embedding-type", "--head-type", "--device", "--dry-run", "--force", "--report",
         ):  # fmt: skip
             assert option in said["convert"]
         for option in ("--reference", "--text", "--chunks", "--context", "--json"):

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from d2q_edge.calibration.hidden_states import StreamPair
-from d2q_edge.conversion import REFINE_FACTOR, convert, execute, plan
+from d2q_edge.conversion import convert, execute, plan
 from d2q_edge.distributed.process_group import SINGLE_PROCESS
 from d2q_edge.errors import D2QError
 from d2q_edge.formats.gguf_reader import GGUFFile
@@ -29,6 +29,7 @@ from d2q_edge.pipeline.column_scaling import scale_columns
 from d2q_edge.pipeline.context import Context
 from d2q_edge.pipeline.norm_correction import corrected_norms
 from d2q_edge.pipeline.planning import draw_windows
+from d2q_edge.pipeline.refinement import refinement_tokens
 from d2q_edge.pipeline.report import Report
 from d2q_edge.pipeline.work_dir import WorkDir
 from d2q_edge.quantize.refine import EARLY_STOPPING_EVERY
@@ -218,14 +219,16 @@ def test_refinement(tmp_path: Path, name: str) -> None:
     model = write_model(tmp_path / "tiny", name, num_hidden_layers=2)
     # The tables aren't part of what is refined.
     head = None if family_for(Checkpoint.open(model).config).tied_embeddings else "f32"
-    options = Options(calibration_tokens=512, context=64, refine=True, embedding_type="f32", head_type=head)
+    options = Options(
+        calibration_tokens=512, context=64, refine=True, refine_scope="model", embedding_type="f32", head_type=head
+    )
     job = plan(model, tmp_path / "out.gguf", options)
     result = execute(job).refinement
     assert result is not None
     # Far more than the file's distance may be off.
     assert result.after < 0.99 * result.before
     assert job.calibration is not None
-    tokens = REFINE_FACTOR * options.tokens_on("cpu")
+    tokens = refinement_tokens(options)
     windows = draw_windows(job.checkpoint, job.tokenizer, job.calibration.parts, options, tokens).calibration
     assert windows.shape == (64, 64)
     validation = windows[EARLY_STOPPING_EVERY - 1 :: EARLY_STOPPING_EVERY]
@@ -233,4 +236,5 @@ def test_refinement(tmp_path: Path, name: str) -> None:
         log_probabilities(WholeModel(job.checkpoint, job.family, weights, CPU), validation)
         for weights in ({}, file_weights(tmp_path / "out.gguf", job.family))
     )
-    assert divergence(original, refined) == pytest.approx(result.after, rel=1e-3)
+    # Of the original, bfloat16 states are compared.
+    assert divergence(original, refined) == pytest.approx(result.after, rel=5e-3)

@@ -1,19 +1,19 @@
 """Conversions with --refine: the norms that the file has, and what is done again after an interruption."""
 
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from d2q_edge import conversion
-from d2q_edge.conversion import Conversion, convert
+from d2q_edge.conversion import Conversion, convert, plan
 from d2q_edge.errors import D2QError
 from d2q_edge.formats import tensor_types
 from d2q_edge.formats.gguf_reader import GGUFFile
@@ -21,7 +21,7 @@ from d2q_edge.formats.quantized_block import QuantizedBlock
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
 from d2q_edge.options import Options
-from d2q_edge.pipeline import refinement
+from d2q_edge.pipeline import block_refinement, refinement
 from d2q_edge.pipeline.output import Output
 from d2q_edge.pipeline.work_dir import WorkDir
 from d2q_edge.quantize.refine import Schedule
@@ -29,7 +29,8 @@ from tests.checkpoints import write_checkpoint
 from tests.interruption import interrupted
 
 CPU = torch.device("cpu")
-OPTIONS = Options(calibration_tokens=256, context=32, refine=True)
+OPTIONS = Options(calibration_tokens=256, context=32, refine=True, refine_scope="model")
+BLOCKS = replace(OPTIONS, refine_scope="blocks", calibration_tokens=2048)
 PASSES = 6
 STEPS = 3
 """Of a pass: 64 windows, of which two are for validation, in batches of 16."""
@@ -43,6 +44,7 @@ def large_steps() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         schedule = Schedule(passes=PASSES, code_rate=0.4, code_travel=100.0)
         patch.setattr(conversion, "refine", partial(refinement.refine, schedule=schedule))
+        patch.setattr(block_refinement, "SCHEDULE", Schedule(passes=4, batch=4, scale_rate=2e-3, code_rate=0.5))
         yield
 
 
@@ -61,26 +63,25 @@ def whole(model: Path) -> Path:
         result = convert(model, path, OPTIONS)
     assert steps == [PASSES * STEPS]
     assert result.refinement is not None
-    assert result.refinement.codes
+    assert result.refinement.scope == "model"
     assert result.refinement.after < result.refinement.before
     return path
 
 
 @contextmanager
 def counted_steps(*, stop_before: int | None = None) -> Iterator[list[int]]:
-    """Count the optimizer's steps in the with block; interrupt it before that step, counted from 1."""
-    count = [0]
+    """Count the whole model's steps in the with block; interrupt it before that step, counted from 1."""
+    count, prepare = [0], refinement._Divergence.prepare
 
-    def step(*_: Any) -> None:
+    def step(objective: refinement._Divergence, items: Sequence[int]) -> None:
         if count[0] + 1 == stop_before:
             raise KeyboardInterrupt
         count[0] += 1
+        prepare(objective, items)
 
-    handle = register_optimizer_step_pre_hook(step)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(refinement._Divergence, "prepare", step)
         yield count
-    finally:
-        handle.remove()
 
 
 def stop_before(step: int, model: Path, output: Path) -> None:
@@ -145,19 +146,14 @@ def test_interrupted_and_resumed_is_the_same(model: Path, whole: Path, tmp_path:
 
 
 class TestInTheMiddle:
-    """Refinement goes on after the last whole pass, though the memory is another one now."""
+    """Refinement goes on after the last whole pass."""
 
     @pytest.mark.parametrize(("stopped", "left"), [(3, 18), (4, 15), (18, 3)])
-    def test_same_file(
-        self, model: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: int, left: int
-    ) -> None:
+    def test_same_file(self, model: Path, whole: Path, tmp_path: Path, stopped: int, left: int) -> None:
         output = tmp_path / "out.gguf"
         stop_before(stopped, model, output)
         kept = (tmp_path / "out.gguf.work" / "refining.safetensors").exists()
         assert kept == (left < PASSES * STEPS)
-        if kept:
-            # No memory for codes, but they were being tuned.
-            monkeypatch.setattr(refinement, "available_memory", lambda: 0)
         assert finish(model, output)[1] == left
         assert output.read_bytes() == whole.read_bytes()
 
@@ -192,3 +188,32 @@ class TestInTheMiddle:
         state.unlink()
         assert finish(model, output)[1] == PASSES * STEPS
         assert output.read_bytes() == whole.read_bytes()
+
+
+def test_blocks_alone(model: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What tuning them makes, said and recorded; the same after an interruption; where the whole model begins."""
+    output = tmp_path / "blocks.gguf"
+    with counted_steps() as steps:
+        result = convert(model, output, BLOCKS)
+    assert steps == [0]
+    assert result.refinement is not None
+    assert result.refinement.scope == "blocks"
+    assert result.refinement.after < result.refinement.before
+    assert "refining every block as soon as it is quantized\n" in capsys.readouterr().err
+    assert "refinement: mean error of the blocks' outputs on validation text" in result.describe(output)
+    recipes = [json.loads(GGUFFile(path).kv["d2q.recipe"]) for path in (output, whole)]
+    assert [(recipe["refine"], recipe["refine_scope"]) for recipe in recipes] == [(True, "blocks"), (True, "model")]
+    again = tmp_path / "again.gguf"
+    with interrupted(WorkDir, "write_block", 1):
+        convert(model, again, BLOCKS)
+    convert(model, again, BLOCKS)
+    assert again.read_bytes() == output.read_bytes()
+    assert output.stat().st_size == pytest.approx(whole.stat().st_size, abs=64)
+
+
+def test_the_scope_that_is_chosen(model: Path, tmp_path: Path) -> None:
+    """On a CPU blocks, and another scope is another conversion."""
+    job = plan(model, tmp_path / "out.gguf", replace(OPTIONS, refine_scope="auto"))
+    assert job.scope == "blocks"
+    with pytest.raises(D2QError, match="refine_scope must be one of auto, blocks, model, not 'layers'"):
+        convert(model, tmp_path / "out.gguf", replace(OPTIONS, refine_scope="layers"))

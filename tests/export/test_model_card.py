@@ -16,7 +16,7 @@ from tests.gguf_files import finish
 
 REPORT: dict[str, Any] = {
     "validation": {"tokens": 2048, "kl_divergence": 0.21234, "kl_divergence_stderr": 0.0054, "top1_agreement": 0.8125},
-    "refinement": {"before": 0.21, "after": 0.19},
+    "refinement": {"scope": "model", "before": 0.21, "after": 0.19},
 }
 
 

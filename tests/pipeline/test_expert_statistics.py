@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 from d2q_edge.conversion import convert
 from d2q_edge.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from d2q_edge.errors import D2QError
 from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
@@ -342,13 +341,6 @@ def test_memory_of_a_real_model(tmp_path: Path) -> None:
     assert least < plan.host < 1.5 * least + 2 * 2**30
     assert statistics_bytes(family) == 32 * 2 * 4 * 2048**2 == group
     assert statistics_bytes(family_for(BASE_CONFIG | FAMILY_CONFIG["qwen3"])) == 0
-
-
-def test_refinement_is_refused(make_checkpoint: Make, tmp_path: Path) -> None:
-    model = make_checkpoint("olmoe")
-    with pytest.raises(D2QError, match="--refine can't tune a mixture of experts"):
-        convert(model, tmp_path / "out.gguf", Options(refine=True))
-    assert not (tmp_path / "out.gguf.work").exists()
 
 
 @torch.inference_mode()

@@ -36,10 +36,11 @@ def plan(
     limit: int | None = ROOMY,
     processes: int = 1,
     guidance: bool = False,
+    refine: bool = False,
 ) -> MemoryPlan:
     of = family(of) if isinstance(of, str) else of
     output = tmp_path / "out.gguf"
-    return plan_memory(of, tokens, batch, device, output, packed, limit, processes, guidance=guidance)
+    return plan_memory(of, tokens, batch, device, output, packed, limit, processes, guidance=guidance, refine=refine)
 
 
 @pytest.fixture
@@ -50,6 +51,14 @@ def gpu_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free, 2 * free))
 
     return change
+
+
+def test_refinement_of_blocks(tmp_path: Path) -> None:
+    """It keeps a third copy of the hidden states, and several of a block."""
+    plain, refined = (plan("llama-3.2-1b", tmp_path, refine=refine) for refine in (False, True))
+    block = 4 * (2 * 2048 * 2048 + 2 * 512 * 2048 + 3 * 8192 * 2048)
+    assert refined.host - plain.host >= 65536 * 2048 * 2
+    assert refined.host >= 3 * 65536 * 2048 * 2 + 8 * block
 
 
 def test_hidden_states_go_where_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,15 @@
 """Refining what the pipeline left: the same model before and after, everything that may move, and nothing else."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from d2q_edge.distributed.process_group import SINGLE_PROCESS
+from d2q_edge.errors import D2QError
 from d2q_edge.formats import tensor_types
 from d2q_edge.formats.quantized_block import QuantizedWeight
 from d2q_edge.model.blocks import BlockRunner
@@ -16,13 +19,21 @@ from d2q_edge.model.whole_model import WholeModel
 from d2q_edge.options import Options
 from d2q_edge.pipeline import refinement
 from d2q_edge.pipeline.block_loop import quantize_blocks
-from d2q_edge.pipeline.refinement import Refinement, refine, refined_norms
+from d2q_edge.pipeline.refinement import (
+    Refinement,
+    TunableModel,
+    choose_scope,
+    model_bytes,
+    original_states,
+    refine,
+    refined_norms,
+)
 from d2q_edge.pipeline.type_plan import plan_types
 from d2q_edge.pipeline.work_dir import WorkDir
-from d2q_edge.quantize import refine as tuning
-from d2q_edge.quantize.refine import RefinementLosses, Schedule
+from d2q_edge.quantize.refine import Schedule
 from tests.blocks import assert_same_block, changed_tensors, finished_blocks, model_tensors
 from tests.checkpoints import write_checkpoint
+from tools.random_model import GEOMETRIES
 
 CPU = torch.device("cpu")
 WINDOWS = np.random.default_rng(4).integers(0, 300, (9, 24))
@@ -75,33 +86,44 @@ class Finished:
         p, q = (log_probabilities(each, windows) for each in (self.original, model))
         return float((p.exp() * (p - q)).sum(-1).mean())
 
-    def refine(self, directory: Path, *, memory: int = 1 << 40, rate: float = 0.01) -> "Refined":
-        """Into a copy of the work directory, in few large steps; also returns the model that was tuned."""
-        work, tuned = WorkDir(directory / "out.gguf", {}), []
+    def copy(self, directory: Path) -> WorkDir:
+        """A work directory with the same blocks."""
+        work = WorkDir(directory / "out.gguf", {})
         for index in range(self.family.num_layers + 1):
             work.write_block(index, self.work.read_block(index))
+        return work
 
-        def spy(original: WholeModel, quantized: WholeModel, windows: Any, seed: int, **more: Any) -> RefinementLosses:
-            tuned.append(quantized)
-            return tuning.tune(original, quantized, windows, seed, **more)
+    def runner(self) -> BlockRunner:
+        return BlockRunner(self.checkpoint, self.family, CPU)
+
+    def refine(self, directory: Path, *, rate: float = 0.01, **more: Any) -> "Refined":
+        """Into a copy of the work directory, in few large steps; also returns the model that was tuned."""
+        work, tuned = self.copy(directory), []
+
+        class Spy(TunableModel):
+            def __init__(self, *arguments: Any, **options: Any) -> None:
+                super().__init__(*arguments, **options)
+                tuned.append(self)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(refinement, "tune", spy)
-            patch.setattr(refinement, "_free_memory", lambda _device: memory)
+            patch.setattr(refinement, "TunableModel", Spy)
             schedule = Schedule(passes=2, batch=4, scale_rate=rate, code_rate=1.4)
-            result = refine(self.checkpoint, self.family, WINDOWS, work, CPU, schedule)
+            result = refine(self.runner(), WINDOWS, work, schedule=schedule, **more)
         return work, result, tuned[0]
 
 
-Refined = tuple[WorkDir, Refinement, WholeModel]
+Refined = tuple[WorkDir, Refinement, TunableModel]
 
 
 @torch.no_grad()
-def log_probabilities(model: WholeModel, windows: Any) -> torch.Tensor:
-    return model.log_probabilities(model.states(torch.from_numpy(windows))).double()
+def log_probabilities(model: WholeModel | TunableModel, windows: Any) -> torch.Tensor:
+    tokens = torch.from_numpy(windows)
+    if isinstance(model, WholeModel):
+        return model.log_probabilities(model.states(tokens)).double()
+    return (model.states(tokens) @ model.head.T).log_softmax(-1).double()
 
 
-def difference(first: WholeModel, second: WholeModel) -> float:
+def difference(first: WholeModel | TunableModel, second: WholeModel | TunableModel) -> float:
     return float((log_probabilities(first, WINDOWS) - log_probabilities(second, WINDOWS)).abs().max())
 
 
@@ -121,7 +143,7 @@ def test_the_blocks_are_the_tuned_model(finished: Finished, refined: Refined) ->
     work, result, tuned = refined
     assert result.before == pytest.approx(finished.divergence(start, WINDOWS[8:]), rel=1e-3)
     assert result.after < result.before
-    assert result.codes
+    assert result.scope == "model"
     model = finished.model(work, refined=True)
     assert difference(model, tuned) < 0.03 * difference(start, tuned)
     assert result.after == pytest.approx(finished.divergence(model, WINDOWS[8:]), rel=5e-3)
@@ -178,18 +200,38 @@ def test_what_moves(finished: Finished, refined: Refined) -> None:
         assert {array.dtype for array in arrays} == {np.dtype(np.float32)}
 
 
-def test_without_memory_codes_stay(finished: Finished, tmp_path: Path) -> None:
-    weights = sum(int(np.prod(finished.family.tensor_shapes()[name])) for name in finished.types)
-    work, result, tuned = finished.refine(tmp_path, memory=16 * weights)
-    assert not result.codes
-    assert not any(name.endswith("latent") for name in tuned.parameters())
-    assert result.after < result.before
-    before, after = (finished.weights(work, refined=each) for each in (False, True))
-    assert before.keys() == after.keys() == set(finished.types)
-    for name in finished.types:
-        old, new = (tensor_types.unpack(each[name].type, each[name].data) for each in (before, after))
-        np.testing.assert_array_equal(new[2], old[2])
-        assert not np.array_equal(new[0], old[0])
+def test_original_states(finished: Finished) -> None:
+    """The lm_head's inputs of transformers' whole model, in batches, but for bfloat16."""
+    tokens = torch.from_numpy(WINDOWS)
+    found = original_states(finished.runner(), tokens, SINGLE_PROCESS, 48)
+    expected = finished.original.states(tokens)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=2**-8, atol=1e-4)
+
+
+def test_gradients(finished: Finished) -> None:
+    """Those of a batch in three forward passes, against differences of the loss that is reported."""
+    student = TunableModel(finished.runner(), [finished.work.read_block(index) for index in range(3)])
+    tokens = torch.from_numpy(WINDOWS)
+    expected = original_states(finished.runner(), tokens, SINGLE_PROCESS, 48)
+    objective = refinement._Divergence(student, tokens, expected, SINGLE_PROCESS, 48)
+    items, layers = [7, 1, 4, 0, 2], student.layers()
+    objective.prepare(items)
+    objective.backward()
+    gain = layers["model.layers.1.post_attention_layernorm"].tuned()["gain"]
+    scales = layers["model.layers.0.mlp.up_proj"].tuned()["log_scales"]
+    for name, own, value in (("1.post_attention_layernorm", "gain", gain), ("0.mlp.up_proj", "log_scales", scales)):
+        layer = layers[f"model.layers.{name}"]
+        gradient = dict(layer.gradients())[own].flatten()
+        for place in gradient.abs().topk(3).indices.tolist():
+            losses = []
+            for step in (3e-2, -6e-2):
+                value.view(-1)[place] += step
+                layer.refresh()
+                losses.append(objective.loss(items) / len(items))
+            value.view(-1)[place] += 3e-2
+            layer.refresh()
+            assert float(gradient[place]) == pytest.approx((losses[0] - losses[1]) / 6e-2, rel=3e-2), name
 
 
 def test_worse_everywhere_changes_nothing(finished: Finished, tmp_path: Path) -> None:
@@ -214,3 +256,46 @@ def test_same_twice(finished: Finished, refined: Refined, tmp_path: Path) -> Non
     files = [{file.name: file.read_bytes() for file in work.path.iterdir()} for work in works]
     assert files[0] == files[1]
     assert len(files[0]) == 7
+
+
+def test_forward_passes_of_any_size(finished: Finished, refined: Refined, tmp_path: Path) -> None:
+    """One window at a time gives the same model but for rounding."""
+    _, result, tuned = finished.refine(tmp_path, micro_tokens=24)
+    assert result.before == pytest.approx(refined[1].before, rel=1e-4)
+    assert result.after == pytest.approx(refined[1].after, rel=1e-2)
+    assert difference(tuned, refined[2]) < 0.2 * difference(tuned, finished.model(finished.work, refined=False))
+
+
+class TestScope:
+    FAMILY = family_for({**GEOMETRIES["qwen3-8b"], "hidden_act": "silu", "rms_norm_eps": 1e-6})
+
+    def choose(self, monkeypatch: pytest.MonkeyPatch, memory: int, device: str, **options: Any) -> str | None:
+        """With so many GiB, on a GPU of that size or free in the computer."""
+        size = memory * 2**30
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=size))
+        monkeypatch.setattr(refinement, "available_memory", lambda: size)
+        return choose_scope(self.FAMILY, Options(**options), torch.device(device))
+
+    @pytest.mark.parametrize(
+        ("device", "memory", "scope", "expected"),
+        [
+            ("cuda", 140, "auto", "model"),
+            ("cuda", 80, "auto", "blocks"),
+            ("cuda", 140, "blocks", "blocks"),
+            ("cpu", 1000, "auto", "blocks"),
+            ("cpu", 1000, "model", "model"),
+        ],
+    )
+    def test_by_the_memory(
+        self, monkeypatch: pytest.MonkeyPatch, device: str, memory: int, scope: str, expected: str
+    ) -> None:
+        assert self.choose(monkeypatch, memory, device, refine=True, refine_scope=scope) == expected
+        assert self.choose(monkeypatch, memory, device, refine_scope=scope) is None
+
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    def test_what_does_not_fit(self, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+        with pytest.raises(D2QError, match=r"needs \d+\.\d GiB of memory, but there are .*--refine-scope blocks"):
+            self.choose(monkeypatch, 64, device, refine=True, refine_scope="model")
+
+    def test_an_8b_model_fits_one_large_gpu(self) -> None:
+        assert 80 * 2**30 < model_bytes(self.FAMILY, 8 * 65536) < 120 * 2**30

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from d2q_edge.quantize.kl_divergence import kl_divergence
+from d2q_edge.quantize.kl_divergence import head_divergence, kl_divergence
 
 
 def test_by_hand() -> None:
@@ -24,3 +24,19 @@ def test_every_position_alone() -> None:
             pairs = zip(log_p[window, position].tolist(), log_q[window, position].tolist(), strict=True)
             expected = math.fsum(math.exp(p) * (p - q) for p, q in pairs)
             assert float(found[window, position]) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 100], ids=["token by token", "three at a time", "all at once"])
+def test_through_the_head(tokens: int) -> None:
+    """Sum and gradient, by torch's own differentiation in float64, whatever fits into memory at a time."""
+    generator = torch.Generator().manual_seed(1)
+    expected, found = torch.randn(2, 7, 5, generator=generator)
+    head = torch.randn(13, 5, generator=generator)
+    total, gradient = head_divergence(expected.bfloat16(), found, head, logits_bytes=tokens * 4 * 13)
+    at = found.double().requires_grad_()
+    log_p, log_q = ((each @ head.double().T).log_softmax(-1) for each in (expected.bfloat16().double(), at))
+    slow = (log_p.exp() * (log_p - log_q)).sum()
+    slow.backward()
+    assert at.grad is not None
+    assert float(total) == pytest.approx(slow.item(), rel=1e-5)
+    torch.testing.assert_close(gradient.double(), at.grad, rtol=1e-4, atol=1e-5)

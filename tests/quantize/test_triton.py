@@ -161,3 +161,22 @@ def test_scales_of_outliers(kind: TensorType) -> None:
     weights[:, 3] = torch.linspace(30, 400, 8)
     scales = in_triton(search, weights)
     near_ties(scales == in_torch.block_scales(weights))
+
+
+@ROWS
+@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.name)
+def test_nearest_entries(kind: TensorType, rows: int) -> None:
+    """Points around the entries, one of them far outside."""
+    search, in_torch = searches(kind)
+    generator = torch.Generator().manual_seed(rows)
+    values = 20 * torch.randn(rows, 2 * kind.block_size, generator=generator)
+    values[0, 0] = 1e6
+    codebooks = torch.randint(0, 256, (rows, values.shape[1] // 32), generator=generator).byte()
+    units, codes = (part.cpu() for part in triton.nearest_entries(search, values.to(DEVICE), codebooks.to(DEVICE)))
+    entries, expected = in_torch.nearest(in_torch.vectors(values), codebooks.reshape(-1).long())
+    near_ties((codes == expected.view(codes.shape)).all(1))
+    assert units.dtype == torch.int8
+    assert codes.dtype == torch.uint8
+    same = (codes == expected.view(codes.shape)).all(1)
+    wanted = entries.transpose(1, 2).reshape(values.shape)
+    assert torch.equal(units[same].float(), wanted[same])

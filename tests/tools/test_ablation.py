@@ -84,7 +84,10 @@ def test_what_the_pipeline_leaves_is_understood(tmp_path: Path, monkeypatch: pyt
     scales = np.linspace(0.5, 2, 64, dtype=np.float32)
     given = []
 
-    def fake(runner: Any, types: Any, windows: Any, work: WorkDir, options: Options) -> None:
+    def fake(
+        runner: Any, types: Any, windows: Any, work: WorkDir, options: Options, *, refine_blocks: bool = False
+    ) -> None:
+        assert not refine_blocks
         given.append(options)
         up = {"mlp.up_proj": QuantizedWeight(kind, layer.pack(kind))}
         work.write_block(0, QuantizedBlock(weights=up, column_scales={"mlp.gate_proj": scales}))

@@ -113,17 +113,3 @@ def test_key_names_patch_cpu_and_options(environment: Callable[..., None], monke
     with_options = machine.cache_key("abc")
     monkeypatch.setattr(machine, "_cpu", lambda: "another")
     assert len({first, with_options, machine.cache_key("abc")}) == 3
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        ("flags : fma avx512f avx512_bf16 avx512_vnni", True),
-        ("flags : amx_tile amx_bf16", True),
-        ("flags : avx2 avx512f avx512_vnni", False),
-        ("Features : asimd bf16", False),
-    ],
-)
-def test_bfloat16_products_are_found_in_the_flags(monkeypatch: pytest.MonkeyPatch, flags: str, expected: bool) -> None:
-    monkeypatch.setattr(machine, "_cpu", lambda: flags)
-    assert machine.has_bfloat16_products() is expected

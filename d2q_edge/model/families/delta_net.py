@@ -92,11 +92,15 @@ class GatedDeltaNet(Family):
         """Let DeltaNet's norm put the heads into the order in which `arranged` out_proj reads them."""
         if self.layer_types[index] == FULL:
             return
-        order = torch.from_numpy(self._places(1))
+        # Blocks are loaded in inference mode, whose tensors can't take part in a backward pass.
+        with torch.inference_mode(False):
+            order = torch.from_numpy(self._places(1))
 
         def reorder(_module: nn.Module, _arguments: Any, output: torch.Tensor) -> torch.Tensor:
             heads: torch.Tensor = output.unflatten(0, (-1, len(order)))
-            return heads[:, order.to(output.device)].flatten(0, 1)
+            with torch.inference_mode(False):
+                places = order.to(output.device)
+            return heads[:, places].flatten(0, 1)
 
         block.get_submodule(f"{MODULE}.norm").register_forward_hook(reorder)
 

@@ -14,11 +14,17 @@ if TYPE_CHECKING:
     from d2q_edge.quantize.triton.codebook_search import block_scales, search
     from d2q_edge.quantize.triton.descent import choose_block
     from d2q_edge.quantize.triton.gptaq import quantize_block
+    from d2q_edge.quantize.triton.nearest_entry import nearest_entries
     from d2q_edge.quantize.triton.trellis import best_codes
 
-__all__ = ["best_codes", "block_scales", "choose_block", "is_available", "quantize_block", "search"]
+__all__ = ["best_codes", "block_scales", "choose_block", "is_available", "nearest_entries", "quantize_block", "search"]
 
-_MODULES = {"best_codes": "trellis", "choose_block": "descent", "quantize_block": "gptaq"}
+_MODULES = {
+    "best_codes": "trellis",
+    "choose_block": "descent",
+    "nearest_entries": "nearest_entry",
+    "quantize_block": "gptaq",
+}
 
 
 def __getattr__(name: str) -> Any:

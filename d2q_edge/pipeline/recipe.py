@@ -13,12 +13,13 @@ from d2q_edge.calibration.mixture import Part, digest, names
 from d2q_edge.calibration.windows import Windows
 from d2q_edge.distributed.process_group import ProcessGroup
 from d2q_edge.export.model_file import Value
-from d2q_edge.formats import codebooks
+from d2q_edge.formats import codebooks, tensor_types
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.peft_files import adapter_files, content_hash
 from d2q_edge.options import Options
 from d2q_edge.pipeline.sensitivity import choose_windows
 from d2q_edge.pipeline.type_plan import TypePlan, is_mixed
+from d2q_edge.quantize import native
 
 FORMAT_VERSION = 1
 """Value of d2q.version: the layout of the blocks and the meaning of the d2q.* keys."""
@@ -104,5 +105,7 @@ def fingerprint(
         "types": dict(types.linears),
         "calibration tokens": hashlib.sha256(windows.tobytes()).hexdigest(),
         "device": processes.device.type,
+        # Without a C compiler torch does the same with other results.
+        "C compiler": native.is_available(tensor_types.D2Q2, processes.device),
         "processes": processes.world_size,
     }

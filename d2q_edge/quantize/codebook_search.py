@@ -150,14 +150,15 @@ class CodebookSearch:
         """Find the nearest entries of given codebooks.
 
         Args:
-            vectors: float32 [groups, 32 / V, V], in units of d.
+            vectors: float32 [groups, 32 / V, V], in units of d; of a type that isn't windowed also fewer per group.
             codebooks: int64 [groups].
 
         Returns:
             The entries, float32 like the vectors, and the codes, int64 [groups, 32 / V].
         """
         levels = self.levels[codebooks]
-        if native.is_available(self.tensor_type, vectors.device):
+        whole = vectors[0].numel() == GROUP if len(vectors) else False
+        if whole and native.is_available(self.tensor_type, vectors.device):
             codes = native.nearest_codes(self, vectors, codebooks)
         elif self.tensor_type.windowed:
             codes = best_codes(vectors[:, :, 0], self.ways, codebooks)

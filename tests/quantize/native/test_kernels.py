@@ -85,6 +85,21 @@ def test_codes_are_the_nearest(kind: TensorType) -> None:
             assert found == np.square(off).sum(2).argmin(1).tolist()
 
 
+def test_what_is_no_whole_group() -> None:
+    """The kernels refuse it; single pairs are found in torch."""
+    search, pairs = SEARCHES[D2Q2], groups(D2Q2)[:5]
+    chosen = torch.arange(5)
+    expected, codes = search.nearest(pairs, chosen)
+    some, found = search.nearest(pairs[:, 3:4].contiguous(), chosen)
+    assert torch.equal(some, expected[:, 3:4])
+    assert torch.equal(found, codes[:, 3:4])
+    for wrong in (pairs[:, 3:4], pairs.double()):
+        with pytest.raises(ValueError, match="32 float32 weights"):
+            native.nearest_codes(search, wrong, chosen)
+        with pytest.raises(ValueError, match="32 float32 weights"):
+            native.search(search, wrong)
+
+
 def test_ranks_of_ways() -> None:
     """The least squared error from each state to each, in quarters, at the middle of a bin."""
     ranks, centers = tables.path_ranks(SEARCHES[D2Q3]), bin_centers(tables.PATH_BINS, "cpu")

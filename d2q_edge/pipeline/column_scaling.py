@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from d2q_edge.calibration.output_gradients import observed_groups
 from d2q_edge.formats.quantized_block import QuantizedBlock, float_array
 from d2q_edge.formats.tensor_types import F32
 from d2q_edge.model.families import Family, LinearGroup
@@ -63,10 +64,11 @@ def group_hessian(context: Context, index: int, group: LinearGroup, scales: Mapp
     Raises:
         D2QError: G was kept on disk, and the file is damaged.
     """
-    if context.guidance is None:
-        return None
     family, device = context.family, context.device
-    hessian = context.guidance.output_hessian(index, group.linears[0], device)
+    if context.guidance is None or group not in observed_groups(family, index):
+        return None
+    rows = sum(family.linear_shape(layer)[0] for layer in group.linears)
+    hessian = context.guidance.output_hessian(index, group.linears[0], rows, device)
     if hessian is None:
         return None
     factors = {layer: torch.ones(family.linear_shape(layer)[0], device=device) for layer in group.linears}

@@ -44,8 +44,8 @@ class Guidance:
         """
         self._squares, self._processes, self._work = squares, processes, work
 
-    def output_hessian(self, index: int, layer: str, device: torch.device) -> OutputHessian | None:
-        """Return G of the group of block `index` whose first layer is `layer`, on a device; None if there is none.
+    def output_hessian(self, index: int, layer: str, rows: int, device: torch.device) -> OutputHessian | None:
+        """Return G of the rows of the group of block `index` whose first layer is `layer`, on a device, if it is kept.
 
         Every process must call this.
 
@@ -56,8 +56,10 @@ class Guidance:
             return None
         arrays, _ = self._work.read_outputs(self._processes.rank, index)
         found = OutputHessian.from_arrays(arrays, layer).to(device)
+        if not found.pieces:  # none of this process's batches count
+            found = OutputHessian.zeros(rows, device)
         self._processes.all_reduce(found.pieces)
-        return found if found.pieces else None
+        return found
 
     def weights(self, prefix: str, modules: Sequence[str]) -> dict[int, torch.Tensor]:
         """Return the weights of all tokens for layers that read the same input, by batch: float32 [tokens], mean 1.

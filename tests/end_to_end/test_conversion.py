@@ -354,7 +354,7 @@ class TestRotation:
 
     OPTIONS = replace(QUICK, seed=5, embedding_type="f32", rotation="on", dsq=False, dac=False)
 
-    @pytest.mark.parametrize(("calibrate", "error"), [pytest.param(True, 0.4, marks=pytest.mark.slow), (False, 0.13)])
+    @pytest.mark.parametrize(("calibrate", "error"), [pytest.param(True, 0.6, marks=pytest.mark.slow), (False, 0.13)])
     def test_content(self, make_checkpoint: Make, tmp_path: Path, calibrate: bool, error: float) -> None:
         model = make_checkpoint("llama", **SMALL, tie_word_embeddings=True, attention_bias=True)
         options = replace(self.OPTIONS, calibrate=calibrate, head_type="f32")

@@ -259,12 +259,13 @@ class TestFailures:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
         try:
+            # The output Hessians of guidance are larger than a block.
             with pytest.raises(D2QError, match=r"can't write .*complete.gguf.*File too large"):
-                conversion.convert(model, tmp_path / "out.gguf", QUICK)
+                conversion.convert(model, tmp_path / "out.gguf", replace(QUICK, guidance=False))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf.work", "tiny"]
-        conversion.convert(model, tmp_path / "out.gguf", QUICK)
+        conversion.convert(model, tmp_path / "out.gguf", replace(QUICK, guidance=False))
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "tiny"]
 
     def test_broken_tokenizer(self, make_checkpoint: Make, tmp_path: Path) -> None:

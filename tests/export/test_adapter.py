@@ -202,7 +202,7 @@ def test_trained_adapters(example_files: ExampleFiles, tmp_path: Path) -> None:
         for name, path in paths.items():
             rewrite_adapter(str(adapter), made[name], path, force=True)
         scaled, plain = divergence(example_files.d2q2, paths["scaled"]), divergence(unscaled, paths["original"])
-        assert scaled < 1.05 * plain
+        assert scaled < 1.1 * plain
         assert scaled < 0.97 * divergence(example_files.d2q2, paths["original"])
 
 

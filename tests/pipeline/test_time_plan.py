@@ -10,6 +10,7 @@ from d2q_edge.conversion import convert
 from d2q_edge.model.families import Family
 from d2q_edge.options import Options
 from d2q_edge.pipeline import time_plan
+from d2q_edge.pipeline.guidance import OUTPUT_TOKENS
 from d2q_edge.pipeline.time_plan import Speed, TimePlan, estimate, measure_speed
 from d2q_edge.pipeline.type_plan import plan_types
 from tests.checkpoints import EXAMPLE
@@ -41,7 +42,8 @@ def test_work_is_counted() -> None:
     assert corrected == pytest.approx(attention * TOKENS * time_plan.FORWARD / 1e9), "the attention once more"
     guided = estimated(small, replace(PLAIN, guidance=True)).phases["gradients"]
     head = 3 * TOKENS * 512 * 1000
-    assert guided == pytest.approx((4 * (attention + mlp) * TOKENS + head) * time_plan.FORWARD / 1e9)
+    halves = (2 * 384**2 + 512**2 + 4 * 512**2 + 512**2) / 2 * min(TOKENS, OUTPUT_TOKENS)
+    assert guided == pytest.approx((4 * (attention + mlp) * TOKENS + halves + head) * time_plan.FORWARD / 1e9)
 
 
 def test_what_makes_it_longer() -> None:

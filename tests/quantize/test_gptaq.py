@@ -126,7 +126,7 @@ def test_span_by_span(kind: TensorType, alpha: float, request: pytest.FixtureReq
     statistics, search = statistics_of(original, perturbed), CodebookSearch(kind)
     expected = quantize(weights, statistics, search, alpha)
     request.getfixturevalue("accelerated")
-    found = quantize(weights, statistics, search, alpha)
+    found = quantize(weights, statistics_of(original, perturbed), search, alpha)
     same = torch.isclose(found.weights, expected.weights, rtol=1e-4, atol=1e-6).all(1)
     assert float(same.float().mean()) > 0.6
 

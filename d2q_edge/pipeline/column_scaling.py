@@ -74,8 +74,8 @@ def group_hessian(context: Context, index: int, group: LinearGroup, scales: Mapp
     factors = {layer: torch.ones(family.linear_shape(layer)[0], device=device) for layer in group.linears}
     for reader in family.block_groups(index):
         if reader.absorber in factors and reader.linears[0] in scales:
-            rows = _absorber_rows(family, reader, device)
-            factors[reader.absorber][rows] = torch.from_numpy(scales[reader.linears[0]]).to(device)
+            absorbing = _absorber_rows(family, reader, device)
+            factors[reader.absorber][absorbing] = torch.from_numpy(scales[reader.linears[0]]).to(device)
     return hessian.scaled(torch.cat(list(factors.values())))
 
 

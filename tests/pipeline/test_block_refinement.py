@@ -157,11 +157,13 @@ def test_in_the_loop(make_checkpoint: Make, tmp_path: Path) -> None:
 def test_experts(make_checkpoint: Make, tmp_path: Path) -> None:
     setup = Setup(make_checkpoint("qwen3moe"))
     plain, tuned = WorkDir(tmp_path / "plain", {}), WorkDir(tmp_path / "tuned", {})
-    setup.run(plain, batch_tokens=80)
-    setup.run(tuned, refine_blocks=True, batch_tokens=80)
-    before, after = (work.read_block(0) for work in (plain, tuned))
+    # Random weights, which good rounding leaves little to tune of.
+    options = Options(guidance=False, dac=False, descent_rounds=0, alpha=0)
+    setup.run(plain, options, batch_tokens=80)
+    setup.run(tuned, options, refine_blocks=True, batch_tokens=80)
+    before, after = (work.read_block(1) for work in (plain, tuned))
     error, less = after.metrics.output_errors
-    assert less <= error
+    assert less < error
     assert before.weights.keys() == after.weights.keys()
     experts = [layer for layer in after.weights if layer.startswith("mlp.experts.")]
     assert len(experts) == 24

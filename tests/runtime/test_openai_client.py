@@ -65,7 +65,7 @@ def test_model_and_key(server: Server, client: Any) -> None:
 
 def test_streamed_answer_is_the_answer(client: Any) -> None:
     # A prompt in the cache is computed in other batches, whose rounding decides where two tokens are about as likely.
-    anew = {"extra_body": {"cache_prompt": False}}
+    anew: dict[str, Any] = {"extra_body": {"cache_prompt": False}}
     whole = ask(client, **anew)
     assert (whole.usage.completion_tokens, whole.choices[0].finish_reason) == (8, "length")
     events = list(ask(client, stream=True, stream_options={"include_usage": True}, **anew))

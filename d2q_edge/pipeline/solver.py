@@ -9,7 +9,7 @@ from d2q_edge.formats import tensor_types
 from d2q_edge.formats.quantized_block import QuantizedBlock, QuantizedWeight, float_array
 from d2q_edge.formats.tensor_types import U8
 from d2q_edge.quantize.codebook_search import CodebookSearch
-from d2q_edge.quantize.descent import descend
+from d2q_edge.quantize.descent import DampedHessian, descend
 from d2q_edge.quantize.gptaq import layer_feedback, quantize_layer
 from d2q_edge.quantize.matmul import matmul_precision
 from d2q_edge.quantize.output_hessian import OutputHessian
@@ -89,9 +89,10 @@ class GroupSolver:
         """Return packed blocks, dequantized weights and `output_errors` of all rows; each process makes its share."""
         kind, size = search.tensor_type, weights.shape[1]
         data = torch.empty(len(weights), kind.row_bytes(size), dtype=torch.uint8, device=self.device)
-        values, errors = torch.empty_like(weights), weights.new_empty(len(weights), 2)
+        values = torch.empty_like(weights)
         with matmul_precision("highest"):
             feedback = layer_feedback(statistics, kind, self.alpha, processes=self.processes)
+            damped = DampedHessian.of(statistics, feedback, search)
             rows = RowFeedback(len(weights), size, hessian, self.device)
             for number, chosen in enumerate(rows.classes):
                 part = weights[chosen]
@@ -101,13 +102,13 @@ class GroupSolver:
                     # GPTAQ's own target for this would differ by a second-order term.
                     target, compensated = target + shift, own + self.processes.shard(shift)
                 layer = quantize_layer(compensated, feedback, search)
-                layer = descend(layer, self.processes.shard(target), statistics, feedback, search, self.rounds)
-                shards = layer.packed(kind), layer.weights, output_errors(own, layer.weights, statistics.hessian)
-                data[chosen], values[chosen], errors[chosen] = (
-                    self.processes.all_gather(shard, len(chosen)) for shard in shards
-                )
+                layer = descend(layer, self.processes.shard(target), damped, search, self.rounds)
+                shards = layer.packed(kind), layer.weights
+                data[chosen], values[chosen] = (self.processes.all_gather(shard, len(chosen)) for shard in shards)
                 rows.add_error(number, values[chosen] - target)
-        return _to_host(data), values, errors
+        own, made = self.processes.shard(weights), self.processes.shard(values)
+        errors = output_errors(own, made, statistics.hessian)
+        return _to_host(data), values, self.processes.all_gather(errors, len(weights))
 
     def _search(self, type_name: str) -> CodebookSearch:
         if type_name not in self._searches:

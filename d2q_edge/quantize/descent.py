@@ -15,6 +15,7 @@ Neither raises the objective, but for the rounding of a scale to float16.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -29,25 +30,43 @@ from d2q_edge.quantize.quantized_layer import QuantizedLayer
 from d2q_edge.quantize.statistics import InputStatistics
 
 
+@dataclass(frozen=True)
+class DampedHessian:
+    """H with damping, which is the same for all rows of a layer.
+
+    Attributes:
+        matrix: H, float32 [columns, columns].
+        factors: those of every group, from `group_factors`, by block.
+    """
+
+    matrix: torch.Tensor
+    factors: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def of(cls, statistics: InputStatistics, feedback: Feedback, search: CodebookSearch) -> "DampedHessian":
+        """Prepare H of a layer's input; `feedback` and `search` are as given to `quantize_layer`."""
+        hessian = statistics.hessian
+        hessian.diagonal().add_(feedback.damping)
+        blocks = len(hessian) // search.tensor_type.block_size
+        factors = group_factors(hessian, search.levels.shape[2])
+        return cls(hessian, tuple(factor.unflatten(0, (blocks, -1)) for factor in factors))
+
+
 def descend(
-    layer: QuantizedLayer,
-    target: torch.Tensor,
-    statistics: InputStatistics,
-    feedback: Feedback,
-    search: CodebookSearch,
-    rounds: int,
+    layer: QuantizedLayer, target: torch.Tensor, hessian: DampedHessian, search: CodebookSearch, rounds: int
 ) -> QuantizedLayer:
     """Improve a quantized matrix by `rounds` of both moves, after which the scales are fitted once more.
 
     Args:
         layer: from `quantize_layer`; it stays as it is.
         target: T, float32 [rows, columns], from `Feedback.target`.
-        statistics: of the layer's input.
-        feedback, search: as given to `quantize_layer`.
+        hessian: of the layer's input.
+        search: as given to `quantize_layer`.
+        rounds: of both moves; with none the layer is returned.
     """
     if not rounds:
         return layer
-    descent = CoordinateDescent(layer, target, statistics, feedback, search)
+    descent = CoordinateDescent(layer, target, hessian, search)
     for _ in range(rounds):
         descent.fit_scales()
         descent.choose_codes()
@@ -65,21 +84,13 @@ class CoordinateDescent:
     """
 
     def __init__(
-        self,
-        layer: QuantizedLayer,
-        target: torch.Tensor,
-        statistics: InputStatistics,
-        feedback: Feedback,
-        search: CodebookSearch,
+        self, layer: QuantizedLayer, target: torch.Tensor, hessian: DampedHessian, search: CodebookSearch
     ) -> None:
         self.search, self.kind = search, search.tensor_type
-        self.hessian = statistics.hessian
-        self.hessian.diagonal().add_(feedback.damping)
+        self.hessian, self._group_factors = hessian.matrix, hessian.factors
         self.target = target
         self._target_hessian = product(self.target, self.hessian)
         blocks = layer.scales.shape[1]
-        factors = group_factors(self.hessian, search.levels.shape[2])
-        self._group_factors = [factor.unflatten(0, (blocks, -1)) for factor in factors]
         self.scales = layer.scales.float()
         self.codebooks = layer.codebooks.long().unflatten(1, (blocks, -1))
         self.codes = layer.codes.clone().unflatten(1, (blocks, -1))

@@ -8,7 +8,7 @@ import torch
 
 from d2q_edge.formats.tensor_types import ALL, D2Q2, D2Q2_64, D2Q3_64, Q4_0, TensorType, dequantize
 from d2q_edge.quantize.codebook_search import CodebookSearch
-from d2q_edge.quantize.descent import CoordinateDescent, descend
+from d2q_edge.quantize.descent import CoordinateDescent, DampedHessian, descend
 from d2q_edge.quantize.gptaq import Feedback, layer_feedback, quantize_layer
 from d2q_edge.quantize.quantized_layer import QuantizedLayer
 from d2q_edge.quantize.rtn import round_layer
@@ -45,12 +45,14 @@ class Case:
         return quantize_layer(self.weights, self.feedback(kind), SEARCHES[kind])
 
     def descend(self, layer: QuantizedLayer, kind: TensorType, rounds: int = 2) -> QuantizedLayer:
-        feedback = self.feedback(kind)
-        return descend(layer, feedback.target(self.weights), self.statistics, feedback, SEARCHES[kind], rounds)
+        return descend(layer, *self.problem(kind), SEARCHES[kind], rounds)
 
     def descent(self, layer: QuantizedLayer, kind: TensorType) -> CoordinateDescent:
+        return CoordinateDescent(layer, *self.problem(kind), SEARCHES[kind])
+
+    def problem(self, kind: TensorType) -> tuple[torch.Tensor, DampedHessian]:
         feedback = self.feedback(kind)
-        return CoordinateDescent(layer, feedback.target(self.weights), self.statistics, feedback, SEARCHES[kind])
+        return feedback.target(self.weights), DampedHessian.of(self.statistics, feedback, SEARCHES[kind])
 
 
 def make(columns: int, alpha: float = 0.5, rows: int = 16, dead: slice = slice(0)) -> Case:

@@ -43,6 +43,11 @@ def observed_groups(family: Family, index: int) -> list[LinearGroup]:
     return [group for group in family.block_groups(index) if not group.linears[0].startswith(EXPERTS)]
 
 
+def observed_rows(family: Family, group: LinearGroup) -> int:
+    """Return the rows of a group's layers, one below the other."""
+    return sum(family.linear_shape(layer)[0] for layer in group.linears)
+
+
 def kept_bytes(family: Family, tokens: int) -> int:
     """Return the memory that the hidden states of so many tokens take."""
     return (family.num_layers + 1) * tokens * family.hidden_size * KEPT.itemsize
@@ -93,8 +98,7 @@ def output_gradients(
             before = earlier(index)
             hessians: dict[tuple[str, ...], OutputHessian] = {}
             for group in observed_groups(family, index) if observed else []:
-                rows = sum(family.linear_shape(name)[0] for name in group.linears)
-                known = before.get(group.linears[0], OutputHessian.zeros(rows))
+                known = before.get(group.linears[0], OutputHessian.zeros(observed_rows(family, group)))
                 hessians[group.linears] = known.to(device)
             for number, kept in enumerate(states):
                 found, gradients[number] = _block_gradients(runner, index, block, kept.pop(), gradients[number])

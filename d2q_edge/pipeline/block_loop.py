@@ -23,7 +23,7 @@ from d2q_edge.formats.quantized_block import QuantizedBlock
 from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.options import Options
 from d2q_edge.pipeline.block_refinement import refine_block
-from d2q_edge.pipeline.column_scaling import absorb_scales, group_hessian, scale_columns
+from d2q_edge.pipeline.column_scaling import absorb_scales, output_hessians, scale_columns
 from d2q_edge.pipeline.context import Context
 from d2q_edge.pipeline.group_statistics import sublayer_statistics
 from d2q_edge.pipeline.guidance import measure_guidance
@@ -140,14 +140,15 @@ def _quantize_block(
     layer_types = {layer: types[f"{family.block_prefix(index)}{layer}.weight"] for layer in family.block_linears(index)}
     if options.dsq:
         result.update(scale_columns(context, index, original))
+    with context.report.timed("solve"):
+        hessians = output_hessians(context, index, result.column_scales)
     quantized = context.runner.share(original)
     sublayers = family.block_sublayers(index)
     for sublayer, following in zip_longest(sublayers, sublayers[1:]):
         for group, statistics in sublayer_statistics(context, index, sublayer, original, quantized):
             weights = {layer: quantized.get_submodule(layer).get_parameter("weight") for layer in group.linears}
             with context.report.timed("solve"):
-                hessian = group_hessian(context, index, group, result.column_scales)
-                solved = solver.solve(weights, layer_types, statistics, hessian)
+                solved = solver.solve(weights, layer_types, statistics, hessians.get(group.linears[0]))
                 solved.apply(quantized)
             result.update(solved)
             progress.add_layers(index, solved.metrics.layer_errors)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from d2q_edge.calibration.output_gradients import observed_groups
+from d2q_edge.calibration.output_gradients import observed_groups, observed_rows
 from d2q_edge.formats.quantized_block import QuantizedBlock, float_array
 from d2q_edge.formats.tensor_types import F32
 from d2q_edge.model.families import Family, LinearGroup
@@ -56,27 +56,33 @@ def absorb_scales(family: Family, index: int, block: nn.Module, scales: Mapping[
             _absorb(family, index, block, group, scales[group.linears[0]])
 
 
-def group_hessian(context: Context, index: int, group: LinearGroup, scales: Mapping[str, F32]) -> OutputHessian | None:
-    """Return G of a group's rows (guidance), given the column scales of block `index`, by the groups' first layers.
+def output_hessians(context: Context, index: int, scales: Mapping[str, F32]) -> dict[str, OutputHessian]:
+    """Return G of the rows of block `index` (guidance), by the groups' first layers, as the column scales are.
 
     Rows that absorb scales are larger by them, and the gradients at their outputs smaller. Every process must call it.
 
     Raises:
         D2QError: G was kept on disk, and the file is damaged.
     """
+    if context.guidance is None:
+        return {}
     family, device = context.family, context.device
-    if context.guidance is None or group not in observed_groups(family, index):
-        return None
-    rows = sum(family.linear_shape(layer)[0] for layer in group.linears)
-    hessian = context.guidance.output_hessian(index, group.linears[0], rows, device)
-    if hessian is None:
-        return None
-    factors = {layer: torch.ones(family.linear_shape(layer)[0], device=device) for layer in group.linears}
+    groups = {group.linears[0]: group for group in observed_groups(family, index)}
+    rows = {layer: observed_rows(family, group) for layer, group in groups.items()}
+    found = context.guidance.output_hessians(index, rows, device)
+    factors: dict[str, torch.Tensor] = {}
     for reader in family.block_groups(index):
-        if reader.absorber in factors and reader.linears[0] in scales:
-            absorbing = _absorber_rows(family, reader, device)
-            factors[reader.absorber][absorbing] = torch.from_numpy(scales[reader.linears[0]]).to(device)
-    return hessian.scaled(torch.cat(list(factors.values())))
+        if reader.absorber in family.block_linears(index) and reader.linears[0] in scales:
+            factor = torch.ones(family.linear_shape(reader.absorber)[0], device=device)
+            factor[_absorber_rows(family, reader, device)] = torch.from_numpy(scales[reader.linears[0]]).to(device)
+            factors[reader.absorber] = factor
+    result = {}
+    for layer, hessian in found.items():
+        parts = [
+            factors.get(each, torch.ones(family.linear_shape(each)[0], device=device)) for each in groups[layer].linears
+        ]
+        result[layer] = hessian.scaled(torch.cat(parts))
+    return result
 
 
 def _input_energies(

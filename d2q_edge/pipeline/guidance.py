@@ -44,22 +44,28 @@ class Guidance:
         """
         self._squares, self._processes, self._work = squares, processes, work
 
-    def output_hessian(self, index: int, layer: str, rows: int, device: torch.device) -> OutputHessian | None:
-        """Return G of the rows of the group of block `index` whose first layer is `layer`, on a device, if it is kept.
+    def output_hessians(self, index: int, rows: Mapping[str, int], device: torch.device) -> dict[str, OutputHessian]:
+        """Return G of the groups of block `index` on a device, if it is kept; every process must call this.
 
-        Every process must call this.
+        Args:
+            index: of the block.
+            rows: of every group together, by its first layer.
+            device: for the result.
 
         Raises:
             D2QError: the file that has it is damaged.
         """
         if self._work is None:
-            return None
+            return {}
         arrays, _ = self._work.read_outputs(self._processes.rank, index)
-        found = OutputHessian.from_arrays(arrays, layer).to(device)
-        if not found.pieces:  # none of this process's batches count
-            found = OutputHessian.zeros(rows, device)
-        self._processes.all_reduce(found.pieces)
-        return found
+        result = {}
+        for layer, count in rows.items():
+            found = OutputHessian.from_arrays(arrays, layer).to(device)
+            if not found.pieces:  # none of this process's batches count
+                found = OutputHessian.zeros(count, device)
+            self._processes.all_reduce(found.pieces)
+            result[layer] = found
+        return result
 
     def weights(self, prefix: str, modules: Sequence[str]) -> dict[int, torch.Tensor]:
         """Return the weights of all tokens for layers that read the same input, by batch: float32 [tokens], mean 1.

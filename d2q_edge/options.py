@@ -33,7 +33,7 @@ class Options:
         rotation: "on", "off", or "auto" for what pays: today the same as "off" (model/rotated_checkpoint.py).
         dsq: give columns scales, which their neighbors absorb (quantize/dsq.py).
         dac: give norms biases against their mean shift (quantize/dac.py).
-        guidance: weight calibration tokens by the gradients of the loss (pipeline/guidance.py).
+        guidance: let the gradients of the loss guide the rounding (pipeline/guidance.py).
         alpha: weight of the input's error in the feedback (quantize/gptaq.py); 0 is GPTQ; 0.5 was best on qwen3-34m.
         descent_rounds: of coordinate descent (quantize/descent.py); a third one gains less than a tenth of two.
         refine: tune scales, norms and codes by gradients (quantize/refine.py).

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from d2q_edge.calibration.hidden_states import DTYPE, Place
-from d2q_edge.calibration.output_gradients import LOGITS, guided_modules, kept_bytes, observed_groups
+from d2q_edge.calibration.output_gradients import LOGITS, guided_modules, kept_bytes, observed_groups, observed_rows
 from d2q_edge.errors import D2QError
 from d2q_edge.formats import k_quants
 from d2q_edge.model.families import Family, LinearGroup
@@ -194,8 +194,7 @@ def plan_memory(
 
 def _tuning(family: Family, batch_tokens: int) -> int:
     """Return the bytes that tuning a block takes on the computing device, without the hidden states."""
-    batch = batch_tokens * (GRADIENT_HIDDEN * family.hidden_size + GRADIENT_INNER * family.intermediate_size)
-    return TUNING * _largest_block(family) + FLOAT * batch
+    return TUNING * _largest_block(family) + backward_activations(family, batch_tokens)
 
 
 def _at_least(size: int) -> str:
@@ -224,19 +223,25 @@ def _widest_inner_input(family: Family) -> int:
 
 def _backward(family: Family, batch_tokens: int, table: int) -> int:
     """Return the bytes that running a block, or the lm_head, backwards takes on the computing device."""
-    batch = batch_tokens * (GRADIENT_HIDDEN * family.hidden_size + GRADIENT_INNER * family.intermediate_size)
     rows = max(
         sum(family.linear_shape(layer)[0] for layer in family.block_linears(index) if not layer.startswith(EXPERTS))
         for index in range(family.num_layers)
     )
     # Output gradients of all layers, and those of a group side by side, weighted; the moments twice where they add up.
     observed = 2 * batch_tokens * rows + 2 * max(_moments(family, index) for index in range(family.num_layers))
-    return _largest_block(family) + max(FLOAT * (batch + observed), FLOAT * table + 2 * LOGITS)
+    batch = backward_activations(family, batch_tokens) + FLOAT * observed
+    return _largest_block(family) + max(batch, FLOAT * table + 2 * LOGITS)
+
+
+def backward_activations(family: Family, tokens: int) -> int:
+    """Return the bytes of the activations of so many tokens while a block runs backwards."""
+    return FLOAT * tokens * (GRADIENT_HIDDEN * family.hidden_size + GRADIENT_INNER * family.intermediate_size)
 
 
 def _moments(family: Family, index: int) -> int:
     """Return the number of elements of the output Hessians of block `index`."""
-    return sum(size**2 for group in observed_groups(family, index) for size in piece_sizes(group_rows(family, group)))
+    groups = observed_groups(family, index)
+    return sum(size**2 for group in groups for size in piece_sizes(observed_rows(family, group)))
 
 
 def group_rows(family: Family, group: LinearGroup) -> int:

@@ -23,6 +23,7 @@ from d2q_edge.formats.quantized_block import QuantizedBlock
 from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.model.families import Family
 from d2q_edge.options import Options
+from d2q_edge.pipeline.memory import backward_activations
 from d2q_edge.pipeline.refinement_state import StateWriter, read_state
 from d2q_edge.pipeline.tunable_block import Searches, TunableBlock, add_norms, biased_norms, make_norms
 from d2q_edge.pipeline.work_dir import WorkDir
@@ -34,9 +35,6 @@ from d2q_edge.utils.progress import track
 
 MICRO_TOKENS = 8192
 """Tokens of a forward pass; gradients add up to a batch."""
-HIDDEN, INNER = 30, 12
-"""Activations while a block runs backwards, in multiples of its hidden states and of its intermediate ones."""
-
 
 BYTES_PER_WEIGHT = 4 + 2 * 2 + 2 + 2 + 0.25
 """Of a tunable layer on a GPU: latent point, two moments, weight, gradient; scales, and codebooks."""
@@ -101,9 +99,9 @@ def model_bytes(family: Family, tokens: int, micro_tokens: int = MICRO_TOKENS) -
     linears = sum(torch.Size(shapes[name]).numel() for name in family.linear_weights())
     table = torch.Size(shapes[f"{family.embedding}.weight"]).numel()
     # In front of every block, and what one block computes.
-    states = family.num_layers * family.hidden_size + HIDDEN * family.hidden_size + INNER * family.intermediate_size
+    states = 4 * micro_tokens * family.num_layers * family.hidden_size + backward_activations(family, micro_tokens)
     expected = 2 * tokens * family.hidden_size
-    return int(BYTES_PER_WEIGHT * linears) + (4 + 2) * table + 4 * micro_tokens * states + expected + 6 * LOGITS
+    return int(BYTES_PER_WEIGHT * linears) + (4 + 2) * table + states + expected + 6 * LOGITS
 
 
 def refined_norms(family: Family) -> list[str]:

@@ -118,7 +118,7 @@ def measure_speed(types: Iterable[str], device: torch.device, options: Options) 
 
 def estimate(family: Family, types: TypePlan, tokens: int, context: int, options: Options, speed: Speed) -> TimePlan:
     """Estimate the seconds of every phase for a device of known speed; arguments are those of `plan_time`."""
-    forward = statistics = solving = whole = 0.0
+    forward = statistics = solving = whole = observed = 0.0
     for index in range(family.num_layers):
         sublayers = family.block_sublayers(index)
         groups = {sublayer: family.sublayer_groups(index, sublayer) for sublayer in sublayers}
@@ -139,11 +139,12 @@ def estimate(family: Family, types: TypePlan, tokens: int, context: int, options
                 solving += copies * rows * columns * speed.search[kind]
                 if options.guidance and not group.linears[0].startswith(EXPERTS):
                     # Output Hessians, and the shifts of the rows still to come: half of each is zero or symmetric.
-                    moments = sum(size**2 for size in piece_sizes(rows)) / 2
-                    whole += moments * min(tokens, OUTPUT_TOKENS) / BACKWARD
-                    solving += moments * columns / speed.products
+                    halves = sum(size**2 for size in piece_sizes(rows)) / 2
+                    observed += halves * min(tokens, OUTPUT_TOKENS)
+                    solving += halves * columns / speed.products
     head = tokens * family.hidden_size * family.vocab_size
-    phases = {"gradients": (BACKWARD * whole + 3 * head) * FORWARD / speed.products} if options.guidance else {}
+    backward = BACKWARD * whole + observed + 3 * head
+    phases = {"gradients": backward * FORWARD / speed.products} if options.guidance else {}
     phases |= {
         "forward": forward * FORWARD / speed.products,
         "statistics": statistics * STATISTICS / speed.products,

@@ -21,10 +21,10 @@ from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
 from d2q_edge.pipeline.refinement import model_bytes, refine
-from d2q_edge.pipeline.tunable_block import Searches
 from d2q_edge.pipeline.type_plan import plan_types
 from d2q_edge.pipeline.work_dir import WorkDir
 from d2q_edge.quantize import refine as tuning
+from d2q_edge.quantize.codebook_search import Searches
 from d2q_edge.quantize.refine import Schedule
 from d2q_edge.quantize.rtn import round_layer
 

@@ -107,7 +107,9 @@ def quantize_blocks(
                 result, quantized = _quantize_block(context, index, original, types, solver, options, progress)
                 if inputs is not None:
                     with report.timed("refinement"):
-                        result, quantized = refine_block(context, index, inputs, original, result, seed=options.seed)
+                        result, quantized = refine_block(
+                            context, index, inputs, original, result, searches=solver.searches, seed=options.seed
+                        )
                 writer.write(index, result)
                 progress.finish_block(index, result.metrics.layer_errors)
             if validation_streams is not None:

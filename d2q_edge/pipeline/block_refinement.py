@@ -17,7 +17,8 @@ from d2q_edge.calibration.hidden_states import HiddenStates
 from d2q_edge.calibration.output_gradients import deterministic, guided_modules
 from d2q_edge.formats.quantized_block import QuantizedBlock
 from d2q_edge.pipeline.context import Context
-from d2q_edge.pipeline.tunable_block import Searches, TunableBlock
+from d2q_edge.pipeline.tunable_block import TunableBlock
+from d2q_edge.quantize.codebook_search import Searches
 from d2q_edge.quantize.matmul import matmul_precision
 from d2q_edge.quantize.refine import Schedule, tune
 
@@ -34,6 +35,7 @@ def refine_block(
     original: nn.Module,
     result: QuantizedBlock,
     *,
+    searches: Searches | None = None,
     schedule: Schedule | None = None,
     seed: int = 0,
 ) -> tuple[QuantizedBlock, nn.Module]:
@@ -45,6 +47,7 @@ def refine_block(
         inputs: the quantized model's hidden states in front of the block; they become those behind it.
         original: the original block, its column scales absorbed.
         result: what quantizing it gave.
+        searches: on the computing device; None makes them.
         schedule: of the tuning; None is SCHEDULE.
         seed: of the order of the windows.
 
@@ -53,7 +56,8 @@ def refine_block(
     """
     streams, runner = context.streams, context.runner
     with torch.inference_mode(False), deterministic(context.device), matmul_precision("high"):
-        block = TunableBlock(runner, index, _copy(context, original, result), result, Searches(context.device))
+        searches = searches or Searches(context.device)
+        block = TunableBlock(runner, index, _copy(context, original, result), result, searches)
         objective = _OutputError(context, index, inputs, block)
         losses = tune(
             objective,

@@ -25,8 +25,9 @@ from d2q_edge.model.families import Family
 from d2q_edge.options import Options
 from d2q_edge.pipeline.memory import backward_activations
 from d2q_edge.pipeline.refinement_state import StateWriter, read_state
-from d2q_edge.pipeline.tunable_block import Searches, TunableBlock, add_norms, biased_norms, make_norms
+from d2q_edge.pipeline.tunable_block import TunableBlock, add_norms, biased_norms, make_norms
 from d2q_edge.pipeline.work_dir import WorkDir
+from d2q_edge.quantize.codebook_search import Searches
 from d2q_edge.quantize.kl_divergence import LOGITS, head_divergence
 from d2q_edge.quantize.matmul import matmul_precision
 from d2q_edge.quantize.refine import SCHEDULE, Schedule, Tunable, tune

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 
 from d2q_edge.pipeline.work_dir import WorkDir
 from d2q_edge.quantize.refine import RefinementLosses, State, Tunable
+from d2q_edge.utils.background import Background
 from d2q_edge.utils.machine import available_memory
 
 
@@ -28,11 +28,12 @@ def read_state(work: WorkDir) -> State | None:
     return State(RefinementLosses(metadata["before"], metadata["passes"]), tensors)
 
 
-class StateWriter:
+class StateWriter(Background):
     """Write the state of every pass while the next one runs, if there is room; after a with block all are written."""
 
     def __init__(self, work: WorkDir, layers: dict[str, Tunable], device: torch.device, *, active: bool) -> None:
         """Look for room on the disk for two states, and in the memory for a copy; write nothing unless `active`."""
+        super().__init__()
         self._work = work
         # Values, two moments, and the entries in use.
         size = sum((4 + 2 + 2 + 1) * value.numel() for layer in layers.values() for value in layer.tuned().values())
@@ -44,30 +45,15 @@ class StateWriter:
                 f"the disk and {size / 2**30:.1f} GiB of memory",
                 file=sys.stderr,
             )
-        self._thread = ThreadPoolExecutor(1)
-        self._pending: Future[None] | None = None
 
     def keep(self, state: State) -> None:
         """Copy a state, and begin to write it once the one before is written; raise D2QError if that could not be."""
         if not self._active:
             return
-        self._wait()
+        self.wait()
         arrays = {
             name: (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).to("cpu", copy=True).numpy()
             for name, tensor in state.tensors.items()
         }
         metadata = {"before": state.losses.before, "passes": list(state.losses.passes)}
-        self._pending = self._thread.submit(self._work.write_state, arrays, metadata)
-
-    def _wait(self) -> None:
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
-
-    def __enter__(self) -> StateWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._thread.shutdown()
-        if kind is None:
-            self._wait()
+        self.start(self._work.write_state, arrays, metadata)

@@ -8,7 +8,7 @@ from d2q_edge.distributed.process_group import ProcessGroup
 from d2q_edge.formats import tensor_types
 from d2q_edge.formats.quantized_block import QuantizedBlock, QuantizedWeight, float_array
 from d2q_edge.formats.tensor_types import U8
-from d2q_edge.quantize.codebook_search import CodebookSearch
+from d2q_edge.quantize.codebook_search import CodebookSearch, Searches
 from d2q_edge.quantize.descent import DampedHessian, descend
 from d2q_edge.quantize.gptaq import layer_feedback, quantize_layer
 from d2q_edge.quantize.matmul import matmul_precision
@@ -23,7 +23,7 @@ class GroupSolver:
     def __init__(self, device: torch.device, alpha: float, rounds: int, processes: ProcessGroup) -> None:
         """Prepare a solver; for `alpha` and `rounds` see Options."""
         self.device, self.alpha, self.rounds, self.processes = device, alpha, rounds, processes
-        self._searches: dict[str, CodebookSearch] = {}
+        self.searches = Searches(device)
 
     def solve(
         self,
@@ -67,7 +67,7 @@ class GroupSolver:
         hessian: OutputHessian | None,
         result: QuantizedBlock,
     ) -> None:
-        search = self._search(type_name)
+        search = self.searches[type_name]
         # One below the other: they share everything but their rows.
         together = torch.cat(list(weights.values()))
         data, values, errors = self._quantize(together, statistics, search, hessian)
@@ -109,11 +109,6 @@ class GroupSolver:
         own, made = self.processes.shard(weights), self.processes.shard(values)
         errors = output_errors(own, made, statistics.hessian)
         return _to_host(data), values, self.processes.all_gather(errors, len(weights))
-
-    def _search(self, type_name: str) -> CodebookSearch:
-        if type_name not in self._searches:
-            self._searches[type_name] = CodebookSearch(tensor_types.BY_NAME[type_name], self.device)
-        return self._searches[type_name]
 
 
 def output_errors(weights: torch.Tensor, quantized: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from d2q_edge.formats import tensor_types
 from d2q_edge.formats.quantized_block import QuantizedBlock, QuantizedWeight, float_array
 from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.model.families import Family
-from d2q_edge.quantize.codebook_search import CodebookSearch
+from d2q_edge.quantize.codebook_search import Searches
 from d2q_edge.quantize.quantized_layer import QuantizedLayer
 from d2q_edge.quantize.refine import Tunable
 from d2q_edge.quantize.tunable import TunableLinear, TunableNorm
@@ -18,19 +18,6 @@ from d2q_edge.quantize.tunable import TunableLinear, TunableNorm
 def compute_dtype(device: torch.device) -> torch.dtype:
     """Return what forward and backward passes multiply matrices in; many CPUs are slower in bfloat16."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-class Searches:
-    """The codebooks of every tensor type that is asked for, on one device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._made: dict[str, CodebookSearch] = {}
-
-    def __getitem__(self, type_name: str) -> CodebookSearch:
-        if type_name not in self._made:
-            self._made[type_name] = CodebookSearch(tensor_types.BY_NAME[type_name], self._device)
-        return self._made[type_name]
 
 
 class TunableBlock:

@@ -9,7 +9,6 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from d2q_edge.errors import D2QError
 from d2q_edge.formats.quantized_block import QuantizedBlock
 from d2q_edge.formats.tensor_file import Array, load_tensors, save_tensors
 from d2q_edge.utils import files
+from d2q_edge.utils.background import Background
 from d2q_edge.utils.json_files import parse_json
 
 OWN_FILE = re.compile(
@@ -181,33 +181,18 @@ class WorkDir:
         return self.path / f"{'refined' if refined else 'block'}-{index:04d}.safetensors"
 
 
-class BlockWriter:
+class BlockWriter(Background):
     """Write a finished block while the next one is quantized; at the end of a with block all are written."""
 
     def __init__(self, work: WorkDir, *, active: bool) -> None:
         """Start; nothing is written unless `active`."""
+        super().__init__()
         self.work, self.active = work, active
-        self._thread = ThreadPoolExecutor(1)
-        self._pending: Future[None] | None = None
 
     def write(self, index: int, block: QuantizedBlock) -> None:
         """Write a block, once the one before is written; raise D2QError if that one could not be."""
-        self._wait()
         if self.active:
-            self._pending = self._thread.submit(self.work.write_block, index, block)
-
-    def _wait(self) -> None:
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
-
-    def __enter__(self) -> "BlockWriter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._thread.shutdown()
-        if kind is None:
-            self._wait()
+            self.start(self.work.write_block, index, block)
 
 
 def was_published(output: Path) -> bool:

@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
+from d2q_edge.formats import tensor_types
 from d2q_edge.formats.codebooks import CODEBOOKS, PAIR_TABLE, SCALAR_TABLE
 from d2q_edge.formats.tensor_types import GROUP, SCALE_MAX, SCALE_TINY, TensorType, table_index
 from d2q_edge.quantize import native, triton, uniform
@@ -230,3 +231,17 @@ class CodebookSearch:
         centers = bin_centers(self.bins, self.levels.device)
         points = torch.cartesian_prod(centers, centers) if self.levels.shape[2] == 2 else centers[:, None]
         return torch.stack([torch.cdist(points, codebook).square().amin(1) for codebook in self.levels], 1)
+
+
+class Searches:
+    """The searches of all tensor types on one device, each made when it is first asked for by the type's name."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Make none yet."""
+        self._device = device
+        self._made: dict[str, CodebookSearch] = {}
+
+    def __getitem__(self, type_name: str) -> CodebookSearch:
+        if type_name not in self._made:
+            self._made[type_name] = CodebookSearch(tensor_types.BY_NAME[type_name], self._device)
+        return self._made[type_name]

@@ -17,8 +17,9 @@ from d2q_edge.pipeline.block_refinement import _OutputError, refine_block
 from d2q_edge.pipeline.context import Context
 from d2q_edge.pipeline.memory import MemoryPlan
 from d2q_edge.pipeline.report import Report
-from d2q_edge.pipeline.tunable_block import Searches, TunableBlock
+from d2q_edge.pipeline.tunable_block import TunableBlock
 from d2q_edge.pipeline.work_dir import WorkDir
+from d2q_edge.quantize.codebook_search import Searches
 from d2q_edge.quantize.refine import Schedule
 from tests.pipeline.common import CPU, SMALL, WINDOWS, Make, Setup, StoppedAt, block_files
 

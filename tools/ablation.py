@@ -30,7 +30,6 @@ from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import Family, family_for
 from d2q_edge.model.rotated_checkpoint import RotatedCheckpoint
-from d2q_edge.model.whole_model import Weights, WholeModel
 from d2q_edge.options import HIGHEST_BITS, LOWEST_BITS, Options
 from d2q_edge.pipeline.block_loop import quantize_blocks
 from d2q_edge.pipeline.device import choose_device
@@ -43,6 +42,7 @@ from d2q_edge.quantize.rtn import round_layer
 from d2q_edge.runtime.source_tokenizer import source_tokenizer
 from tools.paper_recipe.pipeline import Recipe, quantize_model
 from tools.torch_evaluation import Distance, Reference, evaluation_chunks
+from tools.whole_model import Weights, WholeModel
 
 
 @dataclass(frozen=True)

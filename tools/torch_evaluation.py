@@ -15,8 +15,8 @@ from d2q_edge.calibration.chat_template import ChatTemplate
 from d2q_edge.calibration.text import Text
 from d2q_edge.calibration.windows import cut_windows
 from d2q_edge.errors import D2QError
-from d2q_edge.model.whole_model import WholeModel
 from d2q_edge.quantize.kl_divergence import kl_divergence
+from tools.whole_model import WholeModel
 
 BATCH_TOKENS = 4096
 """Tokens per forward pass."""

@@ -23,7 +23,6 @@ from d2q_edge.model.families import Family, family_for
 from d2q_edge.model.families.delta_net import GatedDeltaNet
 from d2q_edge.model.families.llama import Llama
 from d2q_edge.model.rotated_checkpoint import RotatedCheckpoint
-from d2q_edge.model.whole_model import WholeModel
 from d2q_edge.options import Options
 from d2q_edge.pipeline.column_scaling import scale_columns
 from d2q_edge.pipeline.context import Context
@@ -36,6 +35,7 @@ from d2q_edge.quantize.refine import EARLY_STOPPING_EVERY
 from tests.export.test_family_exports import llama_logits
 from tests.family_models import MODELS, write_model
 from tests.interruption import interrupted
+from tools.whole_model import WholeModel
 
 CPU = torch.device("cpu")
 TOKENS = np.random.default_rng(5).integers(0, 4000, (2, 100))

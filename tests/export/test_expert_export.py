@@ -21,7 +21,6 @@ from d2q_edge.formats.gguf_writer import GGUFTensor, block_and_type_size, data_s
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
 from d2q_edge.model.weight_files import TensorEntry
-from d2q_edge.model.whole_model import WholeModel
 from d2q_edge.options import Options
 from d2q_edge.pipeline.output import Output
 from d2q_edge.pipeline.type_plan import plan_types
@@ -32,6 +31,7 @@ from tests.availability import require_runtime
 from tests.checkpoints import EXAMPLE
 from tests.export.test_model_file import README, compare
 from tests.model.test_expert_families import REAL
+from tools.whole_model import WholeModel
 
 Make = Callable[..., Path]
 Convert = Callable[[Path, str, str], Path]

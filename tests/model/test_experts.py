@@ -15,8 +15,8 @@ from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.experts import Expert, Experts, separate_experts
 from d2q_edge.model.families import family_for
-from d2q_edge.model.whole_model import WholeModel
 from tests.family_models import EXPERT_MODELS, write_model
+from tools.whole_model import WholeModel
 
 Make = Callable[..., Path]
 MODELS: list[tuple[str, dict[str, Any]]] = [

@@ -19,11 +19,11 @@ from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
 from d2q_edge.model.granite4 import granite_config
-from d2q_edge.model.whole_model import WholeModel
 from d2q_edge.options import Options
 from tests.end_to_end.test_family_conversion import divergence, file_weights, log_probabilities
 from tests.export.test_family_exports import error, llama_logits, original_logits
 from tests.family_models import write_model
+from tools.whole_model import WholeModel
 
 CPU = torch.device("cpu")
 TOKENS = np.random.default_rng(0).integers(0, 4000, 200).astype(np.int32)

@@ -27,10 +27,10 @@ from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
 from d2q_edge.model.multimodal import is_multimodal, text_config, text_names
-from d2q_edge.model.whole_model import WholeModel
 from d2q_edge.options import Options
 from tests.family_models import write_model
 from tests.real_configs import REAL
+from tools.whole_model import WholeModel
 
 CPU = torch.device("cpu")
 TOKENS = np.random.default_rng(5).integers(0, 4000, (2, 100))

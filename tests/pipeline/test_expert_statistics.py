@@ -19,7 +19,6 @@ from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
 from d2q_edge.model.families.experts import expert_linears
 from d2q_edge.model.rotated_checkpoint import RotatedCheckpoint
-from d2q_edge.model.whole_model import WholeModel
 from d2q_edge.options import Options
 from d2q_edge.pipeline import expert_statistics
 from d2q_edge.pipeline.block_loop import BATCH_TOKENS
@@ -47,6 +46,7 @@ from tests.pipeline.common import (
     collected_statistics,
 )
 from tests.quantize.test_routing import slow as slow_top_up
+from tools.whole_model import WholeModel
 
 SMALL: dict[str, Any] = {"hidden_size": 64, "moe_intermediate_size": 128, "num_experts": 5, "num_experts_per_tok": 2}
 FEW: dict[str, Any] = {"num_experts": 3, "num_experts_per_tok": 2}

@@ -15,7 +15,6 @@ from d2q_edge.formats.quantized_block import QuantizedWeight
 from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
-from d2q_edge.model.whole_model import WholeModel
 from d2q_edge.options import Options
 from d2q_edge.pipeline import refinement
 from d2q_edge.pipeline.block_loop import quantize_blocks
@@ -34,6 +33,7 @@ from d2q_edge.quantize.refine import Schedule
 from tests.blocks import assert_same_block, changed_tensors, finished_blocks, model_tensors
 from tests.checkpoints import write_checkpoint
 from tools.random_model import GEOMETRIES
+from tools.whole_model import WholeModel
 
 CPU = torch.device("cpu")
 WINDOWS = np.random.default_rng(4).integers(0, 300, (9, 24))

@@ -13,12 +13,12 @@ from d2q_edge.formats.tensor_types import BY_NAME
 from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
-from d2q_edge.model.whole_model import WholeModel
 from d2q_edge.pipeline import sensitivity
 from d2q_edge.pipeline.sensitivity import choose_windows, measure
 from d2q_edge.pipeline.type_plan import rounding_types
 from d2q_edge.quantize.codebook_search import CodebookSearch
 from d2q_edge.quantize.rtn import round_layer
+from tools.whole_model import WholeModel
 
 WINDOWS = np.random.default_rng(0).integers(0, 4000, (3, 16))
 

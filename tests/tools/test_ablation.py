@@ -13,7 +13,6 @@ from d2q_edge.formats import tensor_types
 from d2q_edge.formats.quantized_block import QuantizedBlock, QuantizedWeight
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
-from d2q_edge.model.whole_model import WholeModel
 from d2q_edge.options import Options
 from d2q_edge.pipeline.type_plan import plan_types
 from d2q_edge.pipeline.work_dir import WorkDir
@@ -23,6 +22,7 @@ from tests.checkpoints import EXAMPLE, write_checkpoint
 from tools import ablation
 from tools.ablation import Line, Subject
 from tools.torch_evaluation import Distance, Reference
+from tools.whole_model import WholeModel
 
 
 @pytest.mark.slow

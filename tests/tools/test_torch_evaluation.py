@@ -15,9 +15,9 @@ from d2q_edge.calibration.text import Text
 from d2q_edge.errors import D2QError
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
-from d2q_edge.model.whole_model import WholeModel
 from tests.checkpoints import EXAMPLE
 from tools.torch_evaluation import Reference, evaluation_chunks
+from tools.whole_model import WholeModel
 
 Make = Callable[..., Path]
 WINDOWS = np.random.default_rng(3).integers(0, 4096, (5, 24))

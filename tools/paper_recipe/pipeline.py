@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from d2q_edge.model.blocks import BlockRunner, add_bias
 from d2q_edge.model.families import Family, LinearGroup
-from d2q_edge.model.whole_model import Weights
 from d2q_edge.quantize.statistics import InputStatistics
 from tools.paper_recipe.feedback import ALPHA, Fit, mean_shift, quantize_columns, round_groups
 from tools.paper_recipe.grid import clipped_grid, dual_scale_grid, group_size
+from tools.whole_model import Weights
 
 BATCH_TOKENS = 8192
 """Tokens per forward pass."""

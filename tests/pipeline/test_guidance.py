@@ -10,7 +10,7 @@ import torch
 from d2q_edge.calibration import output_gradients
 from d2q_edge.distributed.process_group import SINGLE_PROCESS
 from d2q_edge.options import Options
-from d2q_edge.pipeline import column_scaling, guidance, memory
+from d2q_edge.pipeline import block_loop, column_scaling, guidance, memory
 from d2q_edge.pipeline.guidance import CLIP, POWER, Guidance, measure_guidance
 from d2q_edge.pipeline.work_dir import WorkDir
 from d2q_edge.quantize.statistics import InputStatistics
@@ -114,15 +114,20 @@ class TestMeasuring:
         context.guidance = None
         assert column_scaling.output_hessians(context, 1, {}) == {}  # type: ignore[arg-type]
 
-    def test_it_decides_the_result(self, setup: Setup, tmp_path: Path) -> None:
+    def test_it_decides_the_result(self, setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Both the weights of the tokens and the output Hessians do."""
         results = {}
-        for name, options in (("guided", GUIDED), ("plain", Options(guidance=False))):
+        for name, options in (("guided", GUIDED), ("plain", Options(guidance=False)), ("weights alone", GUIDED)):
+            if name == "weights alone":
+                monkeypatch.setattr(block_loop, "output_hessians", lambda *_: {})
             work = WorkDir(tmp_path / name, {})
             setup.run(work, options)
             assert bool(list(work.path.glob("gradients-*"))) == options.guidance
             results[name] = setup.tensors(work)
         layer = "model.layers.2.mlp.down_proj.weight"
         assert not torch.equal(results["guided"][layer], results["plain"][layer])
+        assert not torch.equal(results["guided"][layer], results["weights alone"][layer])
+        assert not torch.equal(results["plain"][layer], results["weights alone"][layer])
 
     def test_resumed(self, setup: Setup, tmp_path: Path) -> None:
         whole, parted = WorkDir(tmp_path / "whole", {}), StoppedAt(tmp_path / "parted", {})

@@ -22,16 +22,13 @@ def inverse_cholesky(
 
     Args:
         hessian: H, symmetric, float32 [n, n].
-        damping: d as a share of the mean of diag(H), or of one where H is zero. Where float32 fails, float64 follows,
-            then ten times the damping.
+        damping: d as a share of the mean of diag(H). Where float32 fails, float64 follows, then ten times the damping.
         processes: share the work; all of them call this.
 
     Raises:
         D2QError: H isn't positive definite even in float64 with ten times the damping.
     """
     mean = hessian.diagonal().mean()
-    # Inputs that are always zero make any factor a right one.
-    mean = torch.where(mean == 0, torch.ones_like(mean), mean)
     for dtype, share in ((torch.float32, damping), (torch.float64, damping), (torch.float64, 10 * damping)):
         exchanged = hessian.flip(0, 1)
         exchanged = exchanged if dtype == torch.float32 else with_float64(exchanged).to(dtype)

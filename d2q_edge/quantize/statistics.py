@@ -35,8 +35,11 @@ class InputStatistics:
 
     @property
     def hessian(self) -> torch.Tensor:
-        """H, float32 [columns, columns]."""
-        return mirrored(self._XXT * (2 / self.tokens.clamp(min=1)))
+        """H, float32 [columns, columns]; the identity where no input was ever other than zero: columns count alike."""
+        hessian = mirrored(self._XXT * (2 / self.tokens.clamp(min=1)))
+        diagonal = hessian.diagonal()
+        diagonal.add_((diagonal.sum() == 0).to(diagonal))
+        return hessian
 
     @property
     def dXXT(self) -> torch.Tensor:

@@ -22,17 +22,18 @@ from tests.checkpoints import write_checkpoint
 from tests.distributed.test_process_group import torchrun
 
 CPU = torch.device("cpu")
-WINDOWS = np.random.default_rng(4).integers(0, 300, (40, 24))
+# Repeated, as random tokens teach nothing about others.
+WINDOWS = np.tile(np.random.default_rng(4).integers(0, 300, (8, 24)), (8, 1))
 SCHEDULE = Schedule(passes=2, batch=8, scale_rate=3e-3, code_rate=0.5)
 SHARED = """
 import json, sys
 from pathlib import Path
 from d2q_edge.distributed.process_group import ProcessGroup
-from tests.distributed.test_shared_refinement import CPU, blocks_refined, model_refined
+from tests.distributed.test_shared_refinement import CPU, model_refined, quantized
 processes = ProcessGroup.from_environment(CPU)
 processes.connect()
 model, alone, both = map(Path, sys.argv[1:])
-found = [blocks_refined(model, both.with_name("blocks.gguf"), processes), model_refined(model, alone, both, processes)]
+found = [quantized(model, both.with_name("blocks.gguf"), processes), model_refined(model, alone, both, processes)]
 open(f"{both}-{processes.rank}.json", "w").write(json.dumps(found))
 """
 
@@ -42,12 +43,12 @@ def runner(model: Path) -> BlockRunner:
     return BlockRunner(checkpoint, family_for(checkpoint.config), CPU)
 
 
-def blocks_refined(model: Path, output: Path, processes: ProcessGroup) -> list[float]:
-    """Quantize and refine block by block; return the blocks' errors."""
+def quantized(model: Path, output: Path, processes: ProcessGroup, refine_blocks: bool = True) -> list[float]:
+    """Quantize and maybe refine block by block; return the blocks' errors."""
     run, work = runner(model), processes.main_first(lambda: WorkDir(output, {}))
     types = plan_types(run.family, 2).linears
     options = Options(guidance=False, descent_rounds=0)
-    more = {"processes": processes, "refine_blocks": True, "batch_tokens": 48}
+    more = {"processes": processes, "refine_blocks": refine_blocks, "batch_tokens": 48}
     quantize_blocks(run, types, WINDOWS, work, options, **more)  # type: ignore[arg-type]
     return [error for index in (0, 1) for error in work.read_block(index).metrics.output_errors]
 
@@ -72,7 +73,8 @@ def test_two_processes(tmp_path: Path) -> None:
     write_checkpoint(model, "qwen2", vocab_size=300, hidden_size=64, intermediate_size=128)
     script.write_text(SHARED)
     blocks, alone, both = (tmp_path / name for name in ("one.gguf", "alone.gguf", "both.gguf"))
-    errors = blocks_refined(model, blocks, SINGLE_PROCESS)
+    errors = quantized(model, tmp_path / "refined.gguf", SINGLE_PROCESS)
+    quantized(model, blocks, SINGLE_PROCESS, refine_blocks=False)
     losses = model_refined(model, blocks, alone, SINGLE_PROCESS)
     assert losses[1] < losses[0]
     done = torchrun(script, model, blocks, both)
@@ -80,7 +82,7 @@ def test_two_processes(tmp_path: Path) -> None:
     found = [json.loads((tmp_path / f"both.gguf-{rank}.json").read_text()) for rank in range(2)]
     assert found[0] == found[1]
     # Codes near a tie differ in the first block already, before it is tuned.
-    assert found[0][0] == pytest.approx(errors, rel=0.05)
+    assert found[0][0] == pytest.approx(errors, rel=0.1)
     assert found[0][1] == pytest.approx(losses, rel=2e-3)
     one, two = (WorkDir(path, {}) for path in (alone, both))
     same = []

@@ -216,10 +216,14 @@ class TestFailures:
             assert np.isfinite(file.dequantize(name)).all(), name
 
     def test_activations_that_are_zero(self, make_checkpoint: Make, tmp_path: Path) -> None:
-        model = self.with_embeddings(make_checkpoint, 0.0)
-        with pytest.raises(D2QError, match="statistics of a layer can't be factored; use more or more varied"):
-            conversion.convert(model, tmp_path / "out.gguf", QUICK)
-        assert not (tmp_path / "out.gguf").exists()
+        """Nothing tells how the weights should be rounded: each goes to about the nearest value."""
+        model, output = self.with_embeddings(make_checkpoint, 0.0), tmp_path / "out.gguf"
+        conversion.convert(model, output, replace(QUICK, rotation="off"))
+        file, weights = GGUFFile(output), load_file(model / "model.safetensors")
+        for name, layer in (("ffn_up", "mlp.up_proj"), ("attn_v", "self_attn.v_proj")):
+            found = file.dequantize(f"blk.0.{name}.weight")
+            weight = weights[f"model.layers.0.{layer}.weight"].float().numpy()
+            assert np.square(found - weight).sum() < 0.1 * np.square(weight).sum()
 
     def with_embeddings(self, make_checkpoint: Make, value: float) -> Path:
         """A model whose tokens all have one embedding, of one value."""

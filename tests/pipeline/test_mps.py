@@ -13,6 +13,7 @@ from d2q_edge.pipeline.sensitivity import measure
 from d2q_edge.pipeline.type_plan import rounding_types
 from d2q_edge.pipeline.work_dir import WorkDir
 from d2q_edge.quantize.cholesky import inverse_cholesky
+from d2q_edge.quantize.native import library
 from tests.fake_mps import MPS, FakeMps, FakeTensor, Refused, attention, has_kernel
 from tests.family_models import write_model
 from tests.pipeline.common import EXACT, WINDOWS, Setup, block_files
@@ -75,6 +76,8 @@ def test_sensitivity_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
     setup = Setup(write_model(tmp_path / "model", "qwen3"))
     types = rounding_types(setup.family)
+    # An Apple GPU rounds in torch.
+    monkeypatch.setattr(library, "library", lambda: None)
     expected = measure(setup.runner(), types, WINDOWS[:2])
     with FakeMps():
         found = measure(BlockRunner(setup.checkpoint, setup.family, MPS), types, WINDOWS[:2])

@@ -1,5 +1,6 @@
 """The accumulated moments against their formulas in float64."""
 
+import pytest
 import torch
 
 from d2q_edge.quantize.statistics import InputStatistics
@@ -29,7 +30,10 @@ def test_sums_of_two_processes_add_up() -> None:
     torch.testing.assert_close(first.dXXT, whole.dXXT)
 
 
-def test_without_tokens() -> None:
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_inputs_that_are_always_zero(tokens: int) -> None:
+    """Errors of all columns count alike."""
     statistics = InputStatistics(4)
-    assert not statistics.hessian.any()
+    statistics.add_batch(torch.zeros(tokens, 4), torch.ones(tokens, 4))
+    assert torch.equal(statistics.hessian, torch.eye(4))
     assert not statistics.dXXT.any()

@@ -19,6 +19,8 @@ from d2q_edge.model.block_reader import BlockReader
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.experts import separate_experts
 from d2q_edge.model.families import Family, LinearGroup, Sublayer
+from d2q_edge.model.linear import use_bfloat16
+from d2q_edge.quantize.matmul import has_bfloat16
 
 ATTENTION = "self_attn"
 """The module of a block that wants positions and a mask."""
@@ -66,7 +68,7 @@ class _InputsReached(Exception):
 
 
 class BlockRunner:
-    """Load and run the decoder blocks of one checkpoint, in float32 on one device."""
+    """Load and run the decoder blocks of one checkpoint on one device, in float32 but for some products on CUDA."""
 
     def __init__(self, checkpoint: Checkpoint, family: Family, device: torch.device) -> None:
         """Build the model without weights; raise D2QError if transformers can't make sense of config.json."""
@@ -116,6 +118,8 @@ class BlockRunner:
         """
         block: nn.Module = copy.deepcopy(self._layers[index])
         self.family.adapt_block(index, block)
+        if has_bfloat16(self.device):
+            use_bfloat16(block, self.family.block_linears(index))
         # Moved before the cast to float32: half the bytes.
         weights = {name: tensor.to(self.device).float() for name, tensor in self._reader.read(index)}
         self._reader.begin(index + 1 if following is None else following)

@@ -23,7 +23,7 @@ from d2q_edge.pipeline.guidance import OUTPUT_TOKENS
 from d2q_edge.pipeline.memory import group_rows
 from d2q_edge.pipeline.solver import GroupSolver
 from d2q_edge.pipeline.type_plan import TypePlan
-from d2q_edge.quantize.matmul import is_accelerator, matmul_precision
+from d2q_edge.quantize.matmul import has_bfloat16, is_accelerator, matmul_precision
 from d2q_edge.quantize.output_hessian import piece_sizes
 from d2q_edge.quantize.routing import MINIMUM_TOKENS_PER_CHANNEL
 from d2q_edge.quantize.statistics import InputStatistics
@@ -54,7 +54,7 @@ class Speed:
     """What a device was measured to do.
 
     Attributes:
-        products: multiplications and additions per second of a float32 matrix product of activations.
+        products: multiplications and additions per second of a matrix product of activations.
         search: seconds per weight of each tensor type of ours, apart from products.
     """
 
@@ -101,7 +101,9 @@ def measure_speed(types: Iterable[str], device: torch.device, options: Options) 
     weights = torch.randn(SOLVED_ROWS, SOLVED_COLUMNS, generator=generator).to(device)
     square = torch.randn(SAMPLE_COLUMNS, SAMPLE_COLUMNS, generator=generator).to(device)
     with torch.inference_mode(), matmul_precision("high"):
-        taken = _fastest(lambda: inputs @ square, device, repeats=5)
+        dtype = torch.bfloat16 if has_bfloat16(device) else torch.float32
+        left, right = inputs.to(dtype), square.to(dtype)
+        taken = _fastest(lambda: left @ right, device, repeats=5)
         products = inputs.numel() * SAMPLE_COLUMNS / taken
         statistics = InputStatistics(SOLVED_COLUMNS, device)
         seen = inputs[:, :SOLVED_COLUMNS]

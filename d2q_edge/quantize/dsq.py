@@ -23,7 +23,7 @@ from torch import nn
 from d2q_edge.errors import D2QError
 from d2q_edge.quantize import matmul
 from d2q_edge.quantize.cholesky import inverse_columns, inverse_lower
-from d2q_edge.quantize.matmul import add_symmetric_product, mirrored
+from d2q_edge.quantize.matmul import add_gram, mirrored
 
 BALANCE = 0.5
 """Exponent of the weights' energy in c^4; the rest is the input's."""
@@ -70,7 +70,7 @@ class InputEnergy:
     def add_batch(self, inputs: torch.Tensor) -> None:
         """Add a batch, float32 [..., columns]."""
         rows = inputs.reshape(-1, inputs.shape[-1])
-        add_symmetric_product(self.gram, rows, rows)
+        add_gram(self.gram, rows)
         self.tokens += len(rows)
 
     def conditional(self) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Multiply matrices in float32 precision, and in TF32 where that is enough."""
+"""Multiply matrices in float32 precision, and in TF32 or bfloat16 where that is enough."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,8 +7,8 @@ from typing import Literal
 
 import torch
 
-GRAM_STRIP = 192
-"""Columns of a symmetric product at a time: enough for a matrix product at full speed."""
+GRAM_STRIP, ACCELERATOR_STRIP = 192, 2048
+"""Columns of a symmetric product at a time, on a CPU and elsewhere: enough for a matrix product at full speed."""
 
 
 @contextmanager
@@ -59,36 +59,50 @@ def integer_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         return torch.addmm(left @ (right - right_high), left, right_high)
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Return whether activations are multiplied in bfloat16: on CUDA, where TF32 takes twice as long."""
+    return _has_tf32(device)
+
+
 def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Add left^T right to `total` in place, for activations [tokens, columns], in the ambient precision."""
-    if is_accelerator(total.device):
+    """Add left^T right to `total` in place, for activations [tokens, columns].
+
+    Products are those of the ambient precision, or of bfloat16 where there is that; sums are always float32.
+    """
+    if has_bfloat16(total.device):
+        total += torch.mm(left.bfloat16().T, right.bfloat16(), out_dtype=torch.float32)
+    elif is_accelerator(total.device):
         total += left.T @ right
     else:
         total.addmm_(left.T, right)
 
 
-def add_symmetric_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Add left^T right, which is symmetric, to `total` in place; on a CPU only its upper triangle, see `mirrored`.
+def add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
+    """Add the upper triangle of rows^T rows to `total` in place, as `add_product`; `mirrored` completes the sums.
 
     It goes strip by strip, each without what is below the diagonal: little more than half of the work.
     """
-    if is_accelerator(total.device):
-        add_product(total, left, right)
-        return
-    for start in range(0, len(total), GRAM_STRIP):
-        strip = slice(start, start + GRAM_STRIP)
-        total[strip, start:].addmm_(left[:, strip].T, right[:, start:])
+    if has_bfloat16(total.device):
+        rows = rows.bfloat16()
+    strip = _strip(total.device)
+    for start in range(0, len(total), strip):
+        columns = slice(start, start + strip)
+        add_product(total[columns, start:], rows[:, columns], rows[:, start:])
 
 
 def mirrored(total: torch.Tensor) -> torch.Tensor:
-    """Copy the upper triangle of sums of `add_symmetric_product` to the lower one, in place, and return them."""
-    if not is_accelerator(total.device):
-        for start in range(0, len(total), GRAM_STRIP):
-            stop = start + GRAM_STRIP
-            square = total[start:stop, start:stop]
-            square.copy_(square.triu() + square.triu(1).T)
-            total[stop:, start:stop] = total[start:stop, stop:].T
+    """Copy the upper triangle of sums of `add_gram` to the lower one, in place, and return them."""
+    strip = _strip(total.device)
+    for start in range(0, len(total), strip):
+        stop = start + strip
+        square = total[start:stop, start:stop]
+        square.copy_(square.triu() + square.triu(1).T)
+        total[stop:, start:stop] = total[start:stop, stop:].T
     return total
+
+
+def _strip(device: torch.device) -> int:
+    return ACCELERATOR_STRIP if is_accelerator(device) else GRAM_STRIP
 
 
 def _leading_bits(values: torch.Tensor) -> torch.Tensor:

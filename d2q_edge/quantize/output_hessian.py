@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from d2q_edge.quantize.matmul import add_symmetric_product, mirrored
+from d2q_edge.quantize.matmul import add_gram, mirrored
 
 PIECE = 512
 """Rows of a piece, at most; larger ones gained nothing (measured up to 2,048)."""
@@ -59,7 +59,7 @@ class OutputHessian:
         # The fourth root of the squared norm on either side.
         scaled = gradients * gradients.square().sum(1, keepdim=True).clamp(min=TINY).pow(-0.25)
         for piece, part in zip(self.pieces, scaled.split([len(piece) for piece in self.pieces], dim=1), strict=True):
-            add_symmetric_product(piece, part, part)
+            add_gram(piece, part)
 
     def complete(self) -> "OutputHessian":
         """Complete the sums in place after the last batch, and return them."""

@@ -8,7 +8,7 @@ With X the layer's input in the quantized model and X~ that in the original mode
 
 import torch
 
-from d2q_edge.quantize.matmul import add_product, add_symmetric_product, mirrored
+from d2q_edge.quantize.matmul import add_gram, add_product, mirrored
 
 
 class InputStatistics:
@@ -24,9 +24,12 @@ class InputStatistics:
         x = quantized.reshape(-1, quantized.shape[-1])
         difference = original.reshape(x.shape) - x
         self.tokens += len(x)
-        weighted = x if weights is None else x * weights[:, None]
-        add_symmetric_product(self._XXT, weighted, x)
-        add_product(self._dXXT, difference, weighted)
+        if weights is not None:
+            # On both factors alike, so that H stays symmetric however they are rounded.
+            roots = weights.sqrt()[:, None]
+            x, difference = x * roots, difference * roots
+        add_gram(self._XXT, x)
+        add_product(self._dXXT, difference, x)
 
     @property
     def sums(self) -> list[torch.Tensor]:

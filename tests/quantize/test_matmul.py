@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from d2q_edge.quantize.matmul import (
+    ACCELERATOR_STRIP,
     GRAM_STRIP,
+    add_gram,
     add_product,
-    add_symmetric_product,
+    has_bfloat16,
     integer_product,
     matmul_precision,
     mirrored,
@@ -41,25 +43,25 @@ def test_product_with_integers_is_nearly_exact(device: str) -> None:
     assert float(((found - exact).abs() / size).max()) < 2**-20
 
 
-@pytest.mark.parametrize("columns", [8, GRAM_STRIP, 2 * GRAM_STRIP + 40])
+@pytest.mark.parametrize("columns", [8, GRAM_STRIP, 2 * GRAM_STRIP + 40, ACCELERATOR_STRIP + 200])
 @pytest.mark.parametrize("device", DEVICES)
 def test_sums_of_products(device: str, columns: int) -> None:
-    """Over two batches, symmetric ones with weights on the tokens."""
+    """Over two batches; where products are bfloat16's, only their factors are rounded, not the sums."""
+    rounded = torch.bfloat16 if has_bfloat16(torch.device(device)) else torch.float32
     generator = torch.Generator().manual_seed(0)
-    total, symmetric = torch.zeros(2, columns, columns, device=device)
-    exact, exact_symmetric = torch.zeros(2, columns, columns, dtype=torch.float64)
+    total, gram = torch.zeros(2, columns, columns, device=device)
+    exact, exact_gram = torch.zeros(2, columns, columns, dtype=torch.float64)
     for tokens in (30, 100):
         left, right = torch.randn(2, tokens, columns, generator=generator)
-        weighted = left * torch.rand(tokens, 1, generator=generator)
         add_product(total, left.to(device), right.to(device))
-        add_symmetric_product(symmetric, weighted.to(device), left.to(device))
-        exact += left.double().T @ right.double()
-        exact_symmetric += weighted.double().T @ left.double()
+        add_gram(gram, left.to(device))
+        left, right = left.to(rounded).double(), right.to(rounded).double()
+        exact += left.T @ right
+        exact_gram += left.T @ left
     torch.testing.assert_close(total.cpu().double(), exact, rtol=1e-5, atol=1e-4)
-    found = mirrored(symmetric).cpu()
-    torch.testing.assert_close(found.double(), exact_symmetric, rtol=1e-5, atol=1e-4)
-    if device == "cpu":
-        assert torch.equal(found, found.T)
+    found = mirrored(gram).cpu()
+    torch.testing.assert_close(found.double(), exact_gram, rtol=1e-5, atol=1e-4)
+    assert torch.equal(found, found.T)
 
 
 def test_precision_is_set_back() -> None:

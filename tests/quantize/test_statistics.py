@@ -18,6 +18,18 @@ def test_statistics_are_means_over_all_batches() -> None:
     torch.testing.assert_close(statistics.dXXT.double(), 2 / 300 * (y - x).T @ x, rtol=1e-4, atol=1e-4)
 
 
+def test_weights_count_tokens() -> None:
+    """A token of weight 2 counts as two; the mean is still over the number of tokens."""
+    generator = torch.Generator().manual_seed(2)
+    x, y = torch.randn(2, 50, 16, generator=generator)
+    weights = torch.rand(50, generator=generator) * 10
+    statistics = InputStatistics(16)
+    statistics.add_batch(x, y, weights)
+    weighted = weights.double()[:, None] * x.double()
+    torch.testing.assert_close(statistics.hessian.double(), 2 / 50 * x.double().T @ weighted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(statistics.dXXT.double(), 2 / 50 * (y - x).double().T @ weighted, rtol=1e-4, atol=1e-4)
+
+
 def test_sums_of_two_processes_add_up() -> None:
     x, y = torch.randn(2, 50, 8, generator=torch.Generator().manual_seed(1))
     whole, first, second = InputStatistics(8), InputStatistics(8), InputStatistics(8)

@@ -155,6 +155,16 @@ EXPERT_MODELS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
     },
     "olmoe": {"model_type": "olmoe", "num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2},
+    "lfm2moe": {
+        **LFM2,
+        "model_type": "lfm2_moe",
+        "intermediate_size": 128,
+        "moe_intermediate_size": 64,
+        "num_dense_layers": 1,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "routed_scaling_factor": 1.0,
+    },
 }
 """Mixture-of-Experts variants; the slightest numerical difference may route a token to another expert."""
 
@@ -209,6 +219,9 @@ def write_model(directory: Path, name: str, *, dtype: torch.dtype = torch.bfloat
                 parameter.copy_(0.5 * values)
             else:
                 parameter.copy_(1.5 * values / parameter.shape[1] ** 0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("expert_bias"):
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
     model.to(dtype).save_pretrained(directory)
     if type(config)().tie_word_embeddings == config.tie_word_embeddings:
         # What is the default needn't be in the file; Gemma's on the hub don't have it.

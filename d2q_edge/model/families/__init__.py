@@ -11,6 +11,7 @@ from d2q_edge.model.families.gemma3 import Gemma3
 from d2q_edge.model.families.granite import Granite
 from d2q_edge.model.families.layout import LinearGroup, RoutedExperts, Sublayer
 from d2q_edge.model.families.lfm2 import Lfm2
+from d2q_edge.model.families.lfm2_moe import Lfm2Moe
 from d2q_edge.model.families.llama import Llama
 from d2q_edge.model.families.ministral3 import Ministral3
 from d2q_edge.model.families.mistral import Mistral
@@ -42,6 +43,7 @@ FAMILIES: tuple[type[Family], ...] = (
     Qwen3p5,
     Qwen3Moe,
     Olmoe,
+    Lfm2Moe,
 )
 
 

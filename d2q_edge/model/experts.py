@@ -67,3 +67,21 @@ def separate_experts(model: nn.Module, parts: tuple[str, str, str] = PARTS) -> N
             count, hidden_size, width = parameters["down_proj"].shape
             with parameters["down_proj"].device:
                 parent.experts = Experts(Expert(hidden_size, width, fused.act_fn, parts) for _ in range(count))
+
+
+class MLPWithExperts(Expert):
+    """A gated MLP that all tokens pass, and beside it experts to which a router sends them; the outputs are added."""
+
+    def __init__(
+        self, hidden_size: int, width: int, activation: Activation, router: nn.Module, experts: nn.Module
+    ) -> None:
+        """Make the MLP; `router` and `experts` are a block's own."""
+        super().__init__(hidden_size, width, activation)
+        self.router, self.experts = router, experts
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the sum, of the shape of `hidden`, floats [..., hidden_size]."""
+        tokens = hidden.flatten(0, -2)
+        _, weights, chosen = self.router(tokens)
+        routed: torch.Tensor = self.experts(tokens, chosen, weights)
+        return super().forward(hidden) + routed.view_as(hidden)

@@ -210,7 +210,7 @@ def _working(family: Family, batch_tokens: int, processes: int, search: int) -> 
         squares = max(squares, sum(family.linear_shape(group.linears[0])[1] ** 2 for group in groups))
         shapes = {(family.linear_shape(group.linears[0])[1], group_rows(family, group)) for group in solved}
         solving = max(solving, *(SQUARES * c**2 + MATRICES * rows * c // processes for c, rows in shapes))
-    batch = batch_tokens * (HIDDEN * family.hidden_size + INNER * family.intermediate_size)
+    batch = batch_tokens * (HIDDEN * family.hidden_size + INNER * family.intermediate_size + family.scan_width)
     blocks = 2 * _largest_block(family)
     return blocks + FLOAT * max(solving, squares + batch) + search + statistics_bytes(family)
 
@@ -235,7 +235,8 @@ def _backward(family: Family, batch_tokens: int, table: int) -> int:
 
 def backward_activations(family: Family, tokens: int) -> int:
     """Return the bytes of the activations of so many tokens while a block runs backwards."""
-    return FLOAT * tokens * (GRADIENT_HIDDEN * family.hidden_size + GRADIENT_INNER * family.intermediate_size)
+    numbers = GRADIENT_HIDDEN * family.hidden_size + GRADIENT_INNER * family.intermediate_size + family.scan_width
+    return FLOAT * tokens * numbers
 
 
 def _moments(family: Family, index: int) -> int:

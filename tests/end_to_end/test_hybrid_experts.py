@@ -36,7 +36,7 @@ from tests.pipeline.common import Setup
 from tools.whole_model import WholeModel
 
 CPU = torch.device("cpu")
-NAMES = ("lfm2moe",)
+NAMES = ("lfm2moe", "granite-hybrid", "granite-hybrid-moe")
 TOKENS = np.random.default_rng(3).integers(0, 4000, (2, 100))
 FEW = Options(calibration_tokens=512, context=64)
 

@@ -9,6 +9,7 @@ from d2q_edge.model.families.base import Family
 from d2q_edge.model.families.ernie4_5 import Ernie4p5
 from d2q_edge.model.families.gemma3 import Gemma3
 from d2q_edge.model.families.granite import Granite
+from d2q_edge.model.families.granite_hybrid import GraniteHybrid
 from d2q_edge.model.families.layout import LinearGroup, RoutedExperts, Sublayer
 from d2q_edge.model.families.lfm2 import Lfm2
 from d2q_edge.model.families.lfm2_moe import Lfm2Moe
@@ -44,6 +45,7 @@ FAMILIES: tuple[type[Family], ...] = (
     Qwen3Moe,
     Olmoe,
     Lfm2Moe,
+    GraniteHybrid,
 )
 
 

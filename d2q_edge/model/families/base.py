@@ -40,6 +40,7 @@ class Family(RotaryEmbedding, ABC):
     records_default_head_dim: ClassVar[bool] = True
     # Key and value in config.json of the only activation that llama.cpp has for this architecture.
     activation: ClassVar[tuple[str, str]] = ("hidden_act", "silu")
+    records_no_experts: ClassVar[bool] = False  # Whether it writes their number even if there are none.
     norm_offset: ClassVar[float] = 0.0  # added to a norm's weight before it multiplies
     qk_norms: ClassVar[bool] = False  # whether q and k are normalized per head
     # Whether rotating the residual stream (quantize/rotation.py) leaves the model's function unchanged.
@@ -64,6 +65,7 @@ class Family(RotaryEmbedding, ABC):
     num_experts: int = 0  # experts of every block that has them; 0 where all have an ordinary MLP
     experts_per_token: int = 0  # experts that a token is routed to (top_k)
     expert_parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # names of an expert's layers
+    scan_width: int = 0  # numbers per token that a state-space layer has in memory beside what layers put out
     ignored_window: int | None = None  # tokens that the model's attention is limited to, but llama.cpp's isn't
 
     # The block's layout, where all blocks are alike; see block_groups and block_sublayers.
@@ -336,7 +338,7 @@ class Family(RotaryEmbedding, ABC):
         writer.add_head_count_kv(self._recorded_kv_heads())
         self._add_rope(writer)
         writer.add_layer_norm_rms_eps(self.norm_eps)
-        if self.num_experts:
+        if self.num_experts or self.records_no_experts:
             writer.add_expert_count(self.num_experts)
             writer.add_expert_used_count(self.experts_per_token)
         if self._records_head_dim():

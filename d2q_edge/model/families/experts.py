@@ -76,13 +76,17 @@ class MixtureOfExperts(Family):
     @classmethod
     def import_config(cls, keys: GGUFKeys) -> dict[str, Any]:
         config = super().import_config(keys)
-        config["num_experts"] = keys.whole("expert_count")
-        config["num_experts_per_tok"] = keys.whole("expert_used_count")
+        config["num_experts"] = keys.whole("expert_count", 0)
+        config["num_experts_per_tok"] = keys.whole("expert_used_count", 0)
         config["norm_topk_prob"] = cls.normalizes_top_k
         return config
 
     def _refuse_unsupported(self) -> None:
         super()._refuse_unsupported()
+        self._read_experts()
+
+    def _read_experts(self) -> None:
+        """Read how many experts there are, how wide, and how they are chosen."""
         names = [name for name in ("num_experts", "num_local_experts") if self.config.get(name) is not None]
         if len({self.config[name] for name in names}) > 1:
             raise D2QError("config.json: num_experts and num_local_experts contradict each other")

@@ -85,6 +85,8 @@ def file_weights(path: Path, family: Family) -> dict[str, torch.Tensor]:
             values -= 1
         # A convolution's kernel has one dimension less in the file.
         weights[name] = torch.from_numpy(values).reshape(family.tensor_shapes().get(name, values.shape))
+        if name.endswith("mamba.A_log"):
+            weights[name] = torch.as_tensor(family.import_values(name, weights[name]))
         if isinstance(family, GatedDeltaNet) and not name.endswith(".bias"):
             # That its order is right is seen from the logits in llama.cpp.
             imported = family.import_values(name, family.import_rows(name, weights[name]))

@@ -29,6 +29,11 @@ def assert_same_block(found: QuantizedBlock, expected: QuantizedBlock) -> None:
     assert found.metrics == expected.metrics
 
 
+def expert_linears(number: int) -> tuple[str, ...]:
+    """Gate, up and down of an expert, in most families."""
+    return tuple(f"mlp.experts.{number}.{part}_proj" for part in ("gate", "up", "down"))
+
+
 def finished_blocks(work: WorkDir, family: Family, *, refined: bool = False) -> dict[str, QuantizedBlock]:
     """The finished blocks by the prefix that makes full names of their names; "" is what follows the last block."""
     prefixes = [*(family.block_prefix(index) for index in range(family.num_layers)), ""]

@@ -84,6 +84,23 @@ QWEN35: dict[str, Any] = {
         "mrope_interleaved": True,
     },
 }
+GRANITE_HYBRID: dict[str, Any] = {
+    "model_type": "granitemoehybrid",
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+    "attention_multiplier": 0.4,
+    "embedding_multiplier": 2.0,
+    "logits_scaling": 4.0,
+    "residual_multiplier": 0.5,
+    "mamba_d_head": 32,
+    "mamba_d_state": 16,
+    "mamba_n_heads": 4,
+    "num_local_experts": 0,
+    "num_experts_per_tok": 0,
+    "position_embedding_type": "nope",
+    "shared_intermediate_size": 128,
+    "tie_word_embeddings": True,
+}
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -155,6 +172,25 @@ EXPERT_MODELS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
     },
     "olmoe": {"model_type": "olmoe", "num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2},
+    "lfm2moe": {
+        **LFM2,
+        "model_type": "lfm2_moe",
+        "intermediate_size": 128,
+        "moe_intermediate_size": 64,
+        "num_dense_layers": 1,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "routed_scaling_factor": 1.0,
+    },
+    "granite-hybrid": GRANITE_HYBRID,
+    "granite-hybrid-moe": {
+        **GRANITE_HYBRID,
+        "intermediate_size": 64,
+        "mamba_n_groups": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "tie_word_embeddings": False,
+    },
 }
 """Mixture-of-Experts variants; the slightest numerical difference may route a token to another expert."""
 
@@ -209,12 +245,22 @@ def write_model(directory: Path, name: str, *, dtype: torch.dtype = torch.bfloat
                 parameter.copy_(0.5 * values)
             else:
                 parameter.copy_(1.5 * values / parameter.shape[1] ** 0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("expert_bias"):
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
     model.to(dtype).save_pretrained(directory)
     if type(config)().tie_word_embeddings == config.tie_word_embeddings:
         # What is the default needn't be in the file; Gemma's on the hub don't have it.
         path = directory / "config.json"
         entries = json.loads(path.read_text())
         del entries["tie_word_embeddings"]
+        path.write_text(json.dumps(entries))
+    if config.model_type == "granitemoehybrid":
+        # Named as in published files, which llama.cpp's converter looks for.
+        path = directory / "config.json"
+        entries = json.loads(path.read_text())
+        names = {"linear_attention": "mamba", "full_attention": "attention"}
+        entries["layer_types"] = [names[kind] for kind in entries["layer_types"]]
         path.write_text(json.dumps(entries))
     source = EXAMPLE
     if config.model_type == "ernie4_5":

@@ -6,7 +6,7 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
-from d2q_edge.model.blocks import add_bias, empty_model, model_config
+from d2q_edge.model.blocks import add_bias, empty_model, model_config, rotary_module
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import Family
 
@@ -21,7 +21,7 @@ class WholeModel:
     def __init__(self, checkpoint: Checkpoint, family: Family, weights: Weights, device: torch.device) -> None:
         """Build the model, and load `weights` and what they leave out from the checkpoint."""
         config = model_config(checkpoint)
-        model = empty_model(config, "sdpa")
+        model = empty_model(config, "sdpa", family)
         tensors = {
             name: weights[name] if name in weights else family.arranged(name, checkpoint.tensor(name))
             for name in family.tensor_shapes()
@@ -33,8 +33,8 @@ class WholeModel:
             family.adapt_block(index, block)
         model.eval().requires_grad_(False)
         model.load_state_dict(tensors, assign=True)
-        # Rebuilt outside of the meta device, because these are computed, not loaded.
-        model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
+        if (rotary := rotary_module(model.model, config, family)) is not None:
+            setattr(model.model, family.rotary, rotary.to(device))
         if hasattr(model.model.embed_tokens, "embed_scale"):
             model.model.embed_tokens.embed_scale = torch.tensor(family.embedding_scale, device=device)
         for name in weights.keys() - tensors.keys():

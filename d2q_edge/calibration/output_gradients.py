@@ -22,7 +22,7 @@ from torch import nn
 
 from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.model.families import Family, LinearGroup
-from d2q_edge.model.families.experts import EXPERTS
+from d2q_edge.model.families.experts import dense_groups
 from d2q_edge.quantize.output_hessian import OutputHessian
 
 LOGITS = 2**28
@@ -33,17 +33,12 @@ KEPT = torch.bfloat16
 
 def guided_modules(family: Family, index: int) -> list[str]:
     """Return what gradients are measured of in block `index`: linear layers, but a mixture of experts as one."""
-    experts = EXPERTS.partition(".")[0]
-    names = [layer for layer in family.block_linears(index) if not layer.startswith(EXPERTS)]
-    return names + ([experts] if family.num_experts else [])
+    experts = family.block_experts(index)
+    names = [layer for group in dense_groups(family, index) for layer in group.linears]
+    return names + ([experts.module] if experts else [])
 
 
-def observed_groups(family: Family, index: int) -> list[LinearGroup]:
-    """Return the linear groups of block `index` whose gradients' second moments are measured: all but experts."""
-    return [group for group in family.block_groups(index) if not group.linears[0].startswith(EXPERTS)]
-
-
-def observed_rows(family: Family, group: LinearGroup) -> int:
+def group_rows(family: Family, group: LinearGroup) -> int:
     """Return the rows of a group's layers, one below the other."""
     return sum(family.linear_shape(layer)[0] for layer in group.linears)
 
@@ -97,8 +92,8 @@ def output_gradients(
             squares: dict[str, list[torch.Tensor]] = defaultdict(list)
             before = earlier(index)
             hessians: dict[tuple[str, ...], OutputHessian] = {}
-            for group in observed_groups(family, index) if observed else []:
-                known = before.get(group.linears[0], OutputHessian.zeros(observed_rows(family, group)))
+            for group in dense_groups(family, index) if observed else ():
+                known = before.get(group.linears[0], OutputHessian.zeros(group_rows(family, group)))
                 hessians[group.linears] = known.to(device)
             for number, kept in enumerate(states):
                 found, gradients[number] = _block_gradients(runner, index, block, kept.pop(), gradients[number])

@@ -48,14 +48,24 @@ def model_config(checkpoint: Checkpoint) -> Any:
     return config
 
 
-def empty_model(config: Any, attention: str) -> Any:
+def empty_model(config: Any, attention: str, family: Family) -> Any:
     """Build transformers' model without weights, with separate experts and a named attention implementation."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    separate_experts(model)
+    separate_experts(model, family.expert_parts)
     return model
+
+
+def rotary_module(model: Any, config: Any, family: Family) -> nn.Module | None:
+    """Build the rotary embedding of a model on the meta device anew: its frequencies are computed, not loaded.
+
+    `model` is transformers' base model; None where its attention knows no positions.
+    """
+    kind = type(getattr(model, family.rotary))
+    module: nn.Module | None = None if kind is type(None) else kind(config=config)
+    return module
 
 
 def add_bias(norm: nn.Module, bias: torch.Tensor) -> RemovableHandle:
@@ -64,7 +74,7 @@ def add_bias(norm: nn.Module, bias: torch.Tensor) -> RemovableHandle:
 
 
 class _InputsReached(Exception):
-    """End a forward pass at the last layer whose input was wanted."""
+    """End a forward pass at the last layer of which something was wanted."""
 
 
 class BlockRunner:
@@ -75,15 +85,15 @@ class BlockRunner:
         self.checkpoint, self.family, self.device = checkpoint, family, device
         try:
             config = model_config(checkpoint)
-            model = empty_model(config, attention_for(device))
+            model = empty_model(config, attention_for(device), family)
         except Exception as error:
             raise D2QError(f"transformers can't build the model of {checkpoint.directory} ({error})") from error
         self._reader = BlockReader(checkpoint, family, ahead=device.type == "cuda")
         self._layers = model.model.layers
         self._final_norm: nn.Module = model.get_submodule(family.final_norm)
         self._layer_types: list[str] = getattr(config, "layer_types", None) or []
-        # Rebuilt outside of the meta device, because its frequencies are computed, not loaded.
-        self._rotary: nn.Module = type(model.model.rotary_emb)(config=config).to(device)
+        rotary = rotary_module(model.model, config, family)
+        self._rotary = None if rotary is None else rotary.to(device)
         self._reader.begin(0)
 
     @property
@@ -200,6 +210,30 @@ class BlockRunner:
         with _captured_inputs(block, layers) as inputs:
             return inputs, self.sublayer_forward(block, sublayer, residual)
 
+    def routes(
+        self, block: nn.Module, sublayer: Sublayer, router: str, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what the router of a sublayer decides, without computing anything after it.
+
+        `residual` is the stream before the sublayer, float32 [windows, context, hidden].
+
+        Returns:
+            The experts' logits, float32 [tokens, experts], and the chosen experts, int64 [tokens, top_k].
+        """
+        found: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            found.append((output[0], output[2]))
+            raise _InputsReached
+
+        handle = block.get_submodule(router).register_forward_hook(keep)
+        try:
+            with suppress(_InputsReached):
+                self._run_module(block, sublayer, residual)
+        finally:
+            handle.remove()
+        return found[0]
+
     def inputs_of(self, block: nn.Module, layers: tuple[str, ...], hidden: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the inputs of some linear layers, as `trace`, without computing anything after the last of them."""
         with _captured_inputs(block, layers, stop=True) as inputs:
@@ -252,7 +286,7 @@ class BlockRunner:
         if window is not None and window < context:
             distance = positions[:, None] - positions
             mask = ((distance >= 0) & (distance < window))[None, None]
-        embeddings = self._rotary(hidden, positions[None], *kind)
+        embeddings = None if self._rotary is None else self._rotary(hidden, positions[None], *kind)
         return {"position_embeddings": embeddings, "position_ids": positions[None], "attention_mask": mask}
 
 

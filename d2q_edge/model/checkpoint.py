@@ -91,7 +91,8 @@ class Checkpoint:
         entries = {name: entries[stored] for name, stored in names.items()}
         config, entries, more = ordinary_weights(config, entries)
         if is_granite4(config):
-            config, entries = granite_config(config), granite_entries(entries)
+            config = granite_config(config)
+            entries = granite_entries(entries, dense=not is_granite4(config))
         notes += [*changes, *more]
         if EMBEDDING not in entries and HEAD in entries and family_for(config).tied_embeddings:
             entries = {EMBEDDING if name == HEAD else name: entry for name, entry in entries.items()}

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from d2q_edge.calibration.output_gradients import observed_groups, observed_rows
+from d2q_edge.calibration.output_gradients import group_rows
 from d2q_edge.formats.quantized_block import QuantizedBlock, float_array
 from d2q_edge.formats.tensor_types import F32
 from d2q_edge.model.families import Family, LinearGroup
-from d2q_edge.model.families.experts import expert_linears
+from d2q_edge.model.families.experts import dense_groups
 from d2q_edge.pipeline.context import Context, check_sums
 from d2q_edge.quantize.dsq import InputEnergy, absorb, column_scales, weight_energy
 from d2q_edge.quantize.output_hessian import OutputHessian
@@ -67,8 +67,8 @@ def output_hessians(context: Context, index: int, scales: Mapping[str, F32]) -> 
     if context.guidance is None:
         return {}
     family, device = context.family, context.device
-    groups = {group.linears[0]: group for group in observed_groups(family, index)}
-    rows = {layer: observed_rows(family, group) for layer, group in groups.items()}
+    groups = {group.linears[0]: group for group in dense_groups(family, index)}
+    rows = {layer: group_rows(family, group) for layer, group in groups.items()}
     found = context.guidance.output_hessians(index, rows, device)
     factors: dict[str, torch.Tensor] = {}
     for reader in family.block_groups(index):
@@ -116,11 +116,13 @@ def _token_shares(
     family: Family, index: int, group: LinearGroup, energies: Mapping[str, InputEnergy]
 ) -> list[torch.Tensor] | None:
     """Return the share of the tokens that each layer of a group sees; None where all see all tokens."""
-    if not _routers(family, index, group):
+    experts = family.block_experts(index)
+    if experts is None or group.norm != experts.norm:
         return None
     every = energies[group.linears[0]].tokens
-    downs = [expert_linears(number)[2] for number in range(family.num_experts)]
-    return [energies[down].tokens / every for down in downs for _ in ("gate", "up")]
+    downs = [experts.linears(number)[2] for number in range(experts.count)]
+    shares = [energies[down].tokens / every for down in downs for _ in ("gate", "up")]
+    return shares + [torch.ones_like(every)] * (len(group.linears) - len(shares))
 
 
 def _routers(family: Family, index: int, group: LinearGroup) -> tuple[str, ...]:

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from d2q_edge.model.experts import Expert
-from d2q_edge.model.families import Family, LinearGroup, Sublayer
-from d2q_edge.model.families.experts import EXPERTS, ROUTER, expert_linears
+from d2q_edge.model.families import Family, LinearGroup, RoutedExperts, Sublayer
 from d2q_edge.pipeline.context import Context, check_sums
 from d2q_edge.quantize.routing import MINIMUM_TOKENS_PER_CHANNEL, top_up
 from d2q_edge.quantize.statistics import InputStatistics
@@ -22,34 +21,35 @@ MEMORY = 2**30
 """Bytes of statistics at a time."""
 
 
-def has_experts(family: Family, sublayer: Sublayer) -> bool:
-    """Tell whether a sublayer is a mixture of experts."""
-    return bool(family.num_experts) and EXPERTS.startswith(f"{sublayer.module}.")
-
-
 def expert_statistics(
-    context: Context, index: int, sublayer: Sublayer, original: nn.Module, quantized: nn.Module
+    context: Context,
+    index: int,
+    sublayer: Sublayer,
+    experts: RoutedExperts,
+    original: nn.Module,
+    quantized: nn.Module,
 ) -> Iterator[tuple[LinearGroup, InputStatistics]]:
-    """Yield the linear groups of all experts with their statistics, see `group_statistics.sublayer_statistics`."""
+    """Yield the linear groups of all experts with their statistics, see `group_statistics.sublayer_statistics`.
+
+    `experts` are those of the sublayer.
+    """
     family = context.family
-    tokens = _choose_tokens(context, sublayer, original)
+    tokens = _choose_tokens(context, sublayer, experts, original)
     prefix = family.block_prefix(index)
     # An expert's tokens count by the gradient of what all experts together put out.
     weights = context.guidance.weights(prefix, (sublayer.module,)) if context.guidance else {}
     for chunk in _chunks(family):
 
         def collect(columns: int, inputs_of: Callable[[Expert, torch.Tensor], torch.Tensor]) -> list[InputStatistics]:
-            batches = context, sublayer, original, quantized, chunk, tokens, weights  # noqa: B023
+            batches = context, sublayer, experts, original, quantized, chunk, tokens, weights  # noqa: B023
             return _collect(*batches, columns, inputs_of)
 
         found = collect(family.hidden_size, lambda _, inputs: inputs)
         for number in chunk:
-            gate, up, _ = expert_linears(number)
-            yield LinearGroup(sublayer.norm, (gate, up)), found.pop(0)
-        found = collect(family.linear_shape(expert_linears(chunk[0])[2])[1], Expert.gated)
+            yield experts.groups(number)[0], found.pop(0)
+        found = collect(family.linear_shape(experts.linears(chunk[0])[2])[1], Expert.gated)
         for number in chunk:
-            _, up, down = expert_linears(number)
-            yield LinearGroup(None, (down,), absorber=up), found.pop(0)
+            yield experts.groups(number)[1], found.pop(0)
 
 
 def statistics_bytes(family: Family) -> int:
@@ -63,10 +63,11 @@ def routing_bytes(family: Family, tokens: int) -> int:
     return tokens * family.num_experts * (2 * 4 + 4)
 
 
-def _choose_tokens(context: Context, sublayer: Sublayer, original: nn.Module) -> dict[int, torch.Tensor]:
+def _choose_tokens(
+    context: Context, sublayer: Sublayer, experts: RoutedExperts, original: nn.Module
+) -> dict[int, torch.Tensor]:
     """Choose every expert's tokens: for every batch of this process, bool [tokens, experts] on the CPU."""
     family, streams = context.family, context.streams
-    router = original.get_submodule(ROUTER)
     sizes = [streams.original.tokens(index) for index in range(len(streams))]
     probabilities = torch.zeros(sum(sizes), family.num_experts)
     routed = torch.zeros_like(probabilities)
@@ -74,7 +75,7 @@ def _choose_tokens(context: Context, sublayer: Sublayer, original: nn.Module) ->
     for index, (likely, taken) in enumerate(batches):
         if index in streams.own:
             with context.report.timed("forward"):
-                logits, _, chosen = router(_inputs(original, sublayer, streams.original[index]))
+                logits, chosen = context.runner.routes(original, sublayer, experts.router, streams.original[index])
             likely.copy_(logits.float().softmax(-1))
             taken.scatter_(1, chosen.cpu(), 1.0)
     # Every process fills in its own tokens, so that all choose the same.
@@ -86,6 +87,7 @@ def _choose_tokens(context: Context, sublayer: Sublayer, original: nn.Module) ->
 def _collect(
     context: Context,
     sublayer: Sublayer,
+    experts: RoutedExperts,
     original: nn.Module,
     quantized: nn.Module,
     chunk: list[int],
@@ -104,12 +106,12 @@ def _collect(
             weight = weights[index].to(context.device) if weights else None
         with context.report.timed("statistics"):
             for statistics, number, own in zip(found, chunk, chosen.unbind(1), strict=True):
-                inputs = inputs_of(_expert(quantized, number), x_quantized[own])
-                wanted = inputs_of(_expert(original, number), x_original[own])
+                inputs = inputs_of(_expert(quantized, experts, number), x_quantized[own])
+                wanted = inputs_of(_expert(original, experts, number), x_original[own])
                 statistics.add_batch(inputs, wanted, None if weight is None else weight[own])
     for statistics, number in zip(found, chunk, strict=True):
         context.processes.all_reduce(statistics.sums)
-        check_sums(statistics.sums, f"{EXPERTS}{number}")
+        check_sums(statistics.sums, f"{experts.prefix}{number}")
     return found
 
 
@@ -127,12 +129,14 @@ def _chunks(family: Family) -> list[list[int]]:
 
 def _expert_bytes(family: Family) -> int:
     """Return the memory for the statistics of one expert: H and dXXT, float32."""
-    columns = max(family.linear_shape(layer)[1] for layer in expert_linears(0))
+    found = (family.block_experts(index) for index in range(family.num_layers))
+    first = next(experts for experts in found if experts is not None)
+    columns = max(family.linear_shape(layer)[1] for layer in first.linears(0))
     return 2 * 4 * columns**2
 
 
-def _expert(block: nn.Module, number: int) -> Expert:
-    expert = block.get_submodule(f"{EXPERTS}{number}")
+def _expert(block: nn.Module, experts: RoutedExperts, number: int) -> Expert:
+    expert = block.get_submodule(f"{experts.prefix}{number}")
     if not isinstance(expert, Expert):
         raise TypeError(f"expert {number} is a {type(expert).__name__}")
     return expert

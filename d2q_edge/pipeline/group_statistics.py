@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from torch import nn
 
 from d2q_edge.model.families import LinearGroup, Sublayer
+from d2q_edge.model.families.experts import dense_groups
 from d2q_edge.pipeline.context import Context, FiniteCheck, check_sums
-from d2q_edge.pipeline.expert_statistics import expert_statistics, has_experts
+from d2q_edge.pipeline.expert_statistics import expert_statistics
 from d2q_edge.quantize.statistics import InputStatistics
 
 GroupStatistics = Iterator[tuple[LinearGroup, InputStatistics]]
@@ -26,20 +27,21 @@ def sublayer_statistics(
 
     Args:
         context, index: hidden states in front of the sublayer, number of the block.
-        sublayer: of the block, dense or with experts.
+        sublayer: of the block, dense or with experts, or both.
         original, quantized: the block and its copy, in which the caller replaces the weights of each group.
 
     Raises:
         D2QError: activations are NaN or infinite, or too large.
     """
-    if has_experts(context.family, sublayer):
-        yield from expert_statistics(context, index, sublayer, original, quantized)
-        _advance_original(context, index, sublayer, original)
-        return
-    groups = context.family.sublayer_groups(index, sublayer)
+    family, experts = context.family, context.family.block_experts(index)
+    routed = experts is not None and experts.module == sublayer.module
+    groups = [group for group in dense_groups(family, index) if group.linears[0].startswith(f"{sublayer.module}.")]
     for group in groups:
-        name = f"{context.family.block_prefix(index)}{group.linears[0]}"
-        yield group, _dense_statistics(context, name, sublayer, group, original, quantized, advance=group is groups[-1])
+        name, advance = f"{family.block_prefix(index)}{group.linears[0]}", group is groups[-1] and not routed
+        yield group, _dense_statistics(context, name, sublayer, group, original, quantized, advance=advance)
+    if experts is not None and routed:
+        yield from expert_statistics(context, index, sublayer, experts, original, quantized)
+        _advance_original(context, index, sublayer, original)
 
 
 def _dense_statistics(

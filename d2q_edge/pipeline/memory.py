@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 from d2q_edge.calibration.hidden_states import DTYPE, Place
-from d2q_edge.calibration.output_gradients import LOGITS, guided_modules, kept_bytes, observed_groups, observed_rows
+from d2q_edge.calibration.output_gradients import LOGITS, group_rows, guided_modules, kept_bytes
 from d2q_edge.errors import D2QError
 from d2q_edge.formats import k_quants
-from d2q_edge.model.families import Family, LinearGroup
-from d2q_edge.model.families.experts import EXPERTS
+from d2q_edge.model.families import Family
+from d2q_edge.model.families.experts import dense_groups, solved_groups
 from d2q_edge.pipeline.expert_statistics import routing_bytes, statistics_bytes
 from d2q_edge.quantize.output_hessian import piece_sizes
 from d2q_edge.utils.machine import available_memory
@@ -205,11 +205,12 @@ def _at_least(size: int) -> str:
 def _working(family: Family, batch_tokens: int, processes: int, search: int) -> int:
     """Return the bytes that quantizing a block takes on the computing device, without the hidden states."""
     solving = squares = 0
-    for groups in dict.fromkeys(family.block_groups(index) for index in range(family.num_layers)):
-        shapes = [(family.linear_shape(group.linears[0])[1], group_rows(family, group)) for group in groups]
-        squares = max(squares, sum(columns**2 for columns, _ in shapes))
+    every = ((family.block_groups(index), solved_groups(family, index)) for index in range(family.num_layers))
+    for groups, solved in dict.fromkeys(every):
+        squares = max(squares, sum(family.linear_shape(group.linears[0])[1] ** 2 for group in groups))
+        shapes = {(family.linear_shape(group.linears[0])[1], group_rows(family, group)) for group in solved}
         solving = max(solving, *(SQUARES * c**2 + MATRICES * rows * c // processes for c, rows in shapes))
-    batch = batch_tokens * (HIDDEN * family.hidden_size + INNER * family.intermediate_size)
+    batch = batch_tokens * (HIDDEN * family.hidden_size + INNER * family.intermediate_size + family.scan_width)
     blocks = 2 * _largest_block(family)
     return blocks + FLOAT * max(solving, squares + batch) + search + statistics_bytes(family)
 
@@ -224,8 +225,7 @@ def _widest_inner_input(family: Family) -> int:
 def _backward(family: Family, batch_tokens: int, table: int) -> int:
     """Return the bytes that running a block, or the lm_head, backwards takes on the computing device."""
     rows = max(
-        sum(family.linear_shape(layer)[0] for layer in family.block_linears(index) if not layer.startswith(EXPERTS))
-        for index in range(family.num_layers)
+        sum(group_rows(family, group) for group in dense_groups(family, index)) for index in range(family.num_layers)
     )
     # Output gradients of all layers, and those of a group side by side, weighted; the moments twice where they add up.
     observed = 2 * batch_tokens * rows + 2 * max(_moments(family, index) for index in range(family.num_layers))
@@ -235,19 +235,14 @@ def _backward(family: Family, batch_tokens: int, table: int) -> int:
 
 def backward_activations(family: Family, tokens: int) -> int:
     """Return the bytes of the activations of so many tokens while a block runs backwards."""
-    return FLOAT * tokens * (GRADIENT_HIDDEN * family.hidden_size + GRADIENT_INNER * family.intermediate_size)
+    numbers = GRADIENT_HIDDEN * family.hidden_size + GRADIENT_INNER * family.intermediate_size + family.scan_width
+    return FLOAT * tokens * numbers
 
 
 def _moments(family: Family, index: int) -> int:
     """Return the number of elements of the output Hessians of block `index`."""
-    groups = observed_groups(family, index)
-    return sum(size**2 for group in groups for size in piece_sizes(observed_rows(family, group)))
-
-
-def group_rows(family: Family, group: LinearGroup) -> int:
-    """Return the rows that are quantized together; of experts, one expert's gate and up."""
-    rows = sum(family.linear_shape(name)[0] for name in group.linears)
-    return rows // family.num_experts if group.norm is not None and group.linears[0].startswith(EXPERTS) else rows
+    groups = dense_groups(family, index)
+    return sum(size**2 for group in groups for size in piece_sizes(group_rows(family, group)))
 
 
 def _largest_block(family: Family) -> int:

@@ -13,14 +13,14 @@ from functools import partial
 
 import torch
 
+from d2q_edge.calibration.output_gradients import group_rows
 from d2q_edge.distributed.process_group import SINGLE_PROCESS
 from d2q_edge.formats import tensor_types
 from d2q_edge.model.families import Family, LinearGroup, Sublayer
-from d2q_edge.model.families.experts import EXPERTS
+from d2q_edge.model.families.experts import solved_groups
 from d2q_edge.options import Options
 from d2q_edge.pipeline.column_scaling import ENERGY_BATCH_STRIDE
 from d2q_edge.pipeline.guidance import OUTPUT_TOKENS
-from d2q_edge.pipeline.memory import group_rows
 from d2q_edge.pipeline.solver import GroupSolver
 from d2q_edge.pipeline.type_plan import TypePlan
 from d2q_edge.quantize.matmul import has_bfloat16, is_accelerator, matmul_precision
@@ -123,23 +123,21 @@ def estimate(family: Family, types: TypePlan, tokens: int, context: int, options
     forward = statistics = solving = whole = observed = 0.0
     for index in range(family.num_layers):
         sublayers = family.block_sublayers(index)
-        groups = {sublayer: family.sublayer_groups(index, sublayer) for sublayer in sublayers}
-        costs = [_sublayer_products(family, sublayer, groups[sublayer], tokens, context) for sublayer in sublayers]
+        costs = [_sublayer_products(family, index, sublayer, tokens, context) for sublayer in sublayers]
         # Both models pass once, and the original's sublayers before a corrected norm once more.
         forward += 2 * sum(costs) + (sum(costs[:-1]) if options.dac else 0)
         forward += sum(costs) / ENERGY_BATCH_STRIDE if options.dsq else 0
         whole += sum(costs)
-        for group in family.block_groups(index):
-            columns, share = family.linear_shape(group.linears[0])[1], _token_share(family, group, tokens)
-            copies = family.num_experts if group.linears[0].startswith(EXPERTS) and group.norm is not None else 1
+        for group in solved_groups(family, index):
+            columns, share = family.linear_shape(group.linears[0])[1], _token_share(family, index, group, tokens)
             moments = 1.5 + (0.5 / ENERGY_BATCH_STRIDE if options.dsq else 0)
-            statistics += copies * share * tokens * columns**2 * moments
+            statistics += share * tokens * columns**2 * moments
             kind = types.linears[f"{family.block_prefix(index)}{group.linears[0]}.weight"]
             rows = group_rows(family, group)
             if kind in speed.search:
-                solving += copies * _solving_products(rows, columns) / speed.products
-                solving += copies * rows * columns * speed.search[kind]
-                if options.guidance and not group.linears[0].startswith(EXPERTS):
+                solving += _solving_products(rows, columns) / speed.products
+                solving += rows * columns * speed.search[kind]
+                if options.guidance and not _is_expert(family, index, group):
                     # Output Hessians, and the shifts of the rows still to come: half of each is zero or symmetric.
                     halves = sum(size**2 for size in piece_sizes(rows)) / 2
                     observed += halves * min(tokens, OUTPUT_TOKENS)
@@ -156,24 +154,28 @@ def estimate(family: Family, types: TypePlan, tokens: int, context: int, options
     return TimePlan(phases)
 
 
-def _sublayer_products(
-    family: Family, sublayer: Sublayer, groups: Iterable[LinearGroup], tokens: int, context: int
-) -> float:
+def _sublayer_products(family: Family, index: int, sublayer: Sublayer, tokens: int, context: int) -> float:
     """Return the multiplications of running all tokens through a sublayer once."""
     products = 0.0
-    for group in groups:
-        for layer in group.linears:
-            share = _token_share(family, group, tokens)
-            products += share * tokens * math.prod(family.linear_shape(layer))
+    for group in solved_groups(family, index):
+        if group.linears[0].startswith(f"{sublayer.module}."):
+            share = _token_share(family, index, group, tokens)
+            products += share * tokens * sum(math.prod(family.linear_shape(layer)) for layer in group.linears)
     if sublayer.module == "self_attn":
         # A token sees half of the window on average.
         products += ATTENTION * tokens * context * family.num_heads * family.head_dim
     return products
 
 
-def _token_share(family: Family, group: LinearGroup, tokens: int) -> float:
+def _is_expert(family: Family, index: int, group: LinearGroup) -> bool:
+    """Tell whether a group of block `index` is an expert's."""
+    experts = family.block_experts(index)
+    return experts is not None and group.linears[0].startswith(experts.prefix)
+
+
+def _token_share(family: Family, index: int, group: LinearGroup, tokens: int) -> float:
     """Return the share of the tokens that a group's layers see; experts see their own, or the fewest that they need."""
-    if not group.linears[0].startswith(EXPERTS):
+    if not _is_expert(family, index, group):
         return 1.0
     least = MINIMUM_TOKENS_PER_CHANNEL * family.hidden_size / tokens
     return min(1.0, max(family.experts_per_token / family.num_experts, least))

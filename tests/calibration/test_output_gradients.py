@@ -9,13 +9,26 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from d2q_edge.calibration import output_gradients
-from d2q_edge.calibration.output_gradients import guided_modules, observed_groups
+from d2q_edge.calibration.output_gradients import guided_modules
 from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
+from d2q_edge.model.families.experts import dense_groups
 from tests.family_models import write_model
 
-NAMES = ("llama3", "qwen2", "gemma3", "phi4-mini", "granite", "ministral3", "olmo3", "lfm2", "qwen3.5", "qwen3moe")
+NAMES = (
+    "llama3",
+    "qwen2",
+    "gemma3",
+    "phi4-mini",
+    "granite",
+    "ministral3",
+    "olmo3",
+    "lfm2",
+    "qwen3.5",
+    "qwen3moe",
+    "lfm2moe",
+)
 TOKENS = torch.randint(0, 4000, (5, 24), generator=torch.Generator().manual_seed(0))
 
 
@@ -59,7 +72,7 @@ def test_as_autograd(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch)
             squares = gradients[prefix + module].square().mean(-1)
             assert [len(part) for part in found] == [3 * 24, 2 * 24]
             torch.testing.assert_close(torch.cat(found).double(), squares, rtol=2e-3, atol=1e-4 * float(squares.max()))
-        groups = observed_groups(family, block.index)
+        groups = dense_groups(family, block.index)
         assert list(block.hessians) == [group.linears[0] for group in groups]
         assert groups or name == "qwen3moe"
         for group in groups:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -74,6 +75,8 @@ def file_weights(path: Path, family: Family) -> dict[str, torch.Tensor]:
         if family.gguf_name(name) not in file.tensors:
             continue
         values = np.array(file.dequantize(family.gguf_name(name)), np.float32)
+        if expert := re.search(r"\.experts\.(\d+)\.", name):
+            values = values[int(expert[1])]
         heads = {"q_proj": family.num_heads, "k_proj": family.num_kv_heads}.get(name.split(".")[-2])
         if isinstance(family, Llama) and heads is not None:
             pairs = values.reshape(heads, family.head_dim // 2, 2, *values.shape[1:])
@@ -82,6 +85,8 @@ def file_weights(path: Path, family: Family) -> dict[str, torch.Tensor]:
             values -= 1
         # A convolution's kernel has one dimension less in the file.
         weights[name] = torch.from_numpy(values).reshape(family.tensor_shapes().get(name, values.shape))
+        if name.endswith("mamba.A_log"):
+            weights[name] = torch.as_tensor(family.import_values(name, weights[name]))
         if isinstance(family, GatedDeltaNet) and not name.endswith(".bias"):
             # That its order is right is seen from the logits in llama.cpp.
             imported = family.import_values(name, family.import_rows(name, weights[name]))

@@ -218,6 +218,7 @@ def test_what_a_cuda_graph_can_hold(
     real = runner_for(path)
     runner.family, runner._rotary = real.family, real._rotary
     if options:
+        assert runner._rotary is not None
         runner._rotary.rope_type = options["rope_scaling"]["rope_type"]
     assert runner.capturable == expected
     assert not real.capturable, "it is on a CPU"

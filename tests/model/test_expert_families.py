@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from d2q_edge.errors import D2QError
-from d2q_edge.model.families import Family, family_for
-from d2q_edge.model.families.experts import expert_linears
+from d2q_edge.model.families import Family, LinearGroup, family_for
+from d2q_edge.model.families.experts import dense_groups, solved_groups
 from d2q_edge.pipeline.type_plan import choosable, plan_types, rounding_types
 from tests.checkpoints import BASE_CONFIG, EXPERTS_CONFIG
 
@@ -119,8 +119,13 @@ def test_linear_groups() -> None:
     assert output.absorber == "self_attn.v_proj"
     assert experts.norm == "post_attention_layernorm"
     assert len(experts.linears) == 16
-    assert expert_linears(3) == tuple(f"mlp.experts.3.{part}_proj" for part in ("gate", "up", "down"))
-    assert set(expert_linears(3)[:2]) < set(experts.linears)
+    layout = family.block_experts(0)
+    assert layout is not None and layout.router in family.block_routers(0)
+    assert layout.linears(3) == tuple(f"mlp.experts.3.{part}_proj" for part in ("gate", "up", "down"))
+    assert set(layout.linears(3)[:2]) < set(experts.linears)
+    assert dense_groups(family, 0) == (inputs, output)
+    assert solved_groups(family, 0)[2:4] == (LinearGroup(experts.norm, layout.linears(0)[:2]), downs[0])
+    assert len(solved_groups(family, 0)) == 2 + 2 * 8
     assert [(group.linears, group.absorber) for group in downs] == [
         ((f"mlp.experts.{i}.down_proj",), f"mlp.experts.{i}.up_proj") for i in range(8)
     ]

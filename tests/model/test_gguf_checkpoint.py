@@ -160,6 +160,7 @@ def test_any_other_rope_factors(file: Path, tmp_path: Path) -> None:
     source = changed(file, tmp_path / "in.gguf", tensors={"rope_freqs.weight": factors})
     checkpoint = Checkpoint.open(source)
     rotary = BlockRunner(checkpoint, family_for(checkpoint.config), CPU)._rotary
+    assert rotary is not None
     exponents = torch.arange(0, 16, 2).float() / 16
     for length in (10, 500):
         positions = torch.arange(length)[None]

@@ -17,7 +17,6 @@ from d2q_edge.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import family_for
-from d2q_edge.model.families.experts import expert_linears
 from d2q_edge.model.rotated_checkpoint import RotatedCheckpoint
 from d2q_edge.options import Options
 from d2q_edge.pipeline import expert_statistics
@@ -29,7 +28,7 @@ from d2q_edge.pipeline.report import Report
 from d2q_edge.pipeline.work_dir import WorkDir
 from d2q_edge.quantize.dsq import InputEnergy, column_scales
 from tests.availability import require_runtime
-from tests.blocks import assert_same_block
+from tests.blocks import assert_same_block, expert_linears
 from tests.checkpoints import BASE_CONFIG, FAMILY_CONFIG
 from tests.export.test_expert_export import file_logits, log_probabilities
 from tests.model.test_expert_families import REAL

@@ -24,6 +24,7 @@ MORE = {
     "LFM2-700M": 742_489_344,
     "LFM2-1.2B": 1_170_340_608,
     "LFM2-2.6B": 2_569_272_320,
+    "LFM2-8B-A1B": 8_339_930_560,
 }
 """Parameters of models that are not in real_configs.py."""
 

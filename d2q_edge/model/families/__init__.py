@@ -9,8 +9,10 @@ from d2q_edge.model.families.base import Family
 from d2q_edge.model.families.ernie4_5 import Ernie4p5
 from d2q_edge.model.families.gemma3 import Gemma3
 from d2q_edge.model.families.granite import Granite
-from d2q_edge.model.families.layout import LinearGroup, Sublayer
+from d2q_edge.model.families.granite_hybrid import GraniteHybrid
+from d2q_edge.model.families.layout import LinearGroup, RoutedExperts, Sublayer
 from d2q_edge.model.families.lfm2 import Lfm2
+from d2q_edge.model.families.lfm2_moe import Lfm2Moe
 from d2q_edge.model.families.llama import Llama
 from d2q_edge.model.families.ministral3 import Ministral3
 from d2q_edge.model.families.mistral import Mistral
@@ -23,7 +25,7 @@ from d2q_edge.model.families.qwen3_5 import Qwen3p5
 from d2q_edge.model.families.qwen3_moe import Qwen3Moe
 from d2q_edge.model.families.smollm3 import SmolLM3
 
-__all__ = ["FAMILIES", "Family", "LinearGroup", "Sublayer", "family_for", "family_of_file"]
+__all__ = ["FAMILIES", "Family", "LinearGroup", "RoutedExperts", "Sublayer", "family_for", "family_of_file"]
 
 FAMILIES: tuple[type[Family], ...] = (
     Llama,
@@ -42,6 +44,8 @@ FAMILIES: tuple[type[Family], ...] = (
     Qwen3p5,
     Qwen3Moe,
     Olmoe,
+    Lfm2Moe,
+    GraniteHybrid,
 )
 
 

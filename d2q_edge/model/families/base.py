@@ -16,7 +16,7 @@ from torch import nn
 
 from d2q_edge.errors import D2QError
 from d2q_edge.model.families.gguf_keys import GGUFKeys
-from d2q_edge.model.families.layout import LinearGroup, Sublayer
+from d2q_edge.model.families.layout import LinearGroup, RoutedExperts, Sublayer
 from d2q_edge.model.families.rope import RotaryEmbedding
 
 MAX_LAYERS = 10_000  # more than any model has: a config.json must not make us build names forever
@@ -40,6 +40,7 @@ class Family(RotaryEmbedding, ABC):
     records_default_head_dim: ClassVar[bool] = True
     # Key and value in config.json of the only activation that llama.cpp has for this architecture.
     activation: ClassVar[tuple[str, str]] = ("hidden_act", "silu")
+    records_no_experts: ClassVar[bool] = False  # Whether it writes their number even if there are none.
     norm_offset: ClassVar[float] = 0.0  # added to a norm's weight before it multiplies
     qk_norms: ClassVar[bool] = False  # whether q and k are normalized per head
     # Whether rotating the residual stream (quantize/rotation.py) leaves the model's function unchanged.
@@ -61,8 +62,10 @@ class Family(RotaryEmbedding, ABC):
     embedding_scale: float = 1.0  # factor of the embeddings in front of the first block
     residual_scale: float = 1.0  # factor of what every sublayer adds to the residual stream
     logit_scale: float = 1.0  # factor of what the head puts out
-    num_experts: int = 0  # experts of every block; 0 where it has an ordinary MLP
+    num_experts: int = 0  # experts of every block that has them; 0 where all have an ordinary MLP
     experts_per_token: int = 0  # experts that a token is routed to (top_k)
+    expert_parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # names of an expert's layers
+    scan_width: int = 0  # numbers per token that a state-space layer has in memory beside what layers put out
     ignored_window: int | None = None  # tokens that the model's attention is limited to, but llama.cpp's isn't
 
     # The block's layout, where all blocks are alike; see block_groups and block_sublayers.
@@ -79,6 +82,7 @@ class Family(RotaryEmbedding, ABC):
     embedding: ClassVar[str] = "model.embed_tokens"
     final_norm: ClassVar[str] = "model.norm"
     head: ClassVar[str] = "lm_head"
+    rotary: ClassVar[str] = "rotary_emb"  # in transformers' model, which may have None there
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         """Read the config; raise D2QError if a setting is missing or invalid, or the GGUF can't express it."""
@@ -118,6 +122,10 @@ class Family(RotaryEmbedding, ABC):
     def block_sublayers(self, index: int) -> tuple[Sublayer, ...]:
         """Return the sublayers of block `index`, in forward order."""
         return self.sublayers
+
+    def block_experts(self, index: int) -> RoutedExperts | None:
+        """Return the experts of block `index`, if it has them; they are the same in all blocks that do."""
+        return None
 
     def block_linears(self, index: int) -> tuple[str, ...]:
         """Return all linear layers of block `index` that are quantized, in forward order, relative to the block."""
@@ -330,7 +338,7 @@ class Family(RotaryEmbedding, ABC):
         writer.add_head_count_kv(self._recorded_kv_heads())
         self._add_rope(writer)
         writer.add_layer_norm_rms_eps(self.norm_eps)
-        if self.num_experts:
+        if self.num_experts or self.records_no_experts:
             writer.add_expert_count(self.num_experts)
             writer.add_expert_used_count(self.experts_per_token)
         if self._records_head_dim():

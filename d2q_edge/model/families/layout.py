@@ -1,4 +1,4 @@
-"""Describe which layers of a decoder block are quantized together, and which are residual branches."""
+"""Describe the layers of a decoder block that are quantized together, its residual branches, its experts."""
 
 from dataclasses import dataclass
 
@@ -29,3 +29,33 @@ class Sublayer:
     module: str
     norm: str | None  # None where the module reads the residual stream as it is
     output_norm: str | None = None  # None where the module's output is added as it is
+
+
+@dataclass(frozen=True)
+class RoutedExperts:
+    """The experts of a block, gated MLPs of one shape, to some of which a router sends each token.
+
+    Names are relative to the block, those of the parts relative to an expert.
+    """
+
+    module: str  # of the sublayer that has the router and, as its `experts`, the experts
+    router: str
+    norm: str  # in front of router and experts
+    count: int
+    parts: tuple[str, str, str]  # gate, up and down
+    shared: tuple[str, ...] = ()  # gate, up and down of an MLP beside them, which all tokens pass
+
+    @property
+    def prefix(self) -> str:
+        """Return what the names of all experts' layers begin with."""
+        return f"{self.module}.experts."
+
+    def linears(self, number: int) -> tuple[str, str, str]:
+        """Return the names of an expert's gate, up and down."""
+        gate, up, down = (f"{self.prefix}{number}.{part}" for part in self.parts)
+        return gate, up, down
+
+    def groups(self, number: int) -> tuple[LinearGroup, LinearGroup]:
+        """Return the linear groups of an expert, which is quantized by itself."""
+        gate, up, down = self.linears(number)
+        return LinearGroup(self.norm, (gate, up)), LinearGroup(None, (down,), absorber=up)

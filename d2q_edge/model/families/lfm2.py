@@ -8,7 +8,7 @@ So the columns of out_proj are proportional to the rows of x, which absorb their
 channel, stays f32.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import gguf
 import numpy as np
@@ -42,7 +42,7 @@ GROUPS = {
 class Lfm2(Family):
     """Lfm2ForCausalLM."""
 
-    architectures = ("Lfm2ForCausalLM", "LFM2ForCausalLM")
+    architectures: ClassVar[tuple[str, ...]] = ("Lfm2ForCausalLM", "LFM2ForCausalLM")
     model_type = "lfm2"
     gguf_arch = "lfm2"
     records_default_head_dim = False

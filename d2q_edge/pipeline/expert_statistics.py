@@ -46,7 +46,7 @@ def expert_statistics(
         for number in chunk:
             gate, up, _ = expert_linears(number)
             yield LinearGroup(sublayer.norm, (gate, up)), found.pop(0)
-        found = collect(family.linear_shape(expert_linears(chunk[0])[2])[1], Expert.gated)
+        found = collect(family.linear_shape(index, expert_linears(chunk[0])[2])[1], Expert.gated)
         for number in chunk:
             _, up, down = expert_linears(number)
             yield LinearGroup(None, (down,), absorber=up), found.pop(0)
@@ -127,7 +127,7 @@ def _chunks(family: Family) -> list[list[int]]:
 
 def _expert_bytes(family: Family) -> int:
     """Return the memory for the statistics of one expert: H and dXXT, float32."""
-    columns = max(family.linear_shape(layer)[1] for layer in expert_linears(0))
+    columns = max(family.linear_shape(0, layer)[1] for layer in expert_linears(0))
     return 2 * 4 * columns**2
 
 

@@ -38,13 +38,13 @@ def sublayer_statistics(
         return
     groups = context.family.sublayer_groups(index, sublayer)
     for group in groups:
-        name = f"{context.family.block_prefix(index)}{group.linears[0]}"
-        yield group, _dense_statistics(context, name, sublayer, group, original, quantized, advance=group is groups[-1])
+        last = group is groups[-1]
+        yield group, _dense_statistics(context, index, sublayer, group, original, quantized, advance=last)
 
 
 def _dense_statistics(
     context: Context,
-    name: str,
+    index: int,
     sublayer: Sublayer,
     group: LinearGroup,
     original: nn.Module,
@@ -54,9 +54,10 @@ def _dense_statistics(
 ) -> InputStatistics:
     """Collect one group's statistics; with `advance` the same pass moves the original's hidden states on."""
     runner, streams, layer = context.runner, context.streams, group.linears[0]
-    statistics = InputStatistics(context.family.linear_shape(layer)[1], context.device)
+    statistics = InputStatistics(context.family.linear_shape(index, layer)[1], context.device)
     check = FiniteCheck(context.device)
-    prefix = name.removesuffix(layer)
+    prefix = context.family.block_prefix(index)
+    name = f"{prefix}{layer}"
     weights = context.guidance.weights(prefix, group.linears) if context.guidance else {}
     last = advance and group.norm is None and runner.puts_out(original, sublayer, layer)
     context.kept.begin(layer)

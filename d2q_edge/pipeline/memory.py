@@ -122,7 +122,7 @@ def plan_memory(
     Raises:
         D2QError: it doesn't fit in the memory (or the limit), the GPU's memory, or on the disk.
     """
-    streams = (3 if refine else 2) * math.ceil(tokens / processes) * family.hidden_size * DTYPE.itemsize
+    streams = (3 if refine else 2) * math.ceil(tokens / processes) * family.stream_width * DTYPE.itemsize
     working = _working(family, batch_tokens, processes, CUDA_SEARCH if device.type == "cuda" else SEARCH)
     if refine:
         working = max(working, _tuning(family, batch_tokens))
@@ -205,26 +205,38 @@ def _at_least(size: int) -> str:
 def _working(family: Family, batch_tokens: int, processes: int, search: int) -> int:
     """Return the bytes that quantizing a block takes on the computing device, without the hidden states."""
     solving = squares = 0
-    for groups in dict.fromkeys(family.block_groups(index) for index in range(family.num_layers)):
-        shapes = [(family.linear_shape(group.linears[0])[1], group_rows(family, group)) for group in groups]
+    for index in range(family.num_layers):
+        shapes = [
+            (family.linear_shape(index, group.linears[0])[1], group_rows(family, index, group))
+            for group in family.block_groups(index)
+        ]
         squares = max(squares, sum(columns**2 for columns, _ in shapes))
         solving = max(solving, *(SQUARES * c**2 + MATRICES * rows * c // processes for c, rows in shapes))
-    batch = batch_tokens * (HIDDEN * family.hidden_size + INNER * family.intermediate_size)
+    batch = batch_tokens * (HIDDEN * family.stream_width + INNER * _widest(family))
     blocks = 2 * _largest_block(family)
     return blocks + FLOAT * max(solving, squares + batch) + search + statistics_bytes(family)
 
 
 def _widest_inner_input(family: Family) -> int:
     """Return the most columns of a layer that reads what other layers of its sublayer put out."""
-    groups = [group for index in range(family.num_layers) for group in family.block_groups(index)]
-    inner = [group.linears[0] for group in groups if group.norm is None and not group.reads_stream]
-    return max((family.linear_shape(layer)[1] for layer in inner), default=0)
+    widths = (
+        family.linear_shape(index, group.linears[0])[1]
+        for index in range(family.num_layers)
+        for group in family.block_groups(index)
+        if group.norm is None and not group.reads_stream
+    )
+    return max(widths, default=0)
+
+
+def _widest(family: Family) -> int:
+    """Return the width of the widest feed-forward layers; some blocks' may be wider than config.json says."""
+    return max(family.intermediate_size, _widest_inner_input(family))
 
 
 def _backward(family: Family, batch_tokens: int, table: int) -> int:
     """Return the bytes that running a block, or the lm_head, backwards takes on the computing device."""
     rows = max(
-        sum(family.linear_shape(layer)[0] for layer in family.block_linears(index) if not layer.startswith(EXPERTS))
+        sum(observed_rows(family, index, group) for group in observed_groups(family, index))
         for index in range(family.num_layers)
     )
     # Output gradients of all layers, and those of a group side by side, weighted; the moments twice where they add up.
@@ -235,18 +247,18 @@ def _backward(family: Family, batch_tokens: int, table: int) -> int:
 
 def backward_activations(family: Family, tokens: int) -> int:
     """Return the bytes of the activations of so many tokens while a block runs backwards."""
-    return FLOAT * tokens * (GRADIENT_HIDDEN * family.hidden_size + GRADIENT_INNER * family.intermediate_size)
+    return FLOAT * tokens * (GRADIENT_HIDDEN * family.stream_width + GRADIENT_INNER * _widest(family))
 
 
 def _moments(family: Family, index: int) -> int:
     """Return the number of elements of the output Hessians of block `index`."""
     groups = observed_groups(family, index)
-    return sum(size**2 for group in groups for size in piece_sizes(observed_rows(family, group)))
+    return sum(size**2 for group in groups for size in piece_sizes(observed_rows(family, index, group)))
 
 
-def group_rows(family: Family, group: LinearGroup) -> int:
-    """Return the rows that are quantized together; of experts, one expert's gate and up."""
-    rows = sum(family.linear_shape(name)[0] for name in group.linears)
+def group_rows(family: Family, index: int, group: LinearGroup) -> int:
+    """Return the rows of block `index` that are quantized together; of experts, one expert's gate and up."""
+    rows = sum(family.linear_shape(index, name)[0] for name in group.linears)
     return rows // family.num_experts if group.norm is not None and group.linears[0].startswith(EXPERTS) else rows
 
 

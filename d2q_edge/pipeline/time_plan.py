@@ -121,19 +121,18 @@ def estimate(family: Family, types: TypePlan, tokens: int, context: int, options
     forward = statistics = solving = whole = observed = 0.0
     for index in range(family.num_layers):
         sublayers = family.block_sublayers(index)
-        groups = {sublayer: family.sublayer_groups(index, sublayer) for sublayer in sublayers}
-        costs = [_sublayer_products(family, sublayer, groups[sublayer], tokens, context) for sublayer in sublayers]
+        costs = [_sublayer_products(family, index, sublayer, tokens, context) for sublayer in sublayers]
         # Both models pass once, and the original's sublayers before a corrected norm once more.
         forward += 2 * sum(costs) + (sum(costs[:-1]) if options.dac else 0)
         forward += sum(costs) / ENERGY_BATCH_STRIDE if options.dsq else 0
         whole += sum(costs)
         for group in family.block_groups(index):
-            columns, share = family.linear_shape(group.linears[0])[1], _token_share(family, group, tokens)
+            columns, share = family.linear_shape(index, group.linears[0])[1], _token_share(family, group, tokens)
             copies = family.num_experts if group.linears[0].startswith(EXPERTS) and group.norm is not None else 1
             moments = 1.5 + (0.5 / ENERGY_BATCH_STRIDE if options.dsq else 0)
             statistics += copies * share * tokens * columns**2 * moments
             kind = types.linears[f"{family.block_prefix(index)}{group.linears[0]}.weight"]
-            rows = group_rows(family, group)
+            rows = group_rows(family, index, group)
             if kind in speed.search:
                 solving += copies * _solving_products(rows, columns) / speed.products
                 solving += copies * rows * columns * speed.search[kind]
@@ -154,15 +153,13 @@ def estimate(family: Family, types: TypePlan, tokens: int, context: int, options
     return TimePlan(phases)
 
 
-def _sublayer_products(
-    family: Family, sublayer: Sublayer, groups: Iterable[LinearGroup], tokens: int, context: int
-) -> float:
+def _sublayer_products(family: Family, index: int, sublayer: Sublayer, tokens: int, context: int) -> float:
     """Return the multiplications of running all tokens through a sublayer once."""
     products = 0.0
-    for group in groups:
+    for group in family.sublayer_groups(index, sublayer):
         for layer in group.linears:
             share = _token_share(family, group, tokens)
-            products += share * tokens * math.prod(family.linear_shape(layer))
+            products += share * tokens * math.prod(family.linear_shape(index, layer))
     if sublayer.module == "self_attn":
         # A token sees half of the window on average.
         products += ATTENTION * tokens * context * family.num_heads * family.head_dim

@@ -124,7 +124,7 @@ def test_settings_of_some_models() -> None:
     assert (gemma.tied_embeddings, gemma.norm_offset, gemma.can_rotate) == (True, 1.0, False)
     assert gemma.sublayers[1] == Sublayer("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm")
     assert make("SmolLM3-3B").tied_embeddings
-    assert make("Phi-4-mini").linear_shape("self_attn.qkv_proj") == (5120, 3072)
+    assert make("Phi-4-mini").linear_shape(0, "self_attn.qkv_proj") == (5120, 3072)
     assert make("Phi-3-mini-4k").can_rotate and make("Phi-3-mini-4k").extra_tensors() == {}
 
 
@@ -143,9 +143,9 @@ def test_what_is_noted() -> None:
 def test_columns_of_o_and_down_come_from_rows_of_fused_layers() -> None:
     family = make("Phi-3-mini-4k", hidden_size=24, num_attention_heads=6, num_key_value_heads=2)
     # 24 rows of q, 8 of k, then v: heads of 4, each serving 3 heads of q.
-    assert family.absorber_rows("self_attn.qkv_proj").tolist() == [32, 33, 34, 35] * 3 + [36, 37, 38, 39] * 3
+    assert family.absorber_rows(0, "self_attn.qkv_proj").tolist() == [32, 33, 34, 35] * 3 + [36, 37, 38, 39] * 3
     family = make("Phi-3-mini-4k", intermediate_size=3)
-    assert family.absorber_rows("mlp.gate_up_proj").tolist() == [3, 4, 5]
+    assert family.absorber_rows(0, "mlp.gate_up_proj").tolist() == [3, 4, 5]
 
 
 def test_gemmas_norms_get_their_one_in_the_file() -> None:
@@ -265,7 +265,7 @@ def test_value_heads_of_delta_net_by_hand() -> None:
     columns = family.arranged(f"{prefix}.out_proj.weight", torch.arange(96)[None])
     assert columns[0, ::16].tolist() == [16 * head for head in (0, 3, 1, 4, 2, 5)]
     # One scale for a channel of all heads, which DeltaNet's norm absorbs.
-    assert family.absorber_rows("linear_attn.norm").tolist() == list(range(16)) * 6
+    assert family.absorber_rows(0, "linear_attn.norm").tolist() == list(range(16)) * 6
     assert family.export_rows("model.layers.3.self_attn.q_proj.weight", rows) is rows
 
 

@@ -53,9 +53,9 @@ class MixtureOfExperts(Family):
                 stacks[f"{prefix}{part}.weight"] = parts
         return MappingProxyType(stacks)
 
-    def linear_shape(self, linear: str) -> tuple[int, int]:
+    def linear_shape(self, index: int, linear: str) -> tuple[int, int]:
         if not linear.startswith(EXPERTS):
-            return super().linear_shape(linear)
+            return super().linear_shape(index, linear)
         wide = self.expert_width, self.hidden_size
         return wide[::-1] if linear.endswith(".down_proj") else wide
 

@@ -213,7 +213,7 @@ def _working(family: Family, batch_tokens: int, processes: int, search: int) -> 
         squares = max(squares, sum(columns**2 for columns, _ in shapes))
         solving = max(solving, *(SQUARES * c**2 + MATRICES * rows * c // processes for c, rows in shapes))
     batch = batch_tokens * (HIDDEN * family.stream_width + INNER * _widest(family))
-    blocks = 2 * _largest_block(family)
+    blocks = 2 * _largest_block(family) + _side_tables(family)
     return blocks + FLOAT * max(solving, squares + batch) + search + statistics_bytes(family)
 
 
@@ -226,6 +226,11 @@ def _widest_inner_input(family: Family) -> int:
         if group.norm is None and not group.reads_stream
     )
     return max(widths, default=0)
+
+
+def _side_tables(family: Family) -> int:
+    """Return the bytes of what a block's own embeddings are made from: those of all tokens, and its part of a table."""
+    return 2 * family.vocab_size * (family.hidden_size + family.per_layer_width) if family.per_layer_width else 0
 
 
 def _widest(family: Family) -> int:
@@ -242,7 +247,7 @@ def _backward(family: Family, batch_tokens: int, table: int) -> int:
     # Output gradients of all layers, and those of a group side by side, weighted; the moments twice where they add up.
     observed = 2 * batch_tokens * rows + 2 * max(_moments(family, index) for index in range(family.num_layers))
     batch = backward_activations(family, batch_tokens) + FLOAT * observed
-    return _largest_block(family) + max(batch, FLOAT * table + 2 * LOGITS)
+    return _largest_block(family) + _side_tables(family) + max(batch, FLOAT * table + 2 * LOGITS)
 
 
 def backward_activations(family: Family, tokens: int) -> int:

@@ -46,8 +46,9 @@ def test_tensors_are_those_of_transformers(tmp_path: Path, name: str) -> None:
         assert model.config.tie_word_embeddings
         del expected[f"{family.head}.weight"]
     assert dict(family.tensor_shapes()) == expected
+    block = model.model.layers[0]
+    family.adapt_block(0, block)
     for sublayer in family.block_sublayers(0):
-        block = model.model.layers[0]
         for module in (sublayer.module, sublayer.norm, sublayer.output_norm):
             assert module is None or block.get_submodule(module)
     scale = getattr(model.model.embed_tokens, "scalar_embed_scale", getattr(model.model, "embedding_multiplier", 1.0))

@@ -85,9 +85,10 @@ class Checkpoint:
             notes.append(f"{directory} has {SINGLE_FILE} and {INDEX_FILE}; the former is read, as by transformers")
         names, changes = standard_names(entries)
         if is_multimodal(config):
+            kinds = "images and sound" if config.get("audio_config") else "images"
             config = text_config(config)
             names = {name: names[full] for name, full in text_names(names).items()}
-            notes.append("the model's part for images is left out; the file is for text")
+            notes.append(f"the model's part for {kinds} is left out; the file is for text")
         config = causal_architecture(config)
         entries = {name: entries[stored] for name, stored in names.items()}
         config, entries, more = ordinary_weights(config, entries)

@@ -30,10 +30,14 @@ The smallest whose KL divergence is less than about 3 % of the whole file's, mea
 books.heldout.txt (40 chunks of 512): on qwen3-34m (tied) q4_k 0.0106, q5_k 0.0032, q6_k 0.0009, q8_0 0.0001; on the
 head of llama-54m q4_k 0.0063, q5_k 0.0019, q6_k 0.0005, q8_0 0.0001. Whole files are at 0.15 to 0.2 with 2 bits, at
 0.045 to 0.06 with 3."""
-PER_LAYER_TYPES = ((2.75, "d2q3"), (math.inf, "q4_k"))
-"""The same of embeddings that every block has for itself."""
+PER_LAYER_TYPES = ((2.75, "d2q2"), (math.inf, "d2q3"))
+"""Default types of embeddings that every block has for itself, most of the bytes of Gemma 4 E2B.
+
+So that a bit more per weight gains less than in the layers: on a Gemma 4 of 5 million weights, trained for 20 minutes,
+rounded to nearest, books.heldout.txt, d2q2 costs 0.0077, d2q3 0.0020, q4_0 0.0010, q4_k 0.0007, q8_0 0.0000, against
+0.050 of all layers in d2q2 and 0.014 in d2q3; the model without the table is at 0.30."""
 PER_LAYER_PROJECTION = "q8_0"
-"""Of the matrix that goes with them, a percent of the weights, which llama-quantize leaves in 16 bits."""
+"""Of the matrix that goes with them, less than a percent of the weights: q8_0 costs 0.000003, q4_0 0.0006."""
 EMBEDDING_TYPES = ((3.5, "q4_k"), (math.inf, "q6_k"))
 """The same of embeddings that aren't the head: llama-54m q4_0 0.0014, q4_k 0.0010, q6_k 0.0001."""
 

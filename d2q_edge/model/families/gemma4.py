@@ -106,6 +106,9 @@ class Gemma4(Family):
     def sliding_window(self, index: int) -> int | None:
         return None if self._is_full(index) else self.window
 
+    def cached_width(self, index: int) -> int:
+        return 2 * math.prod(self._head(index)) if self._has_keys(index) else 0
+
     def gguf_name(self, hf_name: str) -> str:
         return super().gguf_name(f"{hf_name}.weight" if hf_name.endswith("layer_scalar") else hf_name)
 

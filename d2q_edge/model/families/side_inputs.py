@@ -34,6 +34,8 @@ class SideInputs:
     """The part of a family that concerns what its blocks read besides the residual stream."""
 
     hidden_size: int
+    num_kv_heads: int
+    head_dim: int
     # Keys and values that later blocks share, by layer type: key-value heads, and channels of each. None where the
     # modules of transformers know no such thing.
     shared_keys: Mapping[str, tuple[int, int]] | None = None
@@ -48,6 +50,10 @@ class SideInputs:
         """Return the channels of a hidden state: the residual stream's, and what is carried along with it."""
         keys = sum(2 * heads * channels for heads, channels in (self.shared_keys or {}).values())
         return self.hidden_size + keys + (TOKEN_CHANNELS if self.per_layer_width else 0)
+
+    def cached_width(self, index: int) -> int:
+        """Return the channels of keys and values that llama.cpp keeps of every token for block `index`."""
+        return 2 * self.num_kv_heads * self.head_dim
 
     def outer_tensors(self) -> dict[str, tuple[int, ...]]:
         """Return the tensors outside of the blocks besides embeddings, final norm and head, with their shapes."""

@@ -28,7 +28,7 @@ from d2q_edge.quantize.rtn import round_layer
 class Content(Protocol):
     """Where the data of tensors comes from, by checkpoint name; the device encodes what isn't encoded yet."""
 
-    device: torch.device
+    device: torch.device = torch.device("cpu")
 
     def packed(self, name: str) -> U8:
         """Return a linear layer's weight in its planned type, uint8 [rows, bytes]."""

@@ -40,7 +40,8 @@ def read_tokenizer(
             return bpe.build(files, pre_tokenizer)
         if pre_tokenizer is not None:
             raise D2QError(f"--pre-tokenizer is for byte-level BPE; {directory} has a SentencePiece tokenizer")
-        kind = gemma4 if config.get("model_type") == gemma4.MODEL_TYPE else sentencepiece
-        return kind.build(files)
+        if config.get("model_type") == gemma4.MODEL_TYPE:
+            return gemma4.build(files)
+        return sentencepiece.build(files)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise D2QError(f"{files.json} doesn't have the structure of a tokenizer ({error!r})") from error

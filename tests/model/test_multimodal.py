@@ -172,8 +172,8 @@ PIXTRAL = {
     "image_size": 28, "patch_size": 14, "model_type": "pixtral",
 }  # fmt: skip
 GEMMA4_VISION = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
-    "head_dim": 16, "position_embedding_size": 64, "model_type": "gemma4_vision",
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 64, "model_type": "gemma4_vision",
 }  # fmt: skip
 QWEN_VISION = {
     "hidden_size": 32, "intermediate_size": 64, "depth": 1, "num_heads": 2, "out_hidden_size": 64,
@@ -207,6 +207,8 @@ def test_files_of_other_families(
     model.save_pretrained(directory)
     settings = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**settings, **tokens}))
+    # The whole model's has its class's token ids.
+    shutil.copy(plain / "generation_config.json", directory)
     files = {}
     for each in (plain, directory):
         export(each, tmp_path / "out.gguf", "f16", force=True)

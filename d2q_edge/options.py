@@ -40,6 +40,7 @@ class Options:
         refine_scope: what is tuned together: "blocks", each as soon as it is quantized (pipeline/block_refinement.py),
             "model" (pipeline/refinement.py), or "auto", the model on a GPU that it fits on, else blocks.
         embedding_type, head_type: stock types; None chooses.
+        per_layer_type: of embeddings that every block has for itself, stock, d2q2 or d2q3; None chooses.
         device: "auto", "cpu", "cuda" or "mps".
         memory_limit: bytes of the computer's memory that may be taken; None for what is free.
         pre_tokenizer: llama.cpp's name for the way the tokenizer splits text; None finds it.
@@ -62,6 +63,7 @@ class Options:
     refine_scope: str = "auto"
     embedding_type: str | None = None
     head_type: str | None = None
+    per_layer_type: str | None = None
     device: str = "auto"
     memory_limit: int | None = None
     pre_tokenizer: str | None = None

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.checkpoints import EXAMPLE
 from tests.model.tokenizer.families import FAMILIES as TOKENIZERS
+from tests.model.tokenizer.families import write_gemma4
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -55,6 +56,18 @@ GEMMA3: dict[str, Any] = {
     "query_pre_attn_scalar": 32,
     "sliding_window": 64,
     "tie_word_embeddings": True,
+}
+GEMMA4: dict[str, Any] = {
+    "model_type": "gemma4_text",
+    "vocab_size_per_layer_input": 4096,
+    "head_dim": 32,
+    "global_head_dim": 64,
+    "sliding_window": 64,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
 }
 LFM2 = {
     "model_type": "lfm2",
@@ -130,6 +143,24 @@ MODELS: dict[str, dict[str, Any]] = {
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
             "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
         },
+    },
+    "gemma4": {
+        **GEMMA4,
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+        "hidden_size_per_layer_input": 0,
+        "final_logit_softcapping": 4.0,
+    },
+    "gemma4-e": {
+        **GEMMA4,
+        "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        "num_key_value_heads": 1,
+        "num_kv_shared_layers": 3,
+        "use_double_wide_mlp": True,
+        "hidden_size_per_layer_input": 64,
     },
     "olmo2": {"model_type": "olmo2"},
     "olmo3": {"model_type": "olmo3", "num_hidden_layers": 5, "sliding_window": 64},
@@ -230,17 +261,26 @@ def write_model(directory: Path, name: str, *, dtype: torch.dtype = torch.bfloat
     gemma = config.model_type == "gemma3_text"
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
+        scalars = {name: buffer for name, buffer in model.named_buffers() if name.endswith("layer_scalar")}
+        for parameter_name, parameter in [*model.named_parameters(), *scalars.items()]:
             values = torch.randn(parameter.shape, generator=generator)
             if "norm" in parameter_name:
                 # Some norms add the one themselves.
                 own = gemma or (config.model_type == "qwen3_5_text" and "linear_attn" not in parameter_name)
                 parameter.copy_((0 if own else 1) + 0.3 * values)
+                if config.model_type == "gemma4_text" and "q_norm" in parameter_name:
+                    # In place of a scale of the scores.
+                    parameter.div_(4)
                 if gemma and parameter_name == "model.norm.weight":
                     parameter.add_(7)
             elif gemma and "embed" in parameter_name:
                 # Multiplied by eight before the first block, and by the final norm's seven and one before the head.
                 parameter.copy_(values / 16)
+            elif parameter_name in scalars:
+                parameter.copy_(0.8 + 0.1 * values)
+            elif config.model_type == "gemma4_text" and "embed" in parameter_name:
+                # Multiplied by eight.
+                parameter.copy_(values / 8)
             elif parameter.dim() == 1 or "embed" in parameter_name:
                 parameter.copy_(0.5 * values)
             else:
@@ -266,6 +306,8 @@ def write_model(directory: Path, name: str, *, dtype: torch.dtype = torch.bfloat
     if config.model_type == "ernie4_5":
         # llama.cpp's converter knows this architecture with a SentencePiece tokenizer only.
         source = TOKENIZERS["llama2"].write(directory.parent / "tokenizer")
+    if config.model_type == "gemma4_text":
+        source = write_gemma4(directory.parent / "tokenizer", config.vocab_size)
     for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"):
         if (source / file).exists():
             shutil.copy(source / file, directory)

@@ -85,12 +85,12 @@ def draw_scales(family: Family, sigma: float, seed: int) -> dict[str, Scales]:
                 for linear in group.linears:
                     scales[f"{prefix}{linear}.weight"].columns = factors
             if group.absorber is not None:
-                factors = draw_factors(family.linear_shape(group.absorber)[0], sigma, generator)
+                factors = draw_factors(family.linear_shape(index, group.absorber)[0], sigma, generator)
                 scales[f"{prefix}{group.absorber}.weight"].rows = factors
                 if group.absorber in family.biased_linears():
                     scales[f"{prefix}{group.absorber}.bias"].rows = factors
                 for linear in group.linears:
-                    scales[f"{prefix}{linear}.weight"].columns = factors[family.absorber_rows(group.absorber)]
+                    scales[f"{prefix}{linear}.weight"].columns = factors[family.absorber_rows(index, group.absorber)]
     if not family.tied_embeddings:
         factors = draw_factors(family.hidden_size, sigma, generator)
         scales[f"{family.final_norm}.weight"].rows = factors

@@ -58,21 +58,22 @@ class Need:
 def cache_bytes(family: Family, context: int = CONTEXT) -> int:
     """Return the bytes of the KV cache in f16, as llama.cpp allocates it.
 
-    A layer with a sliding window keeps the window and a batch, one without attention its state.
+    A layer with a sliding window keeps the window and a batch, one without attention its state, and one that reads
+    another one's keys nothing.
 
     Args:
         family: of the model.
         context: n_ctx, tokens.
     """
-    cells = states = 0
+    numbers = states = 0
     for layer in range(family.num_layers):
         states += 4 * family.state_elements(layer)
         if all(sublayer.module != ATTENTION for sublayer in family.block_sublayers(layer)):
             continue
         window = family.sliding_window(layer)
         kept = context if window is None else math.ceil((window + BATCH) / PADDING) * PADDING
-        cells += min(context, kept)
-    return cells * 2 * family.num_kv_heads * family.head_dim * 2 + states
+        numbers += min(context, kept) * family.cached_width(layer)
+    return 2 * numbers + states
 
 
 def need(config: Mapping[str, Any]) -> Need:

@@ -9,6 +9,7 @@ from torch import nn
 from d2q_edge.model.blocks import add_bias, empty_model, model_config, rotary_module
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import Family
+from d2q_edge.quantize.kl_divergence import cap_logits
 
 Weights: TypeAlias = Mapping[str, torch.Tensor]
 """Replaced tensors by full name: tensors of the checkpoint, with columns as `Family.arranged`, and "NORM.bias" for any
@@ -35,11 +36,14 @@ class WholeModel:
         model.load_state_dict(tensors, assign=True)
         if (rotary := rotary_module(model.model, config, family)) is not None:
             setattr(model.model, family.rotary, rotary.to(device))
-        if hasattr(model.model.embed_tokens, "embed_scale"):
-            model.model.embed_tokens.embed_scale = torch.tensor(family.embedding_scale, device=device)
+        # Rebuilt outside of the meta device, because these are computed, not loaded.
+        for module in model.modules():
+            if hasattr(module, "scalar_embed_scale"):
+                module.embed_scale = torch.tensor(module.scalar_embed_scale, device=device)
         for name in weights.keys() - tensors.keys():
             add_bias(model.get_submodule(name.removesuffix(".bias")), weights[name].to(device, torch.float32))
-        self._model, self._logit_scale, self.device = model, family.logit_scale, device
+        self._model, self._logit_scale, self._logit_cap = model, family.logit_scale, family.logit_cap
+        self.device = device
 
     def module(self, name: str) -> nn.Module:
         """Return a module by its name in the checkpoint."""
@@ -63,4 +67,5 @@ class WholeModel:
     def log_probabilities(self, states: torch.Tensor) -> torch.Tensor:
         """Return the log-probabilities of all next tokens, float32 [..., vocab_size]."""
         logits: torch.Tensor = self._model.lm_head(states)
-        return (logits if self._logit_scale == 1 else logits * self._logit_scale).log_softmax(-1)
+        scaled = logits if self._logit_scale == 1 else logits * self._logit_scale
+        return cap_logits(scaled, self._logit_cap).log_softmax(-1)

@@ -26,7 +26,7 @@ Place: TypeAlias = torch.device | Path
 
 
 class HiddenStates:
-    """Hidden states of numbered batches; `states[i]` is float32 [windows, context, hidden] on the computing device."""
+    """Hidden states of numbered batches; `states[i]` is float32 [windows, context, channels] on the device."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class HiddenStates:
 
         Args:
             windows: number of windows of every batch.
-            shape: (context, hidden).
+            shape: (context, channels).
             device: the computing device.
             place, dtype: where and as what the batches are kept.
 
@@ -88,7 +88,7 @@ class HiddenStates:
         return self._read(index, 0, self._windows[index])
 
     def window(self, index: int, number: int) -> torch.Tensor:
-        """Return window `number` of batch `index`, float32 [1, context, hidden] on the computing device."""
+        """Return window `number` of batch `index`, float32 [1, context, channels] on the computing device."""
         return self._read(index, number, number + 1)
 
     def _read(self, index: int, start: int, end: int) -> torch.Tensor:
@@ -144,7 +144,7 @@ class StreamPair:
         batches = torch.from_numpy(windows).split(max(1, batch_tokens // windows.shape[1]))
         self.sizes = [len(batch) for batch in batches]
         self.own = processes.shard_range(len(batches))
-        shape = windows.shape[1], runner.family.hidden_size
+        shape = windows.shape[1], runner.family.stream_width
         self.original, self.quantized = (
             HiddenStates(self.sizes, shape, runner.device, place, dtype) for _ in ("original", "quantized")
         )

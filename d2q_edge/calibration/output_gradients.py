@@ -23,6 +23,7 @@ from torch import nn
 from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.model.families import Family, LinearGroup
 from d2q_edge.model.families.experts import dense_groups
+from d2q_edge.quantize.kl_divergence import cap_logits
 from d2q_edge.quantize.output_hessian import OutputHessian
 
 LOGITS = 2**28
@@ -38,14 +39,14 @@ def guided_modules(family: Family, index: int) -> list[str]:
     return names + ([experts.module] if experts else [])
 
 
-def group_rows(family: Family, group: LinearGroup) -> int:
-    """Return the rows of a group's layers, one below the other."""
-    return sum(family.linear_shape(layer)[0] for layer in group.linears)
+def group_rows(family: Family, index: int, group: LinearGroup) -> int:
+    """Return the rows of the layers of a group of block `index`, one below the other."""
+    return sum(family.linear_shape(index, layer)[0] for layer in group.linears)
 
 
 def kept_bytes(family: Family, tokens: int) -> int:
     """Return the memory that the hidden states of so many tokens take."""
-    return (family.num_layers + 1) * tokens * family.hidden_size * KEPT.itemsize
+    return (family.num_layers + 1) * tokens * family.stream_width * KEPT.itemsize
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def output_gradients(
             before = earlier(index)
             hessians: dict[tuple[str, ...], OutputHessian] = {}
             for group in dense_groups(family, index) if observed else ():
-                known = before.get(group.linears[0], OutputHessian.zeros(group_rows(family, group)))
+                known = before.get(group.linears[0], OutputHessian.zeros(group_rows(family, index, group)))
                 hessians[group.linears] = known.to(device)
             for number, kept in enumerate(states):
                 found, gradients[number] = _block_gradients(runner, index, block, kept.pop(), gradients[number])
@@ -111,12 +112,14 @@ def _loss_gradients(
     """Return for every batch the gradient of the summed loss by the last block's output: float32, of its shape."""
     norm, head = runner.final_norm(), runner.head()
     return [
-        _loss_gradient(norm, head, tokens[:, 1:].to(runner.device), hidden)
+        _loss_gradient(runner, norm, head, tokens[:, 1:].to(runner.device), hidden)
         for tokens, hidden in zip(batches, outputs, strict=True)
     ]
 
 
-def _loss_gradient(norm: nn.Module, head: torch.Tensor, targets: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+def _loss_gradient(
+    runner: BlockRunner, norm: nn.Module, head: torch.Tensor, targets: torch.Tensor, hidden: torch.Tensor
+) -> torch.Tensor:
     gradient = torch.zeros_like(hidden, dtype=torch.float32)
     step = max(1, LOGITS // (4 * 4 * len(head)))
     # The last token of a window predicts nothing.
@@ -124,7 +127,8 @@ def _loss_gradient(norm: nn.Module, head: torch.Tensor, targets: torch.Tensor, h
     parts = []
     for states, wanted in zip(flat.split(step), targets.flatten().split(step), strict=True):
         states = states.float().requires_grad_()
-        loss = nn.functional.cross_entropy(norm(states) @ head.T, wanted, reduction="sum")
+        logits = cap_logits(norm(runner.stream(states)) @ head.T, runner.family.logit_cap)
+        loss = nn.functional.cross_entropy(logits, wanted, reduction="sum")
         parts += torch.autograd.grad(loss, states)
     gradient[:, :-1] = torch.cat(parts).view(*targets.shape, -1)
     return gradient

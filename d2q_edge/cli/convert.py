@@ -61,6 +61,7 @@ OF_CALIBRATION = frozenset({"calibration", "calibration_tokens", "context", "dsq
 @click.option("--no-calibration", is_flag=True, help="Round to nearest: fast, and worse.")
 @option("embedding_type", help="Stock type of the embeddings.  [default: by --bits]")
 @option("head_type", help="Stock type of an untied lm_head.  [default: by --bits]")
+@option("per_layer_type", help="Type of per-layer embeddings, also d2q2, d2q3.  [default: by --bits]")
 @option("device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), help="Device to quantize on.")
 @click.option("--gpus", type=click.IntRange(1), default=1, help="GPUs that share the work.")
 @option("memory_limit", type=Number(0.5), metavar="GIB", help="Memory to use at most.  [default: what is free]")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from d2q_edge.errors import D2QError
 from d2q_edge.export.metadata import general_metadata
 from d2q_edge.export.targets import check_targets
 from d2q_edge.export.tokenizer_check import verify as verify_tokenizer
-from d2q_edge.formats import gguf_writer
+from d2q_edge.formats import gguf_writer, tensor_types
 from d2q_edge.formats.gguf_writer import STOCK_TYPES, AddMetadata, GGUFTensor, Load, fitting_type
 from d2q_edge.model.adapted_checkpoint import adapted
 from d2q_edge.model.checkpoint import Checkpoint
@@ -36,6 +36,8 @@ FILE_TYPES: dict[str, int] = {
     name: int(gguf.LlamaFileType[_MIXTURES.get(name, f"MOSTLY_{name.upper()}")]) for name in STOCK_TYPES
 }
 """general.file_type by the stock type of a file's matrices; for q4_k and q5_k, that of llama.cpp's small mixtures."""
+TABLE_ROWS = 8192
+"""Rows of a table of per-layer embeddings that are in memory at a time."""
 Value = str | int | float | bool | bytes | Sequence[str] | Sequence[int] | Sequence[float]
 
 
@@ -64,6 +66,25 @@ def float_tensor(family: Family, hf_name: str, type_name: str, load: Load) -> GG
     return GGUFTensor(name, shape, kind, values)
 
 
+def table_tensor(
+    checkpoint: Checkpoint, family: Family, hf_name: str, type_name: str, encode: Callable[[torch.Tensor], Values]
+) -> GGUFTensor:
+    """Describe a table that is too large to be in memory at once: it is read, encoded and written some rows at a time.
+
+    `encode` makes of rows in their stored dtype what GGUFTensor's `load` returns.
+    """
+    shape, parts = family.export_shape(hf_name), []
+    kind = type_name if type_name in tensor_types.BY_NAME else fitting_type(type_name, shape[1])
+
+    def load(rows: slice) -> Values:
+        return encode(checkpoint.part(hf_name, rows))
+
+    for start in range(0, shape[0], TABLE_ROWS):
+        rows = slice(start, min(start + TABLE_ROWS, shape[0]))
+        parts.append(GGUFTensor("", (rows.stop - start, shape[1]), kind, partial(load, rows)))
+    return GGUFTensor(family.gguf_name(hf_name), shape, kind, parts[0].load, tuple(parts))
+
+
 def packed_tensor(family: Family, hf_name: str, type_name: str, load: Load) -> GGUFTensor:
     """Describe a weight packed by `tensor_types.pack`; `load` returns uint8 [rows, bytes] in the checkpoint's order."""
     shape = family.tensor_shapes()[hf_name]
@@ -82,6 +103,8 @@ def model_tensors(
     for name in checkpoint.names:
         if name in replacements:
             tensors[name] = replacements[name]
+        elif name == f"{family.per_layer_table}.weight":
+            tensors[name] = table_tensor(checkpoint, family, name, type_name, lambda rows: rows)
         elif not name.endswith(IGNORED_SUFFIXES) and not (family.tied_embeddings and name == f"{family.head}.weight"):
             tensors[name] = float_tensor(family, name, type_name, partial(stored_floats, checkpoint, name))
     extra = family.extra_tensors().items()

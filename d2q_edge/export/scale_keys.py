@@ -58,10 +58,10 @@ def _group_array(family: Family, index: int, group: LinearGroup) -> _Array:
         return family.gguf_name(f"{family.block_prefix(index)}{layer}.weight")
 
     layer, rows = group.linears[0], None
-    chosen = np.arange(family.linear_shape(layer)[1])
+    chosen = np.arange(family.linear_shape(index, layer)[1])
     if group.absorber in family.block_linears(index):
         rows = name(group.absorber)
-        every, chosen = np.unique(family.absorber_rows(group.absorber), return_index=True)
-        if not np.array_equal(every, np.arange(family.linear_shape(group.absorber)[0])[-len(every) :]):
+        every, chosen = np.unique(family.absorber_rows(index, group.absorber), return_index=True)
+        if not np.array_equal(every, np.arange(family.linear_shape(index, group.absorber)[0])[-len(every) :]):
             raise ValueError(f"{group.absorber} doesn't absorb scales in its last rows")
     return _Array(index, layer, chosen, describe_users(len(chosen), [name(each) for each in group.linears], rows))

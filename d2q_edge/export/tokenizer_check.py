@@ -157,7 +157,7 @@ def _vocabulary(tokenizer: Tokenizer, reference: _Reference) -> Iterator[str]:
     normal = [i for i, kind in enumerate(tokenizer.types) if kind == gguf.TokenType.NORMAL]
     decoded = (reference.decode(token_id) for token_id in normal[:: len(normal) // _VOCABULARY_SAMPLES + 1])
     # Without a decoder in tokenizer.json, spaces come out as the vocabulary spells them.
-    words = [word.replace("\u2581", " ") if tokenizer.model == "llama" else word for word in decoded]
+    words = [word.replace("\u2581", " ") if tokenizer.model != "gpt2" else word for word in decoded]
     words = [word for word in words if not _LOOKS_SPECIAL.fullmatch(word)]
     words = [word for word in words if word and "\ufffd" not in word and not text_gaps(word) & tokenizer.gaps]
     for start in range(0, len(words), _WORDS_PER_TEXT):

@@ -3,7 +3,7 @@
 import torch
 
 from d2q_edge.errors import D2QError
-from d2q_edge.model.checkpoint import Checkpoint, is_finite
+from d2q_edge.model.checkpoint import ALL, Checkpoint, is_finite
 from d2q_edge.model.families import family_for
 from d2q_edge.model.lora import Adapter, read, read_adapter
 
@@ -60,6 +60,11 @@ class AdaptedCheckpoint(Checkpoint):
         if merged is not weight and not is_finite(merged):
             raise D2QError(f"the adapter {self._adapter.directory} makes tensor {name} NaN or infinite; it is damaged")
         return merged
+
+    def part(self, name: str, rows: slice = ALL, columns: slice = ALL) -> torch.Tensor:
+        if name in self._loras or name in self._replacements or name not in self._source.names:
+            return self.tensor(name)[rows, columns]
+        return self._source.part(name, rows, columns)
 
     def _unties(self) -> bool:
         """Return whether the adapter makes two tables of one, and forget changes of lm_head that follow the other's."""

@@ -16,14 +16,18 @@ from torch.utils.hooks import RemovableHandle
 from d2q_edge.errors import D2QError
 from d2q_edge.model.attention import attention_for
 from d2q_edge.model.block_reader import BlockReader
+from d2q_edge.model.carried_state import CarriedState, KeyValues
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.experts import separate_experts
 from d2q_edge.model.families import Family, LinearGroup, Sublayer
 from d2q_edge.model.linear import use_bfloat16
+from d2q_edge.model.per_layer import PerLayerEmbeddings
 from d2q_edge.quantize.matmul import has_bfloat16
 
 ATTENTION = "self_attn"
 """The module of a block that wants positions and a mask."""
+PER_LAYER = "per_layer"
+"""The module that wants the block's own embeddings of the tokens."""
 
 
 def model_config(checkpoint: Checkpoint) -> Any:
@@ -88,6 +92,8 @@ class BlockRunner:
             model = empty_model(config, attention_for(device), family)
         except Exception as error:
             raise D2QError(f"transformers can't build the model of {checkpoint.directory} ({error})") from error
+        self._carried = CarriedState(family)
+        self._per_layer = PerLayerEmbeddings(checkpoint, family, device) if family.per_layer_width else None
         self._reader = BlockReader(checkpoint, family, ahead=device.type == "cuda")
         self._layers = model.model.layers
         self._final_norm: nn.Module = model.get_submodule(family.final_norm)
@@ -110,16 +116,26 @@ class BlockRunner:
         return self.device.type == "cuda" and plain and not self.family.num_experts and not lengths
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the embeddings of token ids [windows, context]: float32 [windows, context, hidden]."""
+        """Return the hidden states in front of the first block for token ids [windows, context]: float32.
+
+        They are the embeddings [windows, context, hidden], where blocks read nothing else (`Family.stream_width`).
+        """
         return next(self.embed_all([tokens]))
 
     def embed_all(self, batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """Yield the embeddings of one batch of token ids after another, as `embed`; the table is read once."""
+        """Yield the hidden states of one batch of token ids after another, as `embed`; the table is read once."""
         table = self.checkpoint.tensor(f"{self.family.embedding}.weight")
         for tokens in batches:
             # Moved before the cast to float32: half the bytes.
-            rows = nn.functional.embedding(tokens, table).to(self.device)
-            yield rows.float() * self.family.embedding_scale
+            yield self.begin(nn.functional.embedding(tokens, table).to(self.device), tokens)
+
+    def begin(self, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Return `embed` for rows of the table [windows, context, hidden], those of these token ids."""
+        return self._carried.begin(rows.float() * self.family.embedding_scale, tokens)
+
+    def stream(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the residual stream [..., hidden] of hidden states; what they carry besides is left out."""
+        return self._carried.stream(hidden)
 
     def load(self, index: int, following: int | None = None) -> nn.Module:
         """Return block `index` in float32; raise D2QError if a weight is NaN or infinite, or can't be read.
@@ -134,11 +150,13 @@ class BlockRunner:
         weights = {name: tensor.to(self.device).float() for name, tensor in self._reader.read(index)}
         self._reader.begin(index + 1 if following is None else following)
         block.load_state_dict(weights, assign=True)
+        if self._per_layer is not None:
+            block.per_layer_input = self._per_layer.of_block(index)  # type: ignore[assignment]
         return block.eval().requires_grad_(False)
 
     def share(self, block: nn.Module) -> nn.Module:
-        """Copy a block; its parameters are the original's tensors until one of them is replaced."""
-        return copy.deepcopy(block, {id(parameter): parameter for parameter in block.parameters()})
+        """Copy a block; its tensors are the original's until one of them is replaced."""
+        return copy.deepcopy(block, {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())})
 
     def final_norm(self) -> nn.Module:
         """Return the norm before lm_head with the checkpoint's weight, in float32."""
@@ -154,24 +172,31 @@ class BlockRunner:
         return weight.float() if self.family.logit_scale == 1 else weight.float() * self.family.logit_scale
 
     def forward(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """Return a block's output for its input, both float32 [windows, context, hidden] on the runner's device."""
-        output: torch.Tensor = block(hidden, **self._attention_inputs(block, hidden))
-        return output
+        """Return a block's output for its input, both float32 [windows, context, channels] on the runner's device.
+
+        The channels are `Family.stream_width`: the residual stream's, and what is carried besides.
+        """
+        keys = self._carried.keys(hidden)
+        inputs = self._attention_inputs(block, hidden, keys) | self._per_layer_inputs(block, hidden)
+        return self._carried.advance(block(self.stream(hidden), **inputs), hidden, keys)
 
     def sublayer_forward(self, block: nn.Module, sublayer: Sublayer, residual: torch.Tensor) -> torch.Tensor:
-        """Return the residual stream after a sublayer for that before it, both float32 [windows, context, hidden]."""
-        return self._add_output(block, sublayer, self._run_module(block, sublayer, residual), residual)
+        """Return the hidden states after a sublayer for those before it, both as of `forward`."""
+        output, keys = self._run_module(block, sublayer, residual)
+        return self._add_output(block, sublayer, output, residual, keys)
 
     def puts_out(self, block: nn.Module, sublayer: Sublayer, layer: str) -> bool:
-        """Tell whether the output of a sublayer's module is that of `layer`, so that `finish_sublayer` can be used."""
+        """Tell whether a sublayer's module puts out what `layer` does and no more, as `finish_sublayer` needs it."""
         outputs: list[torch.Tensor] = []
         handle = block.get_submodule(layer).register_forward_hook(lambda *call: outputs.append(call[2]))
         try:
-            token = torch.zeros(1, 1, self.family.hidden_size, device=self.device)
-            result = self._run_module(block, sublayer, token)
+            token = torch.zeros(1, 1, self.family.stream_width, device=self.device)
+            before = self._carried.keys(token)
+            result, keys = self._run_module(block, sublayer, token, dict(before))
         finally:
             handle.remove()
-        return any(result is output for output in outputs)
+        leaves_keys = any(keys[kind] is not before[kind] for kind in keys)
+        return not leaves_keys and any(result is output for output in outputs)
 
     def finish_sublayer(
         self, block: nn.Module, sublayer: Sublayer, layer: str, inputs: torch.Tensor, residual: torch.Tensor
@@ -184,24 +209,28 @@ class BlockRunner:
             inputs: what `group_input` returned for it, float32 [windows * context, in_features].
         """
         output: torch.Tensor = block.get_submodule(layer)(inputs.view(*residual.shape[:-1], -1))
-        return self._add_output(block, sublayer, output, residual)
+        return self._add_output(block, sublayer, output, residual, self._carried.keys(residual))
 
     def group_input(
         self, block: nn.Module, sublayer: Sublayer, group: LinearGroup, residual: torch.Tensor
     ) -> torch.Tensor:
         """Return what the layers of a linear group read, float32 [windows * context, in_features], and compute no more.
 
-        `residual` is the stream before the group's sublayer, float32 [windows, context, hidden].
+        `residual` are the hidden states before the group's sublayer, as of `forward`.
         """
         if group.reads_stream:
-            return residual.flatten(0, -2)
+            return self.stream(residual).flatten(0, -2)
         if group.norm is not None:
-            normed: torch.Tensor = block.get_submodule(group.norm)(residual)
-            return normed.flatten(0, -2)
+            return self.normed(block, group.norm, residual).flatten(0, -2)
         layer = group.linears[0]
         with _captured_inputs(block, (layer,), stop=True) as inputs:
             self._run_module(block, sublayer, residual)
         return inputs[layer]
+
+    def normed(self, block: nn.Module, norm: str, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the output of a norm of a block that reads the residual stream: float32 [windows, context, hidden]."""
+        output: torch.Tensor = block.get_submodule(norm)(self.stream(hidden))
+        return output
 
     def sublayer_trace(
         self, block: nn.Module, sublayer: Sublayer, layers: tuple[str, ...], residual: torch.Tensor
@@ -243,11 +272,11 @@ class BlockRunner:
     def trace(
         self, block: nn.Module, layers: tuple[str, ...], hidden: torch.Tensor
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Run a block on its input, float32 [windows, context, hidden], and capture the inputs of some linear layers.
+        """Run a block on its input, as `forward`, and capture the inputs of some linear layers.
 
         Returns:
             The inputs by the layers' names in the block, float32 [tokens, in_features] (a routed expert sees only its
-            own tokens), and the output of the block, float32 [windows, context, hidden].
+            own tokens), and the output of the block, as of `forward`.
         """
         with _captured_inputs(block, layers) as inputs:
             return inputs, self.forward(block, hidden)
@@ -257,22 +286,42 @@ class BlockRunner:
         return self.inputs_of(block, (layer,), hidden)[layer]
 
     def _add_output(
-        self, block: nn.Module, sublayer: Sublayer, output: torch.Tensor, residual: torch.Tensor
+        self, block: nn.Module, sublayer: Sublayer, output: torch.Tensor, residual: torch.Tensor, keys: KeyValues
     ) -> torch.Tensor:
         if sublayer.output_norm is not None:
             output = block.get_submodule(sublayer.output_norm)(output)
-        return residual + self.family.residual_scale * output
+        stream = self.stream(residual) + self.family.residual_scale * output
+        if sublayer.stream_scale is not None:
+            stream = stream * block.get_buffer(sublayer.stream_scale)
+        return self._carried.advance(stream, residual, keys)
 
-    def _run_module(self, block: nn.Module, sublayer: Sublayer, residual: torch.Tensor) -> torch.Tensor:
-        normed = residual if sublayer.norm is None else block.get_submodule(sublayer.norm)(residual)
-        module = block.get_submodule(sublayer.module)
-        inputs = self._attention_inputs(block, residual) if sublayer.module == ATTENTION else {}
-        output: torch.Tensor | tuple[torch.Tensor, ...] = module(normed, **inputs)
+    def _run_module(
+        self, block: nn.Module, sublayer: Sublayer, residual: torch.Tensor, keys: KeyValues | None = None
+    ) -> tuple[torch.Tensor, KeyValues]:
+        """Return the output of a sublayer's module, and the keys and values that later blocks share after it."""
+        keys = self._carried.keys(residual) if keys is None else keys
+        read = self.stream(residual) if sublayer.norm is None else self.normed(block, sublayer.norm, residual)
+        inputs = {}
+        if sublayer.module == ATTENTION:
+            inputs = self._attention_inputs(block, residual, keys)
+        elif sublayer.module == PER_LAYER:
+            inputs = self._per_layer_inputs(block, residual)
+        output: torch.Tensor | tuple[torch.Tensor, ...] = block.get_submodule(sublayer.module)(read, **inputs)
         # Attention also returns its weights, and a mixture of experts its router's output.
-        return output[0] if isinstance(output, tuple) else output
+        return output[0] if isinstance(output, tuple) else output, keys
 
-    def _attention_inputs(self, block: nn.Module, hidden: torch.Tensor) -> dict[str, Any]:
-        """Return positions and mask; without a mask, transformers' scaled-dot-product attention is causal."""
+    def _per_layer_inputs(self, block: nn.Module, hidden: torch.Tensor) -> dict[str, Any]:
+        """Return the block's own embeddings of the tokens, where blocks have them."""
+        if self._per_layer is None:
+            return {}
+        embeddings: Any = block.per_layer_input
+        return {"per_layer_input": embeddings(self._carried.tokens(hidden))}
+
+    def _attention_inputs(self, block: nn.Module, hidden: torch.Tensor, keys: KeyValues) -> dict[str, Any]:
+        """Return positions and mask, and shared keys and values, where there are any; attention may replace these.
+
+        Without a mask, transformers' scaled-dot-product attention is causal.
+        """
         context = hidden.shape[1]
         positions = torch.arange(context, device=hidden.device)
         attention: Any = getattr(block, ATTENTION, None)
@@ -287,7 +336,13 @@ class BlockRunner:
             distance = positions[:, None] - positions
             mask = ((distance >= 0) & (distance < window))[None, None]
         embeddings = None if self._rotary is None else self._rotary(hidden, positions[None], *kind)
-        return {"position_embeddings": embeddings, "position_ids": positions[None], "attention_mask": mask}
+        shared = {} if self.family.shared_keys is None else {"shared_kv_states": keys}
+        return {
+            "position_embeddings": embeddings,
+            "position_ids": positions[None],
+            "attention_mask": mask,
+            **shared,
+        }
 
 
 @contextmanager

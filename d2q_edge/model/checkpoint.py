@@ -26,6 +26,7 @@ from d2q_edge.utils.json_files import read_json_object
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 GGUF_SUFFIX = ".gguf"
+ALL = slice(None)
 
 
 class Checkpoint:
@@ -84,9 +85,10 @@ class Checkpoint:
             notes.append(f"{directory} has {SINGLE_FILE} and {INDEX_FILE}; the former is read, as by transformers")
         names, changes = standard_names(entries)
         if is_multimodal(config):
+            kinds = "images and sound" if config.get("audio_config") else "images"
             config = text_config(config)
             names = {name: names[full] for name, full in text_names(names).items()}
-            notes.append("the model's part for images is left out; the file is for text")
+            notes.append(f"the model's part for {kinds} is left out; the file is for text")
         config = causal_architecture(config)
         entries = {name: entries[stored] for name, stored in names.items()}
         config, entries, more = ordinary_weights(config, entries)
@@ -135,10 +137,17 @@ class Checkpoint:
             D2QError: the tensor doesn't exist, can't be read, has an unsupported dtype, or holds NaN or infinity.
         """
         self.dtype(name)
-        entry = self._entries[name]
-        tensor = entry.load()
+        return self._checked(name, self._entries[name].load())
+
+    def part(self, name: str, rows: slice = ALL, columns: slice = ALL) -> torch.Tensor:
+        """Load some rows and columns of a matrix; of ordinary weights, no more is read. Raises D2QError as `tensor`."""
+        self.dtype(name)
+        return self._checked(name, self._entries[name].load()[rows, columns])
+
+    def _checked(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if not is_finite(tensor):
-            raise D2QError(f"tensor {name} in {entry.file} contains NaN or infinite values; the checkpoint is damaged")
+            file = self._entries[name].file
+            raise D2QError(f"tensor {name} in {file} contains NaN or infinite values; the checkpoint is damaged")
         return tensor
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -13,7 +13,7 @@ import torch
 from d2q_edge.errors import D2QError
 from d2q_edge.formats import tensor_types
 from d2q_edge.formats.gguf_reader import GGUFFile, can_decode
-from d2q_edge.model.checkpoint import Checkpoint, is_finite
+from d2q_edge.model.checkpoint import ALL, Checkpoint, is_finite
 from d2q_edge.model.families import Family, family_for, family_of_file
 from d2q_edge.model.families.gguf_keys import GGUFKeys
 from d2q_edge.model.weight_files import DTYPES, TensorEntry
@@ -92,6 +92,9 @@ class GGUFCheckpoint(Checkpoint):
         moved = self._family.import_values(name, self._family.import_rows(name, tensor))
         assert isinstance(moved, torch.Tensor)
         return moved.contiguous()
+
+    def part(self, name: str, rows: slice = ALL, columns: slice = ALL) -> torch.Tensor:
+        return self.tensor(name)[rows, columns]
 
 
 def _refuse_unsuitable(file: GGUFFile) -> None:

@@ -1,4 +1,4 @@
-"""Extract the text model of a multimodal checkpoint: Gemma 3 from 4B on, Ministral 3, Qwen3.5.
+"""Extract the text model of a multimodal checkpoint: Gemma 3 from 4B on, Gemma 4, Ministral 3, Qwen3.5.
 
 Such a checkpoint nests the text model's settings in config.json's `text_config`, which omits what is transformers'
 default, and prefixes its tensor names: `language_model.` in published files, `model.language_model.` in files that
@@ -15,11 +15,12 @@ from d2q_edge.model.families.base import MAX_LAYERS
 
 TEXT_MODELS = {
     "Gemma3ForConditionalGeneration": ("Gemma3ForCausalLM", "gemma3_text"),
+    "Gemma4ForConditionalGeneration": ("Gemma4ForCausalLM", "gemma4_text"),
     "Mistral3ForConditionalGeneration": ("Ministral3ForCausalLM", "ministral3"),
     "Qwen3_5ForConditionalGeneration": ("Qwen3_5ForCausalLM", "qwen3_5_text"),
 }
 """Multimodal architecture to the architecture and model_type of its text model."""
-_PARTS = ("vision_tower.", "multi_modal_projector.", "visual.", "mtp.")
+_PARTS = ("vision_tower.", "audio_tower.", "embed_vision.", "embed_audio.", "multi_modal_projector.", "visual.", "mtp.")
 _OTHER_PARTS = (*_PARTS, *(f"model.{part}" for part in _PARTS))
 
 

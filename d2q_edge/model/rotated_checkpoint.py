@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from d2q_edge.errors import D2QError
-from d2q_edge.model.checkpoint import Checkpoint
+from d2q_edge.model.checkpoint import ALL, Checkpoint
 from d2q_edge.model.families import Family, family_for
 from d2q_edge.quantize.rotation import Rotation
 
@@ -61,6 +61,9 @@ class RotatedCheckpoint(Checkpoint):
         """Return the dtype of every tensor; raise D2QError as `Checkpoint.dtype`."""
         super().dtype(name)
         return self._dtype
+
+    def part(self, name: str, rows: slice = ALL, columns: slice = ALL) -> torch.Tensor:
+        return self.tensor(name)[rows, columns]
 
     def tensor(self, name: str) -> torch.Tensor:
         """Load and rotate one tensor; raise D2QError as `Checkpoint.tensor`, also for the norm folded into it."""

@@ -97,7 +97,7 @@ class _OutputError:
         self._count = 0
         square = torch.zeros((), dtype=torch.float64)
         for batch, own in self._weights.items():
-            tokens = self._targets[batch].square().mean(-1) * own
+            tokens = context.runner.stream(self._targets[batch]).square().mean(-1) * own
             square += tokens.mean(1).sum(dtype=torch.float64).cpu()
         context.processes.all_reduce([square])
         self._unit = max(float(square) / len(self._places), torch.finfo(torch.float32).tiny)
@@ -140,7 +140,8 @@ class _OutputError:
         return inputs, targets, torch.stack([self._weights[batch][number] for batch, number in places])
 
     def _error(self, inputs: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        off = (self._block.forward(inputs) - targets).square().mean(-1)
+        stream = self._block.runner.stream
+        off = (stream(self._block.forward(inputs)) - stream(targets)).square().mean(-1)
         return (off * weights).mean(1).sum() / self._unit
 
 
@@ -160,4 +161,7 @@ def _copy(context: Context, original: nn.Module, result: QuantizedBlock) -> nn.M
         if name not in replaced:
             parent, _, last = name.rpartition(".")
             setattr(module.get_submodule(parent), last, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+    for name, buffer in list(module.named_buffers()):
+        parent, _, last = name.rpartition(".")
+        setattr(module.get_submodule(parent), last, buffer.clone())
     return module

@@ -43,7 +43,7 @@ def scale_columns(context: Context, index: int, block: nn.Module) -> QuantizedBl
         for layer, group in groups.items():
             layers = [block.get_submodule(each) for each in group.linears]
             weights = weight_energy(layers, _token_shares(family, index, group, energies))
-            scales = column_scales(weights, conditional[layer], _absorber_rows(family, group, context.device))
+            scales = column_scales(weights, conditional[layer], _absorber_rows(family, index, group, context.device))
             result.column_scales[layer] = float_array(scales)
             result.floats |= _absorb(family, index, block, group, scales)
     return result
@@ -68,18 +68,20 @@ def output_hessians(context: Context, index: int, scales: Mapping[str, F32]) -> 
         return {}
     family, device = context.family, context.device
     groups = {group.linears[0]: group for group in dense_groups(family, index)}
-    rows = {layer: group_rows(family, group) for layer, group in groups.items()}
+    rows = {layer: group_rows(family, index, group) for layer, group in groups.items()}
     found = context.guidance.output_hessians(index, rows, device)
     factors: dict[str, torch.Tensor] = {}
     for reader in family.block_groups(index):
         if reader.absorber in family.block_linears(index) and reader.linears[0] in scales:
-            factor = torch.ones(family.linear_shape(reader.absorber)[0], device=device)
-            factor[_absorber_rows(family, reader, device)] = torch.from_numpy(scales[reader.linears[0]]).to(device)
+            factor = torch.ones(family.linear_shape(index, reader.absorber)[0], device=device)
+            own = torch.from_numpy(scales[reader.linears[0]]).to(device)
+            factor[_absorber_rows(family, index, reader, device)] = own
             factors[reader.absorber] = factor
     result = {}
     for layer, hessian in found.items():
         parts = [
-            factors.get(each, torch.ones(family.linear_shape(each)[0], device=device)) for each in groups[layer].linears
+            factors.get(each, torch.ones(family.linear_shape(index, each)[0], device=device))
+            for each in groups[layer].linears
         ]
         result[layer] = hessian.scaled(torch.cat(parts))
     return result
@@ -92,7 +94,7 @@ def _input_energies(
     family = context.family
     # Experts only see their own tokens; the router sees all.
     watched = {(_routers(family, index, group) or (layer,))[0]: layer for layer, group in groups.items()}
-    energies = {layer: InputEnergy(family.linear_shape(layer)[1], context.device) for layer in groups}
+    energies = {layer: InputEnergy(family.linear_shape(index, layer)[1], context.device) for layer in groups}
     for batch in context.streams.own:
         if batch % ENERGY_BATCH_STRIDE == 0 or family.num_experts:
             with context.report.timed("forward"):
@@ -131,9 +133,9 @@ def _routers(family: Family, index: int, group: LinearGroup) -> tuple[str, ...]:
     return tuple(router for router in family.block_routers(index) if readers[router] == group.norm)
 
 
-def _absorber_rows(family: Family, group: LinearGroup, device: torch.device) -> torch.Tensor | None:
+def _absorber_rows(family: Family, index: int, group: LinearGroup, device: torch.device) -> torch.Tensor | None:
     """Return the row of the absorbing layer for each column; None where a norm absorbs the scales."""
-    return None if group.absorber is None else torch.from_numpy(family.absorber_rows(group.absorber)).to(device)
+    return None if group.absorber is None else torch.from_numpy(family.absorber_rows(index, group.absorber)).to(device)
 
 
 def _absorb(family: Family, index: int, block: nn.Module, group: LinearGroup, scales: torch.Tensor) -> dict[str, F32]:
@@ -146,7 +148,7 @@ def _absorb(family: Family, index: int, block: nn.Module, group: LinearGroup, sc
         raise ValueError(f"nothing absorbs column scales of {group.linears[0]}")
     module = block.get_submodule(absorber)
     offset = family.norm_offset if group.norm else 0.0
-    absorb(layers, module, scales, _absorber_rows(family, group, scales.device), offset)
+    absorb(layers, module, scales, _absorber_rows(family, index, group, scales.device), offset)
     names = ("bias",) if absorber in family.block_linears(index) else ("weight", "bias")
     changed = [f"{absorber}.{name}" for name, _ in module.named_parameters(recurse=False) if name in names]
     changed += [f"{layer}.weight" for layer in unquantized]

@@ -47,7 +47,7 @@ def expert_statistics(
         found = collect(family.hidden_size, lambda _, inputs: inputs)
         for number in chunk:
             yield experts.groups(number)[0], found.pop(0)
-        found = collect(family.linear_shape(experts.linears(chunk[0])[2])[1], Expert.gated)
+        found = collect(family.linear_shape(index, experts.linears(chunk[0])[2])[1], Expert.gated)
         for number in chunk:
             yield experts.groups(number)[1], found.pop(0)
 
@@ -129,9 +129,9 @@ def _chunks(family: Family) -> list[list[int]]:
 
 def _expert_bytes(family: Family) -> int:
     """Return the memory for the statistics of one expert: H and dXXT, float32."""
-    found = (family.block_experts(index) for index in range(family.num_layers))
-    first = next(experts for experts in found if experts is not None)
-    columns = max(family.linear_shape(layer)[1] for layer in first.linears(0))
+    found = ((index, family.block_experts(index)) for index in range(family.num_layers))
+    index, first = next((index, experts) for index, experts in found if experts is not None)
+    columns = max(family.linear_shape(index, layer)[1] for layer in first.linears(0))
     return 2 * 4 * columns**2
 
 

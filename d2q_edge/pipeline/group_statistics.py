@@ -37,8 +37,8 @@ def sublayer_statistics(
     routed = experts is not None and experts.module == sublayer.module
     groups = [group for group in dense_groups(family, index) if group.linears[0].startswith(f"{sublayer.module}.")]
     for group in groups:
-        name, advance = f"{family.block_prefix(index)}{group.linears[0]}", group is groups[-1] and not routed
-        yield group, _dense_statistics(context, name, sublayer, group, original, quantized, advance=advance)
+        advance = group is groups[-1] and not routed
+        yield group, _dense_statistics(context, index, sublayer, group, original, quantized, advance=advance)
     if experts is not None and routed:
         yield from expert_statistics(context, index, sublayer, experts, original, quantized)
         _advance_original(context, index, sublayer, original)
@@ -46,7 +46,7 @@ def sublayer_statistics(
 
 def _dense_statistics(
     context: Context,
-    name: str,
+    index: int,
     sublayer: Sublayer,
     group: LinearGroup,
     original: nn.Module,
@@ -56,9 +56,10 @@ def _dense_statistics(
 ) -> InputStatistics:
     """Collect one group's statistics; with `advance` the same pass moves the original's hidden states on."""
     runner, streams, layer = context.runner, context.streams, group.linears[0]
-    statistics = InputStatistics(context.family.linear_shape(layer)[1], context.device)
+    statistics = InputStatistics(context.family.linear_shape(index, layer)[1], context.device)
     check = FiniteCheck(context.device)
-    prefix = name.removesuffix(layer)
+    prefix = context.family.block_prefix(index)
+    name = f"{prefix}{layer}"
     weights = context.guidance.weights(prefix, group.linears) if context.guidance else {}
     last = advance and group.norm is None and runner.puts_out(original, sublayer, layer)
     context.kept.begin(layer)

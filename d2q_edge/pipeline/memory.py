@@ -122,7 +122,7 @@ def plan_memory(
     Raises:
         D2QError: it doesn't fit in the memory (or the limit), the GPU's memory, or on the disk.
     """
-    streams = (3 if refine else 2) * math.ceil(tokens / processes) * family.hidden_size * DTYPE.itemsize
+    streams = (3 if refine else 2) * math.ceil(tokens / processes) * family.stream_width * DTYPE.itemsize
     working = _working(family, batch_tokens, processes, CUDA_SEARCH if device.type == "cuda" else SEARCH)
     if refine:
         working = max(working, _tuning(family, batch_tokens))
@@ -205,44 +205,62 @@ def _at_least(size: int) -> str:
 def _working(family: Family, batch_tokens: int, processes: int, search: int) -> int:
     """Return the bytes that quantizing a block takes on the computing device, without the hidden states."""
     solving = squares = 0
-    every = ((family.block_groups(index), solved_groups(family, index)) for index in range(family.num_layers))
-    for groups, solved in dict.fromkeys(every):
-        squares = max(squares, sum(family.linear_shape(group.linears[0])[1] ** 2 for group in groups))
-        shapes = {(family.linear_shape(group.linears[0])[1], group_rows(family, group)) for group in solved}
+    for index in range(family.num_layers):
+        columns = [family.linear_shape(index, group.linears[0])[1] for group in family.block_groups(index)]
+        squares = max(squares, sum(size**2 for size in columns))
+        shapes = {
+            (family.linear_shape(index, group.linears[0])[1], group_rows(family, index, group))
+            for group in solved_groups(family, index)
+        }
         solving = max(solving, *(SQUARES * c**2 + MATRICES * rows * c // processes for c, rows in shapes))
-    batch = batch_tokens * (HIDDEN * family.hidden_size + INNER * family.intermediate_size + family.scan_width)
-    blocks = 2 * _largest_block(family)
+    batch = batch_tokens * (HIDDEN * family.stream_width + INNER * _widest(family) + family.scan_width)
+    blocks = 2 * _largest_block(family) + _side_tables(family)
     return blocks + FLOAT * max(solving, squares + batch) + search + statistics_bytes(family)
 
 
 def _widest_inner_input(family: Family) -> int:
     """Return the most columns of a layer that reads what other layers of its sublayer put out."""
-    groups = [group for index in range(family.num_layers) for group in family.block_groups(index)]
-    inner = [group.linears[0] for group in groups if group.norm is None and not group.reads_stream]
-    return max((family.linear_shape(layer)[1] for layer in inner), default=0)
+    widths = (
+        family.linear_shape(index, group.linears[0])[1]
+        for index in range(family.num_layers)
+        for group in family.block_groups(index)
+        if group.norm is None and not group.reads_stream
+    )
+    return max(widths, default=0)
+
+
+def _side_tables(family: Family) -> int:
+    """Return the bytes of what a block's own embeddings are made from: those of all tokens, and its part of a table."""
+    return 2 * family.vocab_size * (family.hidden_size + family.per_layer_width) if family.per_layer_width else 0
+
+
+def _widest(family: Family) -> int:
+    """Return the width of the widest feed-forward layers; some blocks' may be wider than config.json says."""
+    return max(family.intermediate_size, _widest_inner_input(family))
 
 
 def _backward(family: Family, batch_tokens: int, table: int) -> int:
     """Return the bytes that running a block, or the lm_head, backwards takes on the computing device."""
     rows = max(
-        sum(group_rows(family, group) for group in dense_groups(family, index)) for index in range(family.num_layers)
+        sum(group_rows(family, index, group) for group in dense_groups(family, index))
+        for index in range(family.num_layers)
     )
     # Output gradients of all layers, and those of a group side by side, weighted; the moments twice where they add up.
     observed = 2 * batch_tokens * rows + 2 * max(_moments(family, index) for index in range(family.num_layers))
     batch = backward_activations(family, batch_tokens) + FLOAT * observed
-    return _largest_block(family) + max(batch, FLOAT * table + 2 * LOGITS)
+    return _largest_block(family) + _side_tables(family) + max(batch, FLOAT * table + 2 * LOGITS)
 
 
 def backward_activations(family: Family, tokens: int) -> int:
     """Return the bytes of the activations of so many tokens while a block runs backwards."""
-    numbers = GRADIENT_HIDDEN * family.hidden_size + GRADIENT_INNER * family.intermediate_size + family.scan_width
+    numbers = GRADIENT_HIDDEN * family.stream_width + GRADIENT_INNER * _widest(family) + family.scan_width
     return FLOAT * tokens * numbers
 
 
 def _moments(family: Family, index: int) -> int:
     """Return the number of elements of the output Hessians of block `index`."""
     groups = dense_groups(family, index)
-    return sum(size**2 for group in groups for size in piece_sizes(group_rows(family, group)))
+    return sum(size**2 for group in groups for size in piece_sizes(group_rows(family, index, group)))
 
 
 def _largest_block(family: Family) -> int:

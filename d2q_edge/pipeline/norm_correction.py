@@ -62,8 +62,9 @@ def advance_quantized(
             else:
                 moved = runner.finish_sublayer(quantized, sublayer, *kept, hidden)
             if shift is not None and next_norm is not None:
-                norm = quantized.get_submodule(next_norm)
-                shift.add_batch(batch, norm(runner.sublayer_forward(original, sublayer, hidden)), norm(moved))
+                wanted = runner.sublayer_forward(original, sublayer, hidden)
+                normed = [runner.normed(quantized, next_norm, states) for states in (wanted, moved)]
+                shift.add_batch(batch, *normed)
         streams.quantized[batch] = moved
         check.add(moved)
     check.require("quantized", f"{context.family.block_prefix(index)}{sublayer.module}")
@@ -81,10 +82,10 @@ def quantize_final(context: Context, options: Options) -> QuantizedBlock:
     energy = InputEnergy(family.hidden_size, context.device)
     shift = MeanShift(family.hidden_size, len(streams))
     for batch in streams.own:
-        outputs = norm(streams.original[batch])
+        outputs = norm(runner.stream(streams.original[batch]))
         if batch % ENERGY_BATCH_STRIDE == 0:
             energy.add_batch(outputs)
-        shift.add_batch(batch, outputs, norm(streams.quantized[batch]))
+        shift.add_batch(batch, outputs, norm(runner.stream(streams.quantized[batch])))
     result = QuantizedBlock()
     weight = norm.get_parameter("weight")
     scales = torch.ones_like(weight)

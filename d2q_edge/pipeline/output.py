@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NoReturn, Protocol
 
@@ -17,6 +17,7 @@ from d2q_edge.formats.quantized_block import QuantizedBlock
 from d2q_edge.formats.tensor_types import F32, U8
 from d2q_edge.model.checkpoint import Checkpoint
 from d2q_edge.model.families import Family
+from d2q_edge.model.families.base import Values
 from d2q_edge.model.tokenizer import Tokenizer
 from d2q_edge.pipeline.type_plan import TypePlan
 from d2q_edge.pipeline.work_dir import WorkDir
@@ -25,7 +26,9 @@ from d2q_edge.quantize.rtn import round_layer
 
 
 class Content(Protocol):
-    """Where the data of tensors comes from, by checkpoint name."""
+    """Where the data of tensors comes from, by checkpoint name; the device encodes what isn't encoded yet."""
+
+    device: torch.device = torch.device("cpu")
 
     def packed(self, name: str) -> U8:
         """Return a linear layer's weight in its planned type, uint8 [rows, bytes]."""
@@ -170,7 +173,10 @@ class Output:
         family, replacements = self.family, {}
         for name in family.tensor_shapes():
             type_name = self.types.all.get(name, "f32")
-            if type_name in tensor_types.BY_NAME and name in self.types.linears:
+            if name == f"{family.per_layer_table}.weight":
+                encode = _RowEncoder(type_name, content.device if content else torch.device("cpu"))
+                replacements[name] = model_file.table_tensor(self.checkpoint, family, name, type_name, encode)
+            elif type_name in tensor_types.BY_NAME and name in self.types.linears:
                 replacements[name] = model_file.packed_tensor(family, name, type_name, partial(packed, name))
             else:
                 replacements[name] = model_file.float_tensor(family, name, type_name, partial(floats, name))
@@ -178,6 +184,24 @@ class Output:
         for name in (f"{norm}.bias" for norm in self.norm_biases):
             tensors.append(GGUFTensor(family.gguf_name(name), (family.hidden_size,), "f32", partial(floats, name)))
         return tensors
+
+
+class _RowEncoder:
+    """Rounds rows of a table to nearest, if their type is ours; a stock type is left to the writer."""
+
+    def __init__(self, type_name: str, device: torch.device) -> None:
+        self._type, self._device = tensor_types.BY_NAME.get(type_name), device
+
+    @cached_property
+    def _search(self) -> CodebookSearch:
+        assert self._type is not None
+        return CodebookSearch(self._type, self._device)
+
+    def __call__(self, rows: torch.Tensor) -> Values:
+        if self._type is None:
+            return rows.to(self._device)
+        with torch.inference_mode():
+            return round_layer(rows.to(self._device, torch.float32), self._search).pack(self._type)
 
 
 def _no_data(name: str) -> NoReturn:

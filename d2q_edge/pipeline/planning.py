@@ -107,7 +107,9 @@ def plan(model: str | Path, output: str | Path, options: Options, processes: Pro
     measured = None
     if is_mixed(options.bits):
         measured = _measure_sensitivity(checkpoint, family, options, calibration, processes)
-    types = plan_types(family, options.bits, options.embedding_type, options.head_type, measured)
+    types = plan_types(
+        family, options.bits, options.embedding_type, options.head_type, measured, options.per_layer_type
+    )
     scope = choose_scope(family, options, processes.device)
     norm_biases: list[str] = []
     if calibration is not None:
@@ -139,7 +141,7 @@ def draw_windows(
 
 def _check_options(family: Family, options: Options) -> None:
     """Refuse options that don't suit the model or each other."""
-    check_request(family, options.bits, options.embedding_type, options.head_type)
+    check_request(family, options.bits, options.embedding_type, options.head_type, options.per_layer_type)
     if options.calibrate and options.context > family.context_length:
         raise D2QError(
             f"--context {options.context} is more than the {family.context_length} tokens that the model was made "
@@ -184,7 +186,11 @@ def _print_notes(notes: tuple[str, ...], types: TypePlan, family: Family, option
             "width",
             file=sys.stderr,
         )
-    for wanted, name in ((options.embedding_type, family.embedding), (options.head_type, family.head)):
+    for wanted, name in (
+        (options.embedding_type, family.embedding),
+        (options.head_type, family.head),
+        (options.per_layer_type, family.per_layer_table),
+    ):
         if wanted and types.tables[f"{name}.weight"] != wanted.lower():
             became = types.tables[f"{name}.weight"]
             print(f"{name} becomes {became}: its width isn't a multiple of {wanted}'s block size", file=sys.stderr)

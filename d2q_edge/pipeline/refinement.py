@@ -98,9 +98,10 @@ def model_bytes(family: Family, tokens: int, micro_tokens: int = MICRO_TOKENS) -
     """Return the memory that refining the whole model takes on the computing device."""
     shapes = family.tensor_shapes()
     linears = sum(torch.Size(shapes[name]).numel() for name in family.linear_weights())
-    table = torch.Size(shapes[f"{family.embedding}.weight"]).numel()
+    tables = [f"{family.embedding}.weight", *family.outer_tensors()]
+    table = sum(torch.Size(shapes[name]).numel() for name in tables)
     # In front of every block, and what one block computes.
-    states = 4 * micro_tokens * family.num_layers * family.hidden_size + backward_activations(family, micro_tokens)
+    states = 4 * micro_tokens * family.num_layers * family.stream_width + backward_activations(family, micro_tokens)
     expected = 2 * tokens * family.hidden_size
     return int(BYTES_PER_WEIGHT * linears) + (4 + 2) * table + states + expected + 6 * LOGITS
 
@@ -177,10 +178,11 @@ def original_states(
         processes: that share the windows; all of them get all states.
         batch_tokens: tokens of a forward pass.
     """
-    family, shape = runner.family, (tokens.shape[1], runner.family.hidden_size)
-    result = torch.zeros(len(tokens), *shape, dtype=torch.bfloat16, device=runner.device)
-    places = torch.arange(len(tokens)).split(max(1, batch_tokens // tokens.shape[1]))
+    family, context = runner.family, tokens.shape[1]
+    result = torch.zeros(len(tokens), context, family.hidden_size, dtype=torch.bfloat16, device=runner.device)
+    places = torch.arange(len(tokens)).split(max(1, batch_tokens // context))
     own = list(processes.shard_range(len(places)))
+    shape = context, family.stream_width
     states = HiddenStates([len(place) for place in places], shape, runner.device, runner.device, torch.float32)
     for batch, hidden in zip(own, runner.embed_all([tokens[places[batch]] for batch in own]), strict=True):
         states[batch] = hidden
@@ -190,7 +192,7 @@ def original_states(
             states[batch] = runner.forward(block, states[batch])
     norm = runner.final_norm()
     for batch in own:
-        result[places[batch].to(runner.device)] = norm(states[batch]).to(result.dtype)
+        result[places[batch].to(runner.device)] = norm(runner.stream(states[batch])).to(result.dtype)
     processes.all_reduce([result])
     return result
 
@@ -233,11 +235,11 @@ class TunableModel:
 
     def states(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return what `head` multiplies for token ids [windows, context]: float32 [windows, context, hidden]."""
-        hidden = torch.nn.functional.embedding(tokens.to(self.runner.device), self._table).float()
-        hidden = hidden * self.runner.family.embedding_scale
+        tokens = tokens.to(self.runner.device)
+        hidden = self.runner.begin(torch.nn.functional.embedding(tokens, self._table), tokens)
         for block in self.blocks:
             hidden = checkpoint(block.forward, hidden, use_reentrant=False, preserve_rng_state=False)
-        output: torch.Tensor = self.norm(hidden)
+        output: torch.Tensor = self.norm(self.runner.stream(hidden))
         # The head's columns are divided by their scales when the file is written; here its inputs are.
         return output if self._head_scales is None else output / self._head_scales
 
@@ -291,7 +293,8 @@ class _Divergence:
     def _compare(self, windows: torch.Tensor, found: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sum of the windows' losses, and its gradient by `found`."""
         expected = self._expected[windows].flatten(0, 1)
-        total, gradient = head_divergence(expected, found.flatten(0, 1), self._student.head)
+        head, cap = self._student.head, self._student.runner.family.logit_cap
+        total, gradient = head_divergence(expected, found.flatten(0, 1), head, cap=cap)
         context = found.shape[1]
         return total / context, gradient.view(found.shape) / context
 

@@ -19,7 +19,7 @@ from torch import nn
 from d2q_edge.formats import tensor_types
 from d2q_edge.model.blocks import BlockRunner
 from d2q_edge.quantize.codebook_search import CodebookSearch
-from d2q_edge.quantize.kl_divergence import kl_divergence
+from d2q_edge.quantize.kl_divergence import cap_logits, kl_divergence
 from d2q_edge.quantize.matmul import with_float64
 from d2q_edge.quantize.rtn import round_layer
 from d2q_edge.utils.progress import Progress
@@ -56,7 +56,7 @@ def measure(runner: BlockRunner, types: Mapping[str, str], windows: npt.NDArray[
     Raises:
         D2QError: a weight can't be read, or is NaN or infinite.
     """
-    per_window = (len(types) + 1) * windows.shape[1] * runner.family.hidden_size * 4
+    per_window = (len(types) + 1) * windows.shape[1] * runner.family.stream_width * 4
     passes = np.array_split(windows, min(len(windows), max(1, -(-len(windows) * per_window // MEMORY))))
     totals = dict.fromkeys(types, 0.0)
     blocks = runner.family.num_layers
@@ -124,14 +124,14 @@ def _forward(runner: BlockRunner, block: nn.Module, hidden: torch.Tensor) -> tor
 
 def _divergences(runner: BlockRunner, states: dict[str, torch.Tensor]) -> dict[str, float]:
     """Return the mean KL divergence of every variant from the original."""
-    norm, head = runner.final_norm(), runner.head()
+    norm, head, cap = runner.final_norm(), runner.head(), runner.family.logit_cap
     step = max(1, LOGITS // (4 * len(head)))
-    flat = {name: hidden.reshape(-1, hidden.shape[-1]).split(step) for name, hidden in states.items()}
+    flat = {name: runner.stream(hidden).flatten(0, 1).split(step) for name, hidden in states.items()}
     sums = dict.fromkeys((name for name in states if name), 0.0)
     for piece, hidden in enumerate(flat[""]):
-        expected = (norm(hidden.to(runner.device)) @ head.T).log_softmax(1)
+        expected = cap_logits(norm(hidden.to(runner.device)) @ head.T, cap).log_softmax(1)
         for name in sums:
-            found = (norm(flat[name][piece].to(runner.device)) @ head.T).log_softmax(1)
+            found = cap_logits(norm(flat[name][piece].to(runner.device)) @ head.T, cap).log_softmax(1)
             sums[name] += float(with_float64(kl_divergence(expected, found)).sum(dtype=torch.float64))
     tokens = states[""].shape[0] * states[""].shape[1]
     return {name: total / tokens for name, total in sums.items()}

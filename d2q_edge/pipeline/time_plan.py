@@ -129,11 +129,11 @@ def estimate(family: Family, types: TypePlan, tokens: int, context: int, options
         forward += sum(costs) / ENERGY_BATCH_STRIDE if options.dsq else 0
         whole += sum(costs)
         for group in solved_groups(family, index):
-            columns, share = family.linear_shape(group.linears[0])[1], _token_share(family, index, group, tokens)
+            columns, share = family.linear_shape(index, group.linears[0])[1], _token_share(family, index, group, tokens)
             moments = 1.5 + (0.5 / ENERGY_BATCH_STRIDE if options.dsq else 0)
             statistics += share * tokens * columns**2 * moments
             kind = types.linears[f"{family.block_prefix(index)}{group.linears[0]}.weight"]
-            rows = group_rows(family, group)
+            rows = group_rows(family, index, group)
             if kind in speed.search:
                 solving += _solving_products(rows, columns) / speed.products
                 solving += rows * columns * speed.search[kind]
@@ -160,7 +160,7 @@ def _sublayer_products(family: Family, index: int, sublayer: Sublayer, tokens: i
     for group in solved_groups(family, index):
         if group.linears[0].startswith(f"{sublayer.module}."):
             share = _token_share(family, index, group, tokens)
-            products += share * tokens * sum(math.prod(family.linear_shape(layer)) for layer in group.linears)
+            products += share * tokens * sum(math.prod(family.linear_shape(index, layer)) for layer in group.linears)
     if sublayer.module == "self_attn":
         # A token sees half of the window on average.
         products += ATTENTION * tokens * context * family.num_heads * family.head_dim

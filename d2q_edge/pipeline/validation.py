@@ -13,7 +13,7 @@ import torch
 from d2q_edge.calibration.hidden_states import StreamPair
 from d2q_edge.distributed.process_group import ProcessGroup
 from d2q_edge.formats.quantized_block import QuantizedBlock
-from d2q_edge.quantize.kl_divergence import kl_divergence
+from d2q_edge.quantize.kl_divergence import cap_logits, kl_divergence
 
 LOGITS = 2**28
 """Bytes of logits at a time."""
@@ -60,9 +60,9 @@ def validate(streams: StreamPair, final: QuantizedBlock, processes: ProcessGroup
     for index in streams.own:
         start = sum(streams.sizes[:index]) * per_window
         here = slice(start, start + streams.sizes[index] * per_window)
-        original = scored_positions(norm(streams.original[index]))
-        quantized = scored_positions(norm(streams.quantized[index]) + bias)
-        divergences[here], agreements[here] = compare_logits(original, quantized, head)
+        original = scored_positions(norm(runner.stream(streams.original[index])))
+        quantized = scored_positions(norm(runner.stream(streams.quantized[index])) + bias)
+        divergences[here], agreements[here] = compare_logits(original, quantized, head, cap=family.logit_cap)
     processes.all_reduce([divergences, agreements])
     return Validation.of(divergences, agreements)
 
@@ -73,7 +73,12 @@ def scored_positions(hidden: torch.Tensor) -> torch.Tensor:
 
 
 def compare_logits(
-    original: torch.Tensor, quantized: torch.Tensor, head: torch.Tensor, logits_bytes: int = LOGITS
+    original: torch.Tensor,
+    quantized: torch.Tensor,
+    head: torch.Tensor,
+    logits_bytes: int = LOGITS,
+    *,
+    cap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compare next-token distributions.
 
@@ -81,6 +86,7 @@ def compare_logits(
         original, quantized: hidden states after the final norm, float32 [tokens, hidden].
         head: weight of the lm_head, float32 [vocabulary, hidden].
         logits_bytes: memory for logits at a time.
+        cap: of the logits (`cap_logits`).
 
     Returns:
         KL divergences, float64 [tokens], and whether the same token comes first, bool [tokens]; on the CPU.
@@ -88,7 +94,7 @@ def compare_logits(
     step = max(1, logits_bytes // (4 * 4 * len(head)))
     divergences, agreements = [], []
     for a, b in zip(original.split(step), quantized.split(step), strict=True):
-        log_p, log_q = (a @ head.T).log_softmax(-1), (b @ head.T).log_softmax(-1)
+        log_p, log_q = (cap_logits(states @ head.T, cap).log_softmax(-1) for states in (a, b))
         divergences.append(kl_divergence(log_p, log_q).cpu().double())
         agreements.append((log_p.argmax(-1) == log_q.argmax(-1)).cpu())
     return torch.cat(divergences), torch.cat(agreements)

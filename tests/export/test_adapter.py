@@ -58,9 +58,9 @@ def write_scaled(path: Path, model: Path) -> None:
     for index in range(family.num_layers):
         block, own = runner.load(index), scales.setdefault(index, {})
         for group in family.block_groups(index):
-            own[group.linears[0]] = random_scales(family.linear_shape(group.linears[0])[1], generator)
+            own[group.linears[0]] = random_scales(family.linear_shape(index, group.linears[0])[1], generator)
             if group.absorber is not None:
-                rows = family.absorber_rows(group.absorber)
+                rows = family.absorber_rows(index, group.absorber)
                 own[group.linears[0]] = random_scales(rows.max() + 1, generator)[rows]
         absorb_scales(family, index, block, {layer: torch.from_numpy(values) for layer, values in own.items()})
         weights |= {family.block_prefix(index) + name: value for name, value in block.named_parameters()}

@@ -38,6 +38,8 @@ BIASED = (
     "qwen3",
     "smollm3",
     "gemma3",
+    "gemma4",
+    "gemma4-e",
     "phi4-mini",
     "olmo3",
     "granite",

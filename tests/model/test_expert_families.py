@@ -132,7 +132,7 @@ def test_linear_groups() -> None:
     assert family.residual_readers(0)["mlp.gate"] == "post_attention_layernorm"
     assert family.residual_readers(0)["mlp.experts.7.up_proj"] == "post_attention_layernorm"
     assert family.residual_writers(0) == ("self_attn.o_proj", *(f"mlp.experts.{i}.down_proj" for i in range(8)))
-    assert family.absorber_rows("mlp.experts.2.up_proj").tolist() == list(range(64))
+    assert family.absorber_rows(0, "mlp.experts.2.up_proj").tolist() == list(range(64))
     assert family.num_experts == 8, "one model's linear_groups are not another's"
     assert len(make("olmoe").block_groups(0)) == 3 + 6
 

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from d2q_edge.errors import D2QError
 from d2q_edge.model.families import Family, Sublayer, family_for
 from d2q_edge.model.families.gemma3 import Gemma3
+from d2q_edge.model.families.gemma4 import Gemma4
 from d2q_edge.pipeline.type_plan import plan_types
 from tests.real_configs import REAL
 
@@ -34,7 +35,9 @@ def test_number_of_parameters(name: str) -> None:
 @pytest.mark.parametrize("name", REAL)
 def test_tensors_are_those_of_transformers(tmp_path: Path, name: str) -> None:
     """Compares the first layers only: one more than a period where layers differ."""
-    layers = 7 if "gemma" in name or "SmolLM3" in name else 2
+    layers = 7 if "gemma-3" in name or "SmolLM3" in name else 2
+    # The number of blocks decides which of them share keys.
+    layers = REAL[name][1]["num_hidden_layers"] if "gemma-4" in name else layers
     changes: dict[str, Any] = {"num_hidden_layers": layers}
     changes |= {key: REAL[name][1][key][:layers] for key in ("layer_types", "no_rope_layers") if key in REAL[name][1]}
     family = make(name, **changes)
@@ -46,8 +49,9 @@ def test_tensors_are_those_of_transformers(tmp_path: Path, name: str) -> None:
         assert model.config.tie_word_embeddings
         del expected[f"{family.head}.weight"]
     assert dict(family.tensor_shapes()) == expected
+    block = model.model.layers[0]
+    family.adapt_block(0, block)
     for sublayer in family.block_sublayers(0):
-        block = model.model.layers[0]
         for module in (sublayer.module, sublayer.norm, sublayer.output_norm):
             assert module is None or block.get_submodule(module)
     scale = getattr(model.model.embed_tokens, "scalar_embed_scale", getattr(model.model, "embedding_multiplier", 1.0))
@@ -64,8 +68,10 @@ def test_keys_that_llama_cpp_reads(tmp_path: Path, name: str) -> None:
     assert keys["embedding_length"] == REAL[name][1]["hidden_size"]
     heads = keys["attention.head_count_kv"]
     # A list where blocks without attention have none.
-    assert set(heads if isinstance(heads, list) else [heads]) - {0} == {REAL[name][1]["num_key_value_heads"]}
+    counts = {REAL[name][1]["num_key_value_heads"], REAL[name][1].get("num_global_key_value_heads", 0)} - {0}
+    assert set(heads if isinstance(heads, list) else [heads]) - {0} == counts
     rope = REAL[name][1].get("rope_parameters") or REAL[name][1]
+    rope = rope.get("full_attention", rope)
     assert keys["rope.freq_base"] == rope.get("rope_theta", 10000.0)
 
 
@@ -84,6 +90,7 @@ def test_defaults_are_those_of_transformers(tmp_path: Path, name: str, keys: tup
     entries = {key: value for key, value in REAL[name][1].items() if key not in keys}
     (tmp_path / "config.json").write_text(json.dumps(entries))
     config = AutoConfig.from_pretrained(tmp_path)
+    config.allow_global_per_layer_attribute_access = True  # those of sliding-window layers, in Gemma 4
     ropes = config.rope_parameters
     full, sliding = ropes.get("full_attention", ropes), ropes.get("sliding_attention", ropes)
     if entries["num_attention_heads"] % config.num_key_value_heads:
@@ -99,7 +106,7 @@ def test_defaults_are_those_of_transformers(tmp_path: Path, name: str, keys: tup
     windowed = not hasattr(config, "layer_types") or "sliding_attention" in config.layer_types
     if name != "Llama-2-7b" and family.model_type != "llama":
         assert family.sliding_window(0) == (getattr(config, "sliding_window", None) if windowed else None)
-    if isinstance(family, Gemma3):
+    if isinstance(family, Gemma3 | Gemma4):
         assert family.sliding_rope_theta == sliding["rope_theta"]
 
 
@@ -124,7 +131,7 @@ def test_settings_of_some_models() -> None:
     assert (gemma.tied_embeddings, gemma.norm_offset, gemma.can_rotate) == (True, 1.0, False)
     assert gemma.sublayers[1] == Sublayer("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm")
     assert make("SmolLM3-3B").tied_embeddings
-    assert make("Phi-4-mini").linear_shape("self_attn.qkv_proj") == (5120, 3072)
+    assert make("Phi-4-mini").linear_shape(0, "self_attn.qkv_proj") == (5120, 3072)
     assert make("Phi-3-mini-4k").can_rotate and make("Phi-3-mini-4k").extra_tensors() == {}
 
 
@@ -143,9 +150,9 @@ def test_what_is_noted() -> None:
 def test_columns_of_o_and_down_come_from_rows_of_fused_layers() -> None:
     family = make("Phi-3-mini-4k", hidden_size=24, num_attention_heads=6, num_key_value_heads=2)
     # 24 rows of q, 8 of k, then v: heads of 4, each serving 3 heads of q.
-    assert family.absorber_rows("self_attn.qkv_proj").tolist() == [32, 33, 34, 35] * 3 + [36, 37, 38, 39] * 3
+    assert family.absorber_rows(0, "self_attn.qkv_proj").tolist() == [32, 33, 34, 35] * 3 + [36, 37, 38, 39] * 3
     family = make("Phi-3-mini-4k", intermediate_size=3)
-    assert family.absorber_rows("mlp.gate_up_proj").tolist() == [3, 4, 5]
+    assert family.absorber_rows(0, "mlp.gate_up_proj").tolist() == [3, 4, 5]
 
 
 def test_gemmas_norms_get_their_one_in_the_file() -> None:
@@ -191,6 +198,32 @@ def test_gemmas_norms_get_their_one_in_the_file() -> None:
             {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
             "of the sliding-window layers aren't supported",
         ),
+        ("gemma-4-31B", {"enable_moe_block": True}, "of Gemma 4 only models without experts are supported"),
+        ("gemma-4-31B", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention isn't supported, except"),
+        ("gemma-4-31B", {"attention_bias": True}, "attention_bias is set, which llama.cpp's gemma4 doesn't support"),
+        (
+            "gemma-4-31B",
+            {"layer_types": ["full_attention"] * 59},
+            "layer_types must name the attention of all 60 blocks",
+        ),
+        ("gemma-4-31B", {"layer_types": 6}, "layer_types must name the attention of all 60 blocks"),
+        (
+            "gemma-4-31B",
+            {"layer_types": ["sliding_attention"] * 60},
+            "the last of the layer_types must be full_attention",
+        ),
+        ("gemma-4-31B", {"num_global_key_value_heads": 5}, "32 heads don't suit 5 key-value heads of 512 channels"),
+        ("gemma-4-31B", {"per_layer_config": {"0": {"head_dim": 512}}}, "per_layer_config must say the same of all"),
+        ("gemma-4-31B", {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "gemma4 has no such scaling"),
+        (
+            "gemma-4-31B",
+            {"rope_parameters": {"full_attention": {"rope_type": "proportional", "factor": 2.0}}},
+            "partial_rotary_factor must be at most 1, and its factor 1",
+        ),
+        ("gemma-4-31B", {"final_logit_softcapping": -1}, "final_logit_softcapping must be a positive number"),
+        ("gemma-4-E2B", {"vocab_size_per_layer_input": 1000}, "vocab_size_per_layer_input must be vocab_size"),
+        ("gemma-4-E2B", {"num_kv_shared_layers": 35}, "num_kv_shared_layers must be a whole number from 1 to 34"),
+        ("gemma-4-E2B", {"num_kv_shared_layers": 19}, "so must the last one of a block with keys of its own"),
         ("Phi-3-mini-4k", {"hidden_size": 3200, "head_dim": 96}, "num_attention_heads . head_dim = hidden_size"),
         ("Phi-3-mini-4k", {"partial_rotary_factor": 0.01}, "partial_rotary_factor of 0.01 doesn't suit heads of 96"),
         ("Phi-3-mini-4k", {"partial_rotary_factor": 2}, "partial_rotary_factor must be at most 1"),
@@ -265,7 +298,7 @@ def test_value_heads_of_delta_net_by_hand() -> None:
     columns = family.arranged(f"{prefix}.out_proj.weight", torch.arange(96)[None])
     assert columns[0, ::16].tolist() == [16 * head for head in (0, 3, 1, 4, 2, 5)]
     # One scale for a channel of all heads, which DeltaNet's norm absorbs.
-    assert family.absorber_rows("linear_attn.norm").tolist() == list(range(16)) * 6
+    assert family.absorber_rows(0, "linear_attn.norm").tolist() == list(range(16)) * 6
     assert family.export_rows("model.layers.3.self_attn.q_proj.weight", rows) is rows
 
 

@@ -171,6 +171,10 @@ PIXTRAL = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16,
     "image_size": 28, "patch_size": 14, "model_type": "pixtral",
 }  # fmt: skip
+GEMMA4_VISION = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 64, "model_type": "gemma4_vision",
+}  # fmt: skip
 QWEN_VISION = {
     "hidden_size": 32, "intermediate_size": 64, "depth": 1, "num_heads": 2, "out_hidden_size": 64,
     "model_type": "qwen3_5_vision",
@@ -179,7 +183,12 @@ QWEN_VISION = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "whole", "vision"), [("ministral3", "mistral3", PIXTRAL), ("qwen3.5", "qwen3_5", QWEN_VISION)]
+    ("name", "whole", "vision"),
+    [
+        ("ministral3", "mistral3", PIXTRAL),
+        ("qwen3.5", "qwen3_5", QWEN_VISION),
+        ("gemma4-e", "gemma4", GEMMA4_VISION),
+    ],
 )
 def test_files_of_other_families(
     stock_convert: Callable[[Path, str, str], Path], tmp_path: Path, name: str, whole: str, vision: dict[str, Any]
@@ -190,7 +199,7 @@ def test_files_of_other_families(
     config = json.loads((plain / "config.json").read_text())
     tokens = {key: config.pop(key) for key in list(config) if key.endswith("_token_id")}
     model = AutoModelForImageTextToText.from_config(
-        AutoConfig.for_model(whole, text_config=config, vision_config=vision, tie_word_embeddings=False)
+        AutoConfig.for_model(whole, text_config=config, vision_config=vision, tie_word_embeddings=name == "gemma4-e")
     ).bfloat16()
     text = AutoModelForCausalLM.from_pretrained(plain)
     model.model.language_model.load_state_dict(text.model.state_dict())
@@ -198,6 +207,8 @@ def test_files_of_other_families(
     model.save_pretrained(directory)
     settings = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**settings, **tokens}))
+    # The whole model's has its class's token ids.
+    shutil.copy(plain / "generation_config.json", directory)
     files = {}
     for each in (plain, directory):
         export(each, tmp_path / "out.gguf", "f16", force=True)

@@ -8,6 +8,7 @@ from d2q_edge.errors import D2QError
 from d2q_edge.model.families import family_for
 from d2q_edge.pipeline.type_plan import TypePlan, check_request, plan_types, rounding_types
 from tests.checkpoints import BASE_CONFIG, FAMILY_CONFIG
+from tests.real_configs import REAL
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -54,6 +55,23 @@ def test_tables_of_untied_embeddings() -> None:
     assert plan(embedding_type="q6_k", head_type="Q4_K").tables == {EMBEDDING: "q8_0", HEAD: "q5_0"}
     assert plan(embedding_type="q4_0", head_type="f16").tables == {EMBEDDING: "q4_0", HEAD: "f16"}
     assert plan(embedding_type="Q5_1", head_type="BF16").tables == {EMBEDDING: "q5_1", HEAD: "bf16"}
+
+
+def test_table_of_per_layer_embeddings() -> None:
+    """Of Gemma 4 E2B, and of one whose blocks together are as wide as 64 divides, but 256 doesn't."""
+    wide, narrow = (family_for({**REAL["gemma-4-E2B"][1], "hidden_size_per_layer_input": each}) for each in (256, 64))
+    table, projection = (f"{name}.weight" for name in (wide.per_layer_table, wide.per_layer_projection))
+    for bits, kind in ((2, "d2q2"), (3, "d2q3")):
+        assert plan_types(wide, bits).tables[table] == kind
+        assert plan_types(wide, bits).tables[projection] == "q8_0"
+    for given, kind in (("d2q3", "d2q3"), ("Q4_K", "q4_k"), ("q4_0", "q4_0")):
+        assert plan_types(wide, 2, per_layer_type=given).tables[table] == kind
+    assert plan_types(narrow, 2).tables[table] == "d2q2_64"
+    with pytest.raises(D2QError, match="--per-layer-type 'iq2_xs' isn't a type that can be written; these are: f32, "):
+        check_request(wide, 2, per_layer_type="IQ2_XS")
+    llama = family_for({**BASE_CONFIG, **FAMILY_CONFIG["llama"]})
+    with pytest.raises(D2QError, match="--per-layer-type is for embeddings that every block has for itself"):
+        check_request(llama, 2, per_layer_type="d2q3")
 
 
 def test_tables_of_tied_embeddings() -> None:

@@ -173,7 +173,7 @@ class TestAbsorb:
             for group in bound.block_groups(index):
                 absorber = group.norm or group.absorber
                 assert absorber is not None
-                rows = torch.from_numpy(bound.absorber_rows(group.absorber)) if group.absorber else None
+                rows = torch.from_numpy(bound.absorber_rows(index, group.absorber)) if group.absorber else None
                 prefix = bound.block_prefix(index)
                 absorb_into(changed, [prefix + name for name in group.linears], prefix + absorber, scales, rows)
         if not bound.tied_embeddings:
@@ -220,7 +220,7 @@ def computed_scales(checkpoint: Checkpoint, family: Family) -> Scales:
         block, prefix = runner.load(index), family.block_prefix(index)
         seen, hidden = runner.trace(block, tuple(group.linears[0] for group in family.block_groups(index)), hidden)
         for group in family.block_groups(index):
-            rows = torch.from_numpy(family.absorber_rows(group.absorber)) if group.absorber else None
+            rows = torch.from_numpy(family.absorber_rows(index, group.absorber)) if group.absorber else None
             energy = weight_energy([block.get_submodule(name) for name in group.linears])
             found[prefix + group.linears[0]] = column_scales(energy, conditional_energy([seen[group.linears[0]]]), rows)
     if not family.tied_embeddings:

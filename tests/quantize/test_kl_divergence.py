@@ -40,3 +40,22 @@ def test_through_the_head(tokens: int) -> None:
     assert at.grad is not None
     assert float(total) == pytest.approx(slow.item(), rel=1e-5)
     torch.testing.assert_close(gradient.double(), at.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_capped_logits_against_autograd() -> None:
+    generator = torch.Generator().manual_seed(3)
+    head = torch.randn(13, 8, generator=generator)
+    expected, found = torch.randn(2, 5, 8, generator=generator)
+    variable = found.double().requires_grad_()
+
+    def log_probabilities(states: torch.Tensor) -> torch.Tensor:
+        return (2.0 * torch.tanh(states @ head.double().T / 2.0)).log_softmax(-1)
+
+    log_p, log_q = log_probabilities(expected.double()), log_probabilities(variable)
+    wanted = (log_p.exp() * (log_p - log_q)).sum()
+    wanted.backward()
+    total, gradient = head_divergence(expected, found, head, cap=2.0)
+    assert float(total) == pytest.approx(float(wanted.detach()), rel=1e-5)
+    assert variable.grad is not None
+    torch.testing.assert_close(gradient.double(), variable.grad, rtol=1e-4, atol=1e-6)
+    assert abs(float(head_divergence(expected, found, head)[0]) / float(total) - 1) > 0.1, "the cap matters"

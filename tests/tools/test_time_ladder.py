@@ -23,4 +23,5 @@ def test_sizes_are_what_they_are_called() -> None:
 
 def matrices(name: str) -> list[tuple[int, int]]:
     family = family_of(name)
-    return [family.linear_shape(each) for index in range(family.num_layers) for each in family.block_linears(index)]
+    blocks = range(family.num_layers)
+    return [family.linear_shape(index, each) for index in blocks for each in family.block_linears(index)]

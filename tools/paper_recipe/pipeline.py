@@ -7,7 +7,6 @@ the output of the quantized layers before it. Rotation is a matter of the checkp
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -51,8 +50,10 @@ class Recipe:
     def bits_per_weight(self, family: Family, bits: int) -> float:
         """Return the mean over the blocks' linear layers, with float16 scales and minimums."""
         total = stored = 0.0
-        for layer in chain.from_iterable(map(family.block_linears, range(family.num_layers))):
-            rows, columns = family.linear_shape(layer)
+        shapes = family.tensor_shapes()
+        for name in family.linear_weights():
+            rows, columns = shapes[name]
+            layer = family.split_name(name)[1].removesuffix(".weight")
             floats = bits if self._is_dual(layer) else 2
             total += rows * columns
             stored += rows * columns * (bits + 16 * floats / group_size(columns))

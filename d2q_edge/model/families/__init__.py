@@ -8,6 +8,7 @@ from d2q_edge.formats.gguf_reader import GGUFFile
 from d2q_edge.model.families.base import Family
 from d2q_edge.model.families.ernie4_5 import Ernie4p5
 from d2q_edge.model.families.gemma3 import Gemma3
+from d2q_edge.model.families.gemma4 import Gemma4
 from d2q_edge.model.families.granite import Granite
 from d2q_edge.model.families.granite_hybrid import GraniteHybrid
 from d2q_edge.model.families.layout import LinearGroup, RoutedExperts, Sublayer
@@ -35,6 +36,7 @@ FAMILIES: tuple[type[Family], ...] = (
     Qwen3,
     SmolLM3,
     Gemma3,
+    Gemma4,
     Phi3,
     Granite,
     Ernie4p5,

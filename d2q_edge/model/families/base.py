@@ -18,12 +18,13 @@ from d2q_edge.errors import D2QError
 from d2q_edge.model.families.gguf_keys import GGUFKeys
 from d2q_edge.model.families.layout import LinearGroup, RoutedExperts, Sublayer
 from d2q_edge.model.families.rope import RotaryEmbedding
+from d2q_edge.model.families.side_inputs import SideInputs
 
 MAX_LAYERS = 10_000  # more than any model has: a config.json must not make us build names forever
 Values = npt.NDArray[Any] | torch.Tensor
 
 
-class Family(RotaryEmbedding, ABC):
+class Family(RotaryEmbedding, SideInputs, ABC):
     """A decoder family, bound to one model's config; create one with `families.family_for`.
 
     The config sets num_layers, hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, vocab_size,
@@ -62,6 +63,7 @@ class Family(RotaryEmbedding, ABC):
     embedding_scale: float = 1.0  # factor of the embeddings in front of the first block
     residual_scale: float = 1.0  # factor of what every sublayer adds to the residual stream
     logit_scale: float = 1.0  # factor of what the head puts out
+    logit_cap: float = 0.0  # logits become cap * tanh(logits / cap); 0 leaves them as they are
     num_experts: int = 0  # experts of every block that has them; 0 where all have an ordinary MLP
     experts_per_token: int = 0  # experts that a token is routed to (top_k)
     expert_parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # names of an expert's layers
@@ -185,8 +187,8 @@ class Family(RotaryEmbedding, ABC):
             f"{self.block_prefix(i)}{linear}.weight" for i in range(self.num_layers) for linear in self.block_linears(i)
         ]
 
-    def linear_shape(self, linear: str) -> tuple[int, int]:
-        """Return (out_features, in_features) of a linear layer, by its name in its block; the shape of its weight."""
+    def linear_shape(self, index: int, linear: str) -> tuple[int, int]:
+        """Return (out_features, in_features) of a linear layer of block `index`; the shape of its weight."""
         attention, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         return {
             "self_attn.q_proj": (attention, self.hidden_size),
@@ -198,13 +200,13 @@ class Family(RotaryEmbedding, ABC):
             "mlp.down_proj": (self.hidden_size, self.intermediate_size),
         }[linear]
 
-    def absorber_rows(self, absorber: str) -> npt.NDArray[np.int64]:
-        """Return the absorber's rows that the columns after it are proportional to, int64 [in_features after it].
+    def absorber_rows(self, index: int, absorber: str) -> npt.NDArray[np.int64]:
+        """Return an absorber's rows that the columns after it are proportional to, int64 [in_features after it].
 
         The gated activation maps them one to one; a row of v serves its channel in all query heads of its group.
         """
         if absorber != "self_attn.v_proj":
-            return np.arange(self.linear_shape(absorber)[0])
+            return np.arange(self.linear_shape(index, absorber)[0])
         rows = np.arange(self.num_kv_heads * self.head_dim).reshape(self.num_kv_heads, 1, self.head_dim)
         return rows.repeat(self.num_heads // self.num_kv_heads, axis=1).reshape(-1)
 
@@ -273,17 +275,17 @@ class Family(RotaryEmbedding, ABC):
             prefix = self.block_prefix(index)
             linears = self.block_linears(index)
             for linear in linears:
-                shapes[f"{prefix}{linear}.weight"] = self.linear_shape(linear)
+                shapes[f"{prefix}{linear}.weight"] = self.linear_shape(index, linear)
             for linear in self.biased_linears():
                 if linear in linears:
-                    shapes[f"{prefix}{linear}.bias"] = self.linear_shape(linear)[:1]
+                    shapes[f"{prefix}{linear}.bias"] = self.linear_shape(index, linear)[:1]
             for norm, width in self.block_norms(index).items():
                 shapes[f"{prefix}{norm}.weight"] = (width,)
             for kept, kept_shape in (self.block_routers(index) | self.block_kept_linears(index)).items():
                 shapes[f"{prefix}{kept}.weight"] = kept_shape
             for name, shape in self.block_constants(index).items():
                 shapes[f"{prefix}{name}"] = shape
-        shapes[f"{self.final_norm}.weight"] = (self.hidden_size,)
+        shapes |= self.outer_tensors() | {f"{self.final_norm}.weight": (self.hidden_size,)}
         if not self.tied_embeddings:
             shapes[f"{self.head}.weight"] = (self.vocab_size, self.hidden_size)
         return MappingProxyType(shapes)
@@ -333,7 +335,7 @@ class Family(RotaryEmbedding, ABC):
         writer.add_block_count(self.num_layers)
         writer.add_context_length(self.context_length)
         writer.add_embedding_length(self.hidden_size)
-        writer.add_feed_forward_length(self.intermediate_size)
+        writer.add_feed_forward_length(self._recorded_width())
         writer.add_head_count(self.num_heads)
         writer.add_head_count_kv(self._recorded_kv_heads())
         self._add_rope(writer)
@@ -342,8 +344,8 @@ class Family(RotaryEmbedding, ABC):
             writer.add_expert_count(self.num_experts)
             writer.add_expert_used_count(self.experts_per_token)
         if self._records_head_dim():
-            writer.add_key_length(self.head_dim)
-            writer.add_value_length(self.head_dim)
+            writer.add_key_length(self._recorded_head_dim())
+            writer.add_value_length(self._recorded_head_dim())
         writer.add_file_type(file_type)
 
     @classmethod
@@ -366,6 +368,13 @@ class Family(RotaryEmbedding, ABC):
     def _recorded_kv_heads(self) -> int | list[int]:
         """Return the number of key-value heads, or those of every block."""
         return self.num_kv_heads
+
+    def _recorded_width(self) -> int | list[int]:
+        """Return the width of the feed-forward layers, or that of every block."""
+        return self.intermediate_size
+
+    def _recorded_head_dim(self) -> int:
+        return self.head_dim
 
     def _records_head_dim(self) -> bool:
         return self.records_default_head_dim or self.config.get("head_dim") is not None

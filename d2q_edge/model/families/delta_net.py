@@ -70,18 +70,18 @@ class GatedDeltaNet(Family):
             return 0
         return (self.taps - 1) * (2 * self.key_width + self.value_width) + self.value_width * self.state_size
 
-    def linear_shape(self, linear: str) -> tuple[int, int]:
+    def linear_shape(self, index: int, linear: str) -> tuple[int, int]:
         own = {
             f"{MODULE}.in_proj_qkv": (2 * self.key_width + self.value_width, self.hidden_size),
             f"{MODULE}.in_proj_z": (self.value_width, self.hidden_size),
             f"{MODULE}.out_proj": (self.hidden_size, self.value_width),
         }
-        return own[linear] if linear in own else super().linear_shape(linear)
+        return own[linear] if linear in own else super().linear_shape(index, linear)
 
-    def absorber_rows(self, absorber: str) -> npt.NDArray[np.int64]:
+    def absorber_rows(self, index: int, absorber: str) -> npt.NDArray[np.int64]:
         if absorber == f"{MODULE}.norm":
             return np.tile(np.arange(self.state_size), self.value_heads)
-        return super().absorber_rows(absorber)
+        return super().absorber_rows(index, absorber)
 
     def arranged(self, hf_name: str, tensor: torch.Tensor) -> torch.Tensor:
         if hf_name.endswith(f"{MODULE}.out_proj.weight"):

@@ -59,9 +59,9 @@ class MixtureOfExperts(Family):
                 stacks[f"{prefix}{part}.weight"] = parts
         return MappingProxyType(stacks)
 
-    def linear_shape(self, linear: str) -> tuple[int, int]:
+    def linear_shape(self, index: int, linear: str) -> tuple[int, int]:
         if ".experts." not in linear:
-            return super().linear_shape(linear)
+            return super().linear_shape(index, linear)
         wide = self.expert_width, self.hidden_size
         return wide[::-1] if linear.endswith(f".{self.expert_parts[2]}") else wide
 

@@ -5,6 +5,7 @@ doesn't read has no meaning in the file and is ignored.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,12 @@ EMBEDDING = "token_embd.weight"
 class GGUFKeys:
     """The `ARCH.*` keys of an untrusted GGUF file; all methods raise D2QError for an invalid or missing value."""
 
-    def __init__(self, file: GGUFFile, arch: str) -> None:
-        self.file, self.arch = file, arch
+    def __init__(self, file: GGUFFile, arch: str, replaced: Mapping[str, Any] | None = None) -> None:
+        self.file, self.arch, self._replaced = file, arch, replaced or {}
+
+    def replaced(self, values: Mapping[str, Any]) -> "GGUFKeys":
+        """Return the same keys but for these values, such as those of one kind of block."""
+        return GGUFKeys(self.file, self.arch, values)
 
     def __contains__(self, key: str) -> bool:
         return f"{self.arch}.{key}" in self.file.kv
@@ -32,7 +37,7 @@ class GGUFKeys:
 
     def value(self, key: str, default: Any) -> Any:
         """Return any value."""
-        value = self.file.kv.get(f"{self.arch}.{key}", default)
+        value = self._replaced.get(key, self.file.kv.get(f"{self.arch}.{key}", default))
         if value is None:
             raise D2QError(f"{self.file.path} has no key {self.arch}.{key}, without which it isn't a complete model")
         return value

@@ -50,10 +50,10 @@ class GraniteHybrid(Mamba2, MixtureOfExperts, Granite):
             return None
         return RoutedExperts(MLP, f"{MLP}.router", NORM, self.num_experts, self.expert_parts, (GATE, UP, DOWN))
 
-    def linear_shape(self, linear: str) -> tuple[int, int]:
+    def linear_shape(self, index: int, linear: str) -> tuple[int, int]:
         wide = self.shared_width, self.hidden_size
         own = {GATE: wide, UP: wide, DOWN: wide[::-1]}
-        return own[linear] if linear in own else super().linear_shape(linear)
+        return own[linear] if linear in own else super().linear_shape(index, linear)
 
     def adapt_block(self, index: int, block: nn.Module) -> None:
         """Put MLP and experts into one module with separate layers, where transformers has the MLP."""

@@ -23,12 +23,13 @@ class LinearGroup:
 class Sublayer:
     """One residual branch of a block, residual + scale * output_norm(module(norm(residual))); names relative to it.
 
-    The scale is the model's (`Family.residual_scale`).
+    The scale is the model's (`Family.residual_scale`). A block may multiply the sum by a number of its own.
     """
 
     module: str
     norm: str | None  # None where the module reads the residual stream as it is
     output_norm: str | None = None  # None where the module's output is added as it is
+    stream_scale: str | None = None  # the buffer that multiplies the stream after the branch, if any
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ class Lfm2(Family):
     def state_elements(self, index: int) -> int:
         return (self.taps - 1) * self.hidden_size if self.layer_types[index] == "conv" else 0
 
-    def linear_shape(self, linear: str) -> tuple[int, int]:
+    def linear_shape(self, index: int, linear: str) -> tuple[int, int]:
         wide = self.intermediate_size, self.hidden_size
         own = {
             "conv.in_proj": (3 * self.hidden_size, self.hidden_size),
@@ -86,13 +86,13 @@ class Lfm2(Family):
             "feed_forward.w2": wide[::-1],
             "feed_forward.w3": wide,
         }
-        return own[linear] if linear in own else super().linear_shape(linear)
+        return own[linear] if linear in own else super().linear_shape(index, linear)
 
-    def absorber_rows(self, absorber: str) -> npt.NDArray[np.int64]:
+    def absorber_rows(self, index: int, absorber: str) -> npt.NDArray[np.int64]:
         """Return the rows of x, the last third of a convolution's in_proj; others as in every family."""
         if absorber == "conv.in_proj":
             return 2 * self.hidden_size + np.arange(self.hidden_size)
-        return super().absorber_rows(absorber)
+        return super().absorber_rows(index, absorber)
 
     def add_metadata(self, writer: gguf.GGUFWriter, file_type: int) -> None:
         super().add_metadata(writer, file_type)

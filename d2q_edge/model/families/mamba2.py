@@ -1,7 +1,7 @@
 """Define what families with Mamba-2 have in common: some of their blocks have it in place of attention.
 
-llama.cpp: src/models/mamba-base.cpp, build_mamba2_layer; conversion/mamba.py, Mamba2Model. in_proj puts out a gate, x, B,
-C and a time step for each head, which the file has in one tensor. The columns of out_proj are proportional to the
+llama.cpp: src/models/mamba-base.cpp, build_mamba2_layer; conversion/mamba.py, Mamba2Model. in_proj puts out a gate, x,
+B, C and a time step for each head, which the file has in one tensor. The columns of out_proj are proportional to the
 weight of Mamba's norm. The convolution, A_log, D, dt_bias and that norm are not quantized.
 """
 
@@ -60,15 +60,15 @@ class Mamba2(Family):
         state = (self.taps - 1) * self.conv_width + self.inner_width * self.state_size
         return state if self.has_mamba[index] else 0
 
-    def linear_shape(self, linear: str) -> tuple[int, int]:
+    def linear_shape(self, index: int, linear: str) -> tuple[int, int]:
         own = {
             f"{MODULE}.in_proj": (self.inner_width + self.conv_width + self.mamba_heads, self.hidden_size),
             f"{MODULE}.out_proj": (self.hidden_size, self.inner_width),
         }
-        return own[linear] if linear in own else super().linear_shape(linear)
+        return own[linear] if linear in own else super().linear_shape(index, linear)
 
-    def absorber_rows(self, absorber: str) -> npt.NDArray[np.int64]:
-        return np.arange(self.inner_width) if absorber == f"{MODULE}.norm" else super().absorber_rows(absorber)
+    def absorber_rows(self, index: int, absorber: str) -> npt.NDArray[np.int64]:
+        return np.arange(self.inner_width) if absorber == f"{MODULE}.norm" else super().absorber_rows(index, absorber)
 
     def adapt_block(self, index: int, block: nn.Module) -> None:
         if self.has_mamba[index]:

@@ -38,17 +38,18 @@ class Phi3(Family):
         LinearGroup(None, ("mlp.down_proj",), absorber="mlp.gate_up_proj"),
     )
 
-    def linear_shape(self, linear: str) -> tuple[int, int]:
+    def linear_shape(self, index: int, linear: str) -> tuple[int, int]:
         if linear == "self_attn.qkv_proj":
             return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim, self.hidden_size
         if linear == "mlp.gate_up_proj":
             return 2 * self.intermediate_size, self.hidden_size
-        return super().linear_shape(linear)
+        return super().linear_shape(index, linear)
 
-    def absorber_rows(self, absorber: str) -> npt.NDArray[np.int64]:
+    def absorber_rows(self, index: int, absorber: str) -> npt.NDArray[np.int64]:
         """Return rows of v, which follow those of q and k; or rows of up, which follow those of gate."""
         if absorber == "self_attn.qkv_proj":
-            return (self.num_heads + self.num_kv_heads) * self.head_dim + super().absorber_rows("self_attn.v_proj")
+            before = (self.num_heads + self.num_kv_heads) * self.head_dim
+            return before + super().absorber_rows(index, "self_attn.v_proj")
         return self.intermediate_size + np.arange(self.intermediate_size)
 
     def extra_tensors(self) -> dict[str, npt.NDArray[np.float32]]:

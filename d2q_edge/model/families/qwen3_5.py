@@ -32,8 +32,8 @@ class Qwen3p5(GatedDeltaNet):
     default_kv_heads = 4
     default_head_dim = 256
 
-    def linear_shape(self, linear: str) -> tuple[int, int]:
-        rows, columns = super().linear_shape(linear)
+    def linear_shape(self, index: int, linear: str) -> tuple[int, int]:
+        rows, columns = super().linear_shape(index, linear)
         return (2 * rows if linear == "self_attn.q_proj" else rows), columns
 
     def add_metadata(self, writer: gguf.GGUFWriter, file_type: int) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from d2q_edge.errors import D2QError
-from d2q_edge.model.tokenizer import bpe, sentencepiece
+from d2q_edge.model.tokenizer import bpe, gemma4, sentencepiece
 from d2q_edge.model.tokenizer.content import Tokenizer
 from d2q_edge.model.tokenizer.files import Files
 from d2q_edge.model.tokenizer.from_gguf import tokenizer_of
@@ -40,6 +40,8 @@ def read_tokenizer(
             return bpe.build(files, pre_tokenizer)
         if pre_tokenizer is not None:
             raise D2QError(f"--pre-tokenizer is for byte-level BPE; {directory} has a SentencePiece tokenizer")
+        if config.get("model_type") == gemma4.MODEL_TYPE:
+            return gemma4.build(files)
         return sentencepiece.build(files)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise D2QError(f"{files.json} doesn't have the structure of a tokenizer ({error!r})") from error

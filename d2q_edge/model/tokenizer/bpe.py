@@ -35,7 +35,7 @@ def build(files: Files, pre_tokenizer: str | None = None) -> Tokenizer:
     if ignore_merges != pre.ignores_merges:
         # Added tokens are found before words are.
         _require_reachable(files, pre, vocab.keys() - added.keys(), merges)
-    tokens, types = _token_list(files, vocab, added)
+    tokens, types = token_list(files, vocab, added)
     special_ids, add_special = special_tokens(files, bos_by_default=pre.adds_bos)
     lost_ends = add_ends(files, tokens, types, special_ids)
     beside = [token for token in added.values() if token.gaps]
@@ -44,8 +44,7 @@ def build(files: Files, pre_tokenizer: str | None = None) -> Tokenizer:
         pre=pre.name,
         tokens=tokens,
         types=types,
-        # A space inside of a part would be taken for the separator; only tokens that no text becomes have one.
-        merges=[" ".join(part.replace(" ", "\u0120") for part in pair) for pair in merges],
+        merges=joined(merges),
         special_ids=special_ids,
         add_special=add_special,
         chat_template=files.chat_template(),
@@ -68,6 +67,12 @@ def read_merges(files: Files) -> list[tuple[str, str]]:
             )
         pairs.append((left, right))
     return pairs
+
+
+def joined(merges: Iterable[tuple[str, str]]) -> list[str]:
+    """Return merges as the file has them."""
+    # A space inside of a part would be taken for the separator; only tokens that no text becomes have one.
+    return [" ".join(part.replace(" ", "\u0120") for part in pair) for pair in merges]
 
 
 def _is_normalized(files: Files) -> bool:
@@ -93,7 +98,7 @@ def _require_reachable(files: Files, pre: PreTokenizer, vocab: Iterable[str], me
             )
 
 
-def _token_list(files: Files, vocab: dict[str, int], added: dict[str, AddedToken]) -> tuple[list[str], list[int]]:
+def token_list(files: Files, vocab: dict[str, int], added: dict[str, AddedToken]) -> tuple[list[str], list[int]]:
     """Return texts and types of the ids 0 .. vocab_size - 1, by the rules of llama.cpp's converter."""
     tokens = [f"[PAD{i}]" for i in range(files.vocab_size)]
     types = [int(gguf.TokenType.UNUSED)] * files.vocab_size

@@ -15,7 +15,7 @@ GRANITE_VOCAB_SIZE = 49152
 class Tokenizer:
     """A tokenizer ready to be written."""
 
-    model: str  # "gpt2" for byte-level BPE, "llama" for SentencePiece's BPE
+    model: str  # "gpt2" for byte-level BPE, "llama" for SentencePiece's BPE, "gemma4" for Gemma 4's
     pre: str  # llama.cpp's name of the pre-tokenizer
     tokens: list[str]  # one per row of the embedding matrix
     types: list[int]  # gguf.TokenType values
@@ -86,7 +86,8 @@ class Tokenizer:
         if recorded:
             writer.add_add_space_prefix(bool(self.space_prefix_setting))
         writer.add_tokenizer_model(self.model)
-        writer.add_tokenizer_pre(self.pre)
+        if self.model != "gemma4":
+            writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(self.tokens)
         if self.scores is not None:
             writer.add_token_scores(self.scores)
@@ -104,7 +105,7 @@ class Tokenizer:
             self._add_chat_templates(writer)
         if space_prefix and len(self.tokens) == GRANITE_VOCAB_SIZE and "bos" not in self.add_special:
             writer.add_add_bos_token(False)
-        if self.model == "llama" and not recorded and not self.adds_space_prefix:
+        if self.model != "gpt2" and not recorded and not self.adds_space_prefix:
             writer.add_add_space_prefix(False)
 
     def _add_chat_templates(self, writer: gguf.GGUFWriter) -> None:

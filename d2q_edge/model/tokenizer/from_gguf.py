@@ -12,8 +12,8 @@ from d2q_edge.model.tokenizer.pre_tokenizers import BY_NAME
 from d2q_edge.model.tokenizer.special import ROLES
 
 PREFIX, TEMPLATE = "tokenizer.", "tokenizer.chat_template"
-MODELS = ("gpt2", "llama")
-"""llama.cpp's names of byte-level BPE and of SentencePiece's BPE."""
+MODELS = ("gpt2", "llama", "gemma4")
+"""llama.cpp's names of byte-level BPE, of SentencePiece's BPE and of Gemma 4's."""
 
 
 def tokenizer_of(file: GGUFFile, vocab_size: int) -> Tokenizer:
@@ -22,7 +22,7 @@ def tokenizer_of(file: GGUFFile, vocab_size: int) -> Tokenizer:
     model, pre = kv.get("tokenizer.ggml.model"), kv.get("tokenizer.ggml.pre", "default")
     if model not in MODELS:
         what = "no tokenizer" if model is None else f"a tokenizer of the kind {model!r:.40}"
-        raise D2QError(f"{path} has {what}; only files with BPE ({' or '.join(MODELS)}) can be converted")
+        raise D2QError(f"{path} has {what}; only files with BPE ({', '.join(MODELS)}) can be converted")
     if model == "gpt2" and not (isinstance(pre, str) and pre in BY_NAME):
         raise D2QError(f"{path} has the pre-tokenizer {pre!r:.40}, which the llama.cpp of d2q-edge doesn't know")
     tokens: Any = kv.get("tokenizer.ggml.tokens")

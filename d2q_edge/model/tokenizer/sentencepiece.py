@@ -26,8 +26,9 @@ _ADDED_SCORE, _UNUSED_SCORE = -1000.0, -10000.0
 # llama.cpp's defaults for a file without these keys.
 _DEFAULT_IDS = {"bos": 1, "eos": 2, "unk": 0}
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
-_ESCAPE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+ESCAPE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 _PREPEND = {"type": "Prepend", "prepend": SPACE}
+IDLE_PATTERN = {"String": " "}  # Gemma's split finds nothing, because the normalizer has replaced what it looks for.
 
 
 def build(files: Files) -> Tokenizer:
@@ -83,9 +84,8 @@ def _space_prefix(files: Files, vocab: dict[str, int]) -> tuple[bool, set[str]]:
     steps = (normalizer or {}).get("normalizers", [normalizer] if normalizer else [])
     splits = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer] if pre_tokenizer else [])
     spaces = [step for step in splits if step["type"] == "Metaspace" and step.get("replacement") == SPACE]
-    # Gemma's split finds nothing, because the normalizer has replaced what it looks for.
-    idle = [step for step in splits if step["type"] == "Split" and step["pattern"] == {"String": " "}]
-    escapes = [step for step in steps if step == _ESCAPE]
+    idle = [step for step in splits if step["type"] == "Split" and step["pattern"] == IDLE_PATTERN]
+    escapes = [step for step in steps if step == ESCAPE]
     prepends = [step for step in steps if step == _PREPEND]
     known = len(escapes) + len(prepends) == len(steps) and len(spaces) + len(idle) == len(splits)
     if not known or not (escapes or spaces) or (idle and not escapes):

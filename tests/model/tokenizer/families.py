@@ -228,4 +228,39 @@ FAMILIES: dict[str, Family] = {
         settings={"eos_token": "<|endoftext|>", "add_bos_token": False, "add_eos_token": False},
     ),
 }
+GEMMA4 = Family(
+    "Gemma4ForCausalLM",
+    "gemma4_text",
+    "GemmaTokenizer",
+    "gemma4",
+    {**_NAMES, "<pad>": {}, "<mask>": {}, "<|tool_call>": {}},
+    bos="<s>",
+    prefix=False,
+    normalizer=_ESCAPE,
+    pre_tokenizer=_IDLE,
+    settings={**_LLAMA_SETTINGS, "pad_token": "<pad>", "extra_special_tokens": {"stc_token": "<|tool_call>"}},
+)
+
+
+def write_gemma4(directory: Path, vocab_size: int) -> Path:
+    """Write Gemma 4's tokenizer, whose vocabulary is filled up with tokens that no text becomes."""
+    GEMMA4.write(directory, keep=("json",))
+    content = json.loads((directory / "tokenizer.json").read_text("utf-8"))
+    vocab = content["model"]["vocab"]
+    for token in content["added_tokens"]:
+        vocab.setdefault(token["content"], token["id"])
+    for token_id in range(len(vocab), vocab_size):
+        vocab[f"\u2581unused{token_id}"] = token_id
+    content["decoder"] = {
+        "type": "Sequence",
+        "decoders": [
+            {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+        ],
+    }
+    (directory / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+    return directory
+
+
 SENTENCEPIECE = tuple(name for name, family in FAMILIES.items() if family.base is None)

@@ -61,7 +61,7 @@ def test_keys_that_nobody_knows_stay(tmp_path: Path) -> None:
     ("keys", "pattern"),
     [
         ({}, "has no tokenizer; only files with BPE"),
-        ({"model": "t5"}, r"has a tokenizer of the kind 't5'; only files with BPE \(gpt2 or llama\)"),
+        ({"model": "t5"}, r"has a tokenizer of the kind 't5'; only files with BPE \(gpt2, llama, gemma4\)"),
         ({"model": "gpt2", "pre": "newest"}, "pre-tokenizer 'newest', which the llama.cpp of d2q-edge doesn't know"),
         ({"model": "gpt2"}, "tokens aren't 2, one for each embedding"),
         ({"model": "gpt2", "tokens": ["a", "b", "c"]}, "tokens aren't 2, one for each embedding"),

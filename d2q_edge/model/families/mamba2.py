@@ -1,7 +1,7 @@
 """Define what families with Mamba-2 have in common: some of their blocks have it in place of attention.
 
-llama.cpp: src/models/mamba-base.cpp, build_mamba2_layer; conversion/mamba.py, Mamba2Model. in_proj puts out a gate, x, B,
-C and a time step for each head, which the file has in one tensor. The columns of out_proj are proportional to the
+llama.cpp: src/models/mamba-base.cpp, build_mamba2_layer; conversion/mamba.py, Mamba2Model. in_proj puts out a gate, x,
+B, C and a time step for each head, which the file has in one tensor. The columns of out_proj are proportional to the
 weight of Mamba's norm. The convolution, A_log, D, dt_bias and that norm are not quantized.
 """
 

@@ -52,8 +52,8 @@ def granite_config(config: Mapping[str, Any]) -> dict[str, Any]:
         return dict(config)
     if config.get("num_local_experts", 8) != 0:
         raise D2QError(
-            f"config.json: {ARCHITECTURE} with attention in every block (layer_types) is supported without experts only "
-            "(num_local_experts)"
+            f"config.json: {ARCHITECTURE} with attention in every block (layer_types) is supported without experts "
+            "only (num_local_experts)"
         )
     if config.get("position_embedding_type") != "rope":
         raise D2QError("config.json: position_embedding_type must be rope, which llama.cpp's granite always has")

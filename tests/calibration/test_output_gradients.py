@@ -28,6 +28,7 @@ NAMES = (
     "qwen3.5",
     "qwen3moe",
     "lfm2moe",
+    "granite-hybrid",
 )
 TOKENS = torch.randint(0, 4000, (5, 24), generator=torch.Generator().manual_seed(0))
 

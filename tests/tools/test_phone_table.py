@@ -25,6 +25,10 @@ MORE = {
     "LFM2-1.2B": 1_170_340_608,
     "LFM2-2.6B": 2_569_272_320,
     "LFM2-8B-A1B": 8_339_930_560,
+    "Granite-4.0-H-350M": 339_814_112,
+    "Granite-4.0-H-1B": 1_461_538_368,
+    "Granite-4.0-H-Micro": 3_191_396_096,
+    "Granite-4.0-H-Tiny": 6_939_037_248,
 }
 """Parameters of models that are not in real_configs.py."""
 

@@ -50,6 +50,14 @@ FAMILIES: tuple[type[Family], ...] = (
     GraniteHybrid,
 )
 
+REFUSED = {
+    "GptOssForCausalLM": (
+        "its experts have biases and limit what gate and up put out, neither of which d2q-edge's experts do, and they "
+        "are published in 4 bits already"
+    ),
+}
+"""Known architectures that are left out on purpose, with the reason."""
+
 
 def family_of_file(file: GGUFFile) -> type[Family]:
     """Return the family of a GGUF file's model, by its architecture: Mistral's files are Llama's.
@@ -77,5 +85,7 @@ def family_for(config: Mapping[str, Any]) -> Family:
     for family in FAMILIES:
         if architectures[0] in family.architectures:
             return family(config)
+    if architectures[0] in REFUSED:
+        raise D2QError(f"the architecture {architectures[0]} isn't supported: {REFUSED[architectures[0]]}")
     supported = ", ".join(sorted(name for family in FAMILIES for name in family.architectures))
     raise D2QError(f"the architecture {architectures[0]} isn't supported; these are: {supported}")

@@ -4,7 +4,7 @@ llama.cpp: src/models/granite.cpp; conversion/granite.py, GraniteModel, which ha
 wide as they fill the hidden state.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import gguf
 
@@ -27,7 +27,7 @@ class Granite(Llama):
     architectures = ("GraniteForCausalLM",)
     model_type = "granite"
     gguf_arch = "granite"
-    rope_types = ("default", "linear", "yarn")
+    rope_types: ClassVar[tuple[str, ...]] = ("default", "linear", "yarn")
     refused_flags = ("attention_bias", "mlp_bias")
     full_width_heads = True
 

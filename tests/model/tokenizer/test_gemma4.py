@@ -53,7 +53,7 @@ def test_a_merge_less_is_noticed(tmp_path: Path) -> None:
     tokenizer = read_tokenizer(directory, CONFIG, 700)
     model = json.loads((directory / "tokenizer.json").read_text("utf-8"))["model"]
     change(directory, model={**model, "merges": model["merges"][1:]})
-    with pytest.raises(D2QError, match="llama.cpp would tokenize"):
+    with pytest.raises(D2QError, match="would tokenize"):
         verify(written(tokenizer, tmp_path / "out.gguf"), directory, tokenizer)
 
 

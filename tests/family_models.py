@@ -223,7 +223,10 @@ EXPERT_MODELS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
-"""Mixture-of-Experts variants; the slightest numerical difference may route a token to another expert."""
+"""Mixture-of-Experts variants, and one of their family without experts.
+
+The slightest numerical difference may route a token to another expert.
+"""
 
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 64}
 LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}

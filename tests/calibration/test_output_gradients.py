@@ -33,8 +33,22 @@ NAMES = (
 TOKENS = torch.randint(0, 4000, (5, 24), generator=torch.Generator().manual_seed(0))
 
 
+FUSED = {"gate_proj": ("input_linear", 0), "up_proj": ("input_linear", 1), "down_proj": ("output_linear", 0)}
+"""Where transformers has the layers of Granite's MLP: a layer that puts out both halves, and one behind it."""
+
+
 def expected(model: Path, names: set[str]) -> dict[str, torch.Tensor]:
     """Return the gradient by every module's output, [tokens, channels] in float64."""
+    parts = {name: FUSED[name.rpartition(".")[2]] for name in names if ".shared_mlp." in name}
+    fused = {name: f"{name.rpartition('.')[0]}.{layer}" for name, (layer, _) in parts.items()}
+    found = _gradients(model, {fused.get(name, name) for name in names})
+    for name, (layer, half) in parts.items():
+        gradient = found[fused[name]]
+        found[name] = gradient.chunk(2, -1)[half] if layer == "input_linear" else gradient
+    return found
+
+
+def _gradients(model: Path, names: set[str]) -> dict[str, torch.Tensor]:
     whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, experts_implementation="eager").eval()
     found: dict[str, torch.Tensor] = {}
 

@@ -61,7 +61,7 @@ def test_checkpoints_as_transformers_saves_them(tmp_path: Path, name: str) -> No
     checkpoint = Checkpoint.open(path)
     family = family_for(checkpoint.config)
     checkpoint.check(family.tensor_shapes())
-    assert family.num_experts == 4
+    assert family.num_experts == (0 if name == "granite-hybrid" else 4)
     model = WholeModel(checkpoint, family, {}, torch.device("cpu"))
     found = model.log_probabilities(model.states(TOKENS))
     torch.testing.assert_close(found, whole_model(path)(TOKENS).logits.log_softmax(-1), rtol=1e-4, atol=1e-4)

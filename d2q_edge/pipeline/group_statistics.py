@@ -35,7 +35,8 @@ def sublayer_statistics(
     """
     family, experts = context.family, context.family.block_experts(index)
     routed = experts is not None and experts.module == sublayer.module
-    groups = [group for group in dense_groups(family, index) if group.linears[0].startswith(f"{sublayer.module}.")]
+    own = {layer for group in family.sublayer_groups(index, sublayer) for layer in group.linears}
+    groups = [group for group in dense_groups(family, index) if group.linears[0] in own]
     for group in groups:
         advance = group is groups[-1] and not routed
         yield group, _dense_statistics(context, index, sublayer, group, original, quantized, advance=advance)

@@ -157,8 +157,9 @@ def estimate(family: Family, types: TypePlan, tokens: int, context: int, options
 def _sublayer_products(family: Family, index: int, sublayer: Sublayer, tokens: int, context: int) -> float:
     """Return the multiplications of running all tokens through a sublayer once."""
     products = 0.0
+    own = {layer for group in family.sublayer_groups(index, sublayer) for layer in group.linears}
     for group in solved_groups(family, index):
-        if group.linears[0].startswith(f"{sublayer.module}."):
+        if group.linears[0] in own:
             share = _token_share(family, index, group, tokens)
             products += share * tokens * sum(math.prod(family.linear_shape(index, layer)) for layer in group.linears)
     if sublayer.module == "self_attn":

@@ -85,7 +85,7 @@ def family_for(config: Mapping[str, Any]) -> Family:
     for family in FAMILIES:
         if architectures[0] in family.architectures:
             return family(config)
-    if architectures[0] in REFUSED:
+    if isinstance(architectures[0], str) and architectures[0] in REFUSED:
         raise D2QError(f"the architecture {architectures[0]} isn't supported: {REFUSED[architectures[0]]}")
     supported = ", ".join(sorted(name for family in FAMILIES for name in family.architectures))
     raise D2QError(f"the architecture {architectures[0]} isn't supported; these are: {supported}")
